@@ -33,13 +33,13 @@ from stages.data.rows import read
 from stages.lora.adapter import adapter
 from stages.lora.adapter.elements import sparsify
 from stages.lora.training.health import RunInfo
-from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import trainer_inputs
 from stages.prompts.renderer import Renderer, Row
 from stages.runtime import resources
 from stages.sft import run as sft
+from stages.sft.sft_trainer import SftTrainer
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")

@@ -203,8 +203,8 @@ class _Trial:
         say: Callable[[str], None],
     ) -> dict[str, Any]:
         """Compare answers with those of the trained adapter in plain PEFT; see `parity.check`."""
-        from stages.evaluation import parity
-        from stages.evaluation.answer_cache import CachedAnswer
+        from stages.eval import parity
+        from stages.eval.answer_cache import CachedAnswer
 
         pairs = [
             (prompt, CachedAnswer(ids=answers[i].ids, complete=answers[i].complete))

@@ -319,7 +319,7 @@ def test_force_asks_again(copied, monkeypatch):
 def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     """The journal holds another model's answers, as a server that passes over the adapter would give them."""
     config = copied("eval.parity_items=4", "lora.std=0.5")
-    monkeypatch.setattr("stages.evaluation.parity.TOLERANCE", 0.1)  # random weights give close logits
+    monkeypatch.setattr("stages.eval.parity.TOLERANCE", 0.1)  # random weights give close logits
     make_steps(config, "score")
     monkeypatch.setattr(
         "stages.engines.in_process.load_merged",

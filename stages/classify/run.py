@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stages.classify import report
 from stages.config import (
     UNVOTED,
     BenchmarkSection,
@@ -30,7 +31,6 @@ from stages.data.rows import read
 from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling import report
 from stages.labelling.aggregate import VoterResult, aggregate
 from stages.labelling.calibration import MIN_EXAMPLES, Calibration, calibrate
 from stages.labelling.known import with_known_labels

@@ -27,12 +27,12 @@ from stages.config import (
     ServerSection,
 )
 from stages.engines import Engine, EngineSpec
-from stages.evaluation import routing
-from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
+from stages.eval import routing
+from stages.eval.answer_cache import AnswerCache, CachedAnswer
+from stages.eval.samples import grade_all
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context
 from stages.evaluation.metrics import compute_metrics, headline
-from stages.evaluation.samples import grade_all
 from stages.labelling.router import Router
 from stages.models.dtype import answer_dtype
 from stages.models.tokenizer import load_tokenizer
@@ -166,7 +166,7 @@ def _adapter(evaluation: Evaluation) -> Iterator[Path | None]:
     if target not in REGIONS:
         yield evaluation.stored_adapter()
         return
-    from stages.lora.importance import ablation
+    from stages.eval import ablation
     from stages.lora.importance.masks import Masks
 
     masks = Masks.load(context.inputs["partition"].path / "masks.safetensors", "rl")
@@ -281,7 +281,7 @@ def _check_parity(
         return None
     import torch
 
-    from stages.evaluation import parity
+    from stages.eval import parity
 
     if torch.cuda.is_available():
         evaluation.context.engines.close()  # a running server holds most of the device's memory

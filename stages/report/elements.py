@@ -10,10 +10,10 @@ from torch import Tensor
 
 from stages.config import Config
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
-from stages.lora.importance.null import gaussian_null, null_jaccard
 from stages.lora.importance.scorers import rescored_by_rollouts, scorers
 from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 from stages.report import figures
+from stages.report.null import gaussian_null, null_jaccard
 from stages.report.page import Block, Grid, Picture, Pictures, Text
 from stages.store.artifacts import Artifact
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
 from stages.lora.grpo import building
-from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.training import loop, protected_kl
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback
-from stages.lora.training.kept_adapters import KeptAdapters
 from stages.packing.support import is_prompt_learning
 from stages.records import read_labels
+from stages.rl.kept_adapters import KeptAdapters
+from stages.rl.kl_probe import KlProbe
 from stages.runtime import distributed
 from stages.store.artifacts import KEPT_ADAPTERS
 

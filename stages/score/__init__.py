@@ -61,9 +61,9 @@ def _variants(config: Config) -> tuple[str, ...]:
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    from stages.lora.grpo import gradients
     from stages.lora.training import loop
     from stages.plan import preflight
+    from stages.score import gradients
 
     config = texts.config
     if step.variant == "":
@@ -112,9 +112,9 @@ def _cost(model: CostModel, scored: str) -> Cost:
     Protected rows are one such set, and taken to be as long as the others. Where RL's elements are scored
     by its gradients, as many steps of RL as that takes.
     """
-    from stages.lora.grpo import gradients
     from stages.plan import rl_steps
     from stages.plan.cost_model import NOTHING, UNKNOWN
+    from stages.score import gradients
 
     score, protected, texts = model.config.score, scored == PROTECTED, model.texts
     if scored == "rl" and rescored_by_rollouts(model.config):

@@ -27,7 +27,6 @@ from stages.config import (
 )
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
-from stages.lora.importance import pilot
 from stages.lora.importance.masks import flatten_weights, read_importance, write_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check_importance
@@ -37,6 +36,7 @@ from stages.records import Example, Labelled, read_labels, write_labels
 from stages.rewards import loading
 from stages.runtime import distributed, resources
 from stages.runtime.batch_size import BatchSize
+from stages.score import pilot
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -149,8 +149,9 @@ def _by_rollouts(
     System 1's scores stay those of `score`: GRPO's gradients say what RL has to learn, and what RL may
     spoil is System 1, which SFT has learnt already.
     """
-    from stages.lora.grpo import building, gradients  # the trainer, which other scorers do not need
+    from stages.lora.grpo import building  # the trainer, which other scorers do not need
     from stages.lora.training import loop
+    from stages.score import gradients
 
     start = loop.StartingAdapter(context.adapter("sft"), None)
     labels, rl = read_labels(context.labels), gradients.without_updates(rl, score.launch)

@@ -54,7 +54,7 @@ def run(
     """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
     from datasets import Dataset
 
-    from stages.lora.training.sft_trainer import SftTrainer
+    from stages.sft.sft_trainer import SftTrainer
 
     labels = read_labels(context.labels)
     renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)

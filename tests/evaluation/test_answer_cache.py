@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Completion
 from stages.errors import ArtifactError
-from stages.evaluation.answer_cache import AnswerCache, CachedAnswer
+from stages.eval.answer_cache import AnswerCache, CachedAnswer
+from stages.eval.samples import _outcome, grade_all
 from stages.evaluation.grading import Context, Grade
-from stages.evaluation.samples import _outcome, grade_all
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example, Labelled

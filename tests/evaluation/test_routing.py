@@ -8,7 +8,7 @@ import pytest
 from conftest import make_steps
 
 from stages.errors import ConfigError
-from stages.evaluation import routing
+from stages.eval import routing
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps

@@ -6,6 +6,7 @@ from conftest import labels_of, make_steps
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.classify.report import _known_label_warnings, _refuse_weak_voters
 from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
@@ -22,7 +23,6 @@ from stages.labelling.personas import (
     read_labelled_examples,
     shots,
 )
-from stages.labelling.report import _known_label_warnings, _refuse_weak_voters
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.records import Example

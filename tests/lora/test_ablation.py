@@ -7,8 +7,8 @@ from results import artifacts, flags
 from safetensors.torch import save_file
 
 from stages.errors import ArtifactError
+from stages.eval import ablation
 from stages.lora.adapter import adapter
-from stages.lora.importance import ablation
 from stages.lora.importance.masks import Masks
 from stages.lora.importance.strategies import NONE
 from stages.pipeline.resolve import resolved

@@ -9,12 +9,13 @@ from results import artifacts
 
 from stages.errors import UnusableResult
 from stages.lora.adapter import adapter
-from stages.lora.grpo import building, gradients
+from stages.lora.grpo import building
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.scorers import scorers
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan.preflight import problems
+from stages.score import gradients
 
 SCORED = ("rl.rescore=grpo_sign", "score.examples=4", "sft.learning_rate=0.1")
 

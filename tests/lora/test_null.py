@@ -8,9 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from stages.lora.importance import null
 from stages.lora.importance.masks import write_importance
-from stages.report import elements
+from stages.report import elements, null
 from stages.store.artifacts import Artifact
 
 

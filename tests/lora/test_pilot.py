@@ -8,13 +8,13 @@ from test_scorers import adapted, rows
 
 from stages.config import LoraSection
 from stages.lora.adapter import adapter
-from stages.lora.importance import pilot
 from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import moments, scorers
 from stages.models.tokenizer import load_tokenizer
 from stages.packing.losses import answer_losses, collate
 from stages.prompts.renderer import Renderer
 from stages.runtime.batch_size import BatchSize
+from stages.score import pilot
 
 LR = pilot.LR
 BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]

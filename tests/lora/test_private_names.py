@@ -16,8 +16,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from stages.lora.adapter.sparse_linear import SparseLinear
 from stages.lora.grpo.trainer import GrpoTrainer
-from stages.lora.training.sft_trainer import SftTrainer
 from stages.lora.training.trainer import ResumableTrainer
+from stages.sft.sft_trainer import SftTrainer
 
 OWN = {"_non_finite", "_complete", "_logprobs", "_supports_packing"}
 """Private methods that override nothing."""

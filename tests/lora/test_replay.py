@@ -14,9 +14,9 @@ from trl.trainer.utils import RepeatSampler
 from stages.errors import DataError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.grpo import dynamic_sampling
-from stages.lora.grpo.kl_probe import KlProbe
 from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, total_rewards
 from stages.lora.training.curves import KL_FROM_START
+from stages.rl.kl_probe import KlProbe
 
 REWARDS = """
 def odd(completions, **_):

@@ -15,12 +15,12 @@ from trl.trainer.utils import use_adapter
 
 from stages.lora.adapter import adapter
 from stages.lora.training.health import RunInfo
-from stages.lora.training.sft_trainer import SftTrainer
 from stages.models.base import device
 from stages.packing import support, trainer_inputs
 from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
 from stages.packing.trainer_inputs import accept_packed, prefix_groups, suffix_only
 from stages.prompts.renderer import IGNORED
+from stages.sft.sft_trainer import SftTrainer
 
 GROUP = 4
 LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]

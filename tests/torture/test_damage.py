@@ -23,7 +23,7 @@ from stages.config import Config
 from stages.config.yaml import setting_names
 from stages.data.rows import read
 from stages.errors import LoraparError
-from stages.evaluation.answer_cache import CachedAnswer
+from stages.eval.answer_cache import CachedAnswer
 from stages.labelling.votes import Vote
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state

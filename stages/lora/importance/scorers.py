@@ -36,7 +36,7 @@ scorers: Registry = Registry("scorer")
 Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
 zero, and so is the value of B). Trait `pilot`: the formula takes the value after a pilot run (`pilot.py`) in
 place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions, of the gradient
-of GRPO's loss at SFT's adapter (`grpo/gradients.py`); only `rl.rescore` can name such a scorer.
+of GRPO's loss at SFT's adapter (`stages/score/gradients.py`); only `rl.rescore` can name such a scorer.
 """
 
 

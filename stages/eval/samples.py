@@ -11,7 +11,7 @@ from stages.runtime import resources
 
 if TYPE_CHECKING:
     from stages.config import BenchmarkSection
-    from stages.evaluation.answer_cache import CachedAnswer
+    from stages.eval.answer_cache import CachedAnswer
     from stages.evaluation.grading import Context, Grade
     from stages.progress import Progress
     from stages.prompts.renderer import RenderedPrompt, Renderer

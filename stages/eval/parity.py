@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.config import ModelSection
 from stages.engines.in_process import word_tokens
 from stages.errors import AnswerError
-from stages.evaluation.answer_cache import CachedAnswer
+from stages.eval.answer_cache import CachedAnswer
 from stages.models.base import load_adapted, load_base
 from stages.prompts.renderer import RenderedPrompt
 
