@@ -1,5 +1,6 @@
 """The recipes of CONTRIBUTING: what they say is all that is needed, and every command knows it then."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -66,16 +67,33 @@ def source(tmp_path) -> Path:
     return tmp_path
 
 
+PROGRAM = """
+import json, sys
+from lorapar_cli.__main__ import main
+for command in json.load(sys.stdin):
+    sys.argv[1:] = command
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    print(f"exit {code}", flush=True)
+    print("\\0", end="", flush=True)
+"""
+
+
 @pytest.fixture
 def lorapar(source):
-    """Runs `lorapar` from the copy; returns the exit code and what is printed."""
-    program = (sys.executable, "-P", "-m", "lorapar_cli")
+    """Runs commands from the copy, one after the other in one process; returns what each prints."""
 
-    def run(*arguments: object, program: tuple[str, ...] = program) -> str:
-        command = [*program, *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(source)}
-        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
-        return f"{done.returncode}\n{done.stdout}{done.stderr}"
+    def run(*commands: tuple[object, ...]) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", PROGRAM],
+            cwd=source, env=os.environ | {"PYTHONPATH": str(source)},
+            input=json.dumps([[str(argument) for argument in command] for command in commands]),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        return done.stdout.split("\0")[:-1]
 
     return run
 
@@ -98,23 +116,30 @@ def test_a_stage_is_a_folder_and_a_name(source, lorapar, tiny, demo_data, labell
     sets = [part for text in (*paths(tiny, demo_data, tmp_path), *settings) for part in ("--set", text)]
     config = (ROOT / "configs/smoke.yaml", *sets)
 
-    assert "count      Count the labelled rows.\n" in lorapar("--help")
-    assert "count" in lorapar("help", program=("make", "--no-print-directory"))
-    assert lorapar("list").startswith("0\n")
-    assert "count           missing  not run yet" in lorapar("status", *config)
-    assert "count.unit is nothing\n    choose a unit" in lorapar(
-        "run", *config, "--set", "count.unit=nothing", "--to", "count"
+    help_, names, status, stopped, plan, run, shown, alone, stale, whole, report = lorapar(
+        ("--help",),
+        ("list",),
+        ("status", *config),
+        ("run", *config, "--set", "count.unit=nothing", "--to", "count"),
+        ("plan", *config, "--to", "count"),
+        ("run", *config, "--to", "count"),
+        ("show", *config, "count"),
+        ("count", *config, "--json"),
+        ("status", *config, "--set", "count.unit=cell"),
+        ("run", *config),
+        ("report", *config, "--out", tmp_path / "page"),
     )
-    assert "count" in lorapar("plan", *config, "--to", "count")
-    assert "rows: 48" in lorapar("run", *config, "--to", "count")
-    assert "count.txt" in lorapar("show", *config, "count")
-    assert lorapar("count", *config, "--json").startswith("0\n{")
-    assert "count.unit was line, now cell" in lorapar("status", *config, "--set", "count.unit=cell")
+    assert "count      Count the labelled rows.\n" in help_ and "exit 0" in names
+    assert "count           missing  not run yet" in status
+    assert "count.unit is nothing\n    choose a unit" in stopped and "exit 65" in stopped
+    assert "count" in plan and "rows: 48" in run and "count.txt" in shown
+    assert alone.startswith("{") and "exit 0" in alone
+    assert "count.unit was line, now cell" in stale
     [written] = Path(tmp_path / "runs").rglob("count.txt")
     assert written.read_text() == "48 lines"
-    assert lorapar("run", *config).startswith("0\n")
-    assert lorapar("report", *config, "--out", tmp_path / "page").startswith("0\n")
-    assert (tmp_path / "page/report.html").exists()
+    assert "exit 0" in whole and "exit 0" in report and (tmp_path / "page/report.html").exists()
+    make = subprocess.run(["make", "help"], cwd=source, capture_output=True, text=True)
+    assert "count " in make.stdout
 
 
 FUNCTIONS = {
@@ -168,13 +193,13 @@ def test_scorers_and_others_are_a_function_or_a_file_and_a_name(source, lorapar,
     add(source / "lorapar_cli/greet.py", "def command() -> None:\n    print('hello')\n")
     add(source / "lorapar_cli/commands.py", '"greet": "Greet.",\n        ', after='"Look": {\n        ')
 
-    listed = lorapar("list")
-    names = ("my_scorer", "my_strategy", "my_persona", "my_reward", "my_benchmark", "my_engine")
-    assert [name for name in names if name not in listed] == []
-    assert lorapar("greet") == "0\nhello\n" and "greet      Greet." in lorapar("--help")
     (source / "config.yaml").write_text(
         f"model: {{name: {tiny}}}\ndata: {{path: none.jsonl}}\nscore: {{scorer: my_scorer}}\n"
         "partition: {strategy: my_strategy}\nrl: {rewards: {my_reward: 1}}\n"
         "classify: {voters: [{persona: my_persona, engine: my_engine}]}\n"
     )
-    assert "no data file none.jsonl" in lorapar("status", "config.yaml")  # no name is unknown
+    listed, greeting, help_, status = lorapar(("list",), ("greet",), ("--help",), ("status", "config.yaml"))
+    names = ("my_scorer", "my_strategy", "my_persona", "my_reward", "my_benchmark", "my_engine")
+    assert [name for name in names if name not in listed] == []
+    assert greeting == "hello\nexit 0\n" and "greet      Greet." in help_
+    assert "no data file none.jsonl" in status  # no name is unknown
