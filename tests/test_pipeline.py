@@ -12,6 +12,7 @@ from stages.errors import ConfigError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import pending_stages
 from stages.pipeline.stage import all_stages, section
+from stages.pipeline.state import state
 from stages.pipeline.steps import ancestors, plan_steps
 from stages.report.comparison import answered_fewer
 from stages.store.artifacts import Store
@@ -228,3 +229,13 @@ def test_a_table_says_who_answered_fewer_items():
     ]
     assert answered_fewer(rows) == "base answered 5 of 16 items."
     assert answered_fewer(rows[1:]) == "" and answered_fewer([]) == ""
+
+
+def test_the_states_of_all_steps_read_each_manifest_once(begun, monkeypatch):
+    config = resolved(begun())
+    make_steps(config)
+    loaded, load_ = [], Store.load
+    monkeypatch.setattr(Store, "load", lambda self, path: loaded.append(path) or load_(self, path))
+    store = Store(config.root)
+    states = {name: state(store, step).state for name, step in plan_steps(config).items()}
+    assert set(states.values()) == {"current"} and len(loaded) == len(states) == len(set(loaded))
