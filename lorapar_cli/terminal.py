@@ -7,9 +7,9 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from lorapar_cli import voter_report
 from lorapar_cli.live_line import LiveLine, colored, interactive
 from lorapar_cli.tables import show, table
 from stages import escaping
@@ -17,7 +17,8 @@ from stages.errors import LoraparError
 from stages.pipeline.state import State, state
 from stages.pipeline.steps import Step
 from stages.records import read_samples
-from stages.report import comparison
+from stages.report import comparison, voters
+from stages.report.page import Grid
 from stages.store.artifacts import Artifact, Store
 from stages.store.estimates import actual_and_planned
 
@@ -90,7 +91,7 @@ def artifact(name: str, committed: Artifact, created: bool, as_json: bool) -> No
     if created and not _quiet:
         for line in _facts(summary):
             say(f"  {line}")
-        voter_report.report(path)
+        _voter_report(path)
 
 
 def _cost(committed: Artifact) -> str:
@@ -155,7 +156,22 @@ def manifest(committed: Artifact, as_json: bool) -> None:
         print(f"  {name}  {entry['size']} bytes  sha256 {entry['sha256'][:12]}")
     for name, entry in committed.manifest["inputs"].items():
         print(f"  from {name} {entry['key']}")
-    voter_report.report(committed.path)
+    _voter_report(committed.path)
+
+
+def _voter_report(folder: Path) -> None:
+    for block in voters.blocks(folder):
+        if isinstance(block, Grid):
+            _grid(block.head, block.rows)
+        else:
+            print(block.text)
+
+
+def _grid(head: list[str], lines: list[list[str]]) -> None:
+    rows = table(*head)
+    for line in lines:
+        rows.add_row(*line)
+    show(rows)
 
 
 def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
@@ -186,11 +202,7 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         if not measurements:  # the harness has tasks without an accuracy
             print(f"{name}: no graded answers; metrics.json of its artifacts has the harness's own figures\n")
             continue
-        head, lines = comparison.table(name, measurements, to="–", before_p="\n")
-        rows = table(*head)
-        for line in lines:
-            rows.add_row(*line)
-        show(rows)
+        _grid(*comparison.table(name, measurements, to="–", before_p="\n"))
         print(f"{fewer}\n" if (fewer := comparison.answered_fewer(measurements)) else "")
     if tables:
         print("accuracy in % [95 % interval]; tokens: mean length of an answer")

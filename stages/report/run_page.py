@@ -14,7 +14,7 @@ from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample
-from stages.report import comparison, elements, figures, protection, provenance, routing
+from stages.report import comparison, elements, figures, protection, provenance, routing, voters
 from stages.report.page import (
     Block,
     Command,
@@ -247,38 +247,10 @@ def _label_counts(artifacts: dict[str, Artifact]) -> list[Block]:
         counts = {key: n for key, n in artifact.manifest["summary"].items() if isinstance(n, int)}
         listed = ", ".join(f"{n} {_count_title(key)}" for key, n in counts.items())
         blocks.append(Text(f"{name.partition(':')[2]}: {listed}."))
-        file = artifact.path / "report.json"
-        if file.is_file():
-            blocks += _voters(json.loads(file.read_text(encoding="utf-8")))
+        blocks += voters.blocks(artifact.path)
     return blocks
 
 
 def _count_title(key: str) -> str:
     """Write `system1` and `with_gold` as `System 1` and `with gold`."""
     return re.sub(r"^system(?=\d)", "System ", key).replace("_", " ")
-
-
-def _voters(report: dict[str, Any]) -> list[Block]:
-    rows = [
-        [voter, str(v["valid"]), _percent(v["system2_share"]), _number(v["held_out_auc"])]
-        for voter, v in report["voters"].items()
-    ]
-    blocks: list[Block] = [Grid(["voter", "votes", "votes for System 2", "AUC, held out"], rows)]
-    kappa = report.get("agreement", {}).get("fleiss_kappa")
-    if kappa is not None:
-        blocks.append(Text(f"Agreement of the voters: Fleiss' kappa {kappa:.2f}.", quiet=True))
-    if (reference := report.get("known")) and reference["n"]:
-        low, high = reference["interval"]
-        areas = ", ".join(f"{title} {area[0]:.2f}" for title, area in reference["auc"].items() if area)
-        text = f"Known labels ({reference['field']}): {100 * reference['agreement']:.0f} % agree "
-        text += f"[{100 * low:.0f}, {100 * high:.0f}] of {reference['n']}. AUC by votes, by surface: {areas}."
-        blocks.append(Text(text, quiet=True))
-    return blocks
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"

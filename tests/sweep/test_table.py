@@ -802,7 +802,11 @@ def test_each_command_makes_its_step_alone(small):
             assert rest[-2:] == ["--only", node.step.variant]
 
 
-def _write_grid(path: Path, size: int) -> Path:
+@pytest.mark.parametrize(
+    ("size", "seeds", "said"),
+    [(200, [1], "8,000,000 rows"), (5, range(99_000), "125 rows with 99,000 seeds")],
+)
+def test_too_many_cells_are_refused_before_they_are_made(tmp_path, smoke, monkeypatch, size, seeds, said):
     names = ("partition.theta", "partition.alpha", "partition.beta")
     content = {
         "title": "x",
@@ -810,21 +814,11 @@ def _write_grid(path: Path, size: int) -> Path:
         "grid": {name: [(i + 1) / size for i in range(size)] for name in names},
         "columns": {"a": "sft@demo"},
     }
+    path = tmp_path / "grid.yaml"
     path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def test_a_grid_of_millions_is_refused_before_its_rows_are_made(tmp_path, smoke, monkeypatch):
-    path = _write_grid(tmp_path / "grid.yaml", 200)
-    monkeypatch.setattr(TableFile, "settings", lambda self: pytest.fail("made the rows"))
+    if len(seeds) == 1:
+        monkeypatch.setattr(TableFile, "settings", lambda self: pytest.fail("made the rows"))
     with pytest.raises(ConfigError) as caught:
-        table(path)
-    assert str(caught.value) == f"{path}: 8,000,000 rows are more than 1,000 cells"
-    assert "--max-cells 8000000" in caught.value.hint
-
-
-def test_as_many_cells_are_refused_when_they_come_of_seeds(tmp_path, smoke):
-    path = _write_grid(tmp_path / "grid.yaml", 5)
-    with pytest.raises(ConfigError) as caught:
-        table(path, seeds=list(range(99_000)))
-    assert str(caught.value) == f"{path}: 125 rows with 99,000 seeds are more than 1,000 cells"
+        table(path, seeds=list(seeds))
+    assert str(caught.value) == f"{path}: {said} are more than 1,000 cells"
+    assert f"--max-cells {size**3 * len(seeds)}" in caught.value.hint
