@@ -124,11 +124,3 @@ def test_rows_may_keep_their_final_answer_alone(tmp_path):
         assert row == whole or row["gold"] == whole["answer"].split("#### ")[1]
     with pytest.raises(DataError, match="121: the set has 120 training rows of System 2"):
         demo.write(tmp_path / "more", 7, gold_only=121)
-
-
-def test_no_stage_reads_the_intended_system():
-    import stages
-
-    for path in __import__("pathlib").Path(stages.__file__).parent.rglob("*.py"):
-        if path.name != "demo.py":
-            assert "intended" not in path.read_text(encoding="utf-8"), path
