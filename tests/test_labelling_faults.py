@@ -30,28 +30,15 @@ def config(tiny, tmp_path):
     """A function from the mock's URL (or several) to a config with one remote voter and ROWS rows."""
     rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(
+        f"{{run: faults, runs_dir: {tmp_path}/runs, model: {{name: {tiny}}}, "
+        f"data: {{path: {tmp_path}/rows.jsonl}}, server: {json.dumps(QUICK)}, eval: {{targets: [base]}}}}\n"
+    )
 
-    def make(*urls: str, server=QUICK, **classify):
-        voter = {
-            "model": "judge",
-            "base_url": list(urls),
-            "persona": "role_play",
-            **classify.pop("voter", {}),
-        }
-        tree = {
-            "classify": {"voters": [voter], "accept_weak": True, **classify},
-            "server": server,
-            "eval": {"targets": ["base"]},
-        }
-        overrides = [
-            f"model.name={tiny}",
-            f"data.path={tmp_path / 'rows.jsonl'}",
-            f"runs_dir={tmp_path / 'runs'}",
-        ]
-        overrides += [f"{name}={json.dumps(value)}" for name, value in tree.items()]
-        path = tmp_path / "config.yaml"
-        path.write_text("run: faults\n")
-        return load(path, overrides)
+    def make(*urls: str, **classify):
+        voter = {"model": "judge", "base_url": list(urls), "persona": "role_play"}
+        section = {"voters": [voter], "accept_weak": True, **classify}
+        return load(tmp_path / "config.yaml", [f"classify={json.dumps(section)}"])
 
     return make
 
@@ -245,6 +232,21 @@ def settings_with(config, voters):
     return config.model_copy(update={"classify": ClassifySection(voters=voters, accept_weak=True)})
 
 
+def command(tiny, tmp_path, name: str, rows: list[dict], url: str) -> list[str]:
+    """The command that classifies these rows with the judge at `url`."""
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "runs_dir": str(tmp_path / f"runs-{name}"),
+        "model": {"name": str(tiny)},
+        "data": {"path": str(tmp_path / f"{name}.jsonl")},
+        "server": {"concurrency": 8},
+        "eval": {"targets": ["base"]},
+        "classify": {"accept_weak": True, "voters": [{"model": "judge", "base_url": url}]},
+    }
+    (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+    return [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / f"{name}.json")]
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
     """5,000 rows through the mock server: peak memory beside that of 500."""
@@ -254,30 +256,16 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
     )
     try:
         url = mock.stdout.readline().strip()
-        for rows in (500, 5000):
-            data = tmp_path / f"{rows}.jsonl"
+        for number in (500, 5000):
             text = "It is a long day and many things happen on it. " * 5
-            data.write_text(
-                "".join(json.dumps({"question": f"{text}{i}?", "answer": f"{i}"}) + "\n" for i in range(rows))
-            )
-            config = {
-                "runs_dir": str(tmp_path / f"runs{rows}"),
-                "model": {"name": str(tiny)},
-                "data": {"path": str(data)},
-                "eval": {"targets": ["base"]},
-                "classify": {"accept_weak": True, "voters": [{"model": "judge", "base_url": url}]},
-            }
-            (tmp_path / "c.json").write_text(json.dumps(config))
-            child = subprocess.Popen(
-                [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")],
-                cwd=ROOT,
-                stderr=subprocess.DEVNULL,
-            )
+            rows = [{"question": f"{text}{i}?", "answer": f"{i}"} for i in range(number)]
+            start = command(tiny, tmp_path, str(number), rows, url)
+            child = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
             # Not ru_maxrss: it begins with what this process held when it forked.
             while child.poll() is None:
                 status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
                 peak = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, 0])[1]) / 1024
-                peaks[rows] = peak or peaks.get(rows, 0)
+                peaks[number] = peak or peaks.get(number, 0)
                 time.sleep(0.02)
             assert child.returncode == 0
     finally:
@@ -291,28 +279,17 @@ def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(tiny, tmp_pa
     """kill -9 of the stage at ten moments, then the same command: each ballot once in the journal."""
     with serve(Mock(lambda n, path, body: time.sleep(0.02))) as mock:
         rows = [{"question": f"Question {i}?", "answer": f"{i}"} for i in range(1500)]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = {
-            "run": "killed",
-            "runs_dir": str(tmp_path / "runs"),
-            "model": {"name": str(tiny)},
-            "data": {"path": str(tmp_path / "rows.jsonl")},
-            "server": {"concurrency": 8},
-            "eval": {"targets": ["base"]},
-            "classify": {"accept_weak": True, "voters": [{"model": "judge", "base_url": mock.url}]},
-        }
-        (tmp_path / "c.json").write_text(json.dumps(config))
-        command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
+        start = command(tiny, tmp_path, "killed", rows, mock.url)
         kills = 0
         for seconds in (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6):
-            child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+            child = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
             time.sleep(seconds)
             kills += child.poll() is None
             child.send_signal(signal.SIGKILL)
             child.wait()
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        subprocess.run(start, check=True, cwd=ROOT, capture_output=True)
         asked = Counter(key for key in mock.log if re.search(r"Question: Question \d", key))
-    (journal,) = (tmp_path / "runs/votes").glob("*.jsonl")
+    (journal,) = (tmp_path / "runs-killed/votes").glob("*.jsonl")
     ballots = Counter(row["question"] for _, row in read_jsonl(journal) if "question" in row)
     assert set(ballots.values()) == {1} and len(ballots) == 1532
     repeats = sum(asked.values()) - len(asked)

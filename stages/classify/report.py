@@ -75,7 +75,8 @@ def report(
     if comparison := _known_comparison(rows, section.known, valid):
         content["known"] = comparison
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    for warning in _warnings(content):
+    known_warnings = _known_label_warnings(comparison, set(content["voters"])) if comparison else []
+    for warning in _voter_warnings(content["voters"]) + known_warnings:
         say(warning)
     if not section.accept_weak:
         _refuse_weak_voters(content["voters"], section.min_auc)
@@ -125,13 +126,6 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
         {"id": row.example.id, "prompt": row.example.conversation, "system": row.system, "votes": row.votes}
         for row in contested
     ]
-
-
-def _warnings(content: dict[str, Any]) -> list[str]:
-    warnings = _voter_warnings(content["voters"])
-    if comparison := content.get("known"):
-        warnings += _known_label_warnings(comparison, set(content["voters"]))
-    return warnings
 
 
 def _voter_warnings(voters: dict[str, Any]) -> list[str]:

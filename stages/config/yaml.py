@@ -5,6 +5,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -242,15 +243,12 @@ def annotated(
 
     In each section, a line `# advanced` comes before the settings that few users change.
     """
-    fields = list(section.model_fields.items())
-    advanced = [(name, field) for name, field in fields if marks_of(field)["advanced"]]
-    for name, field in fields:
-        if not marks_of(field)["advanced"]:
+    fields = sorted(section.model_fields.items(), key=lambda field: marks_of(field[1])["advanced"])
+    for is_advanced, group in groupby(fields, key=lambda field: marks_of(field[1])["advanced"]):
+        if is_advanced:
+            yield f"{indent}# advanced"
+        for name, field in group:
             yield from _annotated_setting(name, field, values, indent)
-    if advanced:
-        yield f"{indent}# advanced"
-    for name, field in advanced:
-        yield from _annotated_setting(name, field, values, indent)
 
 
 def _annotated_setting(name: str, field: FieldInfo, values: Section | None, indent: str) -> Iterator[str]:

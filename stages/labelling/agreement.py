@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 from stages.evaluation.statistics import Z, wilson
@@ -68,19 +69,17 @@ def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
         None if len(np.unique(table)) < 2 else float(fleiss_kappa(aggregate_raters(table, n_cat=None)[0]))
     )
     pairs = {}
-    titles = list(votes)
-    for a in range(len(titles)):
-        for b in range(a + 1, len(titles)):
-            counts = np.zeros((2, 2))  # (vote of a, vote of b)
-            np.add.at(counts, (table[:, a] - 1, table[:, b] - 1), 1)
-            equal = float((table[:, a] == table[:, b]).mean())
-            kappa = interval = None
-            if all(len(np.unique(table[:, voter])) > 1 for voter in (a, b)):
-                cohen = cohens_kappa(counts)
-                kappa, interval = float(cohen.kappa), [float(cohen.kappa_low), float(cohen.kappa_upp)]
-            elif len(np.unique(table[:, [a, b]])) > 1:
-                kappa = 0.0
-            pairs[f"{titles[a]} | {titles[b]}"] = {"equal": equal, "kappa": kappa, "interval": interval}
+    for (a, first), (b, second) in combinations(enumerate(votes), 2):
+        counts = np.zeros((2, 2))  # (vote of a, vote of b)
+        np.add.at(counts, (table[:, a] - 1, table[:, b] - 1), 1)
+        equal = float((table[:, a] == table[:, b]).mean())
+        kappa = interval = None
+        if all(len(np.unique(table[:, voter])) > 1 for voter in (a, b)):
+            cohen = cohens_kappa(counts)
+            kappa, interval = float(cohen.kappa), [float(cohen.kappa_low), float(cohen.kappa_upp)]
+        elif len(np.unique(table[:, [a, b]])) > 1:
+            kappa = 0.0
+        pairs[f"{first} | {second}"] = {"equal": equal, "kappa": kappa, "interval": interval}
     return {"examples": len(common), "fleiss_kappa": fleiss, "pairs": pairs}
 
 

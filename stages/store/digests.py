@@ -46,6 +46,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step, so that no other process reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 CacheEntry = tuple[int, int, int, str]
 """Size, modification time and inode of a file, and its sha256."""
 CACHE_FILE = TypeAdapter(dict[str, CacheEntry])
@@ -90,10 +98,5 @@ class DigestCache:
         return hashlib.sha256(canonical_json(digests)).hexdigest()
 
     def _save(self) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._entries), encoding="utf-8")
-            os.replace(temporary, self._path)
-        except OSError:
-            pass  # it is only a cache: the next process computes the digest again
+        with contextlib.suppress(OSError):  # it is only a cache: the next process computes the digest again
+            replace_file(self._path, json.dumps(self._entries).encode())

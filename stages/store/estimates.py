@@ -6,12 +6,13 @@ part of the key, so the latest plan overwrites earlier estimates.
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
+
+from stages.store.digests import replace_file
 
 NAME = ".estimates.json"
 
@@ -30,10 +31,7 @@ def save(root: Path, estimates: dict[str, PlannedCost]) -> None:
     """Add estimates, by key of the step, to those of the store. A read-only store is left without them."""
     merged = {**_read(root), **estimates}
     with suppress(OSError):
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f"{NAME}.{os.getpid()}"
-        temporary.write_bytes(_FILE.dump_json(merged))
-        os.replace(temporary, root / NAME)
+        replace_file(root / NAME, _FILE.dump_json(merged))
 
 
 def load(root: Path, key: str) -> PlannedCost | None:

@@ -97,7 +97,7 @@ class _Manifest(_Strict):
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest as JSON will read it back, plus the digest of its other fields."""
-    plain = json.loads(json.dumps({"schema": SCHEMA, **manifest}, allow_nan=False))
+    plain = json.loads(json.dumps({"schema": SCHEMA, **manifest}))
     return {**plain, CHECKSUM: _checksum(plain)}
 
 

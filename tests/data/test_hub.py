@@ -13,24 +13,17 @@ from stages.data import hub, rows
 from stages.errors import HUB_HINT, MissingInputError
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "told"),
-    [
-        (403, "GatedRepo", "Cannot access gated repo for url https://hub.test/api/models/owner/gated."),
-        (401, "RepoNotFound", "Repository Not Found for url: https://hub.test/api/models/owner/gated."),
-        (404, "RevisionNotFound", "Revision Not Found for url: https://hub.test/api/models/owner/gated."),
-    ],
-)
-def test_the_hubs_reason_is_told_with_what_to_do(status, code, told, monkeypatch):
+def test_the_hubs_reason_is_told_with_what_to_do(monkeypatch):
     def refuse(*_, **__):
         request = httpx.Request("GET", "https://hub.test/api/models/owner/gated")
-        hf_raise_for_status(httpx.Response(status, headers={"X-Error-Code": code}, request=request))
+        hf_raise_for_status(httpx.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     with pytest.raises(MissingInputError) as caught:
-        hub.resolve_commit("model", f"owner/gated-{status}", "main")
+        hub.resolve_commit("model", "owner/gated", "main")
     assert str(caught.value) == (
-        f"no local folder 'owner/gated-{status}', and cannot get the model from the hub: {told}"
+        "no local folder 'owner/gated', and cannot get the model from the hub: Cannot access gated repo for "
+        "url https://hub.test/api/models/owner/gated."
     )
     assert caught.value.hint == HUB_HINT
 

@@ -265,25 +265,6 @@ def test_surface(text, words, numbers, form):
     }  # fmt: skip
 
 
-def test_the_matched_set_gives_nothing_away():
-    import sys
-
-    from conftest import ROOT
-
-    sys.path.append(str(ROOT / "benchmarks"))
-    from matched import rows
-
-    found = rows(60, 0)
-    scores = surface_scores([Example(row["question"], row["question"], "", None) for row in found])
-    for name, values in scores.items():
-        assert (
-            auc([values[row["question"]] for row in found], [row["system"] == 2 for row in found])[0] == 0.5
-        ), name
-    for one, two in zip(found[::2], found[1::2], strict=True):
-        alike = [values[one["question"]] == values[two["question"]] for values in scores.values()]
-        assert all(alike), (one, two)
-
-
 def test_neighbours_are_others():
     """On a line of seven, of which the last three are System 2: 1 to 5 are beside 0, and 1 to 5 beside 6."""
     line = {"words": {str(i): float(i) for i in range(7)}}
