@@ -7,7 +7,7 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, plan_of, sets, typed
-from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, planned
+from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, load_tables
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import state
 from stages.pipeline.steps import ancestors
@@ -78,7 +78,7 @@ def _report_tables(
     refuse_store(out)
     if len({path.stem for path in paths}) < len(paths):
         raise ConfigError("two tables have the same name, and would be written to the same files")
-    tables = planned(paths, base, only, column, seeds, set_, max_cells)
+    tables = load_tables(paths, base, only, column, seeds, set_, max_cells)
     options = ["--base", str(base)] if base else []
     options += _options("--column", column)
     options += ["--seeds", seeds] if seeds else []
