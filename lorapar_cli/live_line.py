@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from stages import escaping
@@ -57,10 +56,7 @@ class LiveLine:
     def draw(self, content: Callable[[], Content | None]) -> None:
         """Write the line anew. content: called when nobody else writes; no line is drawn if it gives None."""
         with self._lock:
-            if (current := content()) is None:
-                return
-            text = self._render(current)
-            if text != self._text:
+            if (current := content()) and (text := self._render(current)) != self._text:
                 self._text = text
                 _write(f"\r{text}\x1b[K")
 
@@ -71,18 +67,15 @@ class LiveLine:
             self.erase()
             yield
 
-    def erase(self) -> None:
+    def erase(self, end: str = "\r\x1b[K") -> None:
         with self._lock:
             if self._text:
                 self._text = ""
-                _write("\r\x1b[K")
+                _write(end)
 
     def leave(self) -> None:
         """Let the line stand, and go to the next row."""
-        with self._lock:
-            if self._text:
-                self._text = ""
-                _write("\n")
+        self.erase(end="\n")
 
     def _render(self, content: Content) -> str:
         """Return the line with its colors. It is shorter than the terminal, on which it would else break."""
@@ -110,33 +103,27 @@ def layout(content: Content, width: int, strokes: str) -> Any:
 
     strokes: the characters of the bar, for what is done and what is not.
     """
-    from rich.cells import cell_len, set_cell_size
     from rich.text import Text
 
-    title = escaping.one_line(content.title)
-    numbers = [escaping.one_line(number) for number in content.numbers]
-    bar_width = LONG_BAR if width >= WIDE else BAR
-    widths = [*([bar_width] if content.share is not None else []), *map(cell_len, numbers[:1])]
-    extras = sum(len(GAP) + columns for columns in widths)
+    size = LONG_BAR if width >= WIDE else BAR
+    filled = min(size, int(size * (content.share or 0)))
+    bar = Text.assemble((strokes[0] * filled, "green"), (strokes[1] * (size - filled), "dim"))
+    numbers = [Text(escaping.one_line(number), "cyan") for number in content.numbers]
+
+    def line(label: int, times: int, has_bar: bool, shown: int = 0) -> Text:
+        label_, title = Text(content.labels[label], "dim"), Text(escaping.one_line(content.title), "bold")
+        bars = [bar] if has_bar and content.share is not None else []
+        texts = [Text(content.count), Text(content.times[times]), *numbers[:shown]]
+        return Text(GAP).join(part for part in (label_, title, *bars, *texts) if part)
+
+    def fits(text: Text) -> bool:
+        return bool(text.cell_len <= width)
+
     # A short label makes room for the bar and a number; where it cannot, the long one is of more use.
-    for i, j, least_room in ((0, 0, extras), (1, 0, extras), (0, 0, 0), (1, 0, 0), (1, 1, 0)):
-        label, times = content.labels[i], content.times[j]
-        texts = [text for text in (label, title, content.count, times) if text]
-        room = width - cell_len(GAP.join(texts))
-        if room >= least_room:
-            break
-    else:
-        return Text(set_cell_size(GAP.join(texts), width))
-    has_bar = content.share is not None and room >= len(GAP) + bar_width
-    room -= len(GAP) + bar_width if has_bar else 0
-    ends = accumulate(len(GAP) + cell_len(number) for number in numbers)
-    numbers = [number for number, end in zip(numbers, ends, strict=True) if end <= room]
-    parts = [Text(label, "dim")] if label else []
-    parts.append(Text(title, "bold"))
-    if has_bar:
-        filled = min(bar_width, int(bar_width * (content.share or 0)))
-        bar = (strokes[0] * filled, "green"), (strokes[1] * (bar_width - filled), "dim")
-        parts.append(Text.assemble(*bar))
-    parts += [Text(text) for text in (content.count, times) if text]
-    parts += [Text(number, "cyan") for number in numbers]
-    return Text(GAP).join(parts)
+    forms = [(0, 0, True, 1), (1, 0, True, 1)]
+    forms += [(*lengths, has_bar, 0) for lengths in ((0, 0), (1, 0), (1, 1)) for has_bar in (True, False)]
+    label, times, has_bar, _ = next((form for form in forms if fits(line(*form))), forms[-1])
+    shown = max((n for n in range(len(numbers) + 1) if fits(line(label, times, has_bar, n))), default=0)
+    chosen = line(label, times, has_bar, shown)
+    chosen.truncate(width)
+    return chosen

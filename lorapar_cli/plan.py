@@ -14,7 +14,7 @@ from stages.config import Config
 from stages.errors import ConfigError
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors, check_stage_name
-from stages.plan.estimate import Estimate, estimate, remedy
+from stages.plan.estimate import Estimate, estimate, memory_remedies
 from stages.runtime import libraries, resources
 from stages.store import estimates
 from stages.store.artifacts import Store
@@ -70,16 +70,17 @@ def command(
     if as_json:
         print(json.dumps(_as_json(states, predicted)))
         return
+    remedies = memory_remedies(settings, pending, predicted)
     if not brief:
-        _print_all(states, predicted, verbose)
+        _print_all(states, predicted, list(states if verbose else remedies), verbose)
     elif pending:
         print(_busy(predicted) or f"{_about(predicted)} here")
     else:
         nothing_to_do()
-    for name in predicted.too_large:
-        print(f"{name} does not fit: {remedy(steps[name], settings, predicted)}")
+    for name, remedy in remedies.items():
+        print(f"{name} does not fit: {remedy}")
     if pending and not brief:
-        first = "change that, and lorapar plan" if predicted.too_large else "lorapar run"
+        first = "change that, and lorapar plan" if remedies else "lorapar run"
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
 
 
@@ -91,18 +92,18 @@ def require_no_problem(settings: Config, pending: list[Step], quietly: bool = Fa
     with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
         from stages.plan import preflight
 
-    logger = logging.getLogger("stages")
-    level = logger.level
-    if quietly:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING if quietly else logging.NOTSET)
     try:
         preflight.require_no_problem(settings, pending)
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
-def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> None:
-    """Print the state and cost of each step, what is too large or too long, and the total."""
+def _print_all(states: dict[str, str], predicted: Estimate, detailed: list[str], verbose: bool) -> None:
+    """Print the state and cost of each step, what is too long, and the total.
+
+    detailed: steps of which it is printed what fills the memory.
+    """
     rows = table("step", "state", "takes about", "memory")
     rows.columns[1].justify = "left"
     for name, current in states.items():
@@ -110,8 +111,8 @@ def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> No
         time = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
         rows.add_row(name, current, time, gib(cost.mib) if cost and cost.mib else "")
     show(rows)
-    memories = {name: cost.memory for name, cost in predicted.costs.items() if cost.memory}
-    if memories := {n: memory for n, memory in memories.items() if verbose or n in predicted.too_large}:
+    costs = {name: cost for name, cost in predicted.costs.items() if name in detailed}
+    if memories := {name: cost.memory for name, cost in costs.items() if cost.memory}:
         print()
         _print_memory(memories)
     if spans := [span for span in predicted.spans if verbose or span.longer]:

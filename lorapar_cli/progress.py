@@ -43,14 +43,6 @@ class Position:
         costs = {step.name: estimates.load(store.root, step.key) for step in pending}
         return cls(task.number, task.tasks, {name: cost and cost.seconds for name, cost in costs.items()})
 
-    def after(self, step: str) -> tuple[list[float | None], list[float | None]]:
-        """Return the estimates of the steps after this one: those of its stage, and those of later ones."""
-        names = list(self.planned)
-        later = names[names.index(step) + 1 :] if step in names else []
-        same_stage = list(takewhile(lambda name: name.split(":")[0] == step.split(":")[0], later))
-        seconds = [self.planned[name] for name in later]
-        return seconds[: len(same_stage)], seconds[len(same_stage) :]
-
 
 @dataclass
 class Bar:
@@ -60,6 +52,10 @@ class Bar:
     total: int | None
     started_s: float
     advanced_s: float
+    logged_s: float
+    """The time of the last line in the log; at first that of the start."""
+    logged: int = 0
+    """The count in that line."""
     done: int = 0
     note: str = ""
 
@@ -81,13 +77,11 @@ class TerminalProgress:
     def __init__(self, position: Position | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.position, self.clock = position, clock
         self._interactive = interactive()
-        self._state, self._writing = threading.Lock(), threading.RLock()
+        self._state, self._writing = threading.Lock(), threading.Lock()
         self._exiting = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._step, self._step_started_s = "", 0.0
         self._bar: Bar | None = None
-        self._logged, self._logged_s = 0, 0.0
-        """The count and the time of the last line in the log."""
 
     def __enter__(self) -> TerminalProgress:
         self._thread.start()
@@ -111,10 +105,8 @@ class TerminalProgress:
 
     def start(self, task: str, total: int | None = None) -> None:
         self._end_task()
-        with self._state:
-            now_s = self.clock()
-            self._bar = Bar(task, total, now_s, now_s)
-            self._logged, self._logged_s = 0, now_s
+        now_s = self.clock()
+        self._bar = Bar(task, total, now_s, now_s, now_s)
         if not total and not self._interactive:
             terminal.say(task)
 
@@ -130,16 +122,14 @@ class TerminalProgress:
     def done(self) -> None:
         """End the step."""
         self._end_task()
-        with self._state:
-            self._step = ""
+        self._step = ""
         terminal.live_line.erase()
 
     def _end_task(self) -> None:
         """End the task. A log gets a last line on it."""
         if not self._interactive:
             self._log(last=True)
-        with self._state:
-            self._bar = None
+        self._bar = None
 
     def _watch(self) -> None:
         while not self._exiting.wait(TICK_S):
@@ -156,9 +146,9 @@ class TerminalProgress:
         with self._writing:
             with self._state:
                 bar, now_s = self._bar, self.clock()
-                if not bar or bar.done == self._logged or not (last or now_s - self._logged_s >= LOG_EVERY_S):
+                if not bar or bar.done == bar.logged or not (last or now_s - bar.logged_s >= LOG_EVERY_S):
                     return
-                self._logged, self._logged_s = bar.done, now_s
+                bar.logged, bar.logged_s = bar.done, now_s
                 times = [f"{bar.done}/{bar.total} in {duration(bar.advanced_s - bar.started_s)}"]
                 if bar.done != bar.total and (left := self._times(bar.advanced_s)[0]):
                     times.append(left)
@@ -167,7 +157,7 @@ class TerminalProgress:
     def content(self) -> Content | None:
         """Return what the live line shows now; None between two steps."""
         with self._state:
-            bar, now_s = self._bar, self.clock()
+            bar = self._bar
             if not self._step:
                 return None
             return Content(
@@ -175,7 +165,7 @@ class TerminalProgress:
                 labels=self.position.labels if self.position else ("", ""),
                 count=f"{bar.done}/{bar.total}" if bar and bar.total else "",
                 share=bar.done / bar.total if bar and bar.total else None,
-                times=self._times(now_s),
+                times=self._times(self.clock()),
                 numbers=[number for number in bar.note.split("  ") if number] if bar else [],
             )
 
@@ -186,18 +176,20 @@ class TerminalProgress:
         that of later steps does. A step without an estimate is not counted in the stage, and the time of the
         run is then not shown.
         """
-        planned = self.position.planned.get(self._step) if self.position else None
-        stage_s = self._bar.seconds_left(now_s) if self._bar else None
-        if stage_s is None and planned is not None:
-            stage_s = max(0.0, planned - (now_s - self._step_started_s))
-        if stage_s is None:
+        planned = self.position.planned if self.position else {}
+        left_s = self._bar.seconds_left(now_s) if self._bar else None
+        if left_s is None and (estimate := planned.get(self._step)) is not None:
+            left_s = max(0.0, estimate - (now_s - self._step_started_s))
+        if left_s is None:
             return "", ""
-        same_stage, later = self.position.after(self._step) if self.position else ([], [])
-        stage_s += sum(seconds or 0.0 for seconds in same_stage)
+        names = list(planned)
+        later = names[names.index(self._step) + 1 :] if self._step in names else []
+        of_stage = list(takewhile(lambda name: name.split(":")[0] == self._step.split(":")[0], later))
+        stage_s = left_s + sum(planned[name] or 0.0 for name in of_stage)
         stage = f"{duration(stage_s)} left" if stage_s else ""
-        if not later or None in (*same_stage, *later):
+        if of_stage == later or None in (planned[name] for name in later):
             return stage, stage
-        run = f"run {duration(stage_s + sum(seconds or 0.0 for seconds in later))}"
+        run = f"run {duration(left_s + sum(planned[name] or 0.0 for name in later))}"
         return ", ".join(filter(None, (stage, run))), stage
 
 
@@ -208,8 +200,6 @@ class Silence:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-    def begin(self, step: str) -> None: ...
-    def start(self, task: str, total: int | None = None) -> None: ...
-    def advance(self, n: int = 1, note: str = "") -> None: ...
-    def say(self, text: str) -> None: ...
-    def done(self) -> None: ...
+    def _ignore(self, *_: object, **__: object) -> None: ...
+
+    begin = start = advance = say = done = _ignore

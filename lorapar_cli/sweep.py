@@ -20,7 +20,7 @@ from stages.sweep.file import MAX_CELLS
 from stages.sweep.graph import ArtifactId, Node, build_graph, measured
 from stages.sweep.local import Outcome, Sweep, Worker
 from stages.sweep.table import Cell, Table
-from stages.sweep.table import table as plan_table
+from stages.sweep.table import table as load_table
 
 MAX_JOBS = 1024
 TablePaths = Annotated[
@@ -153,13 +153,17 @@ def load_tables(
     set_: list[str] | None,
     max_cells: int,
 ) -> list[Table]:
-    """Plan the tables. A single error combines the mistakes of all of them."""
+    """Load the tables, and print which rows are left out. A single error combines all mistakes."""
     tables, errors = [], []
+    reason = f"with {base}" if base else "in these columns"
     for path in paths:
         try:
-            tables.append(_load_table(path, base, only, columns, seeds, set_, max_cells))
+            tables.append(load_table(path, base, only, _numbers(seeds), set_, columns, max_cells))
         except LoraparError as error:
             errors.append(error)
+            continue
+        for row, first in tables[-1].duplicate_of.items():
+            terminal.say(f"{path}: {reason}, row {row!r} is the same as {first!r} and is left out")
     if len(errors) > 1:
         kind = type(errors[0]) if len({type(error) for error in errors}) == 1 else ConfigError
         hints = dict.fromkeys(error.hint for error in errors if error.hint)
@@ -167,23 +171,6 @@ def load_tables(
     if errors:
         raise errors[0]
     return tables
-
-
-def _load_table(
-    path: Path,
-    base: Path | None,
-    only: list[str] | None,
-    columns: list[str] | None,
-    seeds: str | None,
-    set_: list[str] | None,
-    max_cells: int,
-) -> Table:
-    """Plan one table, and print which rows are left out as duplicates."""
-    planned_table = plan_table(path, base, only, _numbers(seeds), set_, columns, max_cells)
-    reason = f"with {base}" if base else "in these columns"
-    for row, first in planned_table.duplicate_of.items():
-        terminal.say(f"{path}: {reason}, row {row!r} is the same as {first!r} and is left out")
-    return planned_table
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -23,7 +23,7 @@ from stages.pipeline.stage import stage
 from stages.pipeline.steps import plan_steps
 from stages.plan import cost_model, profiler
 from stages.plan.cost_model import NOTHING, UNKNOWN, CostModel
-from stages.plan.estimate import Cost, Estimate, MemoryEstimate
+from stages.plan.estimate import Cost, Estimate, MemoryEstimate, memory_remedies
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.plan.profiler import GAIN, Measurement, Profiler, per_text
 from stages.plan.prompt_lengths import Texts, prompt_length, spans
@@ -119,7 +119,7 @@ def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
 
 
 def test_only_the_table_and_the_total_are_printed_without_a_flag(told):
-    lengths = Lengths.of([3, 5])
+    lengths = Lengths([3, 5])
     short = Span("row", 2, lengths, "data.max_length", 9, "drop")
     out = told(spans=[short]).out
     assert out.splitlines()[0].split() == ["step", "state", "takes", "about", "memory"]
@@ -134,7 +134,7 @@ def test_only_the_table_and_the_total_are_printed_without_a_flag(told):
 
 
 def test_what_is_cut_or_does_not_fit_is_printed_with_what_to_lower(told):
-    lengths = Lengths.of([3, 5])
+    lengths = Lengths([3, 5])
     spans = [Span("row", 2, lengths, "data.max_length", 4, "drop"), Span("prompt", 2, lengths, "x", 9, "cut")]
     out = told(spans=spans, mib=90.0).out
     assert re.search(r"^row .* data.max_length 4 +1: drop$", out, re.MULTILINE) and "prompt " not in out
@@ -375,9 +375,12 @@ def test_memory_that_runs_out_is_a_step_that_does_not_fit(model):
     def full(*_):
         raise MemoryError
 
-    cost = costs(model(measure_training=full))["score"]
+    made = model(measure_training=full)
+    cost = costs(made)["score"]
     assert cost.seconds is None
-    assert Estimate({"score": cost}, [], room=10**6).too_large == ["score"]
+    predicted = Estimate({"score": cost}, [], room=10**6)
+    remedies = memory_remedies(made[0].config, [made[1]["score"]], predicted)
+    assert remedies == {"score": "lower score.batch_size"}
 
 
 def test_threads_share_the_work_and_each_step_loads_the_model(model):
@@ -544,7 +547,7 @@ def test_estimates_survive_damage_and_a_store_that_cannot_be_written(tmp_path):
 
 
 def test_lengths():
-    found = Lengths.of([5, 1, 9, 3])
+    found = Lengths([5, 1, 9, 3])
     assert (found.median, found.p99, found.longest, found.mean) == (3, 9, 9, 4.5)
     assert found.beyond(5) == 1 and found.within(4) == 3
 

@@ -129,7 +129,7 @@ def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, smoke, tmp
 
 
 def test_votes_may_fail_as_often_as_the_config_allows():
-    lengths = Lengths.of([10, 20, 300])
+    lengths = Lengths([10, 20, 300])
     assert Span("prompt of x", 100, lengths, "s", 200, "fail").fails
     assert not Span("vote", 100, lengths, "s", 200, "fail", allowed=1).fails
     assert Span("vote", 100, lengths, "s", 200, "fail", allowed=0.5).fails

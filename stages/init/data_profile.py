@@ -114,11 +114,9 @@ def survey(
     return DataProfile(
         rows=rows,
         answers=kinds,
-        prompt=Lengths.of(prompts),
-        response=Lengths.of(
-            [len(row.labels) - n for row, n in answered or zip(rendered, prompts, strict=True)]
-        ),
-        row=Lengths.of([len(row.labels) for row in rendered]),
+        prompt=Lengths(prompts),
+        response=Lengths([len(row.labels) - n for row, n in answered or zip(rendered, prompts, strict=True)]),
+        row=Lengths([len(row.labels) for row in rendered]),
         unanswered=len(rendered) - len(answered),
         bare=sum(
             example.gold is not None and example.response in ("", example.gold) for example in rows.examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 from stages.config import Config
@@ -62,19 +63,17 @@ class Estimate:
         """Seconds of the steps whose time can be predicted."""
         return [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
 
-    @property
-    def too_large(self) -> list[str]:
-        """Names of the steps that do not fit into the memory."""
-        room = self.room
-        return [name for name, cost in self.costs.items() if room and cost.mib and cost.mib > room]
 
-
-def remedy(step: Step, config: Config, predicted: Estimate) -> str:
-    """Return what to change so that a step that does not fit into the memory does."""
-    memory = predicted.costs[step.name].memory
-    if memory and predicted.room and memory.weights > predicted.room:
-        return "set model.load_in_4bit, or choose a smaller model"
-    return f"lower {step.stage.memory_hint(config, step.variant)}"
+def memory_remedies(config: Config, steps: list[Step], predicted: Estimate) -> dict[str, str]:
+    """The names of those steps that do not fit into the memory → what to change so that they do."""
+    remedies, room = {}, predicted.room or math.inf
+    for step in steps:
+        memory = predicted.costs[step.name].memory or MemoryEstimate()
+        if memory.weights > room:
+            remedies[step.name] = "set model.load_in_4bit, or choose a smaller model"
+        elif memory.total > room:
+            remedies[step.name] = f"lower {step.stage.memory_hint(config, step.variant)}"
+    return remedies
 
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:

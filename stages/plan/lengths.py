@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 from stages.records import Example
 
@@ -13,15 +14,11 @@ LONGEST = 64
 """Examples with the longest texts that are always in a sample."""
 
 
-@dataclass(frozen=True)
 class Lengths:
     """Lengths in tokens of one or more texts."""
 
-    ordered: tuple[int, ...]
-
-    @classmethod
-    def of(cls, numbers: Iterable[int]) -> Lengths:
-        return cls(tuple(sorted(numbers)))
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.ordered = sorted(numbers)
 
     @property
     def median(self) -> int:
@@ -41,7 +38,7 @@ class Lengths:
 
     @property
     def mean(self) -> float:
-        return sum(self.ordered) / len(self.ordered)
+        return fmean(self.ordered)
 
     def beyond(self, limit: int) -> int:
         """The number of texts that are longer than the limit."""
@@ -49,7 +46,7 @@ class Lengths:
 
     def within(self, limit: int) -> float:
         """The mean length if longer texts are cut at the limit."""
-        return sum(min(number, limit) for number in self.ordered) / len(self.ordered)
+        return fmean(min(number, limit) for number in self.ordered)
 
     def summary(self) -> dict[str, float]:
         return {"mean": self.mean, "median": self.median, "p99": self.p99, "longest": self.longest}

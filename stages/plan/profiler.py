@@ -107,7 +107,7 @@ class Profiler:
         if self._votes is None:
             ballots = sorted(ballots, key=lambda ballot: ballot.text)
             texts: Any = [ballot.text for ballot in ballots]
-            number, tokens = self._few(texts, sharing=True)
+            number, tokens = self._tokens_to_measure(texts, sharing=True)
             engine = InProcess(self.base, self.tokenizer, self.config.server.batch_size)
             self.supports_packing(texts[0])  # with few tokens; the engine would take all of a long prompt
             seconds, mib = self._time(lambda: deque(engine.choose_words(ballots[:number]), maxlen=0))
@@ -127,7 +127,7 @@ class Profiler:
             return self._training[kind]
         model, sharing, texts = self.adapted, packed and not dropout, [row.input_ids for row in rows]
 
-        number, tokens = self._few(texts, sharing)
+        number, tokens = self._tokens_to_measure(texts, sharing)
         ids, labels = texts[:number], [row.labels for row in rows[:number]]
 
         def work() -> None:
@@ -218,7 +218,7 @@ class Profiler:
         cores = (now - machine - (time.process_time() - process)) / (time.perf_counter() - wall)
         return cores if cores > BUSY_CORES else None
 
-    def _few(self, texts: Sequence[list[int]], sharing: bool) -> tuple[int, int]:
+    def _tokens_to_measure(self, texts: Sequence[list[int]], sharing: bool) -> tuple[int, int]:
         """The number of texts to measure, of FEW_TOKENS together (on a GPU all texts), and their tokens."""
         number = tokens = 0
         while number < len(texts) and (self.on_gpu or tokens < FEW_TOKENS):

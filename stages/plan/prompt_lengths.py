@@ -79,11 +79,11 @@ class Texts:
 
     @cached_property
     def rl_prompts(self) -> Lengths:
-        return Lengths.of(prompt_length(row) for row in self.training_rows("rl"))
+        return Lengths(prompt_length(row) for row in self.training_rows("rl"))
 
     @cached_property
     def responses(self) -> Lengths:
-        return Lengths.of(len(row.labels) - prompt_length(row) for row in self.training_rows("sft"))
+        return Lengths(len(row.labels) - prompt_length(row) for row in self.training_rows("sft"))
 
     def ballots(self, name: str) -> list[list[ChoiceRequest]]:
         """Tokenised requests about these rows by voter; none for voters other than the base."""
@@ -161,7 +161,7 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
             if ballots:
                 served = voter.engine != "transformers"
                 reply = max(max_reply_tokens(b) if served else b.max_thinking_tokens for b in ballots)
-                lengths = Lengths.of(len(ballot.text) for ballot in ballots)
+                lengths = Lengths(len(ballot.text) for ballot in ballots)
                 title = f"vote on {name}, {voter.persona}"
                 limit = _limit(config, voter.engine, reply, voter.vllm)
                 asked = len(rows[name]) * voter.samples
@@ -169,7 +169,7 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
                 allowed = tolerated(asked + known, config.classify.max_failed) / voter.samples
                 yield Span(title, len(rows[name]), lengths, *limit, "fail", allowed)
     if stages & {"score", "sft"} and (imitated := texts.training_rows("sft")):
-        lengths = Lengths.of(len(row.input_ids) for row in imitated)
+        lengths = Lengths(len(row.input_ids) for row in imitated)
         yield Span("row", texts.imitable, lengths, "data.max_length", data.max_length, data.too_long)
     if "rl" in stages:
         prompt, completion = rl.max_prompt_length, rl.max_completion_length
@@ -185,7 +185,7 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
         if rows[name]:
             engine, benchmark = config.eval.engine, config.eval.benchmarks[name]
             reply = generation_limit(benchmark)
-            lengths = Lengths.of(map(len, texts.prompts[name]))
+            lengths = Lengths(map(len, texts.prompts[name]))
             fails = engine == "vllm" or benchmark.mode == "likelihood"
             beyond = "fail" if fails else "more than the model was made for"
             yield Span(f"prompt of {name}", len(rows[name]), lengths, *_limit(config, engine, reply), beyond)

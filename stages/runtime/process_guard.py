@@ -65,18 +65,6 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def continue_in_child() -> int | None:
-    """Fork, and return None in the child, which goes on; in the parent return the child's exit code.
-
-    So a library that aborts the process does not take the parent along. Call it before threads exist.
-    """
-    pid = os.fork()
-    if pid == 0:
-        end_with_parent()
-        return None
-    return shell_exit_code(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-
 def _guard(command: list[str]) -> int:
     """Run the command and return its exit code; end it on a signal, or if standard input closes."""
     ignored = {number for number in TERMINATION_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ RESERVED = {"dependency", "job_name", "signal_delay_s", "stderr_to_stdout", "tea
 """Parameters of submitit that a settings file must not set."""
 RESERVED_BY_SBATCH_NAME = {"dependency", "job-name", "job_name", "signal", "no-requeue", "array"}
 """The same among `additional_parameters`, which submitit writes last, so that they would win."""
-FAILED = "ended without its artifact"
+CURRENT, NOT_SUBMITTED, FAILED = "current", "not submitted", "ended without its artifact"
+"""States of a node beside those of its job."""
 MAX_MINUTES = 60 * 24 * 31
 """A larger time is a mistake: YAML reads 24:00:00 as 86,400."""
 TYPES: dict[str, type] = {"time": int, "setup": list, "srun_args": list, "additional_parameters": dict}
@@ -111,20 +113,16 @@ class Cluster:
             job_of: dict[ArtifactId, str] = {}
             submitted: set[ArtifactId] = set()
             for artifact, node in nodes.items():  # in topological order: inputs come first
-                if node.current:
+                job, status = self._status(node, queue)
+                if status == CURRENT:
                     continue
-                job = self.jobs.get("/".join(artifact))
-                job_state = None if job is None else queue.get((job, _job_name(node)))
-                if job is not None and job_state and not submitted & set(node.inputs):
-                    self.say(f"job {job} is {job_state.lower()}: {node.title}")
+                is_queued = status not in (NOT_SUBMITTED, FAILED)
+                if is_queued and not submitted & set(node.inputs):
+                    self.say(f"job {job} is {status}: {node.title}")
                     job_of[artifact] = job
                     continue
-                if job is not None and not job_state and is_current(node):
-                    continue  # the job ended after the graph was built
-                if job is not None and job_state:
+                if is_queued:
                     subprocess.run(["scancel", job], check=False)  # its dependency can never be satisfied
-                elif job is not None:
-                    self.say(f"job {job} {FAILED}{self._log_hint(job)}: {node.title}")
                 dependencies = [job_of[upstream] for upstream in node.inputs if upstream in job_of]
                 job_of[artifact] = self._submit_job(node, dependencies)
                 submitted.add(artifact)
@@ -136,20 +134,29 @@ class Cluster:
         """Print the state of each artifact's job, and submit none; return state → number of artifacts."""
         self.jobs = self._read_record()
         queue = queued()
-        counts: dict[str, int] = {}
-        for artifact, node in nodes.items():
-            job = self.jobs.get("/".join(artifact))
-            status = "current" if node.current else queue.get((job or "", _job_name(node)), "").lower()
-            if not status and job is None:
-                status = "not submitted"
-            elif not status:  # the job may have ended after the graph was built
-                status = "current" if is_current(node) else FAILED
-            counts[status] = counts.get(status, 0) + 1
-            if status == FAILED:
-                self.say(f"job {job} {FAILED}{self._log_hint(job or '')}: {node.title}")
-            elif status != "current":
+        counts: Counter[str] = Counter()
+        for node in nodes.values():
+            job, status = self._status(node, queue)
+            counts[status] += 1
+            if status not in (CURRENT, FAILED):
                 self.say(f"{status}{f', job {job}' if job else ''}: {node.title}")
         return counts
+
+    def _status(self, node: Node, queue: dict[tuple[str, str], str]) -> tuple[str, str]:
+        """The number of a node's job, empty if there is none, and its state; a failed one is reported."""
+        job = self.jobs.get("/".join(node.id), "")
+        if node.current:
+            return job, CURRENT
+        if status := queue.get((job, _job_name(node))):
+            return job, status.lower()
+        if not job:
+            return job, NOT_SUBMITTED
+        if is_current(node):  # the job ended after the graph was built
+            return job, CURRENT
+        log = self.folder / "slurm" / f"{job}_0_log.out"
+        hint = f"; see {log}" if log.is_file() else ", and never ran"
+        self.say(f"job {job} {FAILED}{hint}: {node.title}")
+        return job, FAILED
 
     def _read_record(self) -> dict[str, str]:
         if not self.record.is_file():
@@ -161,10 +168,6 @@ class Cluster:
                 f"{self.record} is not a record of jobs",
                 "scancel jobs that are still queued, or they are submitted twice; then move the file away",
             ) from None
-
-    def _log_hint(self, job: str) -> str:
-        log = self.folder / "slurm" / f"{job}_0_log.out"
-        return f"; see {log}" if log.is_file() else ", and never ran"
 
     def _record_job(self, name: str, job: str) -> None:
         self.jobs[name] = job
