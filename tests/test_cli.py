@@ -268,7 +268,7 @@ def test_engines_and_benchmarks_are_found_by_file(lorapar):
         kind = line if line in kinds else kind
         kinds[kind] += line.split()[:1] if line not in kinds else []
     assert kinds["engines"] == ["openai", "transformers", "vllm"]
-    assert kinds["benchmarks"] == ["demo", "gsm8k", "humaneval", "jsonl", "lm_eval", "mmlu"]
+    assert kinds["benchmarks"] == ["demo", "gsm8k", "humaneval", "jsonl", "mmlu"]
 
 
 def test_a_variant_that_there_is_not(lorapar, config):
@@ -389,7 +389,7 @@ def test_stages_do_not_import_from_the_folder_they_stand_in(tiny, demo_data, tmp
         ["demo-data", "x", "--seed", "-1"], ["demo-data", "x", "--seed", str(2**32)],
         ["show", "c.yaml", "--limit", "0"], ["sweep", "t.yaml", "--jobs", "0"],
         ["sweep", "t.yaml", "--jobs", "9999"],
-        ["sweep", "t.yaml", "--max-cells", "0"], ["eval", "c.yaml", "--limit", "0"],
+        ["sweep", "t.yaml", "--max-cells", "0"],
     ],
     ids=" ".join,
 )  # fmt: skip

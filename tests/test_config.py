@@ -5,7 +5,6 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
-from lorapar_cli.harness import entries
 from stages.config import Config, SftSection
 from stages.config.fields import cache_key_fields
 from stages.config.yaml import annotated, on_one_line
@@ -120,13 +119,6 @@ MISTAKES = {
     f"{GSM8K}.kind=gsm9k": f"{GSM8K}.kind: unknown benchmark 'gsm9k'; choose from: demo, gsm8k,",
     f"{GSM8K}.samples=4": f"{GSM8K}: samples 4 of a greedy answer are all the same; set temperature",
     f"{GSM8K}.kind=jsonl": "eval.benchmarks: gsm8k needs a path: a file or a hub id",
-    f"{GSM8K}.kind=lm_eval": "eval.benchmarks: gsm8k needs tasks",
-    f"{GSM8K}={{kind: lm_eval, tasks: [t], label: true}}": "gsm8k: lm_eval has no rows to label",
-    f"{GSM8K}={{kind: lm_eval, tasks: [t], prompt: {{answer_format: xml}}}}": (
-        "the harness takes a template and a system message, and no more"
-    ),
-    f"{GSM8K}={{kind: lm_eval, tasks: [t], seed: 3, top_p: .5}}": "gsm8k: seed, top_p: the harness's",
-    f"{GSM8K}.tasks=[t]": "tasks are those of kind lm_eval, got kind gsm8k",
     f"{GSM8K}.mode=likelihood": "mode likelihood is for mmlu alone, got kind gsm8k",
     f"{GSM8K}={{limit: 3, limit: 4}}": "'limit' appears twice, in lines 1 and 1",
     "eval.benchmarks={train: {kind: demo}}": "eval.benchmarks: 'train' cannot be the name of a benchmark",
@@ -317,14 +309,6 @@ def test_a_section_whose_settings_are_commented_out_is_empty(tmp_path):
     assert load(path, ["rl.max_steps=5"]).rl.max_steps == 5
     assert "eval.benchmarks.boolq.limt" in message(
         path, "eval.benchmarks.boolq={kind: demo, path: x, limt: 3}"
-    )
-
-
-def test_the_harness_s_entry_of_the_command_line_is_no_mistake():
-    (entry,) = entries(" gsm8k", None, 3).items()
-    assert entry == (
-        "lm-eval-gsm8k",
-        'eval.benchmarks.lm-eval-gsm8k={"kind": "lm_eval", "tasks": ["gsm8k"], "limit": 3}',
     )
 
 

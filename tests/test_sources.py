@@ -245,13 +245,3 @@ def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
     program = dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point", "task_id"), "def f(): 1")
     with pytest.raises(DataError, match="duplicate id"):
         humaneval.load(BenchmarkSection(kind="humaneval", path=written(tmp_path, program, program).path))
-
-
-@pytest.mark.parametrize(("accuracies", "readings"), [((0, 1), (False, True)), ((1, 0), (True, False))])
-def test_readings_of_the_harness_are_strict_first_and_flexible_last(accuracies, readings):
-    from stages.evaluation.benchmarks import lm_eval
-
-    common = {"doc_id": 0, "arguments": [("P", {})], "resps": [], "filtered_resps": "x", "target": "t"}
-    rows = [{**common, "acc": value} for value in accuracies]
-    (found,) = lm_eval._samples("t", rows)
-    assert (found.correct, found.correct_flexible) == readings

@@ -197,11 +197,6 @@ class Config(Section):
             raise ValueError(f"{subject} needs whole weights for the copy that RL starts from; use ddp")
         if self.baseline.method == "prefix_tuning" and checkpointing:
             raise ValueError(f"{subject} does not train under gradient_checkpointing, which drops the prefix")
-        harness = [name for name, benchmark in self.eval.benchmarks.items() if benchmark.kind == "lm_eval"]
-        if self.baseline.trains_prompt and harness and set(self.eval.targets) != {"base"}:
-            raise ValueError(
-                f"eval.benchmarks.{harness[0]}: the harness cannot read the logits after a trained prompt"
-            )
         if self.rl.beta and self.rl.kl_reference == "sft":
             raise ValueError(f"{subject} can hold on to the base alone; use rl.kl_reference=base")
         return self

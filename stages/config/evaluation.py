@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     Field,
@@ -55,7 +55,7 @@ class BenchmarkSection(SourceSection):
     )
     shots: NonNegativeInt = setting(
         0,
-        "Number of worked examples in the prompt; 0 with lm_eval: as many as the task has.",
+        "Number of worked examples in the prompt.",
         ignored_by="classify",
     )
     shots_path: str | None = advanced_unkeyed(
@@ -80,11 +80,11 @@ class BenchmarkSection(SourceSection):
     seed: NonNegativeInt = advanced(0, "Seed of sampled answers.", ignored_by="classify")
     prompt: PromptSection | None = advanced(
         None,
-        "Prompt settings of this benchmark, used instead of the section `prompt`. Tasks of lm_eval read only "
-        "template and system, and only from here.",
+        "Prompt settings of this benchmark, used instead of the section `prompt`.",
         ignored_by="classify",
     )
-    tasks: list[str] = setting([], "Tasks of lm-evaluation-harness, for kind lm_eval.", ignored_by="classify")
+
+    retired: ClassVar[dict[str, tuple[Any, str]]] = {"tasks": ([], "classify")}
 
     @property
     def brings_labels(self) -> bool:
@@ -98,22 +98,6 @@ class BenchmarkSection(SourceSection):
             yield f"mode likelihood is for mmlu alone, got kind {self.kind}"
         if self.kind == "humaneval" and self.shots:
             yield "humaneval has no worked examples; leave out shots"
-        if self.tasks and self.kind not in ("", "lm_eval"):
-            yield f"tasks are those of kind lm_eval, got kind {self.kind}"
-        fields = type(self).model_fields
-        unused = [name for name in _UNUSED_BY_LM_EVAL if getattr(self, name) != fields[name].default]
-        if self.kind == "lm_eval" and unused:
-            yield f"{', '.join(unused)}: the harness's tasks have their own; leave it out"
-        if self.kind == "lm_eval" and self.prompt:
-            unused_prompt = self.prompt.model_dump(exclude={"template", "system"})
-            if unused_prompt != PromptSection().model_dump(exclude={"template", "system"}):
-                yield "prompt: the harness takes a template and a system message, and no more"
-
-
-_UNUSED_BY_LM_EVAL = (
-    "max_new_tokens", "samples", "seed", "temperature", "top_p", "split", "shots_path", "shots_split",
-)  # fmt: skip
-"""Settings that the harness's tasks define themselves."""
 
 
 class SandboxSection(Section):
@@ -146,8 +130,7 @@ class EvalSection(Section):
     )
     untrained_items: PositiveInt | None = advanced_unkeyed(
         None,
-        "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all. "
-        "Tasks of lm_eval have only their own limit.",
+        "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all.",
     )
     parity_items: NonNegativeInt = advanced_unkeyed(
         8, "How many of the first answers are checked against the unmerged adapter; 0: none."
@@ -173,8 +156,6 @@ class EvalSection(Section):
         if not set(self.modes.values()) <= set(self.targets):
             both = " and ".join(self.modes.values())
             yield f"targets: auto chooses between the answers of {both}; name both, too"
-        if harness := [name for name, entry in self.benchmarks.items() if entry.kind == "lm_eval"]:
-            yield (f"targets: auto votes on rows, and {harness[0]} has none; the harness reads them")
 
     @field_validator("benchmarks", mode="before")
     @classmethod
@@ -194,8 +175,6 @@ class EvalSection(Section):
             if isinstance(entry, dict):
                 kind = entry.get("kind") or name
                 module = benchmarks.pick(kind) if benchmarks and kind in benchmarks.names() else None
-                if module and entry.get("label") and not hasattr(module, "load"):
-                    raise ValueError(f"{name}: {kind} has no rows to label; leave out label")
                 defaults = module.DEFAULTS if module else {}
                 if "path" in entry:
                     source = SourceSection.model_fields
@@ -208,7 +187,6 @@ class EvalSection(Section):
     @classmethod
     def _check_rows(cls, entries: dict[str, BenchmarkSection], info: ValidationInfo) -> Any:
         for name, entry in entries.items():
-            harness = entry.kind == "lm_eval"
-            if registries_from(info).get("benchmarks") and not (entry.tasks if harness else entry.path):
-                raise ValueError(f"{name} needs {'tasks' if harness else 'a path: a file or a hub id'}")
+            if registries_from(info).get("benchmarks") and not entry.path:
+                raise ValueError(f"{name} needs a path: a file or a hub id")
         return entries

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -123,6 +123,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
+    retired: ClassVar[dict[str, tuple[Any, str]]] = {}
+    """Settings that are gone: for each its default, which stays in keys, and the reader that ignored it."""
 
     @field_validator("*")
     @classmethod
@@ -156,7 +158,8 @@ def cache_key_fields(value: Any, *readers: str) -> Any:
             marks = marks_of(field)
             if marks["in_cache_key"] and not set(marks["ignored_by"]) & set(readers):
                 keyed[name] = cache_key_fields(getattr(value, name), *readers)
-        return keyed
+        retired = type(value).retired.items()
+        return keyed | {name: old for name, (old, ignoring) in retired if ignoring not in readers}
     if isinstance(value, list | tuple):
         return [cache_key_fields(item, *readers) for item in value]
     return value

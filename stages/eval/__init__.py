@@ -48,8 +48,7 @@ def _sections(config: Config, variant: str) -> tuple[str, ...]:
 def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     target, _, name = variant.partition("@")
     benchmark = config.eval.benchmarks[name]
-    # The tasks of another harness have no such limit.
-    items = config.eval.untrained_items if target in UNTRAINED_TARGETS and not benchmark.tasks else None
+    items = config.eval.untrained_items if target in UNTRAINED_TARGETS else None
     return {
         **({"items": items} if items else {}),
         **cache_key.model_part(config, cache),
@@ -64,18 +63,14 @@ def _answers_together(config: Config, variant: str) -> bool:
     """True if a vLLM server can hold the target's adapter beside others, and answers by requests alone."""
     from stages.engines import vllm
 
-    target, _, name = variant.partition("@")
-    asks = not hasattr(benchmarks.pick(config.eval.benchmarks[name].kind), "run")
-    has_adapter_file = target not in (*REGIONS, ROUTED)
+    has_adapter_file = variant.partition("@")[0] not in (*REGIONS, ROUTED)
     served = config.eval.engine == "vllm" and config.served_by_vllm and vllm.serves_modules(config.server)
-    return asks and has_adapter_file and served
+    return has_adapter_file and served
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     from stages.plan import preflight
 
-    kind = texts.config.eval.benchmarks[step.variant.partition("@")[2]].kind
-    yield getattr(benchmarks.pick(kind), "check_installed", lambda: None)
     yield partial(preflight.check_prompts, texts, step)
 
 
@@ -124,7 +119,6 @@ STAGE = Stage(
         "both readings, intervals, tokens; also the first prompt and the stop texts.",
         "samples.jsonl": "One object per answer: `id`, `sample`, `system`, `prompt`, `output`, `gold`, "
         "`strict` and `flexible` (the answer in each reading), `correct`, `correct_flexible`, `outcome`.",
-        "harness.json": "What lm-evaluation-harness returned. Only of kind lm_eval.",
     },
     checks=_checks,
     cost=_cost,

@@ -233,15 +233,7 @@ def _adapter_digest(adapter: Path | None) -> str | None:
 
 def _evaluate(evaluation: Evaluation, adapter: Path | None) -> dict[str, Any]:
     """Answer and grade the benchmark, and write the results; see `run`."""
-    context, benchmark, progress = evaluation.context, evaluation.benchmark, evaluation.context.progress
-    module, server = evaluation.kind, evaluation.server
-    if hasattr(module, "run"):
-        context.engines.close()  # the harness loads the model itself
-        target, out = evaluation.target, context.out
-        summary: dict[str, Any] = module.run(
-            evaluation.model, adapter, benchmark, server, target, out, progress
-        )
-        return summary
+    benchmark, progress = evaluation.benchmark, evaluation.context.progress
     cache, rows, renderer, prompts = _cache_of(evaluation, adapter)
     settings = evaluation.sandbox
     sandbox = sandboxes.from_settings(settings, progress.say) if settings else None

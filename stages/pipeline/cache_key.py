@@ -90,20 +90,13 @@ def of_server(config: Config) -> dict[str, Any]:
 
 def of_source(source: SourceSection, cache: DigestCache) -> str:
     """Digest of a file's content, or the commit of a hub data set."""
-    # The data of the evaluation harness are elsewhere: `path` is a folder of task files.
-    if isinstance(source, BenchmarkSection) and source.tasks:
-        return cache.folder(Path(source.path)) if source.path else ""
     file = local_file(source)
     return cache.file(file) if file else resolve_commit("dataset", str(source.path), source.revision)
 
 
 def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
-    """Cache-key part of the worked examples in a benchmark's prompt, if there are any.
-
-    The evaluation harness brings its own.
-    """
-    has_source = benchmark.shots and not benchmark.tasks
-    return {"shots": of_source(shots_source(benchmark), cache)} if has_source else {}
+    """Cache-key part of the worked examples in a benchmark's prompt, if there are any."""
+    return {"shots": of_source(shots_source(benchmark), cache)} if benchmark.shots else {}
 
 
 def model_part(config: Config, cache: DigestCache) -> dict[str, str]:

@@ -132,9 +132,7 @@ class _Rows(dict[str, list[Example]]):
 
 
 def _load(section: BenchmarkSection) -> list[Example]:
-    """The rows of a benchmark; none if another project's harness reads them."""
-    module = benchmarks.pick(section.kind)
-    return list(module.load(section)) if hasattr(module, "load") else []
+    return list(benchmarks.pick(section.kind).load(section))
 
 
 def _cut(row: Row, length: int) -> Row:

@@ -125,9 +125,6 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
     """Build a table and a figure of accuracies for each benchmark."""
     blocks: list[Block] = []
     for name, measurements in tables.items():
-        if not measurements:
-            blocks.append(Text(f"{name}: no graded answers; `lorapar show` has what the harness found."))
-            continue
         head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}")
         targets = head[2:]
         caption = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "

@@ -1,18 +1,19 @@
-"""lm-evaluation-harness on our models: filed like our own evaluations, and on MMLU of one mind with them."""
+"""lm-evaluation-harness reads what was exported, and is on MMLU of one mind with our evaluations."""
 
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, paths
+from conftest import ROOT, make_steps
 
+from stages import export
 from stages.config import EvalSection, ModelSection
-from stages.evaluation.benchmarks import lm_eval as harness
 from stages.evaluation.benchmarks import mmlu
 from stages.pipeline.resolve import registries, resolved
-from stages.pipeline.steps import plan_steps
 from stages.records import read_jsonl
 
 pytestmark = pytest.mark.skipif(
@@ -58,50 +59,19 @@ def rows_of(subject: str, n: int) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_task_of_the_harness_becomes_an_artifact(lorapar, tiny, demo_data, tmp_path):
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    task(tasks, "sums", "sums", rows_of("sums", 6), rows_of("sums", 2), 2)
-    config = [
-        ROOT / "configs/smoke.yaml",
-        *(p for o in paths(tiny, demo_data, tmp_path) for p in ("--set", o)),
-    ]
-    config += ["--set", "eval.targets=[base]"]
-    command = [
-        "eval", *config, "--harness", "lm-eval", "--tasks", "sums", "--task-files", tasks, "--limit", "4",
-    ]  # fmt: skip
-    done = lorapar(*command)
-    assert done.code == 0, done.err
-    folder = next((tmp_path / "runs/smoke/eval").glob("latest-base@lm-eval-sums")).resolve()
-    samples = [row for _, row in read_jsonl(folder / "samples.jsonl")]
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert len(samples) == 4 and metrics["all"]["n"] == 4 and metrics["harness"].startswith("lm-eval 0.4.13")
-    assert metrics["own"]["sums"]["acc,none"] == metrics["all"]["accuracy"]
-    assert metrics["first_prompt"].startswith(
-        "The following are multiple choice questions (with answers) about sums."
-    )
-    assert "lm-eval-sums" in done.out
-    assert "is current" in lorapar(*command).err
-    assert lorapar(*command[:-5], "nothing", *command[-4:]).err.startswith(
-        "error: the harness has no task nothing"
-    )
-    assert lorapar("eval", *config, "--harness", "lm-eval").code == 78
-    assert lorapar("eval", *config, "--tasks", "sums").code == 78
-
-
-@pytest.mark.parametrize(
-    ("rows", "right"),
-    [
-        ([{"acc": 1.0}, {"acc": 0}], [True, False]),
-        ([{"acc": 0.31}, {"acc": 1.0}], []),
-        ([{"bleu": 1}] * 2, []),
-    ],
-)
-def test_a_share_is_no_right_answer(rows, right):
-    """truthfulqa_mc2 calls a probability `acc`."""
-    common = {"arguments": [("P", {})], "resps": [], "filtered_resps": "x", "target": "t"}
-    found = harness._samples("task", [{"doc_id": i, **common, **row} for i, row in enumerate(rows)])
-    assert [sample.correct for sample in found] == right
+def test_the_harness_reads_an_exported_model(begun, tmp_path):
+    """As the guide says, on a task of our own, which needs no hub."""
+    config = resolved(begun())
+    artifact = make_steps(config, "sft")["sft"][0]
+    export.write(artifact, config, tmp_path / "merged", "merged")
+    task(tmp_path, "sums", "sums", rows_of("sums", 6), rows_of("sums", 2), 2)
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--apply_chat_template", "--limit", "4"]
+    command += ["--model_args", f"pretrained={tmp_path / 'merged'},dtype=float32", "--tasks", "sums"]
+    command += ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    subprocess.run(command, check=True)
+    [file] = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(file.read_text())
+    assert results["n-samples"]["sums"]["effective"] == 4 and 0 <= results["results"]["sums"]["acc,none"] <= 1
 
 
 @pytest.mark.slow
@@ -159,11 +129,3 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
         print(f"\nMMLU: {same} of {len(ours)} choices are those of lm-eval; {right} right")
     assert prompts == [item.text for item in asked]
     assert ours == theirs and len(ours) == 50
-
-
-def test_a_limit_of_items_that_the_harness_does_not_read_changes_no_key(smoke):
-    def key(*settings: str) -> str:
-        harness_alone = "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}"
-        return plan_steps(resolved(smoke(harness_alone, *settings)))["eval:base@h"].key
-
-    assert key("eval.untrained_items=3") == key("eval.untrained_items=4")

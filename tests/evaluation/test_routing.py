@@ -119,11 +119,6 @@ def test_another_seed_draws_other_rows_for_the_threshold_whatever_gave_the_label
     ("targets", "more", "message"),
     [
         ("[sft, rl, auto]", "prompt.by_system={2: Think.}", "prompt.by_system tells it to the model"),
-        (
-            "[sft, rl, auto]",
-            "eval.benchmarks={h: {kind: lm_eval, tasks: [arc_easy]}}",
-            "auto votes on rows, and h has none; the harness reads them",
-        ),
         ("[base, rl, auto]", "seed=0", "auto chooses between the answers of sft and rl; name both, too"),
     ],
 )

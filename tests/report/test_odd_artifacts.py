@@ -10,18 +10,6 @@ from stages.report import comparison, run_page
 from stages.store.artifacts import Artifact
 
 
-def test_a_task_of_the_harness_without_an_accuracy(tmp_path, monkeypatch, capsys):
-    (tmp_path / "samples.jsonl").touch()
-    now = SimpleNamespace(state="current", artifact=Artifact(tmp_path, {}))
-    monkeypatch.setattr(comparison, "state", lambda store, step: now)
-    steps = [SimpleNamespace(variant=f"{target}@perplexity") for target in ("sft", "rl")]
-    assert comparison.tables(None, steps, "system") == {"perplexity": []}
-    terminal.results(None, steps)
-    assert "perplexity: no graded answers; metrics.json" in capsys.readouterr().out
-    (text,) = run_page._results({"perplexity": []})
-    assert text.text.startswith("perplexity: no graded answers")
-
-
 def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
     row = Sample("a", 0, None, "Q", "A", None, "A", "A", True, True, "correct", {"why": "it is so"})
     write_jsonl(tmp_path / "samples.jsonl", [asdict(row)])

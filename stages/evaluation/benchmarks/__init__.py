@@ -8,11 +8,9 @@ A file defines these names at its top level:
 - `grade(example, output, context)`: the Grade of an answer.
 - `GROUPS`: the fields of an item by which the results are also split.
 - `SANDBOX = True`, if grading runs code that a model wrote.
-
-A benchmark that another project's harness runs defines `DEFAULTS` and `run` only.
 """
 
 from stages.registry import ModuleRegistry
 
-BUILT_IN = ("demo", "gsm8k", "humaneval", "jsonl", "lm_eval", "mmlu")
+BUILT_IN = ("demo", "gsm8k", "humaneval", "jsonl", "mmlu")
 benchmarks = ModuleRegistry("benchmark", {name: f"{__name__}.{name}" for name in BUILT_IN})
