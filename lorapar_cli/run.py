@@ -58,7 +58,7 @@ def command(
             require_no_problem(settings, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
-        position = Position.of_task(task, store)
+        position = Position.from_task(task, store)
         terminal.say(f"--- {position.labels[0]}, {task.stage.name}: {task.why}")
         launcher = launch.section(settings, task.stage)
         if launcher or task.stage.needs_own_process(settings):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_steps
+from conftest import ROOT, make_steps, paths
 
 from lorapar_cli import plan as plan_command
 from stages.config import LaunchSection
@@ -35,19 +35,12 @@ SETS = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sf
 
 
 @pytest.fixture
-def asked(smoke, lorapar):
+def asked(smoke, lorapar, tiny, demo_data, tmp_path):
     """Runs `lorapar plan` on the smoke config with few rows; returns what it prints, and the config."""
     config = smoke(*SETS)
-    paths = {
-        "model.name": config.model.name,
-        "data.path": config.data.path,
-        "eval.benchmarks.demo.path": config.eval.benchmarks["demo"].path,
-        "runs_dir": config.runs_dir,
-    }
+    flags = [part for setting in (*paths(tiny, demo_data, tmp_path), *SETS) for part in ("--set", setting)]
 
     def run(*more: str):
-        settings = [*(f"{name}={value}" for name, value in paths.items()), *SETS]
-        flags = [part for setting in settings for part in ("--set", setting)]
         return lorapar("plan", ROOT / "configs/smoke.yaml", *flags, *more), config
 
     return run
@@ -76,6 +69,7 @@ def told(asked, monkeypatch):
             return Estimate(costs, more.pop("spans", []), room=100, **more)
 
         monkeypatch.setattr(plan_command, "estimate", estimate)
+        monkeypatch.setattr(plan_command, "require_no_problem", lambda *_, **__: None)
         return asked(*flags)[0]
 
     return run
@@ -105,13 +99,10 @@ def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
     took, before = estimates.actual_and_planned(made["score"][0].manifest["provenance"])
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
     # With other settings, what was made is stale, and what was not is still missing.
-    monkeypatch.setattr(
-        plan_command, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, [])
-    )
-    states = {
-        name: row["state"]
-        for name, row in json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"].items()
-    }
+    nothing_known = Estimate(dict.fromkeys(told["steps"], Cost()), [])
+    monkeypatch.setattr(plan_command, "estimate", lambda *_: nothing_known)
+    rows = json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"]
+    states = {name: row["state"] for name, row in rows.items()}
     assert (states["classify:train"], states["score"]) == ("current", "stale")
     assert {states[name] for name in ("partition:sft", "sft", "rl", "eval:rl@demo")} == {"missing"}
 
@@ -143,8 +134,8 @@ def test_what_is_cut_or_does_not_fit_is_printed_with_what_to_lower(told):
 
 
 def test_briefly_it_is_one_line(told):
-    assert told("--brief").out == "about 10 min here\n"
-    assert told("--brief").err == ""
+    briefly = told("--brief")
+    assert (briefly.out, briefly.err) == ("about 10 min here\n", "")
     assert told("--brief", seconds=None).out == "how long it takes is not known here\n"
     too_large = told("--brief", mib=90.0).out.splitlines()
     assert too_large[0] == "about 10 min here" and too_large[1].startswith("classify:train does not fit")

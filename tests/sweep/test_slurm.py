@@ -108,6 +108,15 @@ def test_each_job_waits_for_those_that_make_its_inputs(path, lorapar, submitted)
         assert given["additional_parameters"] == {"kill-on-invalid-dep": "yes"}
 
 
+def test_auto_is_evaluated_with_the_answers_that_it_chooses_from(path):
+    path.write_text(FILE.replace("RL: rl@demo", "Auto: auto@demo"))
+    base = path.with_name("base.yaml")
+    base.write_text(base.read_text().replace("eval: {", "eval: {targets: [sft, rl, auto], "))
+    nodes = graph.build_graph(table(path).cells).values()
+    commands = [node.command for node in nodes if node.step.name == "eval:auto@demo"]
+    assert commands and all("eval.targets=[sft, rl, auto]" in command for command in commands)
+
+
 def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar, submitted, monkeypatch):
     command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
     lorapar(*command)
