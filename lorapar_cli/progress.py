@@ -38,7 +38,7 @@ class Position:
         return f"stage {self.number} of {self.stages}", f"{self.number}/{self.stages}"
 
     @classmethod
-    def of_task(cls, task: Task, store: Store) -> Position:
+    def from_task(cls, task: Task, store: Store) -> Position:
         pending = [step for step in task.remaining if task.force or state(store, step).state != "current"]
         costs = {step.name: estimates.load(store.root, step.key) for step in pending}
         return cls(task.number, task.tasks, {name: cost and cost.seconds for name, cost in costs.items()})

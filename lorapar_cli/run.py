@@ -19,14 +19,14 @@ from lorapar_cli.options import (
 )
 from lorapar_cli.plan import require_no_problem
 from lorapar_cli.progress import Position, Silence, TerminalProgress
-from lorapar_cli.stage import make
+from lorapar_cli.stage import make, report
 from stages.config import TRAINED, Config, LaunchSection
 from stages.errors import ConfigError
 from stages.pipeline import launch
 from stages.pipeline.run import Task, pending_stages
 from stages.pipeline.state import state
-from stages.pipeline.steps import Step, ancestors
-from stages.store.artifacts import Artifact, Store
+from stages.pipeline.steps import ancestors
+from stages.store.artifacts import Store
 
 
 def command(
@@ -58,14 +58,15 @@ def command(
             require_no_problem(settings, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
-        position = Position.of_task(task, store)
+        position = Position.from_task(task, store)
         terminal.say(f"--- {position.labels[0]}, {task.stage.name}: {task.why}")
         launcher = launch.section(settings, task.stage)
         if launcher or task.stage.needs_own_process(settings):
             _launch(launcher, [task.stage.name, str(config), *_options(set_, task, quiet)], store, task)
             continue
         with Silence() if quiet else TerminalProgress(position) as progress:
-            make(settings, store, task.steps, task.force, progress, _quiet_report if quiet else _report)
+            on_made = (lambda *_: None) if quiet else report
+            make(settings, store, task.steps, task.force, progress, on_made)
         if task.stage.name == "eval":
             terminal.results(store, task.steps)
     if not made:
@@ -75,13 +76,6 @@ def command(
     terminal.places(store, requested)
     if last is None:
         terminal.say(f"next: {_next(settings, requested, typed(config, set_))}")
-
-
-def _report(step: Step, artifact: Artifact, created: bool) -> None:
-    terminal.artifact(step.name, artifact, created, as_json=False)
-
-
-def _quiet_report(step: Step, artifact: Artifact, created: bool) -> None: ...
 
 
 def _launch(launcher: LaunchSection | None, arguments: list[str], store: Store, task: Task) -> None:

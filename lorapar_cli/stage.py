@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Quiet, plan_of
@@ -84,12 +85,14 @@ def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as
         return
     is_shown = distributed.is_main() and not quiet
 
-    def report(step: Step, artifact: Artifact, created: bool) -> None:
-        if distributed.is_main():
-            terminal.artifact(step.name, artifact, created, as_json)
-
     with TerminalProgress(None) if is_shown else Silence() as progress:
-        make(settings, store, steps, force, progress, report)
+        make(settings, store, steps, force, progress, partial(report, as_json=as_json))
+
+
+def report(step: Step, artifact: Artifact, created: bool, as_json: bool = False) -> None:
+    """Print what there is to say of an artifact, once for all processes of a launcher."""
+    if distributed.is_main():
+        terminal.artifact(step.name, artifact, created, as_json)
 
 
 def _variants(steps: list[Step], only: list[str] | None) -> list[Step]:

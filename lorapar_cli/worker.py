@@ -10,12 +10,12 @@ from lorapar_cli import options, terminal
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.process import set_up
 from lorapar_cli.progress import TerminalProgress
-from lorapar_cli.stage import make
+from lorapar_cli.stage import make, report
 from stages.config import Config
 from stages.pipeline import launch
 from stages.pipeline.steps import Step
 from stages.runtime import gpu, process_guard
-from stages.store.artifacts import Artifact, Store
+from stages.store.artifacts import Store
 
 
 def begin(device: str | None) -> None:
@@ -44,7 +44,7 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
             launch.run(launcher, command, [step.key])
         else:
             with TerminalProgress(None) as progress:
-                make(config, Store(config.root), [step], False, progress, _report)
+                make(config, Store(config.root), [step], False, progress, report)
     except Exception as problem:
         error = to_user_error(problem)
         terminal.error(error, options.typed_config)
@@ -52,7 +52,3 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
     finally:
         sys.stdout.flush()
     return 0
-
-
-def _report(step: Step, artifact: Artifact, created: bool) -> None:
-    terminal.artifact(step.name, artifact, created, as_json=False)

@@ -28,9 +28,8 @@ def script(monkeypatch):
 )
 def test_a_part_of_one_device_gets_the_first_that_was_given(script, monkeypatch, given, seen):
     gpu = script("gpu")
-    if given is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     parts = {part.group: gpu.seen_by(part) for part in gpu.parts(small=False)}
     alone = {"CUDA_VISIBLE_DEVICES": seen}
@@ -46,14 +45,11 @@ def test_a_row_says_what_it_lacks_what_it_found_and_how_it_failed(script, tmp_pa
         return one["code"], one["findings"]
 
     assert row("import sys; print(sys.argv[1]); print('7 tokens/s, or so')") == (0, ["7 tokens/s"])
-    assert row("print('7 tokens/s'); raise SystemExit('broken')") == (
-        1,
-        ["7 tokens/s", "7 tokens/s", "broken"],
-    )
+    failed = row("print('7 tokens/s'); raise SystemExit('broken')")
+    assert failed == (1, ["7 tokens/s", "7 tokens/s", "broken"])
     assert row("raise SystemExit('broken')", needs=["json", "no_such"]) == (0, ["skipped: no no_such"])
-    assert row("raise SystemExit('broken')", gpus=99)[1] == [
-        f"skipped: {torch.cuda.device_count()} GPUs of 99"
-    ]
+    skipped = row("raise SystemExit('broken')", gpus=99)[1]
+    assert skipped == [f"skipped: {torch.cuda.device_count()} GPUs of 99"]
 
 
 def test_a_part_that_takes_too_long_is_killed_with_all_it_started(script, tmp_path):
@@ -61,9 +57,7 @@ def test_a_part_that_takes_too_long_is_killed_with_all_it_started(script, tmp_pa
     code = "import subprocess, sys; print('7 tokens/s', flush=True); subprocess.run(['sleep', '987654'])"
     part = gpu.Part("part", lambda *_: ["-c", code], r"^.*tokens/s", 0.05)
     row = gpu.line(part, str, tmp_path, time.monotonic() + 60)
-    assert (
-        row["code"] == "none" and row["findings"][0] == "7 tokens/s" and "killed after 3 s" in row["findings"]
-    )
+    assert row["code"] == "none" and {"7 tokens/s", "killed after 3 s"} <= set(row["findings"])
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if "987654" in (p.info["cmdline"] or [])]
 
 

@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import ROOT, make_steps
+from conftest import ROOT, make_steps, paths
 
 from lorapar_cli import plan as plan_command
 from stages.config import LaunchSection
@@ -25,9 +24,8 @@ from stages.plan import cost_model, profiler
 from stages.plan.cost_model import NOTHING, UNKNOWN, CostModel
 from stages.plan.estimate import Cost, Estimate, MemoryEstimate, memory_remedies
 from stages.plan.lengths import Lengths, Span, sampled
-from stages.plan.profiler import GAIN, Measurement, Profiler, per_text
+from stages.plan.profiler import Measurement, Profiler, per_text
 from stages.plan.prompt_lengths import Texts, prompt_length, spans
-from stages.prompts.renderer import Row
 from stages.runtime import resources
 from stages.store import estimates
 from stages.store.estimates import PlannedCost
@@ -37,19 +35,12 @@ SETS = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sf
 
 
 @pytest.fixture
-def asked(smoke, lorapar):
+def asked(smoke, lorapar, tiny, demo_data, tmp_path):
     """Runs `lorapar plan` on the smoke config with few rows; returns what it prints, and the config."""
     config = smoke(*SETS)
-    paths = {
-        "model.name": config.model.name,
-        "data.path": config.data.path,
-        "eval.benchmarks.demo.path": config.eval.benchmarks["demo"].path,
-        "runs_dir": config.runs_dir,
-    }
+    flags = [part for setting in (*paths(tiny, demo_data, tmp_path), *SETS) for part in ("--set", setting)]
 
     def run(*more: str):
-        settings = [*(f"{name}={value}" for name, value in paths.items()), *SETS]
-        flags = [part for setting in settings for part in ("--set", setting)]
         return lorapar("plan", ROOT / "configs/smoke.yaml", *flags, *more), config
 
     return run
@@ -78,6 +69,7 @@ def told(asked, monkeypatch):
             return Estimate(costs, more.pop("spans", []), room=100, **more)
 
         monkeypatch.setattr(plan_command, "estimate", estimate)
+        monkeypatch.setattr(plan_command, "require_no_problem", lambda *_, **__: None)
         return asked(*flags)[0]
 
     return run
@@ -107,13 +99,10 @@ def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
     took, before = estimates.actual_and_planned(made["score"][0].manifest["provenance"])
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
     # With other settings, what was made is stale, and what was not is still missing.
-    monkeypatch.setattr(
-        plan_command, "estimate", lambda _, steps: Estimate({s.name: Cost() for s in steps}, [])
-    )
-    states = {
-        name: row["state"]
-        for name, row in json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"].items()
-    }
+    nothing_known = Estimate(dict.fromkeys(told["steps"], Cost()), [])
+    monkeypatch.setattr(plan_command, "estimate", lambda *_: nothing_known)
+    rows = json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"]
+    states = {name: row["state"] for name, row in rows.items()}
     assert (states["classify:train"], states["score"]) == ("current", "stale")
     assert {states[name] for name in ("partition:sft", "sft", "rl", "eval:rl@demo")} == {"missing"}
 
@@ -145,8 +134,8 @@ def test_what_is_cut_or_does_not_fit_is_printed_with_what_to_lower(told):
 
 
 def test_briefly_it_is_one_line(told):
-    assert told("--brief").out == "about 10 min here\n"
-    assert told("--brief").err == ""
+    briefly = told("--brief")
+    assert (briefly.out, briefly.err) == ("about 10 min here\n", "")
     assert told("--brief", seconds=None).out == "how long it takes is not known here\n"
     too_large = told("--brief", mib=90.0).out.splitlines()
     assert too_large[0] == "about 10 min here" and too_large[1].startswith("classify:train does not fit")
@@ -305,33 +294,10 @@ def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model
     texts = model()[0].texts
     learning = 2 * (4 * texts.rl_prompts.within(512) + 16 * texts.responses.within(12))
     assert more == pytest.approx(learning / 3)
+    twice = costs(model("rl.beta=0", "rl.num_iterations=2"))["rl"].seconds
+    assert twice == pytest.approx(learning * 4 / 3 + (plain - learning) / 2)
     baseline = costs(model("baseline.method=dora", "eval.targets=[base]"))
     assert baseline["rl"] == baseline["sft"] == UNKNOWN
-
-
-def test_with_dropout_rl_is_measured_without_packing(model):
-    seen = []
-
-    def measure_training(rows, packed, dropout, checkpointing):
-        seen.append((packed, dropout))
-        return Measurement(10, 10.0, 20.0)
-
-    made = model("rl.lora_dropout=0.1", measure_training=measure_training)
-    made[0].cost(made[1]["rl"])
-    assert seen == [(False, 0.1)]
-
-
-def test_without_packing_not_all_logits_are_kept(smoke):
-    """TRL applies the head in parts, and on a 7B model all logits of a batch are gigabytes."""
-
-    def fail(*_):
-        raise AssertionError
-
-    config = resolved(smoke(*SETS))
-    texts = Texts(config)
-    measured = Profiler(config, texts.tokenizer, 1)
-    measured.base.get_output_embeddings().register_forward_hook(fail)
-    assert measured.measure_training(texts.trained_rows("sft")[:2], False, 0.0, False).seconds > 0
 
 
 def test_a_vllm_that_sleeps_does_not_stand_beside_training(model, caplog):
@@ -356,11 +322,11 @@ def test_a_vllm_that_sleeps_does_not_stand_beside_training(model, caplog):
     assert "its weights twice; choose transformers" in caplog.text
 
 
-def test_weights_that_do_not_fit_are_told_and_not_loaded(asked, monkeypatch):
+def test_weights_that_do_not_fit_are_told_and_not_loaded(asked, smoke, monkeypatch):
     def fail(*_):
         raise AssertionError
 
-    config = asked()[1]
+    config = smoke(*SETS)
     parameters = load_base(config.model).parameters()
     assert base.weights_mib(config.model) == sum(p.nbytes for p in parameters) / resources.MIB
     monkeypatch.setattr(profiler, "load_base", fail)
@@ -442,61 +408,15 @@ def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, 
     assert launch.gpu_split(LaunchSection(**given)) == found
 
 
-@pytest.fixture
-def rested(monkeypatch):
-    """A profiler that began at second 0, without a model; `now` has what the system says since."""
+def test_a_machine_is_busy_if_others_keep_its_cores_busy(monkeypatch):
+    """In ten seconds all processes computed for so many on our cores, and we for eight."""
     made = object.__new__(Profiler)
-    made._start, made.on_gpu, made._training = (0.0, 0.0, 1000.0), False, {}
-    made.now = {"wall": 10.0, "own": 8.0, "worked": 1008.0}
-    monkeypatch.setattr(resources, "busy_seconds", lambda: made.now["worked"])
-    monkeypatch.setattr(resources, "reset_peak", lambda: None)
-    monkeypatch.setattr(resources, "peak_device_memory", lambda: 0)
-    clock = SimpleNamespace(
-        perf_counter=lambda: made.now["wall"],
-        process_time=lambda: made.now["own"],
-        thread_time=lambda: made.now["own"],
-    )
+    made._start = (0.0, 0.0, 1000.0)
+    clock = SimpleNamespace(perf_counter=lambda: 10.0, process_time=lambda: 8.0)
     monkeypatch.setattr(profiler, "time", clock)
-    return made
-
-
-def test_a_machine_is_busy_if_others_keep_its_cores_busy(rested):
-    assert rested.busy_cores() is None
-    rested.now["worked"] += 14
-    assert rested.busy_cores() == pytest.approx(1.4)
-    rested.now["worked"] = None
-    assert rested.busy_cores() is None
-
-
-def test_threads_gain_on_a_cpu(smoke):
-    config = resolved(smoke())
-    assert Profiler(config, None, 4).speedup == 4**GAIN and Profiler(config, None, 1).speedup == 1
-
-
-@pytest.mark.parametrize(
-    ("each", "most", "on_gpu", "tried"),
-    [(0.01, 64, False, [6, 6]), (0.2, 64, False, [6]), (0.01, 4, False, [4, 4]), (0.01, 64, True, [64])],
-)
-def test_a_batch_has_enough_tokens(rested, each, most, on_gpu, tried, monkeypatch):
-    """Of 50 tokens a row. What others do on the machine takes wall time, and does not count on a CPU."""
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    rested.on_gpu, sizes = on_gpu, []
-
-    def backward(ids, labels, sharing):
-        sizes.append(len(ids))
-        rested.now["own"] += each * len(ids)
-        rested.now["wall"] += 20 * each * len(ids)
-
-    rested.base = SimpleNamespace(device="cpu")
-    rested.adapted = MagicMock(named_parameters=lambda: [], modules=lambda: [])
-    monkeypatch.setattr(profiler, "suffix_only", backward)
-    monkeypatch.setattr(profiler, "PackedBatch", MagicMock())
-    monkeypatch.setattr(profiler, "support", MagicMock())
-    rows = [Row("", [i, *range(49)], list(range(50))) for i in range(most)]
-    measured = rested.measure_training(rows, True, 0.0, False)
-    assert rested.measure_training(rows, True, 0.0, False) is measured and sizes == tried
-    seconds = each * tried[-1] * (20 if on_gpu else 1)
-    assert (measured.tokens, measured.seconds) == (50 * tried[-1], pytest.approx(seconds))
+    for machine, busy in ((1008.0, None), (1022.0, pytest.approx(1.4)), (None, None)):
+        monkeypatch.setattr(resources, "busy_seconds", lambda machine=machine: machine)
+        assert made.busy_cores() == busy
 
 
 def test_memory_is_told_by_tokens():

@@ -1,13 +1,12 @@
 """What is certain to stop a run is said before its first vote, all of it at once."""
 
 import json
-from functools import reduce
+import re
 
 import pytest
 from conftest import make_steps
 
-from stages import sandbox
-from stages.errors import DataError, SandboxError
+from stages.errors import DataError
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
@@ -42,53 +41,66 @@ def test_labels_that_are_none_are_said_at_once(certain, tmp_path):
 
 
 def test_a_sound_config_has_none(certain):
-    assert certain() == []
+    """Two processes can share a step's samples, of which there are several for each prompt."""
+    assert certain("rl.launch={backend: ddp, processes: 2}") == []
+
+
+BARE_ITEM = {
+    "task_id": "a/0",
+    "prompt": "def f():\n",
+    "canonical_solution": "",
+    "test": "",
+    "entry_point": "f",
+}
+LETTERS = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
+REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
+TOO_FEW = "3 processes with micro batches of"
 
 
 @pytest.mark.parametrize(
-    ("settings", "step", "message"),
+    ("settings", "found"),
     [
-        (["data.max_length=150"], "score, sft", "longer than data.max_length 150, such as "),
-        (["data.max_length=20", "data.too_long=drop"], "score, sft", "no row fits into data.max_length 20"),
-        (["rl.max_prompt_length=60", "rl.too_long=error"], "rl", "longer than rl.max_prompt_length 60"),
-        (["rl.max_prompt_length=60"], "rl", "0 RL prompts (64 too long) are fewer than the 4 of a step"),
-        (["rl.prompts_per_step=66"], "rl", "64 RL prompts (0 too long) are fewer than the 66 of a step"),
-        (["rl.rewards={code_tests: 1.0}"], "rl", "reward code_tests reads"),
-        (["rl.rewards_file=REWARDS", "rl.rewards={mine: 1.0}"], "rl", "does not load: ModuleNotFoundError"),
-        (["rl.report_to=[mlflow]"], "rl", "report_to: mlflow is not installed"),
-        (["sft.launch={backend: ddp, processes: 3}"], "sft", "3 processes with micro batches of"),
-        (["rl.launch={backend: ddp, processes: 3}"], "rl", "3 processes with micro batches of"),
-        (["rl.rescore=grpo_sign", "score.launch={backend: ddp, processes: 3}"], "score:rl",
-         "3 processes with micro batches of"),
-        (["score.launch={backend: zero2}"], "score", "launch.backend: zero2 divides gradients"),
-        (["lora.target_modules=[q_proj, query]"], "score", "lora.target_modules: no query in Llama"),
-        (["rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}"], "rl", "engine vllm_server"),
-        (["eval.benchmarks.code={kind: humaneval, path: TESTS, label: false}", "eval.sandbox.backend=refuse"],
-         "eval", "sandbox.backend is refuse"),
-        (["eval.benchmarks.m={kind: mmlu, path: LETTERS, shots: 0, label: false}", "eval.targets=[sft]"],
-         "eval:sft@m", "prompt of m: 1 of 1 are longer than "),
+        (
+            ["data.max_length=150", "rl.max_prompt_length=60", "rl.too_long=error", "rl.report_to=[mlflow]",
+             "sft.launch={backend: ddp, processes: 3}", "score.launch={backend: zero2}",
+             "lora.target_modules=[q_proj, query]", "eval.sandbox.backend=refuse",
+             "eval.benchmarks.code={kind: humaneval, path: HERE/items.jsonl, label: false}"],
+            ["score: lora.target_modules: no query in Llama", "score: launch.backend: zero2 divides",
+             "score, sft: .* longer than data.max_length 150, such as ", f"sft: {TOO_FEW}",
+             "rl: report_to: mlflow is not installed", "rl: .* longer than rl.max_prompt_length 60",
+             "eval: .*sandbox.backend is refuse"],
+        ),
+        (
+            ["data.max_length=20", "data.too_long=drop", "rl.max_prompt_length=60", "rl.rescore=grpo_sign",
+             "rl.launch={backend: ddp, processes: 3}", "score.launch={backend: ddp, processes: 3}",
+             "rl.rollouts={engine: vllm_server, base_url: http://127.0.0.1:1}", "eval.targets=[sft]",
+             "eval.benchmarks.m={kind: mmlu, path: HERE/letters.jsonl, shots: 0, label: false}"],
+            ["score, sft, score:rl: no row fits into data.max_length 20", f"score:rl, rl: {TOO_FEW}",
+             r"rl: 0 RL prompts \(64 too long\) are fewer than the 4 of a step", "rl: .*engine vllm_server",
+             "eval:sft@m: prompt of m: 1 of 1 are longer than "],
+        ),
+        (["rl.rewards={code_tests: 1.0}", "rl.sandbox.backend=unsafe-no-sandbox"],
+         ["rl: reward code_tests reads"]),
+        (["rl.rewards_file=HERE/rewards.py", "rl.rewards={mine: 1.0}"],
+         ["rl: .*does not load: ModuleNotFoundError"]),
     ],
 )  # fmt: skip
-def test_a_certain_failure_is_found(certain, tmp_path, settings, step, message):
-    item = {
-        "task_id": "a/0",
-        "prompt": "def f():\n",
-        "canonical_solution": "",
-        "test": "",
-        "entry_point": "f",
-    }
-    (tmp_path / "tests.jsonl").write_text(json.dumps(item))
-    rewards = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
-    (tmp_path / "rewards.py").write_text(rewards)
-    letters = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
-    (tmp_path / "letters.jsonl").write_text(json.dumps(letters))
+def test_certain_failures_are_found_all_at_once(smoke, tmp_path, settings, found):
     files = {
-        "LETTERS": str(tmp_path / "letters.jsonl"),
-        "TESTS": str(tmp_path / "tests.jsonl"),
-        "REWARDS": str(tmp_path / "rewards.py"),
+        "items.jsonl": json.dumps(BARE_ITEM),
+        "letters.jsonl": json.dumps(LETTERS),
+        "rewards.py": REWARDS,
     }
-    [problem] = certain(*(reduce(lambda t, kv: t.replace(*kv), files.items(), text) for text in settings))
-    assert problem.startswith(f"{step}: ") and message in problem
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    config = resolved(smoke(*(text.replace("HERE", str(tmp_path)) for text in settings)))
+    with pytest.raises(DataError) as caught:
+        require_no_problem(config, list(plan_steps(config).values()))
+    head, *lines = str(caught.value).splitlines()
+    number = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
+    assert head == f"{number} certain to stop this run"
+    lines = [line.strip() for line in lines if not line.startswith("    ")]
+    assert all(any(re.match(text, line) for line in lines) for text in found), lines
 
 
 def test_labels_tell_of_more(smoke):
@@ -136,22 +148,6 @@ def test_votes_may_fail_as_often_as_the_config_allows():
     assert not Span("row", 100, lengths, "s", 200, "drop").fails
 
 
-def test_all_are_told_at_once(smoke, monkeypatch):
-    def none_works(*_):
-        raise SandboxError("no sandbox works here", "install bubblewrap")
-
-    monkeypatch.setattr(sandbox, "from_settings", none_works)
-    config = resolved(smoke("data.max_length=150", "rl.rewards={code_tests: 1.0}", "sft.optim=adamw_8bit"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError) as caught:
-        require_no_problem(config, list(plan_steps(config).values()))
-    head, *lines = str(caught.value).splitlines()
-    assert head == "4 things are certain to stop this run"
-    assert [line.partition(":")[0].strip() for line in lines if not line.startswith("    ")] == [
-        "score, sft", "sft", "rl", "rl",
-    ]  # fmt: skip
-
-
 def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monkeypatch):
     done = []
     checked = "lorapar_cli.run.require_no_problem"
@@ -168,7 +164,6 @@ def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkey
     monkeypatch.setattr("lorapar_cli.plan.estimate", lambda *_: pytest.fail("measured"))
     path = tmp_path / "config.json"
     path.write_text(smoke("rl.prompts_per_step=66").model_dump_json())
-    for options in ([], ["--brief"], ["--check"], ["--json"]):
-        done = lorapar("plan", path, *options)
-        assert done.code == 65 and "1 thing is certain to stop this run\n  rl: 64 RL prompts" in done.err
+    done = lorapar("plan", path)
+    assert done.code == 65 and "1 thing is certain to stop this run\n  rl: 64 RL prompts" in done.err
     assert lorapar("plan", path, "--check", "--to", "sft").code == 0

@@ -48,15 +48,10 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if launched() else 1
 
 
-def connect() -> None:
-    """Join the other processes, as the first collective does otherwise."""
-    _state()
-
-
 def barrier() -> None:
     """Wait until every process has reached this point."""
     if world_size() > 1:
-        _state().wait_for_everyone()
+        connect().wait_for_everyone()
 
 
 def all_equal(value: Any) -> bool:
@@ -65,7 +60,7 @@ def all_equal(value: Any) -> bool:
         return True
     from accelerate.utils import gather_object
 
-    _state()
+    connect()
     return len(set(gather_object([value]))) == 1
 
 
@@ -74,12 +69,13 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         import torch.distributed as dist
 
-        _state()
+        connect()
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def _state() -> Any:
+def connect() -> Any:
+    """Join the other processes, as the first collective does otherwise. Returns accelerate's state."""
     import torch
     from accelerate import PartialState
 

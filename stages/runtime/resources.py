@@ -118,17 +118,14 @@ def gpu_energy() -> float | None:
         pynvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = range(pynvml.nvmlDeviceGetCount()) if visible is None else filter(None, visible.split(","))
-        handles = [_nvml_handle(pynvml, str(name).strip()) for name in names]
+        by_number, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+        handles = [
+            by_number(int(n)) if n.isdecimal() else by_uuid(n) for n in map(str.strip, map(str, names))
+        ]
         millijoules = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
     except pynvml.NVMLError:  # no driver, no such device, or a device without this counter
         return None
     return sum(millijoules) / 1000 if millijoules else None
-
-
-def _nvml_handle(pynvml: Any, name: str) -> Any:
-    if name.isdecimal():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _torch_with_gpu() -> Any:

@@ -1,6 +1,5 @@
 """No damaged file is believed, and no odd config, row or reply gives a traceback or a hang."""
 
-import hashlib
 import json
 import os
 import random
@@ -13,12 +12,10 @@ from typing import Any
 
 import hypothesis
 import pytest
-import yaml
 from conftest import ROOT, make_steps, paths
 from hypothesis import strategies as st
 from tally import FULL, SEED, Tally
 
-from lorapar_cli import terminal
 from stages.config import Config
 from stages.config.yaml import setting_names
 from stages.data.rows import read
@@ -27,13 +24,11 @@ from stages.eval.answer_cache import CachedAnswer
 from stages.labelling.votes import Vote
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
-from stages.pipeline.steps import ancestors, plan_steps
-from stages.report import run_page
-from stages.report.card import card
+from stages.pipeline.steps import plan_steps
 from stages.store import estimates
 from stages.store.artifacts import Store
 from stages.store.checkpoints import SEAL, Checkpoints
-from stages.store.digests import DigestCache, canonical_json
+from stages.store.digests import DigestCache
 from stages.store.journal import Journal
 from stages.sweep.slurm import Cluster
 
@@ -127,26 +122,12 @@ def misshapen(data: bytes, rng: random.Random) -> bytes | None:
     return text if at is None else b"".join([*lines[:at], text + b"\n", *lines[at + 1 :]])
 
 
-def test_misshapen():
-    rng = random.Random(1)
-    made = {misshapen(b'{"a": {"b": 1}, "c": [2]}', rng) for _ in range(300)}
-    assert {b'{"a": {}, "c": [2]}', b'{"a": {"b": [1, 1]}, "c": [2]}', b"null"} <= made
-    lines = misshapen(b'{"a": 1}\n{"a": 2}\n', rng).splitlines()
-    assert len(lines) == 2 and sum(line in (b'{"a": 1}', b'{"a": 2}') for line in lines) == 1
-    assert misshapen(b"\x93NUMPY", rng) is None
-
-
 def says_the_same(before: bytes, after: bytes) -> bool:
     """As with one more line break at the end: what is sealed is the content."""
     try:
         return bool(json.loads(before) == json.loads(after))
     except ValueError:
         return False
-
-
-def test_says_the_same():
-    assert says_the_same(b'{"a": 1}', b'{"a": 1}\n') and not says_the_same(b'{"a": 1}', b'{"a": 2}')
-    assert not says_the_same(b'{"a": 1}', b'{"a": 1}x')
 
 
 def test_damaged_files(store, tally):
@@ -171,45 +152,6 @@ def test_damaged_files(store, tally):
             believed = [n for n, s in now.items() if s.state == "current" and s.artifact.path == folder]
             tally.lost += [f"{file}: {name} was believed" for name in believed]
         file.write_bytes(before)
-
-
-def resealed(data: bytes, rng: random.Random) -> bytes | None:
-    """The manifest with something odd in it, and a seal that fits; None if the seal alone changed."""
-    while (odd := misshapen(data, rng)) is None or not isinstance(tree := json.loads(odd), dict):
-        continue
-    tree.pop("seal", None)
-    try:
-        tree["seal"] = hashlib.sha256(canonical_json(tree)).hexdigest()
-    except ValueError:  # NaN
-        return None
-    return None if tree == json.loads(data) else json.dumps(tree).encode()
-
-
-def test_manifests_that_were_sealed_again(store, tally, capsys):
-    """Whoever edits a manifest can seal it: what is read of it must be there and be of its kind."""
-    steps = plan_steps(store)
-    manifests = sorted({f.resolve() for f in store.root.glob("*/*/manifest.json")})
-    for number in range(60 * TIMES):
-        file = tally.random.choice(manifests)
-        before = file.read_bytes()
-        if (after := resealed(before, tally.random)) is None:
-            continue
-        file.write_bytes(after)
-        with trying(tally, f"{file}: {after[:3000].decode(errors='replace')}" if FULL else str(file)):
-            states = {name: state(Store(store.root), step) for name, step in steps.items()}
-            terminal.status(states, as_json=False)
-            terminal.places(Store(store.root), steps)
-            for now in states.values():
-                if now.state == "current":
-                    terminal.manifest(now.artifact, as_json=False)
-            for name in ("sft", "rl"):
-                evaluated = [s.artifact for n, s in states.items() if n.startswith(f"eval:{name}")]
-                if (artifact := states[name].artifact) and states[name].state == "current":
-                    card(artifact, "adapter", artifact.adapter, [other for other in evaluated if other])
-            if number % 10 == 0:
-                run_page.page(store, ancestors(store, steps, None), "", "")
-        file.write_bytes(before)
-        capsys.readouterr()
 
 
 def test_damaged_journals_and_records(store, tally, tmp_path):
@@ -281,70 +223,25 @@ FIELDS = ["question", "answer", "instruction", "input", "output", "context", "re
           "completion", "gold", "id", "system", "intended"]  # fmt: skip
 
 
-def test_odd_rows(tmp_path, tally):
-    source = Config.model_validate(
-        {"model": {"name": "m"}, "data": {"path": str(tmp_path / "rows.jsonl")}}
-    ).data
-    for _ in range(500 * TIMES):
-        rows = [
-            {
-                name: tally.random.choice(PIECES)
-                for name in tally.random.sample(FIELDS, tally.random.randint(0, 5))
-            }
-            for _ in range(tally.random.randint(1, 4))
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if tally.random.random() < 0.3:
-            text = spoilt(text, tally.random)
-        (tmp_path / "rows.jsonl").write_bytes(text)
-        with trying(tally, repr(text[:300])):
-            read(source)
-
-
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=12)
-LEAF = (
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["1", "#### 2", "chat"])
-)
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(PIECES)
 JSON = st.recursive(LEAF, lambda part: st.lists(part, max_size=3) | st.dictionaries(TEXT, part, max_size=3))
 
 
-def grammar(**parts: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Calls a check with examples by hypothesis."""
-    whole = hypothesis.settings(max_examples=1000 if FULL else 100, deadline=None, database=None)
-    return lambda check: hypothesis.seed(SEED)(whole(hypothesis.given(**parts)(check)))
-
-
-def test_rows_from_a_grammar(tmp_path, tally):
+def test_odd_rows(tmp_path, tally):
+    """Rows from a grammar, half of them in a damaged file."""
     file = tmp_path / "rows.jsonl"
     source = Config.model_validate({"model": {"name": "m"}, "data": {"path": str(file)}}).data
     row = st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=5)
 
-    @grammar(rows=st.lists(row | JSON, min_size=1, max_size=3))
-    def check(rows):
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    @hypothesis.seed(SEED)
+    @hypothesis.settings(max_examples=2000 if FULL else 200, deadline=None, database=None)
+    @hypothesis.given(st.lists(row | JSON, min_size=1, max_size=4), st.booleans())
+    def check(rows, damaged):
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file.write_bytes(spoilt(data, random.Random(len(data))) if damaged else data)
         with trying(tally, repr(rows)[:300]):
             read(source)
-
-    check()
-
-
-def test_settings_from_a_grammar(tmp_path, tally):
-    file = tmp_path / "config.yaml"
-    names = sorted(setting_names(Config))
-
-    @grammar(given=st.dictionaries(st.sampled_from(names), JSON, min_size=1, max_size=4))
-    def check(given):
-        tree: dict[str, Any] = {"run": "x", "model": {"name": "m"}, "data": {"path": "rows.jsonl"}}
-        for name, value in given.items():
-            place, parts = tree, name.split(".")
-            for part in parts[:-1]:
-                if not isinstance(place.get(part), dict):
-                    place[part] = {}
-                place = place[part]
-            place[parts[-1]] = value
-        file.write_text(yaml.safe_dump(tree))
-        with trying(tally, repr(given)[:300]):
-            json.dumps(load(file, []).model_dump(mode="json"), allow_nan=False)
 
     check()
 
