@@ -7,12 +7,12 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config import Config
-from stages.engines import ChoiceResult, Engine
-from stages.engines.gateway import Gateway
+from stages.engines.gateway import Gateway, Post
 from stages.errors import ConfigError, ServerError
 from stages.labelling.router import Router
 from stages.models.dtype import answer_dtype
@@ -24,6 +24,8 @@ from stages.store.artifacts import Artifact
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from stages.engines.openai.client import Client
+
 VOTER = "router"
 """Name of the adapter of zeros that the votes are asked of.
 
@@ -34,26 +36,36 @@ with requests for the adapter (its pull request 48421), but it keeps two adapter
 
 @contextmanager
 def listener(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind the address before the server starts, which takes a while; ServerError if that is not possible."""
-    try:
-        bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ServerError(
-            f"--host {host} --port {port}: {error.strerror or error}", "another port: --port N"
-        ) from None
-    with bound:
+    """Bind the address before the server starts, which takes a while; ServerError if that is not possible.
+
+    The socket does not listen yet, so that clients are refused until there is somebody to answer.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+        try:
+            bound.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"--host {host} --port {port}: {error.strerror or error}", "another port: --port N"
+            ) from None
         yield bound
 
 
 @contextmanager
 def open_gateway(
-    config: Config, inputs: Mapping[str, Artifact], identity: str, api_key: str, progress: Progress
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    identity: str,
+    api_key: str,
+    origins: tuple[str, ...],
+    progress: Progress,
 ) -> Iterator[Gateway]:
     """Start the server with both adapters, find the router's threshold, and yield the gateway before it.
 
     inputs: the artifacts of classify:train and of both modes, by step. identity: of the base, for the journal
-    of votes. api_key: which clients have to send; empty for none. ConfigError for a model that vLLM cannot
-    serve so.
+    of votes. api_key: which clients have to send; empty for none. origins: of web pages that may ask.
+    ConfigError for a model that vLLM cannot serve so.
     """
     from stages.engines import vllm
 
@@ -76,9 +88,12 @@ def open_gateway(
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
                 {mode: _system_message(config, mode) for mode in adapters},
-                lambda example: _decide(router, voter, example),
+                partial(_vote, router, voter),
+                router.mode,
                 voter.transport.exit_error,
                 api_key,
+                voter.key,
+                origins,
             )
 
 
@@ -102,11 +117,12 @@ def _system_message(config: Config, mode: str) -> str | None:
     return section.by_system.get(int(view.system), section.system)
 
 
-def _decide(router: Router, voter: Engine, example: Example) -> tuple[str, float | None]:
-    """The mode of a question, and the probability of System 2 that its vote gave, if it gave one."""
-    [(_, result)] = voter.choose_words([router.request(example)])
-    system2 = result.probabilities[1] if isinstance(result, ChoiceResult) and result.probabilities else None
-    return router.mode(system2), system2
+async def _vote(router: Router, voter: Client, example: Example, post: Post) -> float:
+    """The probability of System 2 in the vote on a question; ValueError if the reply has none."""
+    path, body, read = voter.prepared_choice(router.request(example))
+    if (probabilities := read(await post(path, body))) is None:
+        raise ValueError("the reply does not tell the words apart")
+    return probabilities[1]
 
 
 def _write_zeros(adapter: Path, out: Path) -> None:

@@ -1,8 +1,8 @@
 """Gateway before a vLLM server: one OpenAI-compatible address for modes of a model, and `auto` among them.
 
-Requests for `auto` are answered in the mode that a callable chooses. A request to CHAT without a system
-message gets that of its mode. All else passes through unchanged, in both directions. The header MODE_HEADER
-of a response names the mode.
+A request names a mode, or `auto`, for which a vote chooses one. If it has no system message of its own, it
+gets the one of its mode's training. All else passes through unchanged, in both directions. The header
+MODE_HEADER of a response names the mode.
 """
 
 from __future__ import annotations
@@ -11,58 +11,64 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from stages.config import ROUTED as AUTO
-from stages.errors import LoraparError, ServerError, Terminated
+from stages.engines.connections import Connections, limits
+from stages.errors import ServerError
 from stages.records import Example
 
 if TYPE_CHECKING:
+    import aiohttp
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
+log = logging.getLogger(__name__)
+
 MODE_HEADER, VOTE_HEADER = "x-lorapar-mode", "x-lorapar-system2"
 """Response headers: the mode that answers and, for `auto`, the probability of System 2 in the vote."""
-CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-PATHS = {
-    CHAT,
-    MODELS,
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/tokenize",
-    "/detokenize",
-    "/health",
-    "/version",
-}
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+MODELS, HEALTH = "/v1/models", "/health"
+ANSWERED = {CHAT, RESPONSES, MESSAGES, "/v1/completions", "/tokenize", "/detokenize"}
+"""Paths whose requests name a model."""
+PATHS = ANSWERED | {MODELS, HEALTH, "/version", "/metrics"}
 """What clients may ask for. vLLM offers more, some of it for whoever runs it alone."""
 PER_HOP = {
-    "host",
-    "content-length",
-    "connection",
-    "transfer-encoding",
-    "keep-alive",
-    "upgrade",
-    "date",
-    "server",
-}
+    "host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "date", "server",
+    "cookie", "set-cookie",
+}  # fmt: skip
 """Headers that belong to one connection or one server, and are not passed on."""
-VOTES = 64
-"""Votes at the same time; each waits in a thread of its own."""
+MAX_BODY = 8 * 2**20
+"""Bytes of a request: more than a million tokens, and little enough to be parsed between two answers."""
+VOTE_S = 1.8
+"""Seconds that a vote may take. Without one, the slow mode answers."""
+FAILURES, PAUSE_S = 3, 10.0
+"""After so many failed votes in a row none is asked for during so many seconds."""
 POLL_S = 1.0
 """Seconds between two looks at whether the server behind the gateway still runs."""
-GRACE_S = 5
+GRACE_S = 2.0
 """Seconds that open responses have at the end."""
 
+Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
+"""Posts a body to a path below `/v1/` of the server, and returns its reply's JSON."""
 
-@dataclass(frozen=True)
+
+class _Refusal(Exception):
+    """An error that the client is told, with a status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
 class Gateway:
     """The modes that it offers, and the server that answers."""
 
@@ -70,135 +76,249 @@ class Gateway:
     """Address of the server, without `/v1`."""
     system_messages: dict[str, str | None]
     """The modes, each with the system message of its training."""
-    decide: Callable[[Example], tuple[str, float | None]]
-    """From a question to its mode and the probability of System 2."""
+    vote: Callable[[Example, Post], Awaitable[float]]
+    """The probability that a question is of System 2."""
+    mode_of: Callable[[float | None], str]
+    """The mode for a vote, or for none."""
     exit_error: Callable[[], ServerError | None]
     api_key: str = ""
     """The key that clients have to send; empty: none."""
+    upstream_key: str = ""
+    """The key that the server asks for."""
+    origins: tuple[str, ...] = ()
+    """Origins of web pages that may ask; `*` for all."""
+    _failed: int = field(default=0, init=False)
+    """Votes that failed in a row."""
+    _resume_at: float = field(default=0.0, init=False)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    """Set when open responses have had their time."""
 
-    def run(self, listener: socket.socket, started: Callable[[], None]) -> None:
-        """Serve until Ctrl-C or a signal; ServerError if the server behind it ends.
+    def run(self, bound: socket.socket, started: Callable[[], None]) -> None:
+        """Serve until a signal ends it; ServerError if the server behind it ends.
 
-        listener: a bound socket. started: called once requests are taken.
+        bound: a socket that does not listen yet. started: called once requests are taken.
         """
+        asyncio.run(self._serve(bound, started))
+
+    async def _serve(self, bound: socket.socket, started: Callable[[], None]) -> None:
         import uvicorn
 
-        config = uvicorn.Config(self.app(), log_level="warning", timeout_graceful_shutdown=GRACE_S)
-        with contextlib.suppress(KeyboardInterrupt, Terminated):  # uvicorn sends itself what has ended it
-            asyncio.run(self._serve(uvicorn.Server(config), listener, started))
+        class Server(uvicorn.Server):
+            def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+                return contextlib.nullcontext()  # uvicorn would raise them again at the end
 
-    async def _serve(self, server: Any, listener: socket.socket, started: Callable[[], None]) -> None:
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        clients, _ = limits()
+        config = uvicorn.Config(
+            self.app(), http=Connections(clients).protocol, ws="none", log_config=None, access_log=False,
+            backlog=128, timeout_graceful_shutdown=int(GRACE_S) + 1, server_header=False,
+        )  # fmt: skip
+        # What it says are failures of single requests, of which the gateway has a line of its own.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        server, loop = Server(config), asyncio.get_running_loop()
+
+        def stop() -> None:
+            server.should_exit = True
+            loop.call_later(GRACE_S, self._stopping.set)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stop)
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
         while not server.started and not serving.done():
             await asyncio.wait([serving], timeout=0.05)
         if server.started:
             started()
         while not serving.done():
             await asyncio.wait([serving], timeout=POLL_S)
-            if error := self.exit_error():
-                server.should_exit = True
+            if not server.should_exit and (error := self.exit_error()):
+                stop()
                 await serving
                 raise error
         serving.result()
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
+        import aiohttp
         from starlette.applications import Starlette
+        from starlette.middleware import Middleware
+        from starlette.middleware.cors import CORSMiddleware
         from starlette.routing import Route
 
         @contextlib.asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            # The server is on this machine: it limits itself, and answers take as long as they take.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-            async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
-                app.state.client, app.state.votes = client, ThreadPoolExecutor(VOTES)
+            async with aiohttp.ClientSession(
+                # vLLM closes a connection that is idle for 5 s; a request on it would be lost.
+                connector=aiohttp.TCPConnector(limit=limits()[1], keepalive_timeout=2),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Authorization": f"Bearer {self.upstream_key}"} if self.upstream_key else {},
+                auto_decompress=False,
+            ) as client:
+                app.state.client = client
                 yield
-                app.state.votes.shutdown(wait=False, cancel_futures=True)
 
+        cors = Middleware(
+            CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=[MODE_HEADER, VOTE_HEADER],
+        )  # fmt: skip
         return Starlette(
-            routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])], lifespan=lifespan
+            routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])],
+            middleware=[cors] if self.origins else [],
+            lifespan=lifespan,
         )
 
     async def _answer(self, request: Request) -> Response:
-        path = request.url.path
-        if path not in PATHS:
-            return _refusal(f"unknown endpoint {path}", 404)
-        key = request.headers.get("x-api-key", "")  # Anthropic's clients; OpenAI's send a Bearer token
-        token = request.headers.get("authorization", f"Bearer {key}")
-        if self.api_key and not hmac.compare_digest(token.encode(), f"Bearer {self.api_key}".encode()):
-            return _refusal("wrong or missing API key", 401)
-        body = await request.body()
-        headers: dict[str, str] = {}
+        """Answer one request; a client that leaves ends its vote and its answer."""
+        started, headers = time.monotonic(), dict[str, str]()
         try:
-            if request.method == "POST" and "model" in (content := _json_object(body)):
-                in_mode, headers = await self._with_mode(path, content, request.app.state.votes)
-                body = body if in_mode == content else json.dumps(in_mode).encode()
-            if path == MODELS:
-                return await self._models(request)
-            return await self._forward(request, body, headers)
-        except ValueError as error:
-            return _refusal(str(error), 400)
-        except (httpx.HTTPError, LoraparError) as error:
-            return _refusal(f"the server behind this gateway failed: {type(error).__name__} {error}", 502)
+            self._check_access(request)
+            response = await self._unless_left(request, await _body(request), headers)
+        except _Refusal as error:
+            response = _error(str(error), error.status)
+        except Exception as error:
+            log.warning("%s: %s %s", request.url.path, type(error).__name__, error)
+            response = _error("the server behind this gateway does not answer", 502)
+        mode = f" {headers[MODE_HEADER]}" if MODE_HEADER in headers else ""
+        seconds = time.monotonic() - started
+        log.info("%s %s%s %d %.2f s", request.method, request.url.path, mode, response.status_code, seconds)
+        return response
+
+    def _check_access(self, request: Request) -> None:
+        """Raise _Refusal for an endpoint that there is not, or a wrong key; before the body is read."""
+        path, headers = request.url.path, request.headers
+        if path not in PATHS:
+            raise _Refusal(404, f"unknown endpoint {path}")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        token = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # Anthropic's
+        if path != HEALTH and not hmac.compare_digest(token.encode(), self.api_key.encode()) and self.api_key:
+            raise _Refusal(401, "wrong or missing API key")
+
+    async def _unless_left(self, request: Request, body: bytes, headers: dict[str, str]) -> Response:
+        from starlette.responses import Response, StreamingResponse
+
+        gone = asyncio.create_task(_client_disconnected(request))
+        work = asyncio.create_task(self._respond(request, body, headers, gone))
+        response = Response(status_code=499)  # nobody is there to read it
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                response = work.result()
+            return response
+        finally:
+            work.cancel()
+            if not isinstance(response, StreamingResponse):  # which watches the client itself
+                gone.cancel()
+
+    async def _respond(
+        self, request: Request, body: bytes, headers: dict[str, str], gone: asyncio.Task[None]
+    ) -> Response:
+        """The response to a request whose body is read. headers: gets those that the gateway adds."""
+        path = request.url.path
+        if path == MODELS:
+            return await self._models(request)
+        if path in ANSWERED:
+            content = _json_object(body)
+            in_mode = await self._with_mode(path, content, headers, request.app.state.client)
+            body = body if in_mode == content else json.dumps(in_mode).encode()
+        return await self._forward(request, body, headers, gone)
 
     async def _with_mode(
-        self, path: str, content: dict[str, Any], votes: ThreadPoolExecutor
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the request for the server, and headers of its response; ValueError to refuse it."""
-        headers = {}
-        mode = content["model"]
+        self, path: str, content: dict[str, Any], headers: dict[str, str], client: aiohttp.ClientSession
+    ) -> dict[str, Any]:
+        """The request for the server; _Refusal if it names no model that there is."""
+        mode = content.get("model")
         if mode == AUTO:
-            example = question(path, content)
-            mode, vote = await asyncio.get_running_loop().run_in_executor(votes, self.decide, example)
+            vote = await self._vote(question(path, content), client)
+            mode = self.mode_of(vote)
             headers[VOTE_HEADER] = "none" if vote is None else f"{vote:.4f}"
         if not isinstance(mode, str) or mode not in self.system_messages:
-            raise ValueError(
-                f"unknown model {mode!r}; choose from {', '.join([*self.system_messages, AUTO])}"
-            )
+            choices = ", ".join([*self.system_messages, AUTO])
+            name = "no model is named" if mode is None else f"unknown model {mode!r}"
+            raise _Refusal(400, f"{name}; choose from {choices}")
         headers[MODE_HEADER] = mode
-        content, messages = {**content, "model": mode}, content.get("messages")
-        system = self.system_messages[mode]
-        if path == CHAT and system and isinstance(messages, list) and not any(map(_is_system, messages)):
-            content["messages"] = [{"role": "system", "content": system}, *messages]
-        return content, headers
+        return with_system({**content, "model": mode}, path, self.system_messages[mode])
+
+    async def _vote(self, example: Example, client: aiohttp.ClientSession) -> float | None:
+        """The vote on a question; None if there is none in time, which the log tells once."""
+
+        async def post(path: str, body: dict[str, Any]) -> Any:
+            async with client.post(f"{self.upstream}/v1/{path}", json=body) as reply:
+                if reply.status != 200:
+                    raise ValueError(f"HTTP {reply.status}")
+                return json.loads(await reply.read())
+
+        if time.monotonic() < self._resume_at:
+            return None
+        try:
+            async with asyncio.timeout(VOTE_S):
+                vote = await self.vote(example, post)
+        except Exception as error:
+            self._failed += 1
+            if self._failed == 1:
+                reason = f"{type(error).__name__} {error}".strip()
+                log.warning("auto gets no votes, and is answered by %s: %s", self.mode_of(None), reason)
+            if self._failed >= FAILURES:
+                self._resume_at = time.monotonic() + PAUSE_S
+            return None
+        if self._failed:
+            log.warning("auto gets votes again")
+        self._failed = 0
+        return vote
 
     async def _models(self, request: Request) -> Response:
         """List the modes and `auto`, as the server lists its models."""
         from starlette.responses import JSONResponse
 
-        response = await request.app.state.client.get(f"{self.upstream}{MODELS}")
-        response.raise_for_status()
-        listing = response.json()
+        async with request.app.state.client.get(f"{self.upstream}{MODELS}") as reply:
+            listing = json.loads(await reply.read())
         modes = [model for model in listing["data"] if model["id"] in self.system_messages]
         listing["data"] = [*modes, {**modes[0], "id": AUTO, "root": AUTO}]
         return JSONResponse(listing)
 
-    async def _forward(self, request: Request, body: bytes, headers: dict[str, str]) -> Response:
-        """Send the request on, and the response back as it comes; a client that leaves ends both."""
-        from starlette.background import BackgroundTask
-        from starlette.responses import Response, StreamingResponse
+    async def _forward(
+        self, request: Request, body: bytes, headers: dict[str, str], gone: asyncio.Task[None]
+    ) -> Response:
+        """Send the request on, and the response back as it comes."""
+        from starlette.responses import StreamingResponse
 
-        client: httpx.AsyncClient = request.app.state.client
         dropped = PER_HOP | {"authorization", "x-api-key"}
         own = {name: value for name, value in request.headers.items() if name not in dropped}
-        url = httpx.URL(f"{self.upstream}{request.url.path}", query=request.url.query.encode() or None)
-        sending = asyncio.create_task(
-            client.send(client.build_request(request.method, url, headers=own, content=body), stream=True)
+        query = f"?{request.url.query}" if request.url.query else ""
+        client: aiohttp.ClientSession = request.app.state.client
+        url = f"{self.upstream}{request.url.path}{query}"
+        added = ("Accept", "Accept-Encoding", "User-Agent")  # what aiohttp would add to the client's headers
+        reply = await client.request(
+            request.method, url, headers=own, data=body or None, skip_auto_headers=added
         )
-        disconnected = asyncio.create_task(_client_disconnected(request))
-        await asyncio.wait([sending, disconnected], return_when=asyncio.FIRST_COMPLETED)
-        disconnected.cancel()
-        if not sending.done():
-            sending.cancel()
-            return Response(status_code=499)  # nobody is there to read it
-        response = sending.result()
-        kept = {name: value for name, value in response.headers.items() if name not in PER_HOP}
-        return StreamingResponse(
-            response.aiter_raw(),
-            response.status_code,
-            {**kept, **headers},
-            background=BackgroundTask(response.aclose),
-        )
+        kept = {name: value for name, value in reply.headers.items() if name.lower() not in PER_HOP}
+        return StreamingResponse(self._chunks(reply, gone), reply.status, {**kept, **headers})
+
+    async def _chunks(self, reply: aiohttp.ClientResponse, gone: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        """The parts of a response, until the client leaves or the gateway ends."""
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            while True:
+                part = asyncio.ensure_future(reply.content.readany())
+                await asyncio.wait([part, gone, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if not part.done():
+                    part.cancel()
+                    raise ConnectionAbortedError  # so that the client sees that its answer is cut
+                if not (data := part.result()):
+                    return
+                yield data
+        finally:
+            stopping.cancel()
+            gone.cancel()
+            reply.close() if not reply.content.at_eof() else reply.release()
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request; _Refusal if it is too long, without reading all of it."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise _Refusal(413, f"a request may have {MAX_BODY // 2**20} MiB")
+    return bytes(body)
 
 
 async def _client_disconnected(request: Request) -> None:
@@ -207,20 +327,41 @@ async def _client_disconnected(request: Request) -> None:
         pass
 
 
+def with_system(content: dict[str, Any], path: str, system: str | None) -> dict[str, Any]:
+    """The request with the system message, where its endpoint takes one and it has none of its own.
+
+    Completions of bare texts take none.
+    """
+    messages = content.get("messages")
+    if not system:
+        return content
+    if path == CHAT and isinstance(messages, list) and not any(map(_is_system, messages)):
+        return {**content, "messages": [{"role": "system", "content": system}, *messages]}
+    if path == MESSAGES and not content.get("system"):
+        return {**content, "system": system}
+    inputs = content.get("input")
+    instructed = content.get("instructions") or (isinstance(inputs, list) and any(map(_is_system, inputs)))
+    if path == RESPONSES and not instructed:
+        return {**content, "instructions": system}
+    return content
+
+
 def question(path: str, content: dict[str, Any]) -> Example:
     """Return what a chat asks, as an example to vote on: its last message of the user, after earlier turns.
 
-    ValueError if that cannot be told.
+    _Refusal if that cannot be told.
     """
-    messages = content.get("messages")
-    if path != CHAT or not isinstance(messages, list):
-        raise ValueError(f"model {AUTO} answers chats: POST {CHAT} with messages")
+    messages = content.get("input" if path == RESPONSES else "messages")
+    if path == RESPONSES and isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if path not in (CHAT, RESPONSES, MESSAGES) or not isinstance(messages, list):
+        raise _Refusal(400, f"model {AUTO} answers chats: POST {CHAT} with messages")
     turns = [
         (_role(message), _text(message)) for message in messages if _role(message) in ("user", "assistant")
     ]
     asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
     if not asked:
-        raise ValueError(f"model {AUTO} needs a user message")
+        raise _Refusal(400, f"model {AUTO} needs a user message")
     earlier = [[turns[i][1], turns[i + 1][1]] for i in asked[:-1] if turns[i + 1][0] == "assistant"]
     return Example("question", turns[asked[-1]][1], "", None, turns=earlier)
 
@@ -234,24 +375,26 @@ def _role(message: Any) -> Any:
 
 
 def _text(message: dict[str, Any]) -> str:
-    """The text of a message, which may come in parts."""
+    """The text of a message, which may come in parts. Half a surrogate pair is no text, and becomes `?`."""
     content = message.get("content")
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "\n".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""
+        content = "\n".join(part for part in parts if isinstance(part, str))
+    return content.encode(errors="replace").decode() if isinstance(content, str) else ""
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    """The object in a body; empty if there is none, which the server will say."""
+    """The object in a body; _Refusal if there is none."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = None
+    if not isinstance(content, dict):
+        raise _Refusal(400, "the body is no JSON object")
+    return content
 
 
-def _refusal(message: str, status: int) -> Response:
+def _error(message: str, status: int) -> Response:
     """An error in OpenAI's form."""
     from starlette.responses import JSONResponse
 

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -37,10 +38,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 UNREAD_FILES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "metal/*")
 """Files that vLLM does not read if there are safetensors; if there are none, it fetches them itself."""
 API_KEY_ENV = "VLLM_API_KEY"
-"""Environment variable that the server does not inherit: with a key it would refuse requests without one.
-
-It needs none, because it listens on this machine only.
-"""
+"""Environment variable with the server's key, which is drawn: other users of this machine do not know it."""
 
 FLOAT32_HEAD = {"head_dtype": "float32"}
 """Has vLLM compute logits in float32, see `has_float32_head`."""
@@ -147,14 +145,15 @@ def _serving(
         resources.release_memory()
         log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
         failed = True
-        guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(devices))
+        key = secrets.token_hex(16)
+        guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(devices, key))
         try:
             start = time.monotonic()
             say(f"starting a vLLM server for {title or model.name}, log in {log.name}")
             _wait_until_healthy(guard, port, server.startup_s, log.name)
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
-            yield lambda name: Client((url,), name, "", server, exit_error, grows=True)
+            yield lambda name: Client((url,), name, key, server, exit_error, grows=True)
             failed = False
         finally:
             guard.end()
@@ -250,16 +249,16 @@ def _length(value: Any) -> int | None:
     return int(float(match[1]) * factors[match[2]]) if match else None
 
 
-def _environment(devices: str | None) -> dict[str, str]:
-    """Return the server's environment: defaults, this process's variables, and the visible devices."""
+def _environment(devices: str | None, key: str) -> dict[str, str]:
+    """Return the server's environment: defaults, this process's variables, its key, the visible devices."""
     visible = {"CUDA_VISIBLE_DEVICES": devices} if devices is not None else {}
-    inherited = {name: value for name, value in os.environ.items() if name != API_KEY_ENV}
     return {
         **({} if _have_gpu() else ON_CPU),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MAX_STOP_STRINGS": "64",  # by default it refuses more than a few; HumanEval has ten
-        **inherited,
+        **os.environ,
         **visible,
+        API_KEY_ENV: key,
     }
 
 

@@ -81,7 +81,7 @@ class Client:
         grows: bool = False,
     ) -> None:
         """exit_error, grows: see `Transport`."""
-        self.transport = Transport(urls, key, server, exit_error, grows)
+        self.key, self.transport = key, Transport(urls, key, server, exit_error, grows)
         self._tokens_needed: dict[tuple[str, ...], int] = {}
         """For the words of a request: the tokens until they differ, learned from earlier replies."""
         self._can_constrain: dict[str, bool] = {}
@@ -104,6 +104,17 @@ class Client:
             break
         for i, choice in self.transport.each(remaining, self._choose):
             yield i + 1, choice
+
+    def prepared_choice(
+        self, request: ChoiceRequest
+    ) -> tuple[str, dict[str, Any], Callable[[Any], tuple[float, ...] | None]]:
+        """A choice for another client to ask for, once this one has learned how by others with its words.
+
+        Returns its path, its body, and what reads the words' probabilities in the reply's JSON.
+        """
+        tokens = self._tokens_needed.get(request.words, 1)
+        path, body = constrained_body(self.model, request, request.words, tokens)
+        return path, body, partial(self._probabilities, request.words, tokens)
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
