@@ -92,11 +92,13 @@ def require_no_problem(settings: Config, pending: list[Step], quietly: bool = Fa
     with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
         from stages.plan import preflight
 
-    logging.disable(logging.WARNING if quietly else logging.NOTSET)
+    logger = logging.getLogger("stages")
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR if quietly else level)
         preflight.require_no_problem(settings, pending)
     finally:
-        logging.disable(logging.NOTSET)
+        logger.setLevel(level)
 
 
 def _print_all(states: dict[str, str], predicted: Estimate, detailed: list[str], verbose: bool) -> None:

@@ -29,8 +29,10 @@ Guarded([sys.executable, "-c", {SERVER!r}]).finish()
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL]
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
-@pytest.mark.parametrize("who", ["starter", "group", "guard"])
+ENDS = [(who, number) for who in ("starter", "guard") for number in NUMBERS] + [("group", signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("who", "number"), ENDS)
 def test_nothing_is_left(who, number):
     """Neither the server nor its worker, which ignores what it can, nor the guard; the starter may go on."""
     starter = subprocess.Popen(
