@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from conftest import make_steps
 
 from stages.errors import DataError
 from stages.pipeline.resolve import resolved
@@ -12,7 +11,6 @@ from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
 from stages.plan.lengths import Lengths, Span
 from stages.plan.preflight import problems, require_no_problem
-from stages.records import Example, Labelled
 
 KNOWN = ("classify.strategy=known", "classify.known=intended", "data.limit=24")
 
@@ -105,10 +103,10 @@ def test_certain_failures_are_found_all_at_once(smoke, tmp_path, settings, found
 
 def test_labels_tell_of_more(smoke):
     """24 rows, half of them System 2, are too few for a step of 16; with rl.data=all they are enough."""
+    voted = resolved(smoke(*KNOWN[2:], "rl.prompts_per_step=16"))
+    assert problems(voted, list(plan_steps(voted).values())) == []
     config = resolved(smoke(*KNOWN, "rl.prompts_per_step=16"))
     steps = list(plan_steps(config).values())
-    assert problems(config, steps) == []
-    make_steps(config, "classify:train")
     [problem] = problems(config, steps)
     assert problem.stopped == ("rl",) and "are fewer than the 16 of a step" in str(problem)
     assert problems(config, [step for step in steps if step.name != "rl"]) == []
@@ -118,15 +116,6 @@ def test_labels_tell_of_more(smoke):
     assert "rl.keep_steps: 4 is more than the 3 steps of RL" in str(problem)
     other = resolved(smoke(*KNOWN, "rl.prompts_per_step=16", "rl.data=all"))
     assert problems(other, list(plan_steps(other).values())) == []
-
-
-def test_labels_of_one_system_stop_what_needs_both(certain, monkeypatch):
-    labels = [Labelled(Example(f"r{i}", f"{i}?", f"#### {i}", str(i)), 1, {}) for i in range(8)]
-    monkeypatch.setattr(preflight, "_current_labels", lambda config, steps: labels)
-    [problem] = certain()
-    assert problem.startswith(
-        "score, sft, rl: no example is labelled System 2 (8 System 1, 0 System 2, 0 undecided)"
-    )
 
 
 def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, smoke, tmp_path):
@@ -158,6 +147,18 @@ def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monk
     assert lorapar("run", path, "--to", "sft").code == 0
     every = ["classify:train", "score", "partition:sft", "sft"]
     assert done == [every, "classify", every, "score", "partition", "sft"]
+
+
+def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_path, demo_data):
+    rows = (demo_data / "train.jsonl").read_text().splitlines()
+    fast = [{**json.loads(line), "intended": 1} for line in rows[:40]]
+    (tmp_path / "fast.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fast))
+    (tmp_path / "runs").write_text("")
+    known = ("classify.strategy=known", "classify.known=intended", f"data.path={tmp_path / 'fast.jsonl'}")
+    [one_system, *_] = certain(*known)
+    assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
+    [no_folder] = certain(f"runs_dir={tmp_path / 'runs'}")
+    assert no_folder.startswith("classify: runs_dir: ") and "is no folder to write in" in no_folder
 
 
 def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkeypatch):

@@ -7,14 +7,18 @@ stage are in its description; here are those that several stages make.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from stages import sandbox as sandboxes
 from stages.config import Config, LaunchSection, RlSection, SftSection
 from stages.config.sources import ALL_LINEAR
-from stages.errors import DataError, LoraparError
+from stages.errors import DataError, LoraparError, OutputError
+from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
 from stages.lora.training import loop
 from stages.models import base
@@ -63,7 +67,9 @@ def require_no_problem(config: Config, steps: list[Step]) -> None:
 
 def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
     """The checks of these steps, with the name of the step that fails if the call raises an error."""
-    texts = Texts(config, _current_labels(config, steps))
+    texts = Texts(config)
+    texts.labels = _labels(texts, steps)
+    yield steps[0].stage.name, partial(_check_folder, Path(config.runs_dir))
     for step in steps:
         if "model" in step.stage.sections(config, step.variant):
             yield step.name, partial(base.check_machine, config.model)
@@ -118,15 +124,29 @@ def check_prompts(texts: Texts, step: Step) -> None:
             )
 
 
-def _current_labels(config: Config, steps: list[Step]) -> list[Labelled]:
-    """The labels of the training rows; none if they are still to be made."""
+def _check_folder(runs: Path) -> None:
+    """Raise OutputError if artifacts cannot be written there."""
+    while not runs.exists() and runs != runs.parent:
+        runs = runs.parent
+    if not runs.is_dir() or not os.access(runs, os.W_OK):
+        raise OutputError(f"runs_dir: {runs} is no folder to write in", "name another one")
+
+
+def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
+    """The labels of the training rows; none if they are still to be made, unless the rows bring them."""
+    config = texts.config
     labelling = next(
         (step.inputs[name] for step in steps for name in step.inputs if name == "classify:train"), None
     )
     now = labelling and state(Store(config.root), labelling)
-    if not now or now.state != "current" or now.artifact is None:
-        return []
-    return read_labels(now.artifact.path / "labels.jsonl")
+    if now and now.state == "current" and now.artifact is not None:
+        return read_labels(now.artifact.path / "labels.jsonl")
+    classify = config.classify
+    if classify.strategy == "known" and not classify.swap:
+        with suppress(LoraparError):  # which the check of classify raises
+            file = Path(classify.labels_file) if classify.labels_file else None
+            return with_known_labels(texts.rows["train"], classify.known, file, True)
+    return []
 
 
 def check_targets(config: Config) -> None:

@@ -33,9 +33,10 @@ TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
 class Texts:
     """The rows of `train` and of each benchmark, and samples of their texts, random ones first."""
 
-    def __init__(self, config: Config, labels: list[Labelled] | None = None) -> None:
-        """labels: those of the training rows, once they are made."""
-        self.config, self.labels = config, labels or []
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.labels: list[Labelled] = []
+        """Those of the training rows, once they are known."""
         self.rows = _Rows(config)
         self._training_rows: dict[str, list[Row]] = {}
         self._ballots: dict[str, list[list[ChoiceRequest]]] = {}

@@ -111,5 +111,5 @@ def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch,
     without = [
         replace(row, example=replace(row.example, response="")) if row.system == 2 else row for row in rows
     ]
-    monkeypatch.setattr(preflight, "_current_labels", lambda config, steps: without)
+    monkeypatch.setattr(preflight, "_labels", lambda texts, steps: without)
     assert stopped("rl.rewards={correctness: 1}") == [(SECOND,)]
