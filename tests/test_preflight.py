@@ -153,11 +153,11 @@ def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_pat
     rows = (demo_data / "train.jsonl").read_text().splitlines()
     fast = [{**json.loads(line), "intended": 1} for line in rows[:40]]
     (tmp_path / "fast.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fast))
-    (tmp_path / "runs").write_text("")
+    (tmp_path / "file").write_text("")
     known = ("classify.strategy=known", "classify.known=intended", f"data.path={tmp_path / 'fast.jsonl'}")
-    [one_system, *_] = certain(*known)
+    [one_system] = certain(*known)
     assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
-    [no_folder] = certain(f"runs_dir={tmp_path / 'runs'}")
+    [no_folder] = certain(f"runs_dir={tmp_path / 'file'}")
     assert no_folder.startswith("classify: runs_dir: ") and "is no folder to write in" in no_folder
 
 
