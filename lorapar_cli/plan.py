@@ -58,7 +58,7 @@ def command(
     states = {name: state(store, step).state for name, step in ancestors(settings, steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
     if pending:
-        require_no_problem(settings, pending, quietly=check)
+        check_for_failures(settings, pending, quietly=check)
     if check:
         return
     predicted = Estimate({}, [])
@@ -84,7 +84,7 @@ def command(
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
 
 
-def require_no_problem(settings: Config, pending: list[Step], quietly: bool = False) -> None:
+def check_for_failures(settings: Config, pending: list[Step], quietly: bool = False) -> None:
     """Raise DataError with everything that is certain to stop one of these steps.
 
     quietly: the stages themselves will tell what else there is to say of the rows.

@@ -17,7 +17,7 @@ from lorapar_cli.options import (
     typed,
     without_sandbox,
 )
-from lorapar_cli.plan import require_no_problem
+from lorapar_cli.plan import check_for_failures
 from lorapar_cli.progress import Position, Silence, TerminalProgress
 from lorapar_cli.stage import make, report
 from stages.config import TRAINED, Config, LaunchSection
@@ -54,8 +54,9 @@ def command(
             terminal.say(f"{task.stage.name}: {task.why} is current")
             continue
         if must_check:
-            pending = [step for step in requested.values() if state(store, step).state != "current"]
-            require_no_problem(settings, pending, quietly=True)
+            forced = task.steps if task.force else []
+            pending = [s for s in requested.values() if s in forced or state(store, s).state != "current"]
+            check_for_failures(settings, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
         position = Position.from_task(task, store)

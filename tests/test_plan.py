@@ -69,7 +69,7 @@ def told(asked, monkeypatch):
             return Estimate(costs, more.pop("spans", []), room=100, **more)
 
         monkeypatch.setattr(plan_command, "estimate", estimate)
-        monkeypatch.setattr(plan_command, "require_no_problem", lambda *_, **__: None)
+        monkeypatch.setattr(plan_command, "check_for_failures", lambda *_, **__: None)
         return asked(*flags)[0]
 
     return run

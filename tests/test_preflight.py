@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from conftest import make_steps
 
 from stages.errors import DataError
 from stages.pipeline.resolve import resolved
@@ -139,7 +140,7 @@ def test_votes_may_fail_as_often_as_the_config_allows():
 
 def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monkeypatch):
     done = []
-    checked = "lorapar_cli.run.require_no_problem"
+    checked = "lorapar_cli.run.check_for_failures"
     monkeypatch.setattr(checked, lambda _, steps, **__: done.append([step.name for step in steps]))
     monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
     path = tmp_path / "config.json"
@@ -147,6 +148,16 @@ def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monk
     assert lorapar("run", path, "--to", "sft").code == 0
     every = ["classify:train", "score", "partition:sft", "sft"]
     assert done == [every, "classify", every, "score", "partition", "sft"]
+
+
+def test_a_stage_that_is_made_again_is_checked_though_all_is_current(begun, lorapar, tmp_path, monkeypatch):
+    config = begun()
+    make_steps(config, "classify", "score", "partition", "sft")
+    done = []
+    monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    assert lorapar("run", path, "--from", "sft", "--to", "sft").code == 0 and done == ["sft"]
 
 
 def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_path, demo_data):
