@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from stages.packing.batch import AttentionArgs, PackedBatch
+from stages.packing.batch import PackedBatch
 from stages.packing.trainer_inputs import prefix_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +81,7 @@ def ways(given: argparse.Namespace) -> dict[str, Way]:
     flex = torch.compile(flex_attention, dynamic=True) if DEVICE.type == "cuda" else flex_attention
     mask, grouped = block_mask(row), given.heads != given.keys
     return {
-        "rectangles": Way(lambda: row.attend(0, q, k, v, AttentionArgs(None)), own),
+        "rectangles": Way(lambda: row.attend(0, q, k, v), own),
         "flex": Way(lambda: flex(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2), own),
         "padded": Way(
             lambda: F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped), padded

@@ -32,14 +32,13 @@ from stages.config import DataSection, LoraSection, ModelSection, PromptSection,
 from stages.data.rows import read
 from stages.lora.adapter import adapter
 from stages.lora.adapter.elements import sparsify
-from stages.lora.training.health import RunInfo
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import trainer_inputs
 from stages.prompts.renderer import Renderer, Row
 from stages.runtime import resources
 from stages.sft import run as sft
-from stages.sft.sft_trainer import SftTrainer
+from stages.sft.run import SftTrainer
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
@@ -76,8 +75,7 @@ class Side:
         if name == "TRL":
             self.trainer = SFTTrainer(**given_to_both)
         else:
-            run_info = RunInfo(lambda _: [], "")
-            self.trainer = SftTrainer(**given_to_both, run_info=run_info, share_prefix=True)
+            self.trainer = SftTrainer(**given_to_both, row_ids=dict, memory_hint="", share_prefix=True)
             trainer_inputs.accept_packed(base)
             sparsify(model, random_masks(model, given.share))
         self.watch = Watch()

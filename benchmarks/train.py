@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
 from stages.lora.adapter import adapter
-from stages.lora.adapter.elements import sparsify
-from stages.lora.adapter.sparse_linear import SparseLinear
+from stages.lora.adapter.elements import SparseLinear, sparsify
 from stages.models.base import load_base
 from stages.runtime import resources
 

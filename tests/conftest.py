@@ -244,13 +244,11 @@ class Built(Exception):
 
 def trainer_of(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str = "rl") -> tuple[Any, Any, Any]:
     """The trainer and its packed model, and how both began, as the stage makes them."""
-    from stages.lora.adapter import elements
     from stages.lora.training import loop
 
-    def stop(trainer: Any, model: Any, start: Any, *_: Any) -> None:
-        start.restore(model)
-        elements.sparsify(model, start.active)
-        raise Built(trainer, model, start)
+    def stop(trainer: Any, run: Any) -> None:
+        run.start.begin(trainer.model)
+        raise Built(trainer, trainer.model, run.start)
 
     monkeypatch.setattr(loop, "train", stop)
     with pytest.raises(Built) as caught:
@@ -300,6 +298,17 @@ def begun(tiny: Path, demo_data: Path, labelled: Path, common_folder: Path) -> S
     """
     home = once(common_folder / "begun", lambda folder: shutil.copytree(labelled, folder, symlinks=True))
     return Small(tiny, demo_data, home)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, demo_data: Path, labelled: Path, common_folder: Path) -> Small:
+    """A finished run, which nobody changes."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(labelled, folder, symlinks=True)
+        make_steps(Small(tiny, demo_data, folder)())
+
+    return Small(tiny, demo_data, once(common_folder / "finished", make))
 
 
 @pytest.fixture

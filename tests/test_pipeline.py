@@ -1,7 +1,6 @@
 """The stage table, keys, and what a whole run does."""
 
 import inspect
-import itertools
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from stages.errors import ConfigError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import pending_stages
 from stages.pipeline.stage import all_stages, section
-from stages.pipeline.state import state
 from stages.pipeline.steps import ancestors, plan_steps
 from stages.report.comparison import answered_fewer
 from stages.store.artifacts import Store
@@ -41,30 +39,6 @@ def test_every_row_binds_to_its_function(path):
             ]
             run.bind(None, **dict.fromkeys(names))
             assert len(run.parameters) <= 9
-
-
-def test_table_2_shares_what_its_cells_have_in_common(smoke):
-    """Nine cells of α × β: three times SFT, nine times RL, one set of labels and scores."""
-    keys: dict[str, set[str]] = {}
-    for alpha, beta in itertools.product((0, 0.5, 1), repeat=2):
-        for name, step in plan_steps(
-            resolved(smoke(f"partition.alpha={alpha}", f"partition.beta={beta}"))
-        ).items():
-            keys.setdefault(name, set()).add(step.key)
-    counts = {name: len(found) for name, found in keys.items()}
-    assert counts == {
-        "classify:train": 1,
-        "classify:demo": 1,
-        "score": 1,
-        "partition:sft": 3,
-        "partition:rl": 3,
-        "sft": 3,
-        "rl": 9,
-        "eval:base@demo": 1,
-        "eval:init@demo": 1,
-        "eval:sft@demo": 3,
-        "eval:rl@demo": 9,
-    }
 
 
 ALL = {
@@ -194,7 +168,7 @@ def test_a_voter_of_its_own_model_is_asked_in_the_revision_it_names(smoke):
     assert trained.name == found.model.name
 
 
-@pytest.mark.parametrize("stage", ["votes", "answers"])
+@pytest.mark.parametrize("stage", ["votes", pytest.param("answers", marks=pytest.mark.slow)])
 def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage):
     """The same checkpoint under `auto`, on a CPU that multiplies bfloat16 and on one that does not."""
     small = ("data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]", "eval.parity_items=0")
@@ -229,13 +203,3 @@ def test_a_table_says_who_answered_fewer_items():
     ]
     assert answered_fewer(rows) == "base answered 5 of 16 items."
     assert answered_fewer(rows[1:]) == "" and answered_fewer([]) == ""
-
-
-def test_the_states_of_all_steps_read_each_manifest_once(begun, monkeypatch):
-    config = resolved(begun())
-    make_steps(config)
-    loaded, load_ = [], Store.load
-    monkeypatch.setattr(Store, "load", lambda self, path: loaded.append(path) or load_(self, path))
-    store = Store(config.root)
-    states = {name: state(store, step).state for name, step in plan_steps(config).items()}
-    assert set(states.values()) == {"current"} and len(loaded) == len(states) == len(set(loaded))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.packing.batch import AttentionArgs, PackedBatch
+    from stages.packing.batch import PackedBatch
 
 COLUMNS = 64
 """Columns (tokens per row) by which the cache grows."""
@@ -69,7 +69,7 @@ class KVCache:
         columns = torch.arange(self.length, device=positions.device)
         self.mask = (columns <= last[:, None])[:, None, None]  # (rows, 1, 1, length)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **args: Any) -> Tensor:
         """Attention of a decode step for one new token per active row; caches its key and value.
 
         query: (1, heads, active, width), key and value with as many heads or fewer. Returns
@@ -88,7 +88,7 @@ class KVCache:
             keys[:, :, : self.length],
             values[:, :, : self.length],
             attn_mask=self.mask,
-            scale=args.scale,
+            scale=args["scale"],
         )
         # CUDA's memory-efficient kernel returns a transposed tensor.
         return output.reshape(self.rows, heads, -1).index_select(0, self.active)[None]
@@ -105,7 +105,7 @@ class Prefill:
     rows: Tensor
     """(rows,): rows of the cache to write."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **args: Any) -> Tensor:
         """Cache keys and values, then attend within the batch; shapes as in `PackedBatch.attend`."""
         first = 0
         if self.batch.prefixes is not None:
@@ -116,4 +116,4 @@ class Prefill:
         # (rows, key heads, longest suffix, width)
         k, v = (self.batch.suffixes.rectangle(x).index_select(0, self.suffix_of) for x in (key, value))
         self.cache.write(layer, k, v, self.rows, first)
-        return self.batch.attend(layer, query, key, value, args)
+        return self.batch.attend(layer, query, key, value, **args)

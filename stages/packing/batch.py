@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +38,11 @@ class PrefixGroup:
     suffixes: list[Suffix]
 
 
-@dataclass(frozen=True)
-class AttentionArgs:
-    """Parameters of a layer's attention that do not depend on the tokens."""
-
-    scale: float | None
-    """Factor of the products of query and key; None: 1 / √(their width)."""
-    dropout: float = 0.0
-
-
 class AttentionLayout(Protocol):
     """Attention over a row of several sequences."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs, /) -> Tensor:
-        """Compute attention of one layer.
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **args: Any) -> Tensor:
+        """Compute attention of one layer; args: `scale` and `dropout_p` of torch's attention.
 
         query: (1, heads, tokens, width). key, value: (1, key heads, tokens, width), where `key heads` divides
         `heads`. Returns (1, tokens, heads, width).
@@ -150,21 +141,21 @@ class PackedBatch:
             self._masks[dtype, group] = mask.flatten(1, 2)[:, None, :, :keys]
         return self._masks[dtype, group]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **args: Any) -> Tensor:
         """Compute attention (see `AttentionLayout`): prefixes by themselves, then suffixes after them."""
         # (suffixes, heads, longest, width)
         q, k, v = (self.suffixes.rectangle(x) for x in (query, key, value))
         if self.prefixes is None:
-            return self.suffixes.flatten(_causal(q, k, v, args))[None]
+            return self.suffixes.flatten(_causal(q, k, v, **args))[None]
         prefix_q, prefix_k, prefix_v = (self.prefixes.rectangle(x) for x in (query, key, value))
         # The keys and values of a suffix are those of its prefix, then its own.
         k, v = (
             torch.cat([of_prefix.index_select(0, self.prefix_of), of_suffix], 2)
             for of_prefix, of_suffix in ((prefix_k, k), (prefix_v, v))
         )  # (suffixes, key heads, longest prefix + longest suffix, width)
-        prefix_output = self.prefixes.flatten(_causal(prefix_q, prefix_k, prefix_v, args))
+        prefix_output = self.prefixes.flatten(_causal(prefix_q, prefix_k, prefix_v, **args))
         mask = self.mask(q.dtype, q.shape[1] // k.shape[1])
-        suffix_output = self.suffixes.flatten(_masked(q, k, v, mask, args))
+        suffix_output = self.suffixes.flatten(_masked(q, k, v, mask, **args))
         return torch.cat([prefix_output, suffix_output])[None]  # in the order of the row
 
 
@@ -216,18 +207,16 @@ class RaggedIndex:
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.cells)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, **args: Any) -> Tensor:
     """Causal attention within each sequence of a rectangle.
 
     Padding is on the right, so no token sees it; what is computed for the padding itself is discarded later.
     """
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=args.scale, dropout_p=args.dropout, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped, **args)
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, args: AttentionArgs) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **args: Any) -> Tensor:
     """Attention under `mask`, in which heads that share a key head are stacked along the token axis.
 
     So no key has to be repeated for each of its heads. query: (sequences, heads, tokens, width); mask:
@@ -237,12 +226,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, args: Atten
     key_heads = key.shape[1]
     group = heads // key_heads  # heads g · group … (g + 1) · group − 1 use key head g
     output = F.scaled_dot_product_attention(
-        query.reshape(sequences, key_heads, group * tokens, width),
-        key,
-        value,
-        attn_mask=mask,
-        scale=args.scale,
-        dropout_p=args.dropout,
+        query.reshape(sequences, key_heads, group * tokens, width), key, value, attn_mask=mask, **args
     )
     # Values may have another width, and CUDA's memory-efficient kernel returns a transposed tensor.
     return output.reshape(sequences, heads, tokens, -1)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
+from stages.packing.support import packed_logprobs, supports_packing
 from stages.prompts.renderer import IGNORED, Row
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from stages.packing.batch import PackedBatch
 
 
 @dataclass
@@ -29,8 +29,6 @@ def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
 
     The mask is built from the lengths, because `pad` may be the EOS token, which occurs in texts.
     """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
 
     def padded(sequences: list[list[int]], fill: int) -> Tensor:
         return pad_sequence([torch.tensor(ids) for ids in sequences], True, fill).to(device)
@@ -42,8 +40,6 @@ def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
 
 def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of each example over its answer tokens: (batch,), at least float32."""
-    import torch.nn.functional as F
-
     # The first column in which any example has a label. It is predicted from the column before it, and logits
     # of columns further left, which belong to prompts, are not computed.
     first = int((batch.labels != IGNORED).any(0).nonzero()[0])
@@ -60,9 +56,6 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> PackedBatch | None:
     """Pack the examples into one row without a shared prefix; None if `supports_packing` is False."""
-    from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
-    from stages.packing.support import supports_packing
-
     if not supports_packing(model, rows[0].input_ids):
         return None
     return PackedBatch.from_groups(
@@ -74,8 +67,6 @@ def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> 
 
 def packed_answer_losses(model: PreTrainedModel, row: PackedBatch) -> Tensor:
     """Mean negative log-likelihood of each example, like `answer_losses`, of a packed row: (examples,)."""
-    from stages.packing.support import packed_logprobs
-
     log_probs = packed_logprobs(model, row).log_probs  # (targets,)
     example_of = row.suffixes.sequence_of()[row.target_positions()]  # (targets,)
     sums = log_probs.new_zeros(len(row.suffixes.index)).index_add(0, example_of, log_probs)

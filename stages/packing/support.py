@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.packing.batch import AttentionArgs, AttentionLayout, PackedBatch, PrefixGroup, Suffix
+from stages.packing.batch import AttentionLayout, PackedBatch, PrefixGroup, Suffix
 from stages.packing.logprobs import TokenLogprobs, selected_logprobs
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def _wrapped_attention(kind: str) -> Any:
             return original(  # type: ignore[no-any-return]
                 module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
             )
-        return layout.attend(module.layer_idx, query, key, value, AttentionArgs(scaling, dropout)), None
+        output = layout.attend(module.layer_idx, query, key, value, scale=scaling, dropout_p=dropout)
+        return output, None
 
     return attend
 

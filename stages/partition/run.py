@@ -10,12 +10,8 @@ import torch
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
-from stages.lora.importance.masks import (
-    Masks,
-    flatten_weights,
-    read_importance,
-    read_protected_importance,
-)
+from stages.lora.examples import PROTECTED
+from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import (
     NONE,
     S1_ONLY,
@@ -100,7 +96,7 @@ def _protected(context: StageContext, partition: PartitionSection, elements: int
     """The elements that the protected rows need, as a bool mask; none without such rows."""
     if context.protected is None or not partition.protect_theta:
         return torch.zeros(elements, dtype=torch.bool)
-    scores = read_protected_importance(context.protected / "importance.safetensors")
+    scores = read_importance(context.protected / "importance.safetensors")[PROTECTED]
     return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
 
 

@@ -14,8 +14,7 @@ from stages.lora.training.curves import KL_FROM_START
 from stages.packing.support import eval_mode
 
 if TYPE_CHECKING:
-    from stages.config import RlSection
-    from stages.lora.grpo.sampler import RolloutSampler
+    from stages.lora.grpo.trainer import GrpoTrainer
 
 
 class KlProbe(TrainerCallback):
@@ -27,22 +26,16 @@ class KlProbe(TrainerCallback):
     generator of its own, so the trainer's results do not change.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        prompts: list[list[int]],
-        sampler: RolloutSampler,
-        rl: RlSection,
-    ) -> None:
-        self.trainer, self.every, self.batch = trainer, rl.kl_probe_steps, rl.per_device_train_batch_size
+    def __init__(self, trainer: GrpoTrainer) -> None:
+        self.trainer, prompts, sampler = trainer, trainer.prompts.held_out, trainer.sampler
         with trainer.memory("while the drift was prepared"):
-            with fsdp.unsharded(sampler.adapted):
+            with fsdp.unsharded(trainer.model):
                 answers = sampler.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
             self.ids, self.mask, self.keep = _padded(prompts, answers, trainer.accelerator.device)
             self.start = self._log_probs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+        if state.global_step % self.trainer.rl.kl_probe_steps == 0 or state.global_step >= state.max_steps:
             self.trainer._metrics["train"][KL_FROM_START].append(self.divergence())
 
     def divergence(self) -> float:
@@ -58,10 +51,10 @@ class KlProbe(TrainerCallback):
     @torch.no_grad()
     def _log_probs(self) -> Tensor:
         """(prompts, longest answer); any number behind the end of an answer."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = self.trainer.model
         with eval_mode(model):
             log_probs, *_ = self.trainer._get_per_token_logps_and_entropies(
-                model, self.ids, self.mask, self.keep, self.batch
+                model, self.ids, self.mask, self.keep, self.trainer.args.per_device_train_batch_size
             )
         return log_probs.float()  # type: ignore[no-any-return]
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
+from transformers import TrainerCallback
+
+from stages.lora.adapter import adapter
 from stages.lora.grpo import building
 from stages.lora.training import loop, protected_kl
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback
 from stages.packing.support import is_prompt_learning
-from stages.records import read_labels
-from stages.rl.kept_adapters import KeptAdapters
 from stages.rl.kl_probe import KlProbe
 from stages.runtime import distributed
 from stages.store.artifacts import KEPT_ADAPTERS
 
 if TYPE_CHECKING:
+    from stages.config import ModelSection
     from stages.pipeline.context import StageContext
 
 LENGTH = "completions/mean_length"
@@ -25,35 +28,20 @@ SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
 """Metrics on the progress line."""
 
 
-def run(
-    context: StageContext,
-    model: ModelSection,
-    prompt: PromptSection,
-    lora: LoraSection,
-    baseline: BaselineSection | None,
-    rl: RlSection,
-    seed: int,
-    sandbox: SandboxSection | None = None,
-) -> dict[str, Any]:
+def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
-    start = loop.StartingAdapter.from_artifacts("rl", context.adapter("sft", "score"), context.masks)
-    labels, say = read_labels(context.labels), context.progress.say
-    grpo = building.build(
-        labels, start, context.checkpoints, say, model, prompt, lora, baseline, rl, seed, sandbox
-    )
-    prompts, trainer, peft_model = grpo.prompts, grpo.trainer, grpo.model
+    run = building.Grpo(context=context, **sections)
+    rl, trainer, prompts = run.rl, run.build(), run.prompts
     title = f"rl on {prompts.system2_rows} prompts"
-    trainer.add_callback(
-        ProgressCallback(context.progress, title, grpo.steps, SHOWN, rl.max_zero_signal_steps)
-    )
-    if prompts.held_out and not is_prompt_learning(peft_model):
-        if start.active is not None:
-            start.restore(peft_model)
-        trainer.add_callback(KlProbe(trainer, prompts.held_out, grpo.sampler, rl))
-    protected_kl.watch(trainer, start, context.protected, grpo.renderer, rl.kl_probe_steps)
-    kept = KeptAdapters(peft_model, model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
+    trainer.add_callback(ProgressCallback(context.progress, title, SHOWN, rl.max_zero_signal_steps))
+    if prompts.held_out and not is_prompt_learning(trainer.model):
+        if run.start.active is not None:
+            run.start.restore(trainer.model)
+        trainer.add_callback(KlProbe(trainer))
+    protected_kl.watch(trainer, run, rl.kl_probe_steps)
+    kept = KeptAdapters(run.model, context.checkpoints.folder / KEPT_ADAPTERS, rl.keep_steps)
     trainer.add_callback(kept)
-    summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
+    summary = loop.train(trainer, run)
     if distributed.is_main():
         kept.copy(context.out / KEPT_ADAPTERS)
     return {
@@ -61,8 +49,8 @@ def run(
         "replayed_prompts": prompts.replayed,
         **({"unrewardable_prompts": prompts.unrewardable} if prompts.unrewardable else {}),
         "cut_prompts" if rl.too_long == "truncate_left" else "dropped_prompts": prompts.long,
-        "prompt": grpo.renderer.digest(),
-        **({"sandbox": grpo.sandbox.name} if grpo.sandbox else {}),
+        "prompt": run.renderer.digest(),
+        **({"sandbox": run.backend.name} if run.backend else {}),
         **_earned(loop.history(trainer), rl.prompts_per_step * rl.num_generations),
         **summary,
     }
@@ -86,3 +74,23 @@ def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
         "completions": int(sum(per_step + row.get("resampled/completions", 0) for row in sampled)),
         **({"kl_from_start": kl[-1]} if kl else {}),
     }
+
+
+class KeptAdapters(TrainerCallback):
+    """Writes the adapter after each of these steps, beside the checkpoints: a resumed run finds it there."""
+
+    def __init__(self, base: ModelSection, folder: Path, steps: list[int]) -> None:
+        self.base, self.folder, self.steps = base, folder, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step in self.steps and distributed.is_main():
+            # What a killed run left half written is written again, when the resumed one comes to the step.
+            folder = self.folder / str(state.global_step)
+            shutil.rmtree(folder, ignore_errors=True)
+            adapter.save(model, folder, self.base)
+
+    def copy(self, out: Path) -> None:
+        """Copy what was kept into the artifact."""
+        # Not written there at once: the folder of an artifact is emptied when a killed run begins again.
+        if self.folder.exists():
+            shutil.copytree(self.folder, out)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stages.config import LaunchSection, RlSection
-    from stages.lora.grpo.building import GrpoRun
-    from stages.progress import Progress
+    from stages.lora.grpo.building import Grpo
 
 BATCHES = 8
 """Batches of completions, each as large as a step of RL."""
@@ -39,18 +38,17 @@ def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:
     return rl.model_copy(update={**still, **length, **unused})
 
 
-def measure(
-    grpo: GrpoRun, start: loop.StartingAdapter, progress: Progress
-) -> tuple[Moments, dict[str, float]]:
+def measure(run: Grpo) -> tuple[dict[str, nn.Linear], Moments, dict[str, float]]:
     """Sum the gradients of GRPO's loss, and their squares, over BATCHES batches; and what these earned.
 
-    grpo: built with the settings of `without_updates`. A gradient is what RL's optimizer would get: of a
-    whole step, clipped to `rl.max_grad_norm`. One tensor per LoRA weight, of the weight's full shape.
-    UnusableResult if no completion had an advantage.
+    run: with the settings of `without_updates`. A gradient is what RL's optimizer would get: of a whole step,
+    clipped to `rl.max_grad_norm`. One tensor per LoRA weight, of the weight's full shape. Returns the LoRA
+    layers, too. UnusableResult if no completion had an advantage.
     """
-    trainer, layers = grpo.trainer, adapter.lora_layers(grpo.model)
+    trainer = run.build()
+    layers = adapter.lora_layers(trainer.model)
     loop.refuse_untested(trainer)
-    start.restore(grpo.model)
+    run.start.restore(trainer.model)
     # Nothing is packed: every element of the adapter gets a gradient, so that any may be chosen.
     for layer in layers.values():
         layer.weight.requires_grad_(True)
@@ -58,9 +56,9 @@ def measure(
     # A checkpoint would hold nothing but SFT's adapter, and the sums are not in it.
     trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
-    title = f"score System 2 by RL's gradients, {grpo.prompts.system2_rows} prompts"
+    title = f"score System 2 by RL's gradients, {run.prompts.system2_rows} prompts"
     # Patience above the number of steps: batches without a signal count as zeros, and do not end the run.
-    trainer.add_callback(ProgressCallback(progress, title, grpo.steps, SHOWN, grpo.steps + 1))
+    trainer.add_callback(ProgressCallback(run.context.progress, title, SHOWN, BATCHES + 1))
     trainer.add_callback(_GradientSums(layers, sums))
     trainer.train()
     if not any(bool(square.any()) for square in sums.square.values()):
@@ -69,7 +67,7 @@ def measure(
             "raise rl.num_generations or sft.system2_share, or leave out rl.rescore",
         )
     rewards = [row["reward"] for row in loop.history(trainer) if "reward" in row]
-    return sums, {"batches": sums.examples, **({"mean_reward": fmean(rewards)} if rewards else {})}
+    return layers, sums, {"batches": sums.examples, **({"mean_reward": fmean(rewards)} if rewards else {})}
 
 
 class _GradientSums(TrainerCallback):

@@ -10,21 +10,13 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.config import (
-    DataSection,
-    LaunchSection,
-    LoraSection,
-    ModelSection,
-    PromptSection,
-    RlSection,
-    ScoreSection,
-)
+from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import flatten_weights, read_importance, write_importance
@@ -40,23 +32,61 @@ from stages.score import pilot
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from stages.pipeline.context import StageContext
-    from stages.progress import Progress
 
 
-def run(
-    context: StageContext,
-    model: ModelSection,
-    data: DataSection,
-    prompt: PromptSection,
-    lora: LoraSection,
-    score: ScoreSection,
-    seed: int,
-    protect: str | None,
-    rl: RlSection,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scoring:
+    """The sections that the stage reads."""
+
+    context: StageContext
+    model: ModelSection
+    data: DataSection
+    prompt: PromptSection
+    lora: LoraSection
+    score: ScoreSection
+    seed: int
+    protect: str | None
+    rl: RlSection
+
+    @property
+    def scorer(self) -> str:
+        """The name of the scorer."""
+        return self.rl.rescore if self.context.variant == "rl" and self.rl.rescore else self.score.scorer
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        return fsdp.is_sharded(self.score.launch)
+
+    @cached_property
+    def labels(self) -> list[Labelled]:
+        """Those of the rows to score; none if these are the protected ones."""
+        return read_labels(self.context.labels) if "classify" in self.context.inputs else []
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(load_tokenizer(self.model), self.score.prompt or self.prompt, self.labels)
+
+    @cached_property
+    def batch_size(self) -> BatchSize:
+        """Examples per forward pass: halved if memory runs out, but fixed for a sharded base.
+
+        All processes of a sharded base have to make as many passes; one that halved its batches would make
+        more.
+        """
+        size, hint = self.score.batch_size, "shorten the rows by data.max_length, or set model.load_in_4bit"
+        if self.is_sharded:
+            return BatchSize("score.batch_size", size, "lower score.batch_size", size)
+        return BatchSize("score.batch_size", size, hint)
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """The trainable part of a tensor of a weight's full shape, in float32."""
+        return adapter.trainable_part(name, tensor, self.lora).detach().float()
+
+
+def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
     The variant `rl` scores the adapter of SFT instead, and writes no `init/`; `protected` scores the initial
@@ -65,142 +95,106 @@ def run(
     the number of examples, their mean loss (in a pilot run: before the step on them) and the share of the
     formula's second-order term or, with a pilot run, its number of steps.
     """
-    scorer = rl.rescore if context.variant == "rl" and rl.rescore else score.scorer
-    if scorers.has_trait(scorer, "rollouts"):
-        return _by_rollouts(context, model, prompt, lora, score, rl, seed)
-    base = fsdp.load(model, score.launch)
-    start = context.adapter("sft", "score")
-    peft_model = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
-    layers = adapter.lora_layers(peft_model)
-    shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers.items()}
-    if distributed.is_main():
-        if not start:
-            adapter.save(peft_model, context.out / "init", model)
-        (context.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
-    fsdp.shard_base(peft_model, model, score.launch)
-    summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
-    protected = context.variant == examples.PROTECTED
-    if "classify" not in context.inputs and not protected:
-        return summary
-    labels = [] if protected else read_labels(context.labels)
-    left_out = len(labels) - len(examples.with_response(labels))
-    renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
-    groups: dict[Any, list[Example]] = {}
-    if protected:
-        assert protect is not None
-        groups[examples.PROTECTED], held_out, left_out = examples.protected(protect, score, seed)
-        summary["held_out"] = _hold_out(held_out, renderer, data, context.out / "held_out.jsonl")
-    else:
-        groups |= examples.scored(labels, score, seed)
-    if left_out:
-        summary["without_response"] = left_out
-    size = _batch_size(score)
+    run = Scoring(context, **sections)
+    if scorers.has_trait(run.scorer, "rollouts"):
+        return _by_rollouts(run)
+    model, elements = _adapted(run)
+    if "classify" not in context.inputs and context.variant != examples.PROTECTED:
+        return {"elements": elements}
+    groups, counts = _examples(run)
+    summary = {"elements": elements, **counts}
     scores: dict[Any, dict[str, Tensor]] = {}
     for group, chosen in groups.items():
-        title = "the protected rows" if protected else f"System {group}"
-        rows, long = renderer.rows(chosen, data)
-        scores[group], statistics = _score_rows(
-            peft_model, rows, title, scorer, size, score.launch, lora, renderer, context.progress
-        )
-        name = str(group) if protected else f"system{group}"
+        rows, long = run.renderer.rows(chosen, run.data)
+        is_system = group != examples.PROTECTED
+        title = f"System {group}" if is_system else "the protected rows"
+        scores[group], statistics = _score_rows(run, model, rows, title)
+        name = f"system{group}" if is_system else group
         summary[name] = {"examples": len(rows), "too_long": long, **statistics}
     if distributed.is_main():
         write_importance(context.out / "importance.safetensors", scores)
-    return {**summary, **fsdp.local_share(peft_model), "prompt": renderer.digest()}
+    return {**summary, **fsdp.local_share(model), "prompt": run.renderer.digest()}
 
 
-def _score_rows(
-    model: PeftModel,
-    rows: list[Row],
-    title: str,
-    scorer: str,
-    size: BatchSize,
-    launch: LaunchSection,
-    lora: LoraSection,
-    renderer: Renderer,
-    progress: Progress,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Score the elements on the rows of one group, and return statistics for the summary, too."""
-    # The blocks that another group left in torch's memory pool are too small for the longest rows.
-    resources.release_memory()
-    steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(scorer, "pilot") else 1
-    batches = [rows[step::steps] for step in range(steps)]
-    progress.start(f"score {title}", sum(len(_local_rows(batch)) for batch in batches))
-
-    def sums_of(batch: list[Row]) -> Moments:
-        return _moments(model, batch, size, launch, renderer, progress)
-
-    scores, statistics = _importance(model, batches, sums_of, lora, scorer)
-    check_importance(flatten_weights(scores), title)
-    return scores, statistics
+def _adapted(run: Scoring) -> tuple[PeftModel, int]:
+    """The model with the adapter to score, a new one if there is none, and the number of its elements."""
+    context, lora = run.context, run.lora
+    base = fsdp.load(run.model, run.score.launch)
+    start = context.adapter("sft", "score")
+    model = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, run.seed)
+    layers = adapter.lora_layers(model).items()
+    shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers}
+    if distributed.is_main():
+        if not start:
+            adapter.save(model, context.out / "init", run.model)
+        (context.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+    fsdp.shard_base(model, run.model, run.score.launch)
+    return model, sum(rows * columns for rows, columns in shapes.values())
 
 
-def _by_rollouts(
-    context: StageContext,
-    model: ModelSection,
-    prompt: PromptSection,
-    lora: LoraSection,
-    score: ScoreSection,
-    rl: RlSection,
-    seed: int,
-) -> dict[str, Any]:
+def _examples(run: Scoring) -> tuple[dict[Any, list[Example]], dict[str, Any]]:
+    """The examples to score by group, a system or the protected rows, and counts for the summary.
+
+    Of the protected rows those are written on which SFT and RL measure their drift, if they fit.
+    """
+    counts = {}
+    if run.context.variant == examples.PROTECTED:
+        assert run.protect is not None
+        scored, held_out, left_out = examples.protected(run.protect, run.score, run.seed)
+        groups: dict[Any, list[Example]] = {examples.PROTECTED: scored}
+        longest = run.data.max_length
+        fitting = [row for row in held_out if len(run.renderer.row(row).input_ids) <= longest]
+        if distributed.is_main():
+            rows = (Labelled(row, None, {}) for row in fitting)
+            write_labels(run.context.out / "held_out.jsonl", rows)
+        counts["held_out"] = len(fitting)
+    else:
+        groups = {**examples.scored(run.labels, run.score, run.seed)}
+        left_out = len(run.labels) - len(examples.with_response(run.labels))
+    return groups, counts | ({"without_response": left_out} if left_out else {})
+
+
+def _by_rollouts(run: Scoring) -> dict[str, Any]:
     """Score every element for System 2 by RL's gradients at SFT's adapter.
 
     System 1's scores stay those of `score`: GRPO's gradients say what RL has to learn, and what RL may
     spoil is System 1, which SFT has learnt already.
     """
-    from stages.lora.grpo import building  # the trainer, which other scorers do not need
-    from stages.lora.training import loop
+    from stages.lora.grpo.building import Grpo  # the trainer, which other scorers do not need
     from stages.score import gradients
 
-    start = loop.StartingAdapter(context.adapter("sft"), None)
-    labels, rl = read_labels(context.labels), gradients.without_updates(rl, score.launch)
-    sandbox = rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None
-    say = context.progress.say
-    grpo = building.build(
-        labels, start, context.checkpoints, say, model, prompt, lora, None, rl, seed, sandbox
-    )
-    sums, statistics = gradients.measure(grpo, start, context.progress)
+    context, rl = run.context, gradients.without_updates(run.rl, run.score.launch)
+    grpo = Grpo(
+        context=context, model=run.model, prompt=run.prompt, lora=run.lora, baseline=None, seed=run.seed,
+        rl=rl, sandbox=rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None,
+    )  # fmt: skip
+    layers, sums, statistics = gradients.measure(grpo)
     if not distributed.is_main():
         return {}
     previous = context.inputs["score"].path
     shutil.copyfile(previous / "shapes.json", context.out / "shapes.json")
-    assert rl.rescore is not None
-    system2 = _scores(adapter.lora_layers(grpo.model), sums, lora, scorers.pick(rl.rescore))
+    system2 = _scores(run, layers, sums)
     check_importance(flatten_weights(system2), "System 2")
-    importance: dict[int | str, dict[str, Tensor]] = {
-        1: read_importance(previous / "importance.safetensors")[1],
-        2: system2,
-    }
-    write_importance(context.out / "importance.safetensors", importance)
+    system1 = read_importance(previous / "importance.safetensors")[1]
+    write_importance(context.out / "importance.safetensors", {1: system1, 2: system2})
     elements = sum(tensor.numel() for tensor in system2.values())
     return {"elements": elements, "system2": statistics, "prompt": grpo.renderer.digest()}
 
 
-def _scores(
-    layers: dict[str, torch.nn.Linear], sums: Moments, lora: LoraSection, formula: Callable[..., Tensor]
-) -> dict[str, Tensor]:
-    """The formula's score of each element, from its value and the means of its gradient and of its square."""
-    number = sums.examples
-    return {
-        name: _score(
-            formula, name, lora, layer.weight, sums.gradient[name] / number, sums.square[name] / number
-        )
-        for name, layer in layers.items()
-    }
-
-
-def _score(formula: Callable[..., Tensor], name: str, lora: LoraSection, *tensors: Tensor) -> Tensor:
-    """The formula applied to the trainable part of tensors of a weight's full shape."""
-    return formula(*(adapter.trainable_part(name, tensor, lora).detach().float() for tensor in tensors))
-
-
-def _hold_out(held_out: list[Example], renderer: Renderer, data: DataSection, path: Path) -> int:
-    """Write the rows on which SFT and RL measure their drift, if they fit; returns their number."""
-    fitting = [row for row in held_out if len(renderer.row(row).input_ids) <= data.max_length]
-    if distributed.is_main():
-        write_labels(path, (Labelled(row, None, {}) for row in fitting))
-    return len(fitting)
+def _score_rows(
+    run: Scoring, model: PeftModel, rows: list[Row], title: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Score the elements on the rows of one group, and return statistics for the summary, too."""
+    # The blocks that another group left in torch's memory pool are too small for the longest rows.
+    resources.release_memory()
+    steps = min(pilot.STEPS, len(rows)) if scorers.has_trait(run.scorer, "pilot") else 1
+    batches = [rows[step::steps] for step in range(steps)]
+    run.context.progress.start(f"score {title}", sum(len(_local_rows(batch)) for batch in batches))
+    scores, statistics = _importance(
+        run, adapter.lora_layers(model), batches, lambda b: _moments(run, model, b)
+    )
+    check_importance(flatten_weights(scores), title)
+    return scores, statistics
 
 
 def _local_rows(rows: list[Row]) -> list[Row]:
@@ -208,26 +202,7 @@ def _local_rows(rows: list[Row]) -> list[Row]:
     return rows[distributed.rank() :: distributed.world_size()]
 
 
-def _batch_size(score: ScoreSection) -> BatchSize:
-    """Examples per forward pass: halved if memory runs out, but fixed for a sharded base.
-
-    All processes of a sharded base have to make as many passes; one that halved its batches would make more.
-    """
-    if fsdp.is_sharded(score.launch):
-        return BatchSize("score.batch_size", score.batch_size, "lower score.batch_size", score.batch_size)
-    return BatchSize(
-        "score.batch_size", score.batch_size, "shorten the rows by data.max_length, or set model.load_in_4bit"
-    )
-
-
-def _moments(
-    model: PeftModel,
-    rows: list[Row],
-    size: BatchSize,
-    launch: LaunchSection,
-    renderer: Renderer,
-    progress: Progress,
-) -> Moments:
+def _moments(run: Scoring, model: PeftModel, rows: list[Row]) -> Moments:
     """Compute the sums over these rows, split over all processes; each process returns the totals.
 
     Batches hold rows of similar length, so that they need little padding. The longest rows come first: later
@@ -237,57 +212,65 @@ def _moments(
     local = sorted(_local_rows(rows), key=lambda row: -len(row.input_ids))
     model.requires_grad_(False)
     model.eval()
-    layers, pad = adapter.lora_layers(model), renderer.tokenizer.pad_token_id
-    sums = moments(model, layers, local, size, progress.advance, pad)
-    if fsdp.is_sharded(launch):
+    layers, pad, size = adapter.lora_layers(model), run.renderer.tokenizer.pad_token_id, run.batch_size
+    sums = moments(model, layers, local, size, run.context.progress.advance, pad)
+    if run.is_sharded:
         # A sharded base gathers its layers in each pass, so all processes have to make as many passes. Rank r
         # of n has the rows r, r + n, …, and rank 0 the most. Ranks with fewer batches make the missing passes
         # with one row each, and drop the sums.
         own, most = (math.ceil(n / size.now) for n in (len(local), len(rows[:: distributed.world_size()])))
         moments(model, layers, rows[:1] * (most - own), replace(size, now=1), lambda _: None, pad)
-    _all_reduce(sums)
-    return sums
-
-
-def _all_reduce(sums: Moments) -> None:
-    """Replace the sums in every process by their totals over all processes."""
     device = next(iter(sums.gradient.values())).device
     counts = torch.tensor([sums.examples, sums.loss], dtype=torch.float64, device=device)
     distributed.all_reduce([counts, *sums.gradient.values(), *sums.square.values()])
     sums.examples, sums.loss = int(counts[0]), float(counts[1])
+    return sums
 
 
 def _importance(
-    model: PeftModel,
+    run: Scoring,
+    layers: dict[str, nn.Linear],
     batches: list[list[Row]],
     sums_of: Callable[[list[Row]], Moments],
-    lora: LoraSection,
-    scorer: str,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Score the trainable part of each weight by the scorer's formula, and return statistics for the summary.
 
     batches: those of a pilot run, one per step; for other scorers one batch of all rows.
     """
-    formula, layers = scorers.pick(scorer), adapter.lora_layers(model)
-    if scorers.has_trait(scorer, "pilot"):
-        trained, loss = pilot.run(layers, lora, batches, sums_of)
+    if scorers.has_trait(run.scorer, "pilot"):
+        trained, loss = pilot.run(layers, run.lora, batches, sums_of)
+        formula = scorers.pick(run.scorer)
         scores = {
-            name: _score(formula, name, lora, layer.weight, trained[name]) for name, layer in layers.items()
+            name: formula(run.part(name, layer.weight), run.part(name, trained[name]))
+            for name, layer in layers.items()
         }
         return scores, {"mean_loss": loss / sum(map(len, batches)), "pilot_steps": len(batches)}
     [rows] = batches
     sums = sums_of(rows)
-    statistics = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(model, sums, lora)}
-    return _scores(layers, sums, lora, formula), statistics
+    statistics = {"mean_loss": sums.loss / sums.examples, "second_order": _second_order(run, layers, sums)}
+    return _scores(run, layers, sums), statistics
 
 
-def _second_order(model: PeftModel, sums: Moments, lora: LoraSection) -> float:
+def _scores(run: Scoring, layers: dict[str, nn.Linear], sums: Moments) -> dict[str, Tensor]:
+    """The formula's score of each element, from its value and the means of its gradient and of its square."""
+    formula, number = scorers.pick(run.scorer), sums.examples
+    return {
+        name: formula(
+            *(
+                run.part(name, t)
+                for t in (layer.weight, sums.gradient[name] / number, sums.square[name] / number)
+            )
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _second_order(run: Scoring, layers: dict[str, nn.Linear], sums: Moments) -> float:
     """Share of the second-order term over all elements: Σ ½Fφ² / (Σ |gφ| + Σ ½Fφ²)."""
     first = second = 0.0
-    for name, layer in adapter.lora_layers(model).items():
+    for name, layer in layers.items():
         value, gradient, square = (
-            adapter.trainable_part(name, t, lora).float()
-            for t in (layer.weight.detach(), sums.gradient[name], sums.square[name])
+            run.part(name, t) for t in (layer.weight, sums.gradient[name], sums.square[name])
         )
         first += float((gradient / sums.examples * value).abs().sum())
         second += float((0.5 * square / sums.examples * value.square()).sum())

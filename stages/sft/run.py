@@ -6,18 +6,21 @@ With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.config import BaselineSection, DataSection, LoraSection, ModelSection, PromptSection, SftSection
+from trl import SFTTrainer
+
+from stages.config import DataSection, SftSection
 from stages.lora import examples
 from stages.lora.adapter import fsdp
-from stages.lora.training import longest_batch, loop, protected_kl
-from stages.lora.training.health import ProgressCallback, RunInfo, row_ids
-from stages.models.tokenizer import load_tokenizer
+from stages.lora.training import loop, protected_kl
+from stages.lora.training.health import ProgressCallback, longest_of_sft
+from stages.lora.training.start import Training
+from stages.lora.training.trainer import ResumableTrainer
+from stages.packing import trainer_inputs
 from stages.packing.support import has_active_dropout
-from stages.packing.trainer_inputs import accept_packed
 from stages.prompts.renderer import Renderer, Row
-from stages.records import read_labels
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
@@ -41,55 +44,61 @@ PINNED: dict[str, Any] = {
 """The other arguments of SFTTrainer on which a result may depend; see `loop.PINNED`."""
 
 
-def run(
-    context: StageContext,
-    model: ModelSection,
-    data: DataSection,
-    prompt: PromptSection,
-    lora: LoraSection,
-    baseline: BaselineSection | None,
-    sft: SftSection,
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    """The sections that the stage reads."""
+
+    data: DataSection
+    sft: SftSection
+
+    @property
+    def section(self) -> SftSection:
+        return self.sft
+
+
+def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
+    run = Sft(context=context, **sections)
+    labels, renderer, sft = run.labels, run.renderer, run.sft
+    chosen = examples.trained_by_sft(labels, sft, run.seed, context.variant)
+    rows, too_long = renderer.rows(chosen, run.data)
+    _warn(rows, renderer, sft, context.progress)
+    trainer = _trainer(run, rows)
+    title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
+    trainer.add_callback(ProgressCallback(context.progress, title, ("loss", "learning_rate")))
+    protected_kl.watch(trainer, run)
+    summary = loop.train(trainer, run)
+    left_out = len(labels) - len(examples.with_response(examples.with_targets(labels, sft)))
+    without = {"without_response": left_out} if left_out else {}
+    return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
+
+
+def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
+    """The trainer on these rows, whose base model takes packed ones."""
     from datasets import Dataset
 
-    from stages.sft.sft_trainer import SftTrainer
-
-    labels = read_labels(context.labels)
-    renderer = Renderer(load_tokenizer(model), sft.prompt or prompt, labels)
-    rows, too_long = renderer.rows(examples.trained_by_sft(labels, sft, seed, context.variant), data)
-    _warn(rows, renderer, sft, context.progress)
-    masks = "rl" if context.variant else "sft"
-    start = loop.StartingAdapter.from_artifacts(masks, context.adapter("sft", "rl", "score"), context.masks)
+    sft = run.sft
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
-    base = fsdp.load(model, sft.launch)
-    peft_model = start.attach(base, lora, baseline, sft.lora_dropout, seed)
-    fsdp.shard_base(peft_model, model, sft.launch)
-    names = row_ids(lambda: {tuple(row.input_ids): row.id for row in rows}, "input_ids", "attention_mask")
-    knobs = (
+    base = fsdp.load(run.model, sft.launch)
+    model = run.attach(base)
+    memory_hint = (
         f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "
         "or set sft.gradient_checkpointing"
     )
     trainer = SftTrainer(
-        model=peft_model,
-        args=_arguments(sft, steps, seed, context.checkpoints),
+        model=model,
+        args=_arguments(sft, steps, run.seed, run.context.checkpoints),
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
-        processing_class=renderer.tokenizer,
-        run_info=RunInfo(names, knobs),
+        processing_class=run.renderer.tokenizer,
+        row_ids=lambda: {tuple(row.input_ids): row.id for row in rows},
+        memory_hint=memory_hint,
         loraplus_lr_ratio=sft.loraplus_lr_ratio,
         packed=sft.padding_free == "auto",
-        share_prefix=not has_active_dropout(peft_model),
+        share_prefix=not has_active_dropout(model),
     )
-    accept_packed(base)
-    trainer.add_callback(longest_batch.longest_of_sft(trainer, rows, sft.per_device_train_batch_size))
-    title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
-    trainer.add_callback(ProgressCallback(context.progress, title, steps, ("loss", "learning_rate")))
-    protected_kl.watch(trainer, start, context.protected, renderer)
-    summary = loop.train(trainer, peft_model, start, context.out, model, context.checkpoints)
-    left_out = len(labels) - len(examples.with_response(examples.with_targets(labels, sft)))
-    without = {"without_response": left_out} if left_out else {}
-    return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
+    trainer_inputs.accept_packed(base)
+    trainer.add_callback(longest_of_sft(trainer, rows))
+    return trainer
 
 
 def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progress) -> None:
@@ -112,3 +121,31 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
         per_device_train_batch_size=sft.per_device_train_batch_size,
         gradient_accumulation_steps=loop.accumulation_steps(sft.batch_size, sft.per_device_train_batch_size),
     )
+
+
+class SftTrainer(ResumableTrainer, SFTTrainer):
+    """SFTTrainer with packed rows and exact resume; its overrides stand in the order of a step."""
+
+    def __init__(self, *, packed: bool = True, share_prefix: bool = False, **arguments: Any) -> None:
+        """packed: compute a micro batch as one packed row; the model must `accept_packed` rows.
+
+        share_prefix: compute the beginning that all rows of a micro batch have in common once.
+        """
+        super().__init__(**arguments)
+        self.packed, self.share_prefix = packed, share_prefix
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        self.window.append(prepared)
+        return prepared
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # A packed row has no router's loss: a mixture of experts is padded.
+        packable = self.packed and not self.aux_loss_enabled
+        if packable and self._supports_packing(model, inputs["input_ids"], inputs["attention_mask"]):
+            inputs = trainer_inputs.sft_inputs(inputs, self.share_prefix)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def restore_counters(self) -> None:
+        """No checkpoint holds the count of tokens, but the log does."""
+        self._total_train_tokens = self.state.log_history[-1]["num_tokens"]

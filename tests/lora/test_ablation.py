@@ -10,7 +10,6 @@ from stages.errors import ArtifactError
 from stages.eval import ablation
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
-from stages.lora.importance.strategies import NONE
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.records import Sample
@@ -18,23 +17,6 @@ from stages.report.comparison import compared
 
 RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "eval.benchmarks.demo.limit=4"]
 TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
-
-
-def test_each_region_alone(begun, tmp_path):
-    """Of a compensated adapter, of which half is frozen."""
-    made = artifacts(begun(*RL, "lora.init=pissa"), "score", "partition", "sft", "rl")
-    masks = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl")
-    start, trained = adapter.read(made["score"].adapter), adapter.read(made["rl"].adapter)
-    moved = 0
-    for target, region in ablation.REGION_OF_TARGET.items():
-        ablation.write(target, made["rl"].adapter, made["score"].adapter, masks, tmp_path / target)
-        for name, weight in adapter.read(tmp_path / target).items():
-            here = adapter.full_mask(name, masks.region[name] == region, weight)
-            assert torch.equal(weight[here], trained[name][here])
-            assert torch.equal(weight[~here], start[name][~here])
-            moved += int((weight != start[name]).sum())
-    assert moved == sum(int((trained[name] != start[name]).sum()) for name in start) > 0
-    assert any(bool((region == NONE).any()) for region in masks.region.values())
 
 
 def test_what_does_not_fit_is_refused(begun, tmp_path):

@@ -60,7 +60,7 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
     make_step(config, "sft")
     trainer, model, start = trainer_of(config, monkeypatch)
     assert trainer.prefix_sharing == (way == "auto")
-    exact = start.attach(load_base(config.model).double(), config.lora, None, 0.0, 0)
+    exact = adapter.attach(load_base(config.model).double(), config.lora, start.folder)
     elements.sparsify(exact, start.active)
     exact.double()
     with exact.disable_adapter():

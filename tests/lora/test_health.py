@@ -9,8 +9,7 @@ from conftest import Silent, labels_of, make_step
 from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import OutOfMemoryError, UnusableResult
-from stages.lora.training import longest_batch
-from stages.lora.training.health import ProgressCallback, equal_rewards
+from stages.lora.training.health import LongestBatch, ProgressCallback, equal_rewards
 from stages.rewards.builtin import rewards
 
 SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
@@ -99,7 +98,8 @@ def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stag
         make_step(config, stage, force=True)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "rl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
     """With dropout, which draws random numbers."""
     config = own(
@@ -114,9 +114,7 @@ def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
         return (path / "adapter/adapter_model.safetensors").read_bytes(), history
 
     rehearsed = trained()
-    monkeypatch.setattr(
-        "stages.lora.training.longest_batch.LongestBatch.on_train_begin", lambda *_, **__: None
-    )
+    monkeypatch.setattr("stages.lora.training.health.LongestBatch.on_train_begin", lambda *_, **__: None)
     assert trained() == rehearsed
 
 
@@ -124,7 +122,7 @@ def test_a_resumed_run_has_no_rehearsal():
     def loss():
         raise AssertionError
 
-    longest_batch.LongestBatch(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
+    LongestBatch(None, loss, "").on_train_begin(None, SimpleNamespace(global_step=3), None)
 
 
 def test_equal_rewards_are_counted_warned_and_stopped(own, caplog):
@@ -145,7 +143,7 @@ def test_equal_rewards_in_a_row():
 
 
 def test_a_later_pass_over_the_same_completions_is_no_step_without_signal(caplog):
-    watch = ProgressCallback(Silent(), "rl", 8, (), patience=2)
+    watch = ProgressCallback(Silent(), "rl", (), patience=2)
     state = SimpleNamespace(log_history=[], global_step=0)
     for logs in ({"frac_reward_zero_std": 1.0}, {"loss": 0.1}, {"loss": 0.1}):
         state.global_step += 1

@@ -1,12 +1,10 @@
 """The null of importance: products of independent Gaussians, with the mean of each weight."""
 
-import importlib
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from stages.lora.importance.masks import write_importance
 from stages.report import elements, null
@@ -58,17 +56,3 @@ def test_only_products_of_gradient_and_value_have_a_null(tmp_path, monkeypatch, 
     )
     caption = elements.cumulative_importance(config, Artifact(tmp_path, {"variant": variant})).caption
     assert [int(system) for system in re.findall(r"System (\d) \(\d+ % for independent", caption)] == systems
-
-
-@pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_the_null_of_features_is_as_concentrated_as_scores_that_are_random_within_them(monkeypatch, spread):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    feature_null = importlib.import_module("feature_null")
-    torch.manual_seed(0)
-    scale = (spread * torch.randn(20_000, 1)).exp()
-    scores = (torch.randn(20_000, 8) * torch.randn(20_000, 8)).abs() * scale
-    weights = {"x.lora_A.weight": scores[:10_000].T.contiguous(), "x.lora_B.weight": scores[10_000:]}
-    rows = [line.strip("| ").split(" | ") for line in feature_null.table({1: weights}).splitlines()]
-    measured, drawn = ([float(cell) for cell in row[1:]] for row in rows[2:])
-    assert drawn == pytest.approx(measured, rel=0.1)
-    assert (measured[-1] < 45) == (spread > 0)  # 52 % with one scale

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
-from stages.lora.adapter.sparse_linear import SparseLinear
+from stages.lora.adapter.elements import SparseLinear
 from stages.lora.grpo.trainer import GrpoTrainer
 from stages.lora.training.trainer import ResumableTrainer
-from stages.sft.sft_trainer import SftTrainer
+from stages.sft.run import SftTrainer
 
 OWN = {"_non_finite", "_complete", "_logprobs", "_supports_packing"}
 """Private methods that override nothing."""
@@ -62,8 +62,3 @@ def test_attributes_are_set_or_read(owner):
 def test_accelerate_asks_whether_a_model_is_prepared_before_it_wraps_it():
     text = inspect.getsource(Accelerator.prepare_model)
     assert text.index("_is_accelerate_prepared") < text.index("DistributedDataParallel")
-
-
-def test_trl_asks_for_four_bits_by_this_name():
-    """`vllm_rollouts.prepare` answers it, because bitsandbytes was hidden when TRL's module was imported."""
-    assert "is_bitsandbytes_available()" in inspect.getsource(VLLMGeneration._init_vllm)

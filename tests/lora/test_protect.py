@@ -14,7 +14,7 @@ from stages.config import ScoreSection
 from stages.errors import DataError, MissingInputError, UnusableResult
 from stages.lora import examples
 from stages.lora.adapter import adapter
-from stages.lora.importance.masks import Masks, flatten_weights, read_protected_importance
+from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import needed_set
 from stages.lora.training import protected_kl
 from stages.lora.training.curves import PROTECTED_KL
@@ -66,7 +66,7 @@ def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old
     assert summary["protected"]["examples"] == 4
     assert summary["held_out"] == 3 and "without_response" not in summary
     assert not (scored.path / "init").exists()
-    importance = read_protected_importance(scored.path / "importance.safetensors")
+    importance = read_importance(scored.path / "importance.safetensors")["protected"]
     needed = needed_set(flatten_weights(importance), 0.9, "the protected rows")
     start = flatten_weights(adapter.read(made["score"].adapter))
     for stage in ("sft", "rl"):

@@ -13,8 +13,9 @@ from trl.trainer.utils import RepeatSampler
 
 from stages.errors import DataError, UnusableResult
 from stages.lora.adapter import adapter
-from stages.lora.grpo import dynamic_sampling
-from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, total_rewards
+from stages.lora.grpo import zero_signal
+from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
+from stages.lora.grpo.prompts import ReplaySampler
 from stages.lora.training.curves import KL_FROM_START
 from stages.rl.kl_probe import KlProbe
 
@@ -213,11 +214,12 @@ def test_each_step_has_replacements_of_its_own():
     def unused(step: int) -> list[int]:
         state, args = SimpleNamespace(global_step=step), SimpleNamespace(seed=0)
         trainer = SimpleNamespace(prompts=prompts, args=args, state=state)
-        return dynamic_sampling._unused_prompts(trainer, [{"prompt": "a"}])
+        return zero_signal._unused_prompts(trainer, [{"prompt": "a"}])
 
     assert unused(1) == unused(1) != unused(2) and sorted(unused(1)) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_kept_groups_keep_the_rewards_that_they_were_kept_for(with_reward, tmp_path, monkeypatch):
     """Each call of the reward gives other values; a group is equal, or not, by its prompt."""
     seen = []
@@ -268,6 +270,7 @@ def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_system_message_by_label_reaches_sft_rl_and_eval(begun, monkeypatch):
     """Each stage's prompts begin as their labels say."""
     messages = {1: "Be quick.", 2: "Think it over."}

@@ -5,6 +5,7 @@ import torch
 from conftest import ROOT
 from results import artifacts, flags
 
+from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
 from stages.pipeline.resolve import resolved
 from stages.pipeline.run import pending_stages
@@ -39,21 +40,11 @@ def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
 
 
 def test_importance_is_taken_where_sft_ended(begun):
-    made = artifacts(begun(*RL, AGAIN), "score", "partition", "sft", "rl")
-    first, again = (
-        read_importance(made[name].path / "importance.safetensors") for name in ("score", "score:rl")
-    )
+    """Magnitude is |φ|: of the file that SFT wrote."""
+    made = artifacts(begun(*RL, "rl.rescore=magnitude"), "score", "partition:sft", "sft")
     assert not (made["score:rl"].path / "init").exists()
-    assert all(first[system].keys() == again[system].keys() for system in (1, 2))
-    assert not all(torch.equal(first[1][name], again[1][name]) for name in first[1])
-    assert made["rl"].manifest["summary"]["frozen_drift"] == 0
-    assert made["rl"].manifest["summary"]["active"] == made["partition:rl"].manifest["summary"]["active"]
-    # magnitude is |φ|: of the file that SFT wrote
-    weighed = artifacts(begun(*RL, "rl.rescore=magnitude"), "score", "partition:sft", "sft")
-    from stages.lora.adapter import adapter
-
-    weights = adapter.read(weighed["sft"].adapter)
-    found = read_importance(weighed["score:rl"].path / "importance.safetensors")
+    weights = adapter.read(made["sft"].adapter)
+    found = read_importance(made["score:rl"].path / "importance.safetensors")
     assert all(torch.equal(value, weights[name].abs()) for name, value in found[2].items())
 
 

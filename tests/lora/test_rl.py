@@ -33,23 +33,23 @@ def odd(tmp_path):
         "    return [float(sum(map(ord, text)) % 97) for text in completions]\n"
         "def given(completions, gold=None, **given):\n"
         "    read = gold and given['response'] and given['question'] and given['id']\n"
-        "    return [float('sandbox' in given or not read)] * len(completions)\n"
+        "    return [float('sandbox' not in given and bool(read))] * len(completions)\n"
     )
     unsafe = "rl.sandbox.backend=unsafe-no-sandbox"
-    return [f"rl.rewards_file={path}", "rl.rewards={odd: 1, given: 1}", unsafe]
+    return [f"rl.rewards_file={path}", "rl.rewards={odd: 2, given: 0.5}", unsafe]
 
 
-def test_a_person_s_reward_gets_the_sandbox(ready, odd):
-    made = make_step(ready(*odd), "rl")
-    (step,) = history(made)
-    assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 0
+def test_a_person_s_rewards_get_the_sandbox_and_count_by_their_weights(ready, odd):
+    (step,) = history(make_step(ready(*odd), "rl"))
+    assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 1
+    assert step["reward"] == pytest.approx(2 * step["rewards/odd/mean"] + 0.5)
 
 
 @pytest.mark.parametrize(
     "how",
     [
         ["rl.loss_type=grpo", "rl.importance_sampling_level=sequence", "rl.epsilon_high=4e-4"],  # GSPO
-        ["rl.loss_type=cispo", "rl.epsilon_high=5"],
+        pytest.param(["rl.loss_type=cispo", "rl.epsilon_high=5"], marks=pytest.mark.slow),
     ],
 )
 def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
@@ -92,6 +92,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     assert (summary["prompts"], summary["cut_prompts"]) == (len(ids), len(ids))
 
 
+@pytest.mark.slow
 def test_top_k_reaches_the_sampling(ready, odd):
     """With the likeliest token alone the completions of a group are equal, and so are their rewards."""
     assert make_step(ready(*odd, "rl.top_k=1"), "rl").manifest["summary"]["equal_reward_steps"] == 1
@@ -165,14 +166,3 @@ def test_what_the_steps_earned_by_hand():
         "kl_from_start": 0.08,
     }
     assert rl._earned([{rl.LENGTH: 1.0}], 16)["reward_last_quarter"] is None  # no reward applied
-
-
-def test_rewards_count_by_their_weights(ready, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "def one(completions, **_): return [1.0] * len(completions)\n"
-        "def four(completions, **_): return [4.0] * len(completions)\n"
-    )
-    made = make_step(ready(f"rl.rewards_file={file}", "rl.rewards={one: 2, four: 0.5}"), "rl")
-    (row,) = [r for r in history(made) if "reward" in r]
-    assert row["reward"] == 4  # without weights 5, with them exchanged 8.5

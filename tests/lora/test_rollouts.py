@@ -18,10 +18,10 @@ from trl.generation import vllm_generation
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
 from stages.engines import Sampling
-from stages.errors import ConfigError, LoraparError, OutOfMemoryError, ServerError
+from stages.errors import ConfigError, OutOfMemoryError, ServerError
 from stages.lora.adapter import adapter, merge
 from stages.lora.grpo import sampler, vllm_rollouts
-from stages.lora.grpo.ratios import BEYOND, RAW
+from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
@@ -105,7 +105,7 @@ def weights_of(engine: Engine, weights):
 @pytest.mark.parametrize("engine", MODE_CASES)
 def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(own, monkeypatch, engine):
     known = ["classify.strategy=random", "rl.start_from=init"]
-    config = own("model.dtype=bfloat16", *known, f"rl.rollouts.engine={engine}", *MODES[engine])
+    config = own(*known, f"rl.rollouts.engine={engine}", *MODES[engine])
     make_steps(config, "classify:train", "score", "partition")
     bases, engines = [], []
 
@@ -148,14 +148,6 @@ def test_merged_weights_are_those_of_peft(begun):
     theirs = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-
-
-def test_without_trl_s_way_to_hand_over_weights_nothing_is_rolled_out():
-    trainer = SimpleNamespace(vllm_generation=SimpleNamespace())
-    with pytest.raises(LoraparError, match="this TRL has no VLLMGeneration._iter_named_params") as caught:
-        vllm_rollouts.install_weights(trainer, None, SERVER, 0)
-    assert caught.value.hint == "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for"
-    assert not vars(trainer.vllm_generation)
 
 
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):

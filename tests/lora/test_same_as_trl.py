@@ -82,9 +82,8 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path, dropout, way):
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)  # Adam enlarges rounding
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("gsm8k-llama2-7b", marks=pytest.mark.slow), "gsm8k-qwen2.5-7b"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k-llama2-7b", "gsm8k-qwen2.5-7b"])
 def test_the_paper_s_settings_train_a_tiny_model(name, tiny, demo_data, tmp_path):
     """One step of each stage.
 

@@ -4,13 +4,14 @@ And the formula against its definition.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_steps
 from safetensors.torch import load_file
 
-from stages.config import LoraSection, ModelSection, ScoreSection
+from stages.config import LoraSection, ModelSection, RlSection, ScoreSection
 from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance, write_importance
@@ -60,13 +61,16 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=["float64", "float32"]
+    ("dtype", "bound", "compensate", "fits"),
+    [
+        (torch.float64, 1e-5, True, True),
+        (torch.float64, 1e-5, False, False),
+        (torch.float32, 1e-3, False, True),
+    ],
 )
-@pytest.mark.parametrize("compensate", [False, True])
-@pytest.mark.parametrize("fits", [True, False])
 def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, compensate, fits):
     if not fits:
-        monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: False)
+        monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
     model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
@@ -106,6 +110,13 @@ def test_loss_is_the_mean_over_answer_tokens(tiny):
     torch.testing.assert_close(packed_answer_losses(model, row), single)
 
 
+def scoring(**sections) -> score.Scoring:
+    """The stage with these sections."""
+    names = ("context", "model", "data", "prompt", "lora", "score", "seed", "protect", "rl")
+    given = {**dict.fromkeys(names), "context": SimpleNamespace(variant=""), "score": ScoreSection()}
+    return score.Scoring(**given | {"rl": RlSection()} | sections)
+
+
 class Full:
     """Runs out of memory in the backward pass of more than `room` examples, when part of it is done."""
 
@@ -124,7 +135,7 @@ class Full:
 
 def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypatch, caplog):
     """Layers above the first have added their gradients when memory runs out."""
-    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: False)
+    monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
     model = adapted(tiny, LoraSection(r=3), torch.float64)
     model.requires_grad_(False)
     wanted = moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
@@ -141,7 +152,7 @@ def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypa
 
 
 def test_one_example_without_memory_says_what_helps(tiny, monkeypatch):
-    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: False)
+    monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
     model = adapted(tiny, LoraSection(r=3), torch.float64)
     model.requires_grad_(False)
     Full(model, 0)
@@ -153,7 +164,7 @@ def test_one_example_without_memory_says_what_helps(tiny, monkeypatch):
 def test_processes_that_share_a_base_keep_their_batch(monkeypatch):
     """Each pass needs all of them: one that halved its own would wait for ever."""
     monkeypatch.setattr(score.fsdp, "is_sharded", lambda _: True)
-    shared = score._batch_size(ScoreSection(batch_size=8))
+    shared = scoring(score=ScoreSection(batch_size=8)).batch_size
     with pytest.raises(OutOfMemoryError, match="out of memory with score.batch_size 8") as caught:
         shared.halve(torch.OutOfMemoryError(), 8)
     assert caught.value.hint == "lower score.batch_size"
@@ -195,7 +206,7 @@ def test_the_stage_scores_by_means_over_examples(tiny):
         first, second = ({n: torch.full_like(m.weight, x) for n, m in layers.items()} for x in (2.0, 8.0))
         return Moments(first, second, 2, 3.0)
 
-    found, told = score._importance(model, [[]], sums, lora, "taylor2")
+    found, told = score._importance(scoring(lora=lora), layers, [[]], sums)
     for name, layer in layers.items():
         torch.testing.assert_close(found[name], (layer.weight - 2 * layer.weight**2).abs())
     first = sum(float(m.weight.detach().abs().sum()) for m in layers.values())

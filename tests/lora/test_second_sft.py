@@ -46,9 +46,9 @@ def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
         assert tasks == ["classify", "score", "partition", "sft", *([] if benchmarks else ["eval"])]
 
 
-def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun, tmp_path):
-    config = begun(*TWO, "eval.targets=[sft, sft2, auto]", "eval.benchmarks.demo.limit=4")
-    made = artifacts(config, "classify", "score", "partition", "sft", "eval")
+def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun):
+    config = begun(*TWO)
+    made = artifacts(config, "score", "partition", "sft")
     first, second, masks = made["sft"], made[SECOND], made["partition:rl"]
     active = Masks.load(masks.path / "masks.safetensors", "rl").active
     start, end = (adapter.read(artifact.adapter) for artifact in (first, second))
@@ -57,7 +57,13 @@ def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun, tmp_p
     assert summary["frozen_drift"] == 0 and summary["moved"] == summary["active"] > 0
     assert summary["active"] == masks.manifest["summary"]["active"] != first.manifest["summary"]["active"]
     assert summary["rows"] == sum(row.system == 2 for row in labels_of(config))
-    # It is evaluated, shown, and exported as the slow mode.
+
+
+@pytest.mark.slow
+def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
+    config = begun(*TWO, "eval.targets=[sft, sft2, auto]", "eval.benchmarks.demo.limit=4")
+    made = artifacts(config, "classify", "score", "partition", "sft", "eval")
+    first, second = made["sft"], made[SECOND]
     page = run_page.page(config, {name: plan_steps(resolved(config))[name] for name in made}, "", "")
     assert "sft:system2, 4 steps" in page and "demo: sft2 answers" in page and "slow (sft2)" in page
     export.write_views({"sft": first, "sft2": second}, config, tmp_path / "views")

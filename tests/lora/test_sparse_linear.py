@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.lora.adapter.sparse_linear import SparseLinear, frozen_weights
+from stages.lora.adapter.elements import SparseLinear, frozen_weights
 
 
 def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:

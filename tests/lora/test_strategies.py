@@ -52,18 +52,17 @@ def test_total_is_exact(values):
     assert exact_total(t) * UNIT == sum(Fraction(v) for v in t.tolist())
 
 
-@settings(max_examples=400)
 @given(scores.filter(any), shares)
 def test_top_set_is_the_oracle_s(values, share):
     t = tensor(values)
-    assert needed_set(t, share, 1).tolist() == oracle(t.tolist(), Fraction(str(share)))
+    assert needed_set(t, share, "a").tolist() == oracle(t.tolist(), Fraction(str(share)))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_sum_that_rounding_would_change_is_exact(share):
     """Of 1000 elements 900 are 1 and 100 the smallest float32: without these, fewer would do."""
     values = [1.0] * 900 + [2.0**-149] * 100
-    assert needed_set(tensor(values), share, 1).tolist() == oracle(values, Fraction(str(share)))
+    assert needed_set(tensor(values), share, "a").tolist() == oracle(values, Fraction(str(share)))
 
 
 def split(one, two, sizes=None, **settings):

@@ -1,7 +1,6 @@
 """What SFT and RL can be told: optimizers, learning rates, where to start, which rows to train on."""
 
-import importlib.util
-import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +15,8 @@ from stages.config import LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
-from stages.lora.training import loop, optimizers, resume
-from stages.lora.training.health import RunInfo
+from stages.lora.training import loop, resume, trainer
+from stages.lora.training.start import StartingAdapter
 from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -32,7 +31,15 @@ SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.
 
 
 @pytest.mark.parametrize(
-    "how", ["sft.optim=adafactor", "sft.loraplus_lr_ratio=16", "sft.loss_type=dft", "lora.init=orthogonal"]
+    "how",
+    [
+        "sft.optim=adafactor",
+        "lora.init=orthogonal",
+        *(
+            pytest.param(how, marks=pytest.mark.slow)
+            for how in ("sft.loraplus_lr_ratio=16", "sft.loss_type=dft")
+        ),
+    ],
 )
 def test_frozen_elements_stay_with_every_optimizer(begun, how):
     config = begun(*SFT, how)
@@ -53,18 +60,18 @@ def test_a_frozen_element_with_any_other_bits_is_noticed(tmp_path, value):
             weight[0, 1] = value
         (tmp_path / name).mkdir()
         save_file({"a.weight": weight}, tmp_path / name / adapter.ADAPTER)
-    initial = loop.StartingAdapter(tmp_path / "start", {"a.weight": active})
-    counts = loop.verify_frozen(initial, tmp_path / "end")
+    initial = StartingAdapter(tmp_path / "start", {"a.weight": active})
+    counts = initial.verify(tmp_path / "end")
     assert (counts["active"], counts["moved"], counts["frozen_drift"]) == (3, 2, 0.0)
     with pytest.raises(AssertionError, match="a.weight: 1 frozen elements changed"):
-        loop.verify_frozen(initial, tmp_path / "harmed")
+        initial.verify(tmp_path / "harmed")
 
 
 def test_lora_plus_gives_b_its_own_rate():
     model = nn.ModuleDict({"x": nn.ModuleDict({"lora_A": nn.Linear(2, 2), "lora_B": nn.Linear(2, 2)})})
 
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "weight_decay": 0.5}], lr=0.1)
-    optimizers.split_rates(optimizer, nn.ModuleDict({"y": model}), 4.0)
+    trainer.split_rates(optimizer, nn.ModuleDict({"y": model}), 4.0)
     groups = optimizer.param_groups
     assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups] == [(2, 0.1, 0.5), (2, 0.4, 0.5)]
     b = {id(p) for n, p in model.named_parameters() if ".lora_B." in f".{n}"}
@@ -85,7 +92,7 @@ def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, schedu
 
     section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=warmup)
     arguments = sft._arguments(section, 8, 0, Checkpoints(tmp_path, ""))
-    trainer = Trainer(model=nn.Linear(2, 2), args=arguments, run_info=RunInfo(lambda _: [], ""))
+    trainer = Trainer(model=nn.Linear(2, 2), args=arguments, row_ids=dict, memory_hint="")
     groups = [{"params": [p], "lr": lr} for p, lr in zip(trainer.model.parameters(), (0.3, 1.2), strict=True)]
     optimizer = torch.optim.SGD(groups)
     made = trainer.create_scheduler(8, optimizer)
@@ -96,13 +103,6 @@ def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, schedu
         optimizer.step()
         made.step()
     assert rates == [pytest.approx([0.3 * share, 1.2 * share]) for share in wanted]
-
-
-def test_the_first_step_of_a_warm_up_trains(begun):
-    config = begun(*SFT, "sft.warmup_ratio=0.6", "rl.max_steps=2", "rl.warmup_ratio=0.9")
-    for stage in ("sft", "rl"):
-        steps = history(make_step(config, stage))
-        assert [row["learning_rate"] for row in steps][:2] == pytest.approx([0.005, 0.01])
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,7 @@ def test_what_an_accelerate_file_may_not_ask_for(asked, said):
         loop.refuse_untested(SimpleNamespace(**vars(trainer) | asked))
 
 
+@pytest.mark.slow
 def test_the_reversed_order(begun):
     """RL from the initial adapter, SFT from RL's."""
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
@@ -134,16 +135,21 @@ def test_the_reversed_order(begun):
         assert any((after[n] != old).any() for n, old in before.items())
 
 
-def test_a_tracker_that_is_not_installed_is_refused(begun, monkeypatch):
-    find_spec = importlib.util.find_spec  # TRL, which may be imported only now, asks it for PEFT
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *a: find_spec(name, *a) if name != "trackio" else None
-    )
-    with pytest.raises(ConfigError, match="report_to: trackio is not installed") as caught:
-        make_step(begun("sft.report_to=[trackio]", "sft.learning_rate=0.0123"), "sft")
-    assert caught.value.hint == "pip install trackio"
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (SftSection(report_to=["trackio"]), "report_to: trackio is not installed"),
+        (SftSection(optim="adamw_8bit"), "adamw_8bit: bitsandbytes is not installed"),
+    ],
+)
+def test_what_is_not_installed_is_refused(monkeypatch, section, said):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=said) as caught:
+        loop.check_machine(section, launched=True)
+    assert caught.value.hint.startswith("pip install ")
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_loss_of_every_step_in_a_folder_that_stays(own, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
@@ -155,15 +161,16 @@ def test_tensorboard_has_the_loss_of_every_step_in_a_folder_that_stays(own, monk
     assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(losses)
 
 
-def test_rows_that_do_not_teach_to_stop_are_named(own):
-    def warnings(*settings: str) -> list[str]:
-        told = Silent()
-        make_steps(own("sft.max_steps=1", *settings), "score", "partition", "sft", progress=told)
-        return [text for text in told.said if "stop token" in text]
-
-    assert warnings() == []
-    (warning,) = warnings("data.max_length=230", "data.too_long=truncate")
-    assert re.match(r"warning: \d+ of \d+ rows do not end in a stop token, such as \w{16}: ", warning)
+def test_rows_that_do_not_teach_to_stop_are_named(tiny):
+    renderer = Renderer(load_tokenizer(ModelSection(name=str(tiny))), PromptSection())
+    whole = renderer.row(Example("one", "1?", "1\n#### 1", "1"))
+    cut = replace(whole, id="two", input_ids=whole.input_ids[:-3], labels=whole.labels[:-3])
+    for rows, said in (
+        ([whole], []),
+        ([whole, cut], ["1 of 2 rows do not end in a stop token, such as two"]),
+    ):
+        sft._warn(rows, renderer, SftSection(), told := Silent())
+        assert [text.split(": ")[1] for text in told.said] == said
 
 
 def test_system_1_may_learn_to_answer_at_once(tiny):
@@ -185,6 +192,7 @@ def test_system_1_may_learn_to_answer_at_once(tiny):
         examples.trained_by_sft(labels[1:], section, 0)
 
 
+@pytest.mark.slow
 def test_undecided_rows_are_trained_by_neither_stage(begun):
     config = begun(
         "classify.min_agreement=1", "sft.data=all", "rl.data=all", "sft.max_steps=1", "rl.max_steps=1"
@@ -241,13 +249,6 @@ def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
         step(made, parameters, 1)
     assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
     assert not torch.equal(mine[0], torch.ones(8192))
-
-
-def test_an_optimizer_without_its_package_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    section = SftSection(optim="adamw_8bit")
-    with pytest.raises(ConfigError, match="adamw_8bit: bitsandbytes is not installed"):
-        loop.arguments(section, 1, 0, Checkpoints(tmp_path, "x"))
 
 
 def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stages.packing.batch import AttentionArgs, PackedBatch
+from stages.packing.batch import PackedBatch
 from stages.packing.trainer_inputs import prefix_groups
 
 PROMPT, COMPLETION, NUMBER, HEADS, KEYS, WIDTH = 11, 23, 4, 6, 2, 8
@@ -38,7 +38,7 @@ def kept_bytes(row: PackedBatch, layers: int, dtype: torch.dtype) -> dict[str, i
                 torch.randn(1, heads, tokens, WIDTH, dtype=dtype, requires_grad=True)
                 for heads in (HEADS, KEYS, KEYS)
             )
-            row.attend(layer, q, k, v, AttentionArgs(None))
+            row.attend(layer, q, k, v)
     of_masks = sum(kept[storage] for storage in masks)
     return {"masks": of_masks, "number": len(masks), "rest": sum(kept.values()) - of_masks}
 
@@ -58,11 +58,3 @@ def test_all_layers_keep_one_mask(prompts, masks, dtype):
     assert one["masks"] == three["masks"] == masks * HEADS // KEYS * COMPLETION * padded * dtype.itemsize
     assert one["number"] == three["number"] == 1
     assert 2.9 * one["rest"] < three["rest"] < 3.1 * one["rest"]
-
-
-def test_the_mask_is_aligned_as_memory_efficient_attention_wants_it():
-    """Else torch pads a copy of it for every layer: all strides but the last are multiples of 8."""
-    mask = row_of(PROMPT, PROMPT - 3).mask(torch.float32, 3)
-    assert mask.stride(-1) == 1 and not any(stride % 8 for stride in mask.stride()[:-1])
-    assert mask.untyped_storage().data_ptr() % 16 == 0
-    assert mask.isinf().logical_or(mask == 0).all() and not mask.isinf().all(-1).any()

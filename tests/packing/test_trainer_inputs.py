@@ -14,13 +14,11 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from stages.lora.adapter import adapter
-from stages.lora.training.health import RunInfo
 from stages.models.base import device
 from stages.packing import support, trainer_inputs
-from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
-from stages.packing.trainer_inputs import accept_packed, prefix_groups, suffix_only
+from stages.packing.trainer_inputs import accept_packed, prefix_groups
 from stages.prompts.renderer import IGNORED
-from stages.sft.sft_trainer import SftTrainer
+from stages.sft.run import SftTrainer
 
 GROUP = 4
 LENGTHS = [8, 5, 7, 3, 2, 6, 1, 4]
@@ -223,15 +221,6 @@ def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo,
         torch.testing.assert_close(log_probs(trainer, model, inputs)[0][0], logp, rtol=0, atol=2e-5)
 
 
-def test_equal_prompts_that_follow_one_another_are_a_group():
-    found = prefix_groups([[1, 2], [1, 2], [3], [1, 2]], [[5, 6], [7], [8, 9, 4], [4]])
-    assert found == [
-        PrefixGroup([1], [Suffix([2, 5], [5, 6]), Suffix([2], [7])]),
-        PrefixGroup([], [Suffix([3, 8, 9], [8, 9, 4])]),
-        PrefixGroup([1], [Suffix([2], [4])]),
-    ]
-
-
 def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
     """Every tensor with rows goes along; parts of groups, as a process may have them, stay together."""
     lengths = [3, 9, 1, 1, 2, 2, 8, 1, 4, 4, 4, 4]
@@ -380,19 +369,6 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
         assert (read < 0.8 * whole) == shares, "the system prompt is computed once"
 
 
-def test_mean_token_accuracy_counts_the_likeliest_tokens(sft, monkeypatch):
-    """Of rows whose every second label is what the model expects."""
-    trainer, model = sft
-    monkeypatch.setattr(trainer, "packed", True)
-    (row,) = rows_of([(6, 8)], shared=0)
-    ids = list(row["input_ids"])
-    for i in range(6, 14, 2):
-        with torch.no_grad():
-            ids[i] = int(model(input_ids=torch.tensor([ids[:i]], device=device())).logits[0, -1].argmax())
-    _, _, logged = sft_step(trainer, model, [{"input_ids": ids, "labels": [IGNORED] * 6 + ids[6:]}])
-    assert logged["mean_token_accuracy"] == [0.5]
-
-
 def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
     """Which a row does not give: such a model computes padded batches."""
     shape = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -404,7 +380,8 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
         args=SFTConfig(output_dir=str(tmp_path), **options),
         train_dataset=Dataset.from_list(ROWS["a shared beginning"]),
         processing_class=AutoTokenizer.from_pretrained(tiny),
-        run_info=RunInfo(lambda _: [], ""),
+        row_ids=dict,
+        memory_hint="",
         share_prefix=True,
     )
     accept_packed(model)
@@ -417,50 +394,6 @@ def test_a_mixture_of_experts_has_its_router_s_loss(tmp_path, tiny):
     assert with_router.item() == pytest.approx(
         trainer.compute_loss(model, inputs).item() + 0.1 * aux, abs=1e-5
     )
-
-
-def test_a_group_of_rows_shares_no_token_after_which_one_is_predicted():
-    rows = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 9, 8]]
-    labels = [[IGNORED, IGNORED, IGNORED, 4, 5], [IGNORED, IGNORED, IGNORED, IGNORED, 9, 8]]
-    assert suffix_only(rows, labels, shares=True) == PrefixGroup(
-        [1, 2],
-        [Suffix([3, 4], [4, 5]), Suffix([3, 4, 9], [IGNORED, 9, 8])],
-    )
-    assert suffix_only(rows, labels, shares=False).prefix == []
-
-
-def test_the_model_s_own_call_is_untouched(sft):
-    """A row is asked for by its argument; else the forward pass is the one that TRL gave it."""
-    _, model = sft
-    ids = torch.tensor([[5, 6, 7, 8]], device=device())
-    assert support.supports_packing(model, [5, 6, 7, 8])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        row = PackedBatch.from_groups([PrefixGroup([5], [Suffix([6, 7], [7, 8])])], ids.device)
-        found = model(packed=row)
-    wanted = logits[0, 1:3].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
-    wanted = torch.cat([wanted.new_zeros(1), wanted])[None]
-    torch.testing.assert_close(found.log_probs, wanted, rtol=0, atol=2e-5)
-    assert found.label_mask.tolist() == [[False, True, True]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("loss", "sorts"), [("dapo", True), ("bnpo", False)])
-def test_groups_goby_length_unless_the_loss_depends_on_what_is_together(own, monkeypatch, loss, sorts):
-    """BNPO divides by the tokens of a micro batch: those of short completions would weigh more.
-
-    Also if each group were a micro batch: TRL's own shuffling mixes them.
-    """
-    seen, mixed = [], []
-    usual, shuffle = trainer_inputs.by_length, grpo_trainer.shuffle_sequence_dict
-    monkeypatch.setattr(trainer_inputs, "by_length", lambda *given: seen.append(1) or usual(*given))
-    monkeypatch.setattr(
-        grpo_trainer, "shuffle_sequence_dict", lambda given: mixed.append(1) or shuffle(given)
-    )
-    make_step(
-        own("rl.start_from=init", "rl.max_steps=1", "rl.kl_probe_prompts=0", f"rl.loss_type={loss}"), "rl"
-    )
-    assert bool(seen) is sorts is not bool(mixed)
 
 
 def test_nothing_drops_out_of_passes_that_only_compare(own, monkeypatch):

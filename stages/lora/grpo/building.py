@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
-from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SandboxSection
+from stages.config import RlSection, SandboxSection
 from stages.engines import Sampling
 from stages.errors import ConfigError
 from stages.lora.adapter import fsdp
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.training import longest_batch, loop
-from stages.lora.training.health import RunInfo, row_ids
-from stages.models.tokenizer import load_tokenizer
+from stages.lora.training import loop
+from stages.lora.training.health import longest_of_rl
+from stages.lora.training.start import Training
 from stages.packing import trainer_inputs
-from stages.prompts.renderer import Renderer
-from stages.records import Labelled
 from stages.rewards import loading
 from stages.runtime import libraries
 from stages.runtime.batch_size import BatchSize
@@ -60,94 +59,82 @@ SAME_NAME = (
 """Settings that TRL has under the same name."""
 
 
-@dataclass(frozen=True)
-class GrpoRun:
-    """A trainer that is ready to run, and its parts."""
+@dataclass(frozen=True, kw_only=True)
+class Grpo(Training):
+    """The sections of RL, or of the scorer that reads RL's gradients, and the trainer of them."""
 
-    trainer: GrpoTrainer
-    model: PeftModel
-    prompts: RlPrompts
-    sampler: RolloutSampler
-    steps: int
-    renderer: Renderer
-    sandbox: Sandbox | None
-    """The sandbox of rewards that run code, if there are any."""
+    rl: RlSection
+    sandbox: SandboxSection | None = None
+    """None if no reward runs code."""
 
+    @property
+    def section(self) -> RlSection:
+        return self.rl
 
-def build(
-    labels: list[Labelled],
-    start: loop.StartingAdapter,
-    checkpoints: Checkpoints,
-    say: Callable[[str], None],
-    model: ModelSection,
-    prompt: PromptSection,
-    lora: LoraSection,
-    baseline: BaselineSection | None,
-    rl: RlSection,
-    seed: int,
-    sandbox: SandboxSection | None,
-) -> GrpoRun:
-    """Load the model with the adapter of `start` and build its trainer; no element is packed yet.
+    @cached_property
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """The rewards by name."""
+        return {name: loading.load(name, self.rl.rewards_file) for name in self.rl.rewards}
 
-    say: is told what a sandbox lacks. sandbox: None if no reward runs code.
-    """
-    renderer = Renderer(load_tokenizer(model), rl.prompt or prompt, labels)
-    functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    prompts = RlPrompts.from_labels(labels, renderer, rl, functions, seed)
-    steps = optimizer_steps(prompts, rl)
-    peft_model, copy = _model(model, lora, baseline, rl, start, renderer.stop_ids, seed)
-    backend = sandboxes.from_settings(sandbox, say) if sandbox else None
-    sampling = Sampling(
-        rl.max_completion_length, tuple(renderer.stop_ids), rl.temperature, rl.top_p, rl.top_k
-    )
-    size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
-    sampler = RolloutSampler(peft_model, copy, renderer.tokenizer, sampling, size)
-    rl = vllm_rollouts.with_memory_share(rl, peft_model.get_base_model())
-    arguments = _arguments(rl, steps, seed, checkpoints, renderer.stop_ids)
-    code = {"sandbox": backend}  # for the rewards that run code
-    rewards = [
-        loading.with_checks(
-            name, reward, prompts.encoded, **(code if loading.needs_sandbox(name, rl.rewards_file) else {})
-        )
-        for name, reward in functions.items()
-    ]
-    trainer = build_trainer(rl, prompts, sampler, rewards, arguments)
-    if rl.rollouts.engine != "transformers":
-        vllm_rollouts.install_weights(trainer, peft_model, rl.rollouts, seed)
-    if rl.beta and _reference_is_base(rl, baseline):
-        peft_model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
-    trainer.add_callback(longest_batch.longest_of_rl(trainer, [list(ids) for ids in prompts.ids], rl))
-    return GrpoRun(trainer, peft_model, prompts, sampler, steps, renderer, backend)
+    @cached_property
+    def prompts(self) -> RlPrompts:
+        return RlPrompts.from_labels(self.labels, self.renderer, self.rl, self.functions, self.seed)
 
+    @cached_property
+    def backend(self) -> Sandbox | None:
+        """The sandbox of rewards that run code, if there are any."""
+        return sandboxes.from_settings(self.sandbox, self.context.progress.say) if self.sandbox else None
 
-def _model(
-    model: ModelSection,
-    lora: LoraSection,
-    baseline: BaselineSection | None,
-    rl: RlSection,
-    start: loop.StartingAdapter,
-    stop_ids: list[int],
-    seed: int,
-) -> tuple[PeftModel, MergedCopy | None]:
-    """The model with the adapter that RL starts from, and the copy that rollouts are sampled from, if any."""
-    from transformers import GenerationConfig
+    def rewards(self) -> list[Callable[..., Any]]:
+        code = {"sandbox": self.backend}  # for the rewards that run code
+        return [
+            loading.with_checks(
+                name,
+                reward,
+                self.prompts.encoded,
+                **(code if loading.needs_sandbox(name, self.rl.rewards_file) else {}),
+            )
+            for name, reward in self.functions.items()
+        ]
 
-    vllm_rollouts.prepare(rl.rollouts, model.name)
-    base = fsdp.load(model, rl.launch)
-    # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that file.
-    base.generation_config = GenerationConfig(eos_token_id=stop_ids)
-    vllm_rollouts.name_revision(base, rl.rollouts, model)
-    copy = None if fsdp.is_sharded(rl.launch) else vllm_rollouts.copy_of(base, rl.rollouts, model, baseline)
-    peft_model = start.attach(base, lora, baseline, rl.lora_dropout, seed)
-    fsdp.shard_base(peft_model, model, rl.launch)
-    return peft_model, copy
+    def reference_is_base(self) -> bool:
+        """Whether the KL term's reference is the base model, and not the adapter that RL starts from."""
+        if self.rl.kl_reference == "auto":
+            return self.rl.start_from != "sft" or self.baseline is not None
+        return self.rl.kl_reference == "base"
 
+    def build(self) -> GrpoTrainer:
+        """Load the model with the adapter of `start` and build its trainer; no element is packed yet."""
+        rl, prompts, stop_ids = self.rl, self.prompts, self.renderer.stop_ids
+        steps = optimizer_steps(prompts, rl)
+        model, copy = self._model()
+        sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, rl.top_p, rl.top_k)
+        size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
+        sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size)
+        rl = vllm_rollouts.with_memory_share(rl, model.get_base_model())
+        arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, stop_ids)
+        trainer = build_trainer(rl, prompts, sampler, self.rewards(), arguments)
+        if rl.rollouts.engine != "transformers":
+            vllm_rollouts.install_weights(trainer, model, rl.rollouts, self.seed)
+        if rl.beta and self.reference_is_base():
+            model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
+        trainer.add_callback(longest_of_rl(trainer))
+        return trainer
 
-def _reference_is_base(rl: RlSection, baseline: BaselineSection | None) -> bool:
-    """Whether the KL term's reference is the base model, and not the adapter that RL starts from."""
-    if rl.kl_reference == "auto":
-        return rl.start_from != "sft" or baseline is not None
-    return rl.kl_reference == "base"
+    def _model(self) -> tuple[PeftModel, MergedCopy | None]:
+        """The model with the adapter to start from, and the copy that rollouts are sampled from, if any."""
+        from transformers import GenerationConfig
+
+        rollouts, launch = self.rl.rollouts, self.rl.launch
+        vllm_rollouts.prepare(rollouts, self.model.name)
+        base = fsdp.load(self.model, launch)
+        # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that
+        # file.
+        base.generation_config = GenerationConfig(eos_token_id=self.renderer.stop_ids)
+        vllm_rollouts.name_revision(base, rollouts, self.model)
+        sharded = fsdp.is_sharded(launch)
+        copy = None if sharded else vllm_rollouts.copy_of(base, rollouts, self.model, self.baseline)
+        return self.attach(base), copy
 
 
 def optimizer_steps(prompts: RlPrompts, rl: RlSection) -> int:
@@ -205,12 +192,12 @@ def build_trainer(
         args=arguments,
         train_dataset=prompts.rows,
         processing_class=sampler.tokenizer,
-        run_info=RunInfo(row_ids(lambda: prompts.ids, "prompt_ids", "prompt_mask"), memory_hint),
+        row_ids=lambda: prompts.ids,
+        memory_hint=memory_hint,
         loraplus_lr_ratio=rl.loraplus_lr_ratio,
+        rl=rl,
         prompts=prompts,
         sampler=sampler,
-        replayed=rl.replay_prompts,
-        attempts=rl.dynamic_sampling,
         prefix_sharing=rl.prefix_sharing == "auto" and trainer_inputs.may_share(sampler.adapted),
     )
     trainer_inputs.accept_packed(sampler.adapted.get_base_model())

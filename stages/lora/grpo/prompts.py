@@ -1,14 +1,17 @@
-"""The prompts that RL draws from: System 2 rows, and System 1 rows that are replayed or held out."""
+"""The prompts that RL draws from, and their order: System 2 rows, and System 1 rows, replayed or held out."""
 
 from __future__ import annotations
 
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
 
 from stages.config import RlSection
 from stages.errors import DataError
@@ -195,3 +198,46 @@ def _check_enough(
             "they need a short prompt and every field that the rewards read, and rl.kl_probe_prompts of them "
             "are held out; lower rl.system1_share",
         )
+
+
+class ReplaySampler(Sampler[int]):
+    """TRL's order of rows, with a fixed number of System 1 rows in each step.
+
+    The data set has System 2 rows first and the replayed System 1 rows at its end. An epoch draws each System
+    2 row at most once. It draws all System 1 rows before it repeats one; the next epoch begins anew. No row
+    is twice in a step, which needs `per_step` ≤ `replayed`.
+    """
+
+    def __init__(self, inner: Any, replayed: int, per_step: int) -> None:
+        """inner: TRL's RepeatSampler. replayed: rows at the end, drawn `per_step` at a time."""
+        self.inner, self.replayed, self.per_step = inner, replayed, per_step
+        self.system2 = inner.num_samples - replayed
+        self.generator = inner.generator
+
+    def __len__(self) -> int:
+        inner = self.inner
+        return self._batches() * inner.batch_size * inner.mini_repeat_count * inner.repeat_count
+
+    def _batches(self) -> int:
+        return self.system2 // (self.inner.batch_size - self.per_step)
+
+    def __iter__(self) -> Iterator[int]:
+        system2_rows = self._shuffled(range(self.system2))
+        queue: list[int] = []  # System 1 rows still to be drawn in this round
+        size = self.inner.batch_size - self.per_step
+        for batch in range(self._batches()):
+            if len(queue) < self.per_step:
+                # Begin a new round, every row once. Before it come the rows left over from the last round,
+                # and in it they come at the end: the per_step rows that are taken next are all different,
+                # because queue and not_queued are disjoint and have replayed ≥ per_step rows together.
+                every = range(self.system2, self.system2 + self.replayed)
+                not_queued = self._shuffled([row for row in every if row not in queue])
+                queue = [*queue, *not_queued, *self._shuffled(queue)]
+            system1_rows, queue = queue[: self.per_step], queue[self.per_step :]
+            # Mixed within the step, so that the last process or micro batch is not all of one kind.
+            step = self._shuffled([*system2_rows[batch * size :][:size], *system1_rows])
+            for _ in range(self.inner.repeat_count):
+                yield from (row for row in step for _ in range(self.inner.mini_repeat_count))
+
+    def _shuffled(self, rows: Sequence[int]) -> list[int]:
+        return [rows[i] for i in torch.randperm(len(rows), generator=self.generator).tolist()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.engines.continuous_batching import generate
-from stages.lora.adapter import sparse_linear
+from stages.lora.adapter.elements import frozen_weights
 from stages.packing.support import eval_mode
 from stages.runtime import resources
 
@@ -44,7 +44,7 @@ class RolloutSampler:
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]
         ids: dict[int, list[int]] = {}
-        with eval_mode(self.adapted), sparse_linear.frozen_weights(self.adapted):
+        with eval_mode(self.adapted), frozen_weights(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
             while remaining := [i for i in range(len(prompts)) if i not in ids]:
                 remaining_prompts = [prompts[i] for i in remaining]

@@ -14,16 +14,21 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from stages.lora.adapter import fsdp
-from stages.lora.grpo.dynamic_sampling import Completions, replace_zero_signal_groups
-from stages.lora.grpo.ratios import raw_ratio_metrics
-from stages.lora.grpo.replay import ReplaySampler, equal_groups, metrics_by_system, total_rewards
-from stages.lora.grpo.zero_advantage import Selection, metrics_of_computed
+from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
+from stages.lora.grpo.prompts import ReplaySampler
+from stages.lora.grpo.zero_signal import (
+    Completions,
+    Selection,
+    metrics_of_computed,
+    replace_zero_signal_groups,
+)
 from stages.lora.training.resume import EpochSeededSampler
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
+    from stages.config import RlSection
     from stages.lora.grpo.prompts import RlPrompts
     from stages.lora.grpo.sampler import RolloutSampler
 
@@ -34,6 +39,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     Its overrides stand in the order of a step: batch, rollouts, rewards, loss.
     """
 
+    BATCH_KEYS = ("prompt_ids", "prompt_mask")
     _buffered_inputs: Any
     _completions: Completions | None = None
     """What dynamic sampling has sampled and scored for this step; see `_generate_and_score_completions`."""
@@ -45,25 +51,20 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     def __init__(
         self,
         *,
+        rl: RlSection,
         prompts: RlPrompts,
         sampler: RolloutSampler,
-        replayed: int = 0,
-        attempts: int = 0,
-        prefix_sharing: bool = True,
+        prefix_sharing: bool,
         **arguments: Any,
     ) -> None:
-        """replayed: System 1 prompts of a step. attempts: how many times a step may replace groups.
-
-        prefix_sharing: compute each prompt once for its completions; the model must `accept_packed` rows.
-        """
+        """prefix_sharing: compute each prompt once for its completions; the model must `accept_packed`."""
         super().__init__(**arguments)
-        self.prompts, self.sampler = prompts, sampler
-        self.replayed, self.attempts, self.prefix_sharing = replayed, attempts, prefix_sharing
+        self.rl, self.prompts, self.sampler, self.prefix_sharing = rl, prompts, sampler, prefix_sharing
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         order = super()._get_train_sampler(dataset)
-        if self.replayed:
-            order = ReplaySampler(order, self.prompts.replayed, self.replayed)
+        if self.rl.replay_prompts:
+            order = ReplaySampler(order, self.prompts.replayed, self.rl.replay_prompts)
         return EpochSeededSampler(order, self)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -90,10 +91,10 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             nullcontext() if self.args.use_vllm else fsdp.unsharded(self.model)
         )
         with whole_base:
-            if self.attempts and self.model.training:
+            if self.rl.dynamic_sampling and self.model.training:
                 # TRL's method below calls `_generate_single_turn`, then `_calculate_rewards`: they return
                 # these completions and rewards instead of new ones, and the second clears them.
-                inputs, self._completions = replace_zero_signal_groups(self, list(inputs), self.attempts)
+                inputs, self._completions = replace_zero_signal_groups(self, list(inputs))
             batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             metrics = self._metrics["train"]
@@ -113,7 +114,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if self._completions is not None:
-            return self._completions.ids, self._completions.logprobs
+            return self._completions[:2]
         return self._complete(prompt_ids, 0, *args, **kwargs)
 
     def sample(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[list[Any], list[Any]]:
@@ -147,12 +148,12 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         What is logged of the rewards and lengths of all completions is logged for each system, too.
         """
         if self._completions is not None:
-            rewards, self._completions = self._completions.rewards, None
+            (*_, rewards), self._completions = self._completions, None
         else:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
-        if self.replayed and self.model.training:
+        if self.rl.replay_prompts and self.model.training:
             replayed = self.prompts.replayed_prompts
             is_system1 = torch.tensor([prompt in replayed for prompt in prompts], device=rewards.device)
             lengths = torch.tensor(list(map(len, completion_ids_list)), device=rewards.device)
@@ -197,10 +198,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         selection = self._selection
         if selection is None or len(selection.rows) == len(input_ids):
             return self._logprobs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        mask = attention_mask[selection.rows]
-        log_probs, entropies, _ = self._logprobs(
-            model, input_ids[selection.rows], mask, logits_to_keep, *args, **kwargs
-        )
+        ids, mask = input_ids[selection.rows], attention_mask[selection.rows]
+        log_probs, entropies, _ = self._logprobs(model, ids, mask, logits_to_keep, *args, **kwargs)
         assert entropies is not None
         return *selection.expand(log_probs, entropies, mask[:, -logits_to_keep:], len(input_ids)), None
 

@@ -17,7 +17,7 @@ from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
 from stages.engines.openai.transport import uses_proxy
 from stages.engines.vllm import ON_CPU, flags
-from stages.errors import ConfigError, LoraparError, ServerError
+from stages.errors import ConfigError, ServerError
 from stages.lora.adapter import merge
 from stages.models.size import kv_cache_bytes
 from stages.runtime import distributed, resources
@@ -219,15 +219,7 @@ def name_revision(base: PreTrainedModel, rollouts: RolloutsSection, model: Model
 
 
 def install_weights(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection, seed: int) -> None:
-    """Give the trainer's vLLM weights that are merged outside of `adapted`; seed a colocated one by `seed`.
-
-    LoraparError if this TRL lacks the method that is replaced here: it would merge into the base.
-    """
-    if not hasattr(trainer.vllm_generation, "_iter_named_params"):
-        raise LoraparError(
-            "this TRL has no VLLMGeneration._iter_named_params",
-            "choose rl.rollouts.engine=transformers, or the TRL that lorapar asks for",
-        )
+    """Give the trainer's vLLM weights that are merged outside of `adapted`; seed a colocated one."""
 
     def merged_parameters() -> Iterator[tuple[str, Tensor]]:
         if torch.cuda.is_available():

@@ -93,12 +93,8 @@ def exact_total(scores: Tensor) -> int:
     return sum(total << exponent for exponent, total in enumerate(sums.tolist()))
 
 
-def check_importance(scores: Tensor, rows: int | str) -> None:
-    """UnusableResult unless scores are finite, not negative and not all zero.
-
-    rows: what they are the scores of, a system or a title.
-    """
-    title = rows if isinstance(rows, str) else f"System {rows}"
+def check_importance(scores: Tensor, title: str) -> None:
+    """UnusableResult unless scores are finite, not negative and not all zero. title: what they are of."""
     non_finite = int((~scores.isfinite()).sum())
     if non_finite:
         raise UnusableResult(f"importance of {title} has {non_finite} non-finite values")
@@ -111,14 +107,14 @@ def check_importance(scores: Tensor, rows: int | str) -> None:
         )
 
 
-def needed_set(scores: Tensor, theta: float, rows: int | str) -> Tensor:
+def needed_set(scores: Tensor, theta: float, title: str) -> Tensor:
     """The smallest top set that reaches θ of the importance, as a bool mask; with θ = 1 every element.
 
-    rows: what the scores are of, for the errors of `check_importance`.
+    title: what the scores are of, for the errors of `check_importance`.
     """
     import torch
 
-    check_importance(scores, rows)
+    check_importance(scores, title)
     if theta == 1:
         return torch.ones(len(scores), dtype=torch.bool)
     order = _descending(scores)
@@ -131,7 +127,9 @@ def importance(scores: dict[int, Tensor], section: PartitionSection, seed: int, 
 
     Source: arXiv 2507.20999, §3; α and β take the top ⌊α·n⌋ of the shared elements by the S1 (S2) score.
     """
-    sets = {system: needed_set(values, section.theta, system) for system, values in scores.items()}
+    sets = {
+        system: needed_set(values, section.theta, f"System {system}") for system, values in scores.items()
+    }
     return _split(sets, scores, section)
 
 
@@ -154,7 +152,7 @@ def topk_within(scores: dict[int, Tensor], section: PartitionSection, seed: int,
 
     sets = {}
     for system, values in scores.items():
-        check_importance(values, system)
+        check_importance(values, f"System {system}")
         sets[system] = torch.cat([top_share(weight, section.density) for weight in values.split(sizes)])
     return _split(sets, scores, section)
 

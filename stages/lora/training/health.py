@@ -1,65 +1,40 @@
-"""Watches a training run: reports its progress, and stops it when it has gone wrong."""
+"""Watches a training run: rehearses the longest micro batch, reports progress, stops what has gone wrong."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
+from stages.engines.continuous_batching import padded
 from stages.errors import UnusableResult
 
 if TYPE_CHECKING:
+    from stages.lora.grpo.trainer import GrpoTrainer
     from stages.progress import Progress
+    from stages.prompts.renderer import Row
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """Names for the error messages of a training run."""
-
-    rows: Callable[[dict[str, Any]], list[str]]
-    """Finds the ids of the rows in a batch as the trainer prepared it."""
-    memory_hint: str
-    """Settings that lower the use of memory."""
-
-
-def row_ids(
-    names: Callable[[], dict[tuple[int, ...], str]], tokens: str, mask: str
-) -> Callable[[dict[str, Any]], list[str]]:
-    """A function that finds the ids of the rows in a batch.
-
-    names: makes the table of token ids → row id; it is called only when a run has failed. tokens, mask: keys
-    of the batch, (rows, tokens) each.
-    """
-
-    def ids(batch: dict[str, Any]) -> list[str]:
-        id_of_tokens = names()
-        pairs = zip(batch[tokens], batch[mask], strict=True)
-        return [id_of_tokens.get(tuple(row[real.bool()].tolist()), "unknown") for row, real in pairs]
-
-    return ids
 
 
 class ProgressCallback(TrainerCallback):
     """Reports progress, and stops GRPO after too many steps in a row that could teach nothing."""
 
-    def __init__(
-        self, progress: Progress, title: str, steps: int, metrics: tuple[str, ...], patience: int = 0
-    ) -> None:
+    def __init__(self, progress: Progress, title: str, metrics: tuple[str, ...], patience: int = 0) -> None:
         """metrics: the names of those on the progress line.
 
         patience: GRPO stops after this many steps in a row with equal rewards in every group.
         """
-        self.progress, self.title, self.steps = progress, title, steps
-        self.metrics, self.patience = metrics, patience
+        self.progress, self.title, self.metrics, self.patience = progress, title, metrics, patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         done = state.global_step
-        self.progress.start(f"{self.title}, from step {done}" if done else self.title, self.steps - done)
+        self.progress.start(f"{self.title}, from step {done}" if done else self.title, state.max_steps - done)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float | None] | None = None, **_: Any
@@ -104,3 +79,73 @@ def equal_rewards(history: list[dict[str, Any]]) -> int:
     """Number of the last steps in a row with equal rewards in every group."""
     steps = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
     return next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))
+
+
+class LongestBatch(TrainerCallback):
+    """Forward and backward pass through the longest micro batch before step 1, without an update.
+
+    A lack of memory shows in the first seconds, not after hours. No weight, metric or random state changes.
+    A resumed run skips it.
+    """
+
+    def __init__(self, trainer: Any, loss: Callable[[], Tensor], title: str) -> None:
+        """loss: computes the loss of that micro batch. title: names it in an error message."""
+        self.trainer, self.loss, self.title = trainer, loss, title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:
+            return
+        trainer = self.trainer
+        trainer.model.train()
+        with (
+            trainer.memory(f"in the longest micro batch, {self.title}"),
+            torch.random.fork_rng(),
+            trainer.accelerator.no_sync(trainer.model_wrapped),
+        ):
+            trainer.accelerator.backward(self.loss())
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+
+
+def longest_of_sft(trainer: Any, rows: list[Row]) -> LongestBatch:
+    """Dry run on the longest rows."""
+    from accelerate.utils import send_to_device
+
+    size = trainer.args.per_device_train_batch_size
+    longest = sorted(rows, key=lambda row: len(row.input_ids))[-size:]
+
+    def loss() -> Tensor:
+        batch = trainer.data_collator([{"input_ids": r.input_ids, "labels": r.labels} for r in longest])
+        inputs = send_to_device(batch, trainer.accelerator.device)
+        value: Tensor = trainer.compute_loss(trainer.model_wrapped, inputs)
+        trainer._total_train_tokens = 0  # compute_loss counts tokens
+        return value
+
+    return LongestBatch(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
+
+
+def longest_of_rl(trainer: GrpoTrainer) -> LongestBatch:
+    """Dry run on the longest prompts, with completions of `rl.max_completion_length` tokens."""
+    rl, prompts = trainer.rl, [list(ids) for ids in trainer.prompts.ids]
+    groups = math.ceil(rl.per_device_train_batch_size / rl.num_generations)
+    longest = sorted(prompts, key=len)[-groups:]
+    rows = [ids for ids in longest for _ in range(rl.num_generations)][: rl.per_device_train_batch_size]
+    width = len(longest[-1])
+
+    def loss() -> Tensor:
+        # Completions repeat their prompt, because the check in `supports_packing` compares real text.
+        texts = [prompt * (1 + math.ceil(rl.max_completion_length / len(prompt))) for prompt in rows]
+        sequences = [
+            ids[: len(prompt) + rl.max_completion_length] for ids, prompt in zip(texts, rows, strict=True)
+        ]
+        ids, mask = padded(sequences, 0, trainer.accelerator.device)
+        log_probs, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model_wrapped, ids, mask, rl.max_completion_length, compute_entropy=True
+        )
+        return log_probs.sum()  # type: ignore[no-any-return]
+
+    return LongestBatch(
+        trainer,
+        loss,
+        f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}",
+    )

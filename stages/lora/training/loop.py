@@ -1,4 +1,4 @@
-"""The training loop of SFT and RL: trainer arguments, the run, and the proof that frozen elements stayed."""
+"""The training loop of SFT and RL: trainer arguments and the run."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import PrinterCallback
 
-from stages.config import BaselineSection, LoraSection, ModelSection, TrainSection
+from stages.config import TrainSection
 from stages.config.fields import as_decimal_fraction
 from stages.config.training import OPTIMIZERS
 from stages.errors import ConfigError, UnusableResult
-from stages.lora.adapter import adapter, baselines, elements, fsdp
-from stages.lora.importance.masks import Masks
+from stages.lora.adapter import adapter, baselines, fsdp
 from stages.lora.training import curves
+from stages.lora.training.start import Training
 from stages.lora.training.watchdog import Watchdog
 from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -142,75 +139,16 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
     return list(section.report_to) or "none"
 
 
-def _finish_run(trackers: list[str]) -> None:
-    """End the run of W&B, which a second round of SFT in this process would otherwise go on with."""
-    if "wandb" in trackers:
-        import wandb
-
-        wandb.finish()
-
-
-@dataclass(frozen=True)
-class StartingAdapter:
-    """The adapter and masks that a training stage starts from."""
-
-    folder: Path | None
-    """The other stage's adapter or the initial one; None for a new baseline, which is drawn from the seed."""
-    active: dict[str, Tensor] | None
-    """The elements that train, by LoRA weight; None for a baseline, of which everything trains."""
-
-    @classmethod
-    def from_artifacts(cls, stage: str, folder: Path | None, partition: Path | None) -> StartingAdapter:
-        """The adapter in `folder` and the masks for `stage` in `partition`; a baseline has no partition."""
-        return cls(folder, Masks.load(partition / "masks.safetensors", stage).active if partition else None)
-
-    def attach(
-        self,
-        base: PreTrainedModel,
-        lora: LoraSection,
-        baseline: BaselineSection | None,
-        dropout: float,
-        seed: int,
-    ) -> PeftModel:
-        if baseline is not None:
-            return baselines.attach(base, baseline, lora, seed, self.folder, dropout)
-        assert self.folder is not None
-        return adapter.attach(base, lora, self.folder, dropout)
-
-    def restore(self, model: PeftModel) -> None:
-        """Restore every LoRA weight from the file: TRL rounds the adapters of a 4-bit base to bfloat16."""
-        assert self.folder is not None
-        stored = adapter.read(self.folder)
-        for copy in ("default", "ref"):
-            for name, layer in adapter.lora_layers(model, copy).items():
-                layer.weight.data = stored[name].to(layer.weight.device)
-
-
-def train(
-    trainer: Any,
-    model: PeftModel,
-    start: StartingAdapter,
-    out: Path,
-    base: ModelSection,
-    checkpoints: Checkpoints,
-) -> dict[str, Any]:
-    """Pack, train from the newest checkpoint or else from `start`, and write the results below `out`.
+def train(trainer: Any, run: Training) -> dict[str, Any]:
+    """Pack, train from the newest checkpoint or else from `run.start`, and write the results below its `out`.
 
     Writes `adapter/`, `history.json` and `curves.png`. Of several processes only the first writes, and the
-    others return an empty dict; an assertion checks that all hold the same adapter. Returns the steps, the
-    numbers of elements and `frozen_drift`: the largest difference of an inactive element between the file
-    written and the one in `start`. It is 0; if a bit differs, which breaks a promise of the code, that is an
-    AssertionError.
+    others return an empty dict; an assertion checks that all hold the same adapter. Returns the steps, and
+    the counts of `StartingAdapter.verify`.
     """
     refuse_untested(trainer)
-    initial = None
-    if start.active is not None:
-        start.restore(model)
-        elements.sparsify(model, start.active)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert trainable == sum(int(mask.sum()) for mask in start.active.values())
-    else:
-        initial = {name: p.detach().cpu().clone() for name, p in adapter.trained_parameters(model).items()}
+    model, checkpoints, out = trainer.model, run.context.checkpoints, run.context.out
+    run.start.begin(model)
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; ProgressCallback reports it
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
@@ -222,29 +160,34 @@ def train(
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         watchdog.stop()
-        _finish_run(trainer.args.report_to)
+        if (
+            "wandb" in trainer.args.report_to
+        ):  # else a second round of SFT in this process would go on with its run
+            import wandb
+
+            wandb.finish()
     if trainer.state.global_step == 0:
         raise UnusableResult("training did no step", "there are fewer rows than one step takes")
     if distributed.world_size() > 1:
         assert distributed.all_equal(_digest(model)), "the processes ended with different adapters"
     if not distributed.is_main():
         return {}
-    adapter.save(model, out / "adapter", base)
-    if initial is not None:
-        baselines.save(model, out / "adapter")
+    folder = out / "adapter"
+    adapter.save(model, folder, run.model)
+    if run.baseline is not None:
+        baselines.save(model, folder)
     logged = history(trainer)
     (out / "history.json").write_text(json.dumps(logged, indent=1), encoding="utf-8")
     curves.draw(logged, out / "curves.png")
-    folder = out / "adapter"
-    counts = verify_frozen(start, folder) if initial is None else _count_moved(initial, folder)
+    counts = run.start.verify(folder)
     if counts["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    protected_kl = [row[curves.PROTECTED_KL] for row in logged if curves.PROTECTED_KL in row][-1:]
+    drift = [row[curves.PROTECTED_KL] for row in logged if curves.PROTECTED_KL in row]
     return {
         "steps": trainer.state.global_step,
         **fsdp.local_share(model),
         **counts,
-        **({"protected_kl": protected_kl[0]} if protected_kl else {}),
+        **({"protected_kl": drift[-1]} if drift else {}),
     }
 
 
@@ -275,39 +218,6 @@ def history(trainer: Any) -> list[dict[str, float]]:
     """Logged values of each step, including the steps before a resume."""
     steps = [row for row in trainer.state.log_history if "train_runtime" not in row]
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
-
-
-def verify_frozen(start: StartingAdapter, end: Path) -> dict[str, Any]:
-    """Read both adapter files back, count the active elements that moved, and assert that no other did."""
-    assert start.folder is not None and start.active is not None
-    initial, trained = adapter.read(start.folder), adapter.read(end)
-    drift, moved = 0.0, 0
-    for name, old in initial.items():
-        mask = adapter.full_mask(name, start.active[name], old)  # True where an element trains
-        new = trained[name]
-        # Bits are compared, because NaN is unequal to itself, and -0 is equal to 0.
-        changed, frozen = new.view(torch.int32) != old.view(torch.int32), ~mask
-        number = int(changed[frozen].sum())
-        assert not number, f"{name}: {number} frozen elements changed"
-        drift = max(drift, float((new - old)[frozen].abs().max()) if bool(frozen.any()) else 0.0)
-        moved += int(changed[mask].sum())
-    total = sum(mask.numel() for mask in start.active.values())
-    number = sum(int(mask.sum()) for mask in start.active.values())
-    return {
-        "elements": total,
-        "active": number,
-        "active_share": number / total,
-        "moved": moved,
-        "frozen_drift": drift,
-    }
-
-
-def _count_moved(initial: dict[str, Tensor], end: Path) -> dict[str, Any]:
-    """The same counts for a baseline, of which everything trains."""
-    trained = adapter.read(end, baselines.STATE)
-    number = sum(old.numel() for old in initial.values())
-    moved = sum(int((trained[name] != old).sum()) for name, old in initial.items())
-    return {"elements": number, "active": number, "active_share": 1.0, "moved": moved}
 
 
 def accumulation_steps(samples: int, micro_batch: int, processes: int | None = None) -> int:

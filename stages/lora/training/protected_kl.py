@@ -17,13 +17,13 @@ from stages.lora.training.curves import PROTECTED_KL
 from stages.lora.training.resume import sparse_layers
 from stages.packing import losses
 from stages.packing.support import eval_mode
-from stages.prompts.renderer import IGNORED, Renderer, Row
+from stages.prompts.renderer import IGNORED, Row
 from stages.records import read_labels
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from stages.lora.training.loop import StartingAdapter
+    from stages.lora.training.start import Training
 
 TOKENS_AT_ONCE = 128
 """Answer tokens whose probabilities of the whole vocabulary exist at a time, in 64 bits and of two models."""
@@ -31,17 +31,16 @@ MEASUREMENTS = 8
 """Most measurements in a run of SFT, without that after the last step; RL has a setting."""
 
 
-def watch(
-    trainer: Any, start: StartingAdapter, artifact: Path | None, renderer: Renderer, every: int | None = None
-) -> None:
+def watch(trainer: Any, run: Training, every: int | None = None) -> None:
     """Let the trainer log its drift on the held-out rows of `score:protected`, if there are any.
 
     every: steps between two measurements; None: at most MEASUREMENTS and the last step.
     """
+    artifact, start = run.context.protected, run.start.folder
     # The file is empty if there are three protected rows or fewer, or if all held-out rows are too long.
-    if artifact is None or not (held_out := artifact / "held_out.jsonl").stat().st_size:
+    if artifact is None or start is None or not (held_out := artifact / "held_out.jsonl").stat().st_size:
         return
-    rows = [renderer.row(row.example) for row in read_labels(held_out)]
+    rows = [run.renderer.row(row.example) for row in read_labels(held_out)]
     trainer.add_callback(ProtectedKl(trainer, start, rows, every))
 
 
@@ -54,7 +53,8 @@ class ProtectedKl(TrainerCallback):
     vocabulary, after the same text: Σ_v p_v (log p_v − log q_v), with p of the start. Nothing is sampled.
     """
 
-    def __init__(self, trainer: Any, start: StartingAdapter, rows: list[Row], every: int | None) -> None:
+    def __init__(self, trainer: Any, start: Path, rows: list[Row], every: int | None) -> None:
+        """start: the folder of that adapter."""
         self.trainer, self.start, self.rows, self.every = trainer, start, rows, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -65,9 +65,7 @@ class ProtectedKl(TrainerCallback):
     @torch.no_grad()
     def divergence(self) -> float:
         """Mean KL(start ‖ policy) per answer token, in nats."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        assert self.start.folder is not None
-        initial, total, tokens = adapter.read(self.start.folder), 0.0, 0
+        model, initial, total, tokens = self.trainer.model, adapter.read(self.start), 0.0, 0
         with self.trainer.memory("while the drift was measured"), eval_mode(model):
             for row in self.rows:
                 batch = losses.collate([row], 0, self.trainer.args.device)

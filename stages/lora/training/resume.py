@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 
 from stages.errors import ArtifactError
 from stages.lora.adapter import adapter, baselines
-from stages.lora.adapter.sparse_linear import SparseLinear
+from stages.lora.adapter.elements import SparseLinear
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.errors import OutOfMemoryError, UnusableResult, is_out_of_memory
 from stages.lora.adapter import fsdp
-from stages.lora.training import optimizers, resume
-from stages.lora.training.health import RunInfo
+from stages.lora.training import resume
 from stages.packing import support, trainer_inputs
 from stages.store.checkpoints import Checkpoints
 
@@ -28,6 +27,8 @@ class ResumableTrainer:
     checkpoint stay sound.
     """
 
+    BATCH_KEYS = ("input_ids", "attention_mask")
+    """Keys of a batch: the token ids by which a row is found, and their mask, (rows, tokens) each."""
     checkpoints: Checkpoints
     """Set by `loop.train`."""
     accelerator: Any
@@ -38,24 +39,33 @@ class ResumableTrainer:
     state: Any
 
     def __init__(
-        self, *, run_info: RunInfo, loraplus_lr_ratio: float | None = None, **arguments: Any
+        self,
+        *,
+        row_ids: Callable[[], dict[tuple[int, ...], str]],
+        memory_hint: str,
+        loraplus_lr_ratio: float | None = None,
+        **arguments: Any,
     ) -> None:
+        """row_ids: makes the table of token ids → row id; it is called only when a run has failed.
+
+        memory_hint: settings that lower the use of memory.
+        """
         super().__init__(**arguments)
-        self.run_info, self.loraplus_lr_ratio = run_info, loraplus_lr_ratio
+        self.row_ids, self.memory_hint, self.loraplus_lr_ratio = row_ids, memory_hint, loraplus_lr_ratio
         self.window: list[dict[str, Any]] = []
         """Prepared batches since the last optimizer step."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if self.loraplus_lr_ratio is not None:
-            optimizers.split_rates(optimizer, self.model, self.loraplus_lr_ratio)
+            split_rates(optimizer, self.model, self.loraplus_lr_ratio)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             schedule = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = optimizers.full_warmup(schedule, warmup_steps)
+            self.lr_scheduler = full_warmup(schedule, warmup_steps)
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -92,7 +102,9 @@ class ResumableTrainer:
 
     def _non_finite(self, quantity: str, value: float, batches: list[dict[str, Any]]) -> UnusableResult:
         """The error for a loss or gradient norm that is not finite, which names the rows of these batches."""
-        rows = list(dict.fromkeys(row for batch in batches for row in self.run_info.rows(batch)))
+        ids, (tokens, mask) = self.row_ids(), self.BATCH_KEYS
+        texts = [row for b in batches for row in trainer_inputs.token_lists(b[tokens], b[mask])]
+        rows = list(dict.fromkeys(ids.get(tuple(text), "unknown") for text in texts))
         omitted = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
         names = ", ".join(rows[:SHOWN_ROWS]) + omitted
         return UnusableResult(
@@ -113,7 +125,7 @@ class ResumableTrainer:
                 prepared = len(self.window) > batches
                 batch = _shapes(self.window[-1]) if prepared else "while completions were sampled"
                 where = f"in step {self.state.global_step + 1}, {batch}"
-            raise OutOfMemoryError(f"out of memory {where}", f"lower {self.run_info.memory_hint}") from error
+            raise OutOfMemoryError(f"out of memory {where}", f"lower {self.memory_hint}") from error
 
     def _supports_packing(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
         """True if packed rows give this model's own results; tried on the first row of the batch."""
@@ -141,3 +153,36 @@ def _shapes(batch: dict[str, Any]) -> str:
     """Sizes of the token ids in a batch, for an error message."""
     ids = {n: value for n, value in batch.items() if n.endswith("_ids") and isinstance(value, Tensor)}
     return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in ids.items())
+
+
+def split_rates(optimizer: Any, model: nn.Module, ratio: float) -> None:
+    """LoRA+ (arXiv 2402.12354): let B learn `ratio` times as fast as A.
+
+    A and B are told apart by parameter name, because PEFT's own helper takes every one-dimensional parameter
+    for a B, and sparse weights are one-dimensional.
+    """
+    b_weights = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    groups = []
+    for group in optimizer.param_groups:
+        halves: tuple[list[Any], list[Any]] = ([], [])  # A, B
+        for parameter in group["params"]:
+            halves[id(parameter) in b_weights].append(parameter)
+        for parameters, rate in zip(halves, (group["lr"], group["lr"] * ratio), strict=True):
+            if parameters:
+                groups.append({**group, "params": parameters, "lr": rate})
+    optimizer.param_groups[:] = groups
+
+
+def full_warmup(schedule: Any, warmup_steps: int) -> Any:
+    """The library's schedule, but that warm-up step i of w has i/w of the peak rate.
+
+    The library has (i - 1)/w there, so that its first step does nothing. After the warm-up nothing changes.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    factor = schedule.lr_lambdas[0]  # the same for every group
+
+    def share_of_peak(steps_done: int) -> float:
+        return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else factor(steps_done)
+
+    return LambdaLR(schedule.optimizer, share_of_peak)

@@ -1,39 +1,45 @@
-"""DAPO's dynamic sampling: before a step, groups without a signal are replaced by groups of others.
+"""Groups of completions without a signal: all earned the same reward, so that every advantage is zero.
 
-A group has no signal if all its completions earned the same reward: every advantage in it is zero. Groups of
-replayed System 1 prompts are kept even so: they teach again as soon as the policy begins to fail them. The
-new prompts follow from the seed and the step alone, so a resumed run draws the same.
+DAPO's dynamic sampling replaces them by groups of other prompts before a step. Groups of replayed System 1
+prompts are kept even so: they teach again as soon as the policy begins to fail them. The new prompts follow
+from the seed and the step alone, so a resumed run draws the same.
+
+What is left of them costs only its sampling: training passes skip completions with zero advantage, which
+contribute no gradient. Each supported loss is Σᵢ fᵢ · Aᵢ / n, plus the KL term if there is one. Without it, a
+completion with Aᵢ = 0 adds exactly zero, and the normaliser n counts all completions, skipped ones included.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stages.lora.grpo.replay import equal_groups, total_rewards
+from stages.lora.grpo.metrics import equal_groups, total_rewards
 
 if TYPE_CHECKING:
     from stages.lora.grpo.trainer import GrpoTrainer
 
 
-@dataclass(frozen=True)
-class Completions:
-    """The completions of a step once every group has been replaced that could be."""
+PASS_METRICS = ("entropy", "tokens_saved")
+"""Metrics that TRL and `GrpoTrainer._logprobs` log in a training pass, of the rows that it computes."""
 
-    ids: list[Any]
-    logprobs: list[Any] | None
-    """Those that vLLM told; None without vLLM."""
-    rewards: Tensor
-    """(completions of all processes, reward functions)"""
+
+Completions = tuple[list[Any], list[Any] | None, Tensor]
+"""Token ids, log-probabilities that vLLM told (None without vLLM), and rewards.
+
+Rewards are those of all processes, (completions, reward functions).
+"""
 
 
 def replace_zero_signal_groups(
-    trainer: GrpoTrainer, inputs: list[dict[str, Any]], attempts: int
+    trainer: GrpoTrainer, inputs: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], Completions]:
-    """Sample the completions of a step, and up to `attempts` times replace the groups without a signal.
+    """Sample the completions of a step; up to `rl.dynamic_sampling` times replace groups without a signal.
 
     inputs: the rows of this process, one for each completion. Returns the rows in the end, and what is known
     of their completions. Rewards are asked for once more, for all completions, whenever groups are replaced.
@@ -43,7 +49,7 @@ def replace_zero_signal_groups(
     rewards = trainer.score(inputs, ids)
     unused: list[int] | None = None
     replaced = 0
-    for attempt in range(1, attempts + 1):
+    for attempt in range(1, trainer.rl.dynamic_sampling + 1):
         groups = _zero_signal_groups(trainer, inputs, rewards)
         if groups and unused is None:
             unused = _unused_prompts(trainer, inputs)
@@ -70,7 +76,7 @@ def replace_zero_signal_groups(
         replaced += len(groups)
     trainer._metrics["train"]["resampled/groups"].append(replaced)
     trainer._metrics["train"]["resampled/completions"].append(replaced * group_size)
-    return inputs, Completions(ids, None if None in logprobs else logprobs, rewards)
+    return inputs, (ids, None if None in logprobs else logprobs, rewards)
 
 
 def _zero_signal_groups(trainer: GrpoTrainer, inputs: list[dict[str, Any]], rewards: Tensor) -> list[int]:
@@ -100,3 +106,51 @@ def _local_positions(trainer: GrpoTrainer, group: int, completions: int) -> list
     # `completions` of them in a row. It is negative, or too large, for groups of other processes.
     first = group * trainer.num_generations - trainer.accelerator.process_index * completions
     return [i for i in range(first, first + trainer.num_generations) if 0 <= i < completions]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a micro batch that a training pass computes."""
+
+    rows: Tensor
+    """(computed,), in order."""
+    old_logprobs: Tensor | None
+    """Log-probabilities at sampling, (rows, tokens), if they are known."""
+    has_gradient: bool
+    """False if every advantage is zero."""
+
+    @classmethod
+    def from_batch(cls, inputs: dict[str, Any]) -> Selection:
+        rows = inputs["advantages"].nonzero().flatten()
+        # If no row has an advantage, compute the shortest one as a stand-in, whose gradient is zero: every
+        # process has to join the backward pass, or DDP hangs.
+        computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
+        return cls(computed, inputs.get("old_per_token_logps"), len(rows) > 0)
+
+    def expand(
+        self, log_probs: Tensor, entropies: Tensor, completion_mask: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Extend values of the computed rows, (computed, tokens) each, to all rows, (rows, tokens) each.
+
+        completion_mask: (computed, tokens). A skipped row gets its old log-probabilities, so that its ratio
+        is 1; if they are None, TRL takes the policy's own instead, and zeros give the ratio 1, too. It gets
+        the mean entropy of the computed tokens, so that the mean that TRL logs does not change.
+        """
+        shape = (rows, log_probs.shape[1])
+        skipped = log_probs.new_zeros(shape) if self.old_logprobs is None else self.old_logprobs
+        mean = (entropies * completion_mask).sum() / completion_mask.sum().clamp(min=1)
+        return (
+            skipped.index_copy(0, self.rows, log_probs),
+            mean.expand(shape).index_copy(0, self.rows, entropies),
+        )
+
+
+@contextmanager
+def metrics_of_computed(metrics: dict[str, list[float]], selection: Selection) -> Iterator[None]:
+    """Context of a training pass: undo what it logs in PASS_METRICS if it computed only a stand-in row."""
+    logged = {name: list(metrics[name]) for name in PASS_METRICS if name in metrics}
+    yield
+    if not selection.has_gradient:
+        for name in PASS_METRICS:
+            metrics.pop(name, None)  # an empty list would be logged as None
+        metrics.update(logged)

@@ -1,0 +1,129 @@
+"""Start of SFT and RL, and the proof at the end that frozen elements stayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SftSection
+from stages.lora.adapter import adapter, baselines, elements, fsdp
+from stages.lora.importance.masks import Masks
+from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Renderer
+from stages.records import Labelled, read_labels
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class StartingAdapter:
+    """The adapter and masks that a training stage starts from."""
+
+    folder: Path | None
+    """The other stage's adapter or the initial one; None for a new baseline, which is drawn from the seed."""
+    active: dict[str, Tensor] | None
+    """The elements that train, by LoRA weight; None for a baseline, of which everything trains."""
+    untrained: dict[str, Tensor] = field(default_factory=dict)
+    """Values of a baseline's parameters before training; a partition's are read from `folder`."""
+
+    def restore(self, model: PeftModel) -> None:
+        """Restore every LoRA weight from the file: TRL rounds the adapters of a 4-bit base to bfloat16."""
+        assert self.folder is not None
+        stored = adapter.read(self.folder)
+        for copy in ("default", "ref"):
+            for name, layer in adapter.lora_layers(model, copy).items():
+                layer.weight.data = stored[name].to(layer.weight.device)
+
+    def begin(self, model: PeftModel) -> None:
+        """Leave only the active elements as parameters; of a baseline, keep what all parameters were."""
+        if self.active is None:
+            parameters = adapter.trained_parameters(model).items()
+            self.untrained.update({name: p.detach().cpu().clone() for name, p in parameters})
+            return
+        self.restore(model)
+        elements.sparsify(model, self.active)
+        trainable = sum(p.numel() for p in adapter.trained_parameters(model).values())
+        assert trainable == sum(int(mask.sum()) for mask in self.active.values())
+
+    def verify(self, end: Path) -> dict[str, Any]:
+        """Count the elements in the file below `end`, the active ones, and those of them that moved.
+
+        `frozen_drift` is the largest difference of an inactive element between that file and the one in
+        `folder`. It is 0; if a bit differs, which breaks a promise of the code, that is an AssertionError. A
+        baseline, of which everything trains, has none.
+        """
+        if self.active is None:
+            trained = adapter.read(end, baselines.STATE)
+            moved = sum(int((trained[name] != old).sum()) for name, old in self.untrained.items())
+            return _counts(list(trained.values()), sum(map(torch.numel, trained.values())), moved)
+        assert self.folder is not None
+        initial, trained = adapter.read(self.folder), adapter.read(end)
+        drift, moved = 0.0, 0
+        for name, old in initial.items():
+            mask = adapter.full_mask(name, self.active[name], old)  # True where an element trains
+            new = trained[name]
+            # Bits are compared, because NaN is unequal to itself, and -0 is equal to 0.
+            changed, frozen = new.view(torch.int32) != old.view(torch.int32), ~mask
+            number = int(changed[frozen].sum())
+            assert not number, f"{name}: {number} frozen elements changed"
+            drift = max(drift, float((new - old)[frozen].abs().max()) if bool(frozen.any()) else 0.0)
+            moved += int(changed[mask].sum())
+        active = sum(int(mask.sum()) for mask in self.active.values())
+        return {**_counts(list(self.active.values()), active, moved), "frozen_drift": drift}
+
+
+def _counts(tensors: list[Tensor], active: int, moved: int) -> dict[str, Any]:
+    total = sum(map(torch.numel, tensors))
+    return {"elements": total, "active": active, "active_share": active / total, "moved": moved}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The sections of SFT or RL, and what both make of them."""
+
+    context: Any
+    """The stage's `StageContext`."""
+    model: ModelSection
+    prompt: PromptSection
+    lora: LoraSection
+    baseline: BaselineSection | None
+    seed: int
+
+    @property
+    def section(self) -> SftSection | RlSection:
+        """The section of the stage itself."""
+        raise NotImplementedError
+
+    @cached_property
+    def labels(self) -> list[Labelled]:
+        return read_labels(self.context.labels)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(load_tokenizer(self.model), self.section.prompt or self.prompt, self.labels)
+
+    @cached_property
+    def start(self) -> StartingAdapter:
+        """The other stage's adapter or the initial one; RL and a second SFT train System 2's elements."""
+        masks = "rl" if isinstance(self.section, RlSection) or self.context.variant else "sft"
+        partition = self.context.masks
+        active = Masks.load(partition / "masks.safetensors", masks).active if partition else None
+        return StartingAdapter(self.context.adapter("sft", "rl", "score"), active)
+
+    def attach(self, base: PreTrainedModel) -> PeftModel:
+        """Put the adapter on the base that `fsdp.load` has loaded, and shard that if `launch` asks for it."""
+        folder, dropout = self.start.folder, self.section.lora_dropout
+        if self.baseline is not None:
+            model = baselines.attach(base, self.baseline, self.lora, self.seed, folder, dropout)
+        else:
+            assert folder is not None
+            model = adapter.attach(base, self.lora, folder, dropout)
+        fsdp.shard_base(model, self.model, self.section.launch)
+        return model
