@@ -28,11 +28,7 @@ def build(store: Store, name: str = "k", text: str = "payload") -> Path:
     partial = store.start_partial("score", key)
     (partial / "sub").mkdir()
     (partial / "sub/file.bin").write_text(text)
-    return store.commit(
-        "score",
-        key,
-        {"variant": "", "identity": identity, **FIELDS},
-    ).path
+    return store.commit("score", key, {"variant": "", "identity": identity, **FIELDS}).path
 
 
 def test_key_is_stable_and_order_free():

@@ -81,7 +81,7 @@ def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, t
 
 def told(model: ModelSection, flag: str, **vllm_settings: object) -> str | None:
     """What vLLM's command says of this."""
-    command = vllm._command(model, ServerSection(), 1, vllm_settings)
+    command = vllm._command(model, ServerSection(vllm=vllm_settings), 1, {})
     return command[command.index(flag) + 1] if flag in command else None
 
 
@@ -180,7 +180,7 @@ def test_a_person_who_stretches_a_model_is_believed(tiny, tmp_path, monkeypatch)
     model = ModelSection(name=str(tmp_path), dtype="float32")
     stretched = {"hf_overrides": {"max_position_embeddings": 8192}}
     assert told(model, "--max-model-len", **stretched) == "4096"
-    assert vllm.context_length(model, ServerSection(vllm=stretched), {}) == 4096
+    assert vllm.context_length(model, ServerSection(vllm=stretched)) == 4096
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     assert told(model, "--max-model-len") == "4096"
 

@@ -146,6 +146,10 @@ class ServerSection(Section):
         "merged on a CPU, else module.",
     )
 
+    def with_vllm(self, arguments: dict[str, Any]) -> "ServerSection":
+        """Return the section with further arguments of a vLLM server, which override `vllm`."""
+        return self.model_copy(update={"vllm": {**self.vllm, **arguments}})
+
 
 UNVOTED = ("known", "random")
 """Labelling strategies without voters."""

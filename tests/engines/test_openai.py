@@ -15,9 +15,9 @@ from mock_server import Mock, probability, serve
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
 from stages.engines.openai import client, session, transport
-from stages.engines.openai.choices import parse_word
 from stages.engines.openai.client import Client
-from stages.engines.openai.errors import retry_after_seconds
+from stages.engines.openai.replies import parse_word
+from stages.engines.openai.transport import Transport
 from stages.errors import ConfigError, ServerError
 
 CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
@@ -38,8 +38,12 @@ def no_waiting(monkeypatch):
     return waited
 
 
-def ask(mock: Mock, *ballots: ChoiceRequest, server: ServerSection = QUICK, model: str | None = None) -> dict:
-    return dict(Client((mock.url,), model, "", server).choose_words(ballots))
+def connect(*mocks: Mock, model: str | None = None, server: ServerSection = QUICK) -> Client:
+    return Client(Transport(tuple(mock.url for mock in mocks), "", server), model)
+
+
+def ask(mock: Mock, *ballots: ChoiceRequest, **how: object) -> dict:
+    return dict(connect(mock, **how).choose_words(ballots))
 
 
 def test_chat_and_completion():
@@ -61,7 +65,7 @@ def test_the_mass_on_the_words(ballot):
 def test_it_learns_how_many_tokens_it_needs():
     bodies = []
     with serve(Mock(lambda n, path, body: bodies.append(body))) as mock:
-        list(Client((mock.url,), None, "", ServerSection(concurrency=1)).choose_words([CHAT] * 4))
+        list(connect(mock, server=ServerSection(concurrency=1)).choose_words([CHAT] * 4))
     assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
     assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
     assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
@@ -73,7 +77,7 @@ def test_top_k_is_always_said(top_k, asked):
     bodies = []
     answer = ("body", {"choices": [{"token_ids": [5], "finish_reason": "stop"}]})
     with serve(Mock(lambda n, path, body: bodies.append(body) or answer)) as mock:
-        client = Client((mock.url,), None, "", QUICK)
+        client = connect(mock)
         list(client.generate([GenerateRequest([1])], Sampling(4, (), 1.0, top_k=top_k)))
     assert [body["top_k"] for body in bodies] == [asked]
 
@@ -112,7 +116,7 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
         return ("status", (400, {}, "Unknown parameter: 'x'")) if "structured_outputs" in body else None
 
     with serve(Mock(strict, constrains=False)) as mock:
-        client = Client((mock.url,), "judge", "", QUICK)
+        client = connect(mock, model="judge")
         assert len(client.fingerprint()) == 5
         found = dict(client.choose_words([CHAT] * 3))
     assert all(choice.probabilities in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
@@ -130,10 +134,10 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
 def test_what_a_gateway_lists(listed, asked):
     with serve(Mock()) as mock:
         mock.models = listed
-        assert Client((mock.url,), asked, "", QUICK).model == asked
+        assert connect(mock, model=asked).model == asked
         if listed and listed[0]["id"] != "*":
             with pytest.raises(ConfigError, match="not another"):
-                Client((mock.url,), "another", "", QUICK)
+                connect(mock, model="another")
 
 
 def test_a_thought_is_not_the_answer():
@@ -200,7 +204,7 @@ def test_failures_of_a_while_are_tried_again():
         ]
     )
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
-        client = Client((mock.url,), None, "", QUICK)
+        client = connect(mock)
         assert isinstance(dict(client.choose_words([TEXT]))[0], ChoiceResult)
     assert client.transport.retried == 4
 
@@ -253,7 +257,7 @@ def test_a_server_that_only_looks_healthy():
 
 def test_no_server():
     with pytest.raises(ServerError, match="does not answer: ConnectError"):
-        Client(("http://127.0.0.1:9/v1",), None, "", QUICK)
+        Client(Transport(("http://127.0.0.1:9/v1",), "", QUICK), None)
 
 
 def test_another_model_than_asked_for():
@@ -277,14 +281,14 @@ def test_retry_after_is_waited_for(no_waiting):
 )  # fmt: skip
 def test_retry_after_in_all_its_forms(text, seconds, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2_000_000_000)
-    assert retry_after_seconds(text) == seconds
+    assert session.retry_after_seconds(text) == seconds
 
 
 def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
     """While one is gone, its list of models too, a bad question stops no other."""
     bad = ("status", (500, {}, "boom"))
     with serve(Mock()) as one, serve(Mock(lambda n, path, body: bad if "bad" in str(body) else None)) as two:
-        client = Client((one.url, two.url), "judge", "", QUICK)
+        client = connect(one, two, model="judge")
         list(client.choose_words(ChoiceRequest(f"q{i}", TEXT.words) for i in range(40)))
         assert abs(len(one.log) - len(two.log)) <= 2
         one.fault = lambda n, path, body: ("reset", None)
@@ -295,7 +299,7 @@ def test_requests_spread_over_servers_and_a_dead_one_costs_nothing():
 def test_no_more_is_asked_than_a_kill_may_lose():
     """However long the caller takes with an answer: a journal's disk may be slow."""
     with serve(Mock()) as mock:
-        client, seen = Client((mock.url,), None, "", QUICK), []
+        client, seen = connect(mock), []
         before = len(mock.log)
         for number, _ in enumerate(client.choose_words([TEXT] * 20)):
             time.sleep(0.03)
@@ -327,13 +331,13 @@ def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, se
 
     number = 200 if seconds > 0.1 or settings else 2400
     server = ServerSection(timeout_s=2, **settings)
-    sender = transport.Transport(("http://127.0.0.1:1",), "", server, grows=grows)
+    sender = Transport(("http://127.0.0.1:1",), "", server, grows=grows)
     answers = dict(sender.each(range(number), ask))
     assert answers == {i: i for i in range(number)} and now[1] == most
 
 
 def test_a_server_that_fails_is_not_asked_more_at_a_time():
-    sender = transport.Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
+    sender = Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
     requests = session.Session(sender, None)
     assert requests.may_grow(1.0) and not requests.may_grow(31.0)
     sender.retried += 1
@@ -343,8 +347,8 @@ def test_a_server_that_fails_is_not_asked_more_at_a_time():
 def test_unlike_servers_of_one_model_are_noticed():
     with serve(Mock(constrains=False)) as one, serve(Mock(weights="other", constrains=False)) as two:
         with pytest.raises(ConfigError, match="serve different models as judge"):
-            Client((one.url, two.url), "judge", "", QUICK).fingerprint()
-        assert Client((one.url, one.url), "judge", "", QUICK).fingerprint()
+            connect(one, two, model="judge").fingerprint()
+        assert connect(one, one, model="judge").fingerprint()
 
 
 @pytest.mark.parametrize(("words", "fits"), [(4087, True), (4088, True), (4089, False)])
@@ -367,9 +371,9 @@ def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
 
 def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
-    transport.Transport(("http://127.0.0.1:80/v1", "http://localhost/v1"), "", ServerSection())._client()
+    Transport(("http://127.0.0.1:80/v1", "http://localhost/v1"), "", ServerSection())._client()
     with pytest.raises(ConfigError, match="the proxy that the environment names cannot be used"):
-        transport.Transport(("http://example.org/v1",), "", ServerSection())._client()
+        Transport(("http://example.org/v1",), "", ServerSection())._client()
 
 
 def test_a_key_for_servers_is_not_handed_to_our_own(monkeypatch):
@@ -393,7 +397,7 @@ def test_a_signal_at_any_moment_ends_what_is_asked():
         with serve(Mock()) as mock:
             served = threading.active_count()
             for moment in range(1, 60, 4):
-                client = Client((mock.url,), None, "", QUICK)
+                client = connect(mock)
                 with pytest.raises(Told):
                     signal.setitimer(signal.ITIMER_REAL, moment / 1000)
                     for _ in range(1000):

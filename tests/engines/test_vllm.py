@@ -25,10 +25,7 @@ from stages.errors import ServerError
 from stages.models.base import load_base
 from stages.records import read_samples
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")]
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 BALLOTS = [
     ChoiceRequest("Question: 2 + 2?\nSteps:", (" one", " many")),

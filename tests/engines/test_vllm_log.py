@@ -61,4 +61,4 @@ def test_the_last_error_is_the_cause(tmp_path, lines, error):
 def test_lengths_as_vllm_reads_them(tiny, given, length):
     server = ServerSection(vllm={"max_model_len": given})
     model = ModelSection(name=str(tiny))
-    assert vllm.context_length(model, server, {}) == (length or max_positions(load_config(model)))
+    assert vllm.context_length(model, server) == (length or max_positions(load_config(model)))

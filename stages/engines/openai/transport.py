@@ -21,8 +21,7 @@ import httpx
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.openai.errors import ItemFailed
-from stages.engines.openai.session import Session
+from stages.engines.openai.session import ItemFailed, Session
 from stages.errors import AnswerError, ConfigError, ServerError
 
 SKIP_S = 15
