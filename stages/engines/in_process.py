@@ -119,11 +119,6 @@ class InProcess:
                 # After the words' common beginning nothing tells how probable that was.
                 yield i, ChoiceResult(probabilities, -1.0 if common[requests[i].words] else mass)
 
-    def largest_batch(self, requests: list[ChoiceRequest]) -> int:
-        """Size of the largest batch of these requests, which must be without thinking."""
-        prompts = [choice_ids(self.tokenizer, request) for request in requests]
-        return max(batch_sizes(sorted(ids for ids, _ in self._tokenized(requests, prompts))))
-
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
