@@ -87,9 +87,10 @@ def told(model: ModelSection, flag: str, **vllm_settings: object) -> str | None:
 
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
-    cpu, sixteen: Path, native: bool, taken: str, caplog
+    cpu, tiny: Path, sixteen: Path, native: bool, taken: str, caplog
 ):
     cpu(native)
+    assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
     for _ in range(2):
         assert str(load_base(ModelSection(name=str(sixteen), dtype="bfloat16")).dtype) == "torch.bfloat16"
     said = [text for text in caplog.messages if text.startswith("model.dtype bfloat16: this CPU multiplies")]
@@ -167,41 +168,15 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
         ({"model_type": "unheard_of"}, "4096"),
     ],
 )  # fmt: skip
-def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, more, asked):
+def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, monkeypatch, more, asked):
     """It would not start; of a stretched one it knows itself how far."""
     config = json.loads((tiny / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | more))
-    assert told(ModelSection(name=str(tmp_path), dtype="float32"), "--max-model-len") == asked
-
-
-def test_a_person_who_stretches_a_model_is_believed(tiny, tmp_path, monkeypatch):
-    config = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelSection(name=str(tmp_path), dtype="float32")
-    stretched = {"hf_overrides": {"max_position_embeddings": 8192}}
-    assert told(model, "--max-model-len", **stretched) == "4096"
-    assert vllm.context_length(model, ServerSection(vllm=stretched)) == 4096
+    assert told(model, "--max-model-len") == asked
+    assert told(model, "--max-model-len", hf_overrides={"max_position_embeddings": 8192}) == "4096"
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    assert told(model, "--max-model-len") == "4096"
-
-
-def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **how: asked.append((name, how["revision"]))
-    )
-    vllm._fetch(ModelSection(name=str(tiny)), silent.say)
-    vllm._fetch(ModelSection(name="me/mine", revision="v1"), silent.say)
-    assert asked == [("me/mine", "v1")]
-
-
-def test_float32_and_a_half_that_no_cpu_multiplies_are_float32(cpu, tiny: Path, tmp_path: Path):
-    from transformers import AutoModelForCausalLM
-
-    cpu(True)
-    assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
-    AutoModelForCausalLM.from_pretrained(tiny, dtype="float16").save_pretrained(tmp_path)
-    assert dtype.resolve(ModelSection(name=str(tmp_path))) == "float32"
+    assert told(model, "--max-model-len") == "4096"  # a person who stretches a model is believed
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,6 @@ def runner(log: str) -> str:
     return "V2" if "Using V2 Model Runner" in log else "V1"
 
 
-def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
-    model = ModelSection(name=str(tiny), dtype="float32")
-    given = {}
-    for name in ("vllm", "transformers"):
-        with EngineCache() as pool:
-            engine = pool.get(EngineSpec(name, model), ServerSection(), print)
-            given[name] = {i: choice.probabilities[1] for i, choice in engine.choose_words(BALLOTS)}
-    assert given["vllm"] == pytest.approx(given["transformers"], abs=1e-3)
-    assert servers() == []
-
-
 def test_one_server_answers_for_several_targets(begun, demo_data):
     """Three targets and two benchmarks; the answers are those of the model in process."""
     other = f"eval.benchmarks.other={{kind: demo, path: {demo_data}/test.jsonl, limit: 5, label: false}}"
@@ -75,7 +64,7 @@ def test_one_server_answers_for_several_targets(begun, demo_data):
 
 
 @pytest.mark.parametrize("how", ["merged", "module"])
-def test_an_adapter_is_served(tiny, tmp_path, how):
+def test_votes_agree_with_the_model_in_process(tiny, tmp_path, how):
     """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here."""
     from stages.lora.adapter import adapter
 
@@ -84,7 +73,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
     questions = [
         GenerateRequest([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)
     ]
-    words = [ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions]
+    words = [*BALLOTS, *(ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions)]
     given, chosen = {}, {}
     for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
         with EngineCache() as pool:
@@ -93,9 +82,10 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
             chosen[name] = {i: choice.probabilities for i, choice in engine.choose_words(words)}
     assert given["vllm"] == given["transformers"] != given["base"]
-    for i in range(6):
+    for i in range(len(words)):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
         assert chosen["vllm"][i] != pytest.approx(chosen["base"][i], abs=1e-3)
+    assert servers() == []
 
 
 @pytest.mark.gpu

@@ -51,3 +51,11 @@ def test_lengths_as_vllm_reads_them(tiny, given, length):
     server = ServerSection(vllm={"max_model_len": given})
     model = ModelSection(name=str(tiny))
     assert vllm.context_length(model, server) == (length or max_positions(load_config(model)))
+
+
+def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, **_: asked.append(name))
+    for name in (str(tiny), "me/mine"):
+        vllm._fetch(ModelSection(name=name), silent.say)
+    assert asked == ["me/mine"]
