@@ -155,7 +155,7 @@ def _by_rollouts(
 
     start = loop.StartingAdapter(context.adapter("sft"), None)
     labels, rl = read_labels(context.labels), gradients.without_updates(rl, score.launch)
-    sandbox = rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None
+    sandbox = rl.sandbox if loading.needs_sandbox(rl.rewards, rl.rewards_file) else None
     say = context.progress.say
     grpo = building.build(
         labels, start, context.checkpoints, say, model, prompt, lora, None, rl, seed, sandbox

@@ -304,14 +304,6 @@ def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, se
     assert answers == {i: i for i in range(number)} and now[1] == most
 
 
-def test_a_server_that_fails_is_not_asked_more_at_a_time():
-    sender = Transport(("http://127.0.0.1:1",), "", ServerSection(), grows=True)
-    requests = session.Session(sender, None)
-    assert requests.may_grow(1.0) and not requests.may_grow(31.0)
-    sender.retried += 1
-    assert not requests.may_grow(1.0)
-
-
 def test_unlike_servers_of_one_model_are_noticed():
     with serve(Mock(constrains=False)) as one, serve(Mock(weights="other", constrains=False)) as two:
         with pytest.raises(ConfigError, match="serve different models as judge"):

@@ -205,8 +205,8 @@ def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
     )
     wanted = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
     for name, needed in {**wanted, "trl.think_format_reward": False}.items():
-        assert loading.needs_sandbox(name, str(path)) is needed
-    assert loading.needs_sandbox("code_tests", None)
+        assert loading.needs_sandbox([name], str(path)) is needed
+    assert loading.needs_sandbox(["correctness", "code_tests"], None)
 
 
 def test_a_raising_reward_stops_with_its_name_and_sample(file):

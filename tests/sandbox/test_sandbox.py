@@ -259,51 +259,45 @@ def _action(program, arch, call, arguments=()):
 X86, ARM = 0xC000003E, 0xC00000B7
 
 
-NUMBERS = """
-    read 0 63, clone 56 220, clone3 435 435, ptrace 101 117, socket 41 198, kill 62 129, fchmod 91 52,
-    prlimit64 302 261, mmap 9 222, fcntl 72 25, ioctl 16 29, memfd_create 319 279, flock 73 32,
-    vmsplice 278 75, setxattr 188 5, prctl 157 167, socketpair 53 199, listen 50 201, sendmsg 46 211
-"""
-"""System calls with their numbers on x86_64 and aarch64."""
+CALLS = {  # numbers on x86_64 and aarch64, arguments, and what each of the filters answers
+    "read": (0, 63, [], "allow", "allow"),
+    "clone": (56, 220, [17], "EPERM", "EPERM"),
+    "a thread": (56, 220, [0x10000 | 0x100], "EPERM", "EPERM"),
+    "clone3": (435, 435, [], "ENOSYS", "ENOSYS"),
+    "prlimit64 to read": (302, 261, [0, 7, 0], "allow", "allow"),
+    "prlimit64 to write": (302, 261, [0, 7, 4096], "allow", "EPERM"),
+    **{call: (x86, arm, [], "allow", "EPERM") for call, x86, arm in
+       (("socketpair", 53, 199), ("kill", 62, 129), ("fchmod", 91, 52))},
+    **{call: (x86, arm, [], "EPERM", "EPERM") for call, x86, arm in (
+        ("ptrace", 101, 117), ("memfd_create", 319, 279), ("flock", 73, 32), ("vmsplice", 278, 75),
+        ("setxattr", 188, 5), ("socket", 41, 198), ("listen", 50, 201), ("sendmsg", 46, 211),
+        ("file_setattr", 469, 469))},
+    **{f"mmap {flags:#x}": (9, 222, [0, 4096, 3, flags], *2 * ["EPERM" if flags & 1 else "allow"])
+       for flags in (0x02, 0x22, 0x01, 0x21, 0x03, 0x23)},
+    **{f"fcntl {command} {value:#x}": (72, 25, [3, command, value], answer, answer)
+       for command, value, answer in (
+        (1, 0, "allow"), (4, 0x800, "allow"), (4, 0x2000, "EPERM"), (8 | 1 << 40, 0, "EPERM"),
+        *((command, 0, "EPERM") for command in (6, 8, 10, 15, 1024, 1031)))},
+    **{f"ioctl {command:#x}": (16, 29, [3, command], *2 * ["allow" if command == 0x5401 else "EPERM"])
+       for command in (0x5401, 0x8901, 0x5452, 0x40086602, 0x401C5820)},
+    **{f"prctl {option}": (157, 167, [option], *2 * ["allow" if option == 15 else "EPERM"])
+       for option in (1, 1 | 1 << 40, 15)},
+}  # fmt: skip
+"""The kernel looks at 32 bits of commands and options."""
 
 
 @pytest.mark.parametrize(("arch", "machine"), [(X86, "x86_64"), (ARM, "aarch64")])
 @pytest.mark.parametrize("kind", ["namespaces", "landlock"])
 def test_filters(arch, machine, kind):
-    table = [line.split() for line in NUMBERS.split(",")]
-    names = {name: int(x86 if arch == X86 else arm) for name, x86, arm in table}
     program = (backends.HERE / "filters" / f"{kind}-{machine}.bpf").read_bytes()
-    strict = kind == "landlock"
-    assert _action(program, arch, names["read"]) == "allow"
-    assert _action(program, ARM if arch == X86 else X86, names["read"]) == "kill"
-    assert _action(program, 0x40000003, names["read"]) == "kill"  # 32-bit calls of the same processor
-    assert _action(program, arch, names["clone"], [17]) == "EPERM"
-    assert _action(program, arch, names["clone"], [0x10000 | 0x100]) == "EPERM"  # a thread
-    assert _action(program, arch, names["clone3"]) == "ENOSYS"
-    assert _action(program, arch, names["ptrace"]) == "EPERM"
-    assert _action(program, arch, names["prlimit64"], [0, 7, 0]) == "allow"
-    for refused in ("socketpair", "kill", "fchmod"):
-        assert _action(program, arch, names[refused]) == ("EPERM" if strict else "allow")
-    assert _action(program, arch, names["prlimit64"], [0, 7, 4096]) == ("EPERM" if strict else "allow")
-    for call in ("memfd_create", "flock", "vmsplice", "setxattr", "socket", "listen", "sendmsg"):
-        assert _action(program, arch, names[call]) == "EPERM"
-    assert _action(program, arch, 469) == "EPERM"  # file_setattr, on every architecture
-    flags = {0x02: "allow", 0x22: "allow", 0x01: "EPERM", 0x21: "EPERM", 0x03: "EPERM", 0x23: "EPERM"}
-    assert {f: _action(program, arch, names["mmap"], [0, 4096, 3, f]) for f in flags} == flags
-    # F_GETFD, F_SETFL, the same with O_ASYNC; F_SETLK, F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE
-    fcntl = {(1, 0): "allow", (4, 0x800): "allow", (4, 0x2000): "EPERM"}
-    fcntl |= {(command, 0): "EPERM" for command in (6, 8, 10, 15, 1024, 1031)}
-    assert {c: _action(program, arch, names["fcntl"], [3, *c]) for c in fcntl} == fcntl
-    assert (
-        _action(program, arch, names["fcntl"], [3, 8 | 1 << 40, 0]) == "EPERM"
-    )  # the kernel looks at 32 bits
-    ioctl = {0x5401: "allow", 0x8901: "EPERM", 0x5452: "EPERM", 0x40086602: "EPERM", 0x401C5820: "EPERM"}
-    assert {c: _action(program, arch, names["ioctl"], [3, c]) for c in ioctl} == ioctl
-    prctl = {1: "EPERM", 1 | 1 << 40: "EPERM", 15: "allow"}  # the parent-death signal; the name of the thread
-    assert {option: _action(program, arch, names["prctl"], [option]) for option in prctl} == prctl
+    for title, (x86, arm, arguments, namespaces, landlock) in CALLS.items():
+        answer = _action(program, arch, x86 if arch == X86 else arm, arguments)
+        assert answer == (landlock if kind == "landlock" else namespaces), title
+    # Calls of another processor, and 32-bit and x32 ones of the same.
+    assert _action(program, ARM if arch == X86 else X86, 0) == _action(program, 0x40000003, 0) == "kill"
     if arch == X86:
         assert _action(program, arch, 57) == "EPERM"  # fork
-        assert _action(program, arch, 0x40000000 | names["read"]) == "kill"  # the x32 calls
+        assert _action(program, arch, 0x40000000) == "kill"
 
 
 LEFT_BEHIND = {

@@ -107,7 +107,7 @@ def build(
     code = {"sandbox": backend}  # for the rewards that run code
     rewards = [
         loading.with_checks(
-            name, reward, prompts.encoded, **(code if loading.needs_sandbox(name, rl.rewards_file) else {})
+            name, reward, prompts.encoded, **(code if loading.needs_sandbox([name], rl.rewards_file) else {})
         )
         for name, reward in functions.items()
     ]
