@@ -1,9 +1,6 @@
-"""What `model.dtype: auto` means on the CPU at hand, and on one that is held to AVX2."""
+"""What `model.dtype: auto` means on a CPU, and what vLLM is told of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,17 +13,6 @@ from stages.eval.run import Evaluation
 from stages.labelling.votes import VoteJournal
 from stages.models import dtype
 from stages.models.base import load_base
-
-HELD_TO_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-ASK = """
-import logging, sys
-logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-from stages.config import ModelSection
-from stages.models.base import load_base
-from stages.models.dtype import native_bfloat16
-loaded = (load_base(ModelSection(name=sys.argv[1], dtype=d)) for d in ("auto", "bfloat16", "bfloat16"))
-print(native_bfloat16(), *(model.dtype for model in loaded))
-"""
 
 
 @pytest.fixture(scope="session")
@@ -53,20 +39,6 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
     yield of
     dtype._auto.cache_clear()
     dtype.warn_if_slow.cache_clear()
-
-
-@pytest.mark.slow
-def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Path):
-    command = [sys.executable, "-c", ASK, str(sixteen)]
-    done = subprocess.run(
-        command, env={**os.environ, **HELD_TO_AVX2}, capture_output=True, text=True, check=True
-    )
-    *warnings, answer = done.stdout.strip().splitlines()
-    assert answer == "False torch.float32 torch.bfloat16 torch.bfloat16"
-    warnings = [line for line in warnings if line.startswith("model.dtype")]  # libraries have their own
-    assert len(warnings) == 1  # said once, obeyed twice
-    assert "this CPU multiplies it" in warnings[0]
-    assert warnings[0].endswith(" times slower than float32; auto takes float32 here")
 
 
 @pytest.mark.parametrize(("able", "taken"), [(True, "bfloat16"), (False, "float32")])

@@ -70,8 +70,9 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_greedy_answers_are_the_library_s(model, tokenizer, kind):
-    """Some end at one of 40 tokens, and others take their slots."""
+def test_greedy_answers_are_the_library_s(model, tokenizer, monkeypatch, kind):
+    """Some end at one of 40 tokens, and others take their slots; some outgrow their memory."""
+    monkeypatch.setattr("stages.engines.kv_cache.COLUMNS", 8)
     sampling = Sampling(12, tuple(range(100, 140)))
     wanted = by_library(model, tokenizer, PROMPTS[kind], sampling)
     for slots in (2, 64):
@@ -89,15 +90,6 @@ def test_what_a_model_s_own_file_says_of_sampling_changes_nothing(model, tokeniz
     assert [ids.tolist() for ids in told] != [answer.ids for answer in wanted]
     assert by_library(model, tokenizer, PROMPTS["different"], sampling) == wanted
     assert model.generation_config is own
-
-
-def test_answers_longer_than_the_first_memory_are_the_library_s(model, tokenizer, monkeypatch):
-    """Keys and values of one row outgrow their memory, while others are read into the rows beside it."""
-    monkeypatch.setattr("stages.engines.kv_cache.COLUMNS", 8)
-    sampling = Sampling(14, ())
-    prompts = random(3, 6, 7, 1, 17)
-    wanted = by_library(model, tokenizer, prompts, sampling)
-    assert answers(model, tokenizer, prompts, sampling, slots=2) == wanted
 
 
 def test_an_answer_ends_at_its_stop_token_or_incomplete_at_its_length(model, tokenizer):
