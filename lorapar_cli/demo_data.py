@@ -17,8 +17,7 @@ def command(
         int, typer.Option(help="Random seed; the same seed gives the same files.", min=0, max=MAX_INT)
     ] = 0,
     long: Annotated[
-        bool,
-        flag("--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl."),
+        bool, flag("--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl.")
     ] = False,
     gold_only: Annotated[
         int,

@@ -29,8 +29,7 @@ KEY_ENV = "VLLM_API_KEY"
 def command(
     config: ConfigPath,
     host: Annotated[
-        str,
-        typer.Option(help=f"Address to listen on; to let other machines in, set a key in {KEY_ENV}."),
+        str, typer.Option(help=f"Address to listen on; to let other machines in, set a key in {KEY_ENV}.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     origin: Annotated[
@@ -41,10 +40,7 @@ def command(
 ) -> None:
     settings, steps = plan_of(config, set_)
     if not importlib.util.find_spec("vllm"):
-        raise ConfigError(
-            "lorapar serve needs vLLM, which is not installed",
-            INSTALL_VLLM,
-        )
+        raise ConfigError("lorapar serve needs vLLM, which is not installed", INSTALL_VLLM)
     needed = ("classify:train", *(TRAINED[target] for target in settings.eval.modes.values()))
     if not set(needed) <= set(steps):
         raise missing_path_error()

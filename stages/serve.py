@@ -92,7 +92,7 @@ def open_gateway(
                 router.mode,
                 voter.transport.exit_error,
                 api_key,
-                voter.key,
+                voter.transport.key,
                 origins,
             )
 

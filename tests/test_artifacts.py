@@ -28,24 +28,7 @@ def build(store: Store, name: str = "k", text: str = "payload") -> Path:
     partial = store.start_partial("score", key)
     (partial / "sub").mkdir()
     (partial / "sub/file.bin").write_text(text)
-    return store.commit(
-        "score",
-        key,
-        {"variant": "", "identity": identity, **FIELDS},
-    ).path
-
-
-def test_key_is_stable_and_order_free():
-    assert key_of({"a": 1, "b": [0.9]}) == key_of({"b": [0.9], "a": 1})
-    assert canonical_json({"b": 1, "a": "é"}) == b'{"a":"\\u00e9","b":1}'
-
-
-def test_committed_artifact_is_whole(store):
-    path = build(store)
-    artifact = store.load(path)
-    assert artifact.integrity_error() is None
-    assert artifact.manifest["files"]["sub/file.bin"]["size"] == 7
-    assert not store.partial("score", path.name).exists()
+    return store.commit("score", key, {"variant": "", "identity": identity, **FIELDS}).path
 
 
 def test_an_artifact_has_its_name_when_all_of_it_is_on_disk(store, monkeypatch):
@@ -59,19 +42,28 @@ def test_an_artifact_has_its_name_when_all_of_it_is_on_disk(store, monkeypatch):
     assert done == ["file.bin", MANIFEST, "sub", f".{key}.partial", f"to {key}", "score"]
 
 
-@pytest.mark.parametrize("offset", range(7))
-def test_a_flipped_bit_is_seen(store, offset):
-    path = build(store)
-    data = bytearray((path / "sub/file.bin").read_bytes())
-    data[offset] ^= 1
-    (path / "sub/file.bin").write_bytes(data)
-    assert "sha256 of" in store.load(path).integrity_error()
+def flip(path: Path) -> None:
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
 
-def test_a_missing_file_is_seen(store):
+@pytest.mark.parametrize(
+    ("harm", "error"),
+    [
+        (lambda path: None, None),
+        (lambda path: flip(path / "sub/file.bin"), "sha256 of {}/sub/file.bin differs from its manifest"),
+        (lambda path: (path / "sub/file.bin").unlink(), "{}/sub/file.bin is missing"),
+        (lambda path: (path / "more").symlink_to(path / "sub"), "{}/more is not in its manifest"),
+        (lambda path: (path / "sub/more.txt").write_text("x"), "{}/sub/more.txt is not in its manifest"),
+        # An editor's hidden files do no harm.
+        (lambda path: (path / "sub/.more.txt.swp").write_text("x"), None),
+        (lambda path: (path / ".ipynb_checkpoints").mkdir(), None),
+    ],
+)
+def test_what_changed_in_an_artifact_is_seen(store, harm, error):
     path = build(store)
-    (path / "sub/file.bin").unlink()
-    assert store.load(path).integrity_error().endswith("is missing")
+    assert not store.partial("score", path.name).exists()
+    harm(path)
+    assert store.load(path).integrity_error() == (error and error.format(path))
 
 
 def test_foreign_artifacts_are_refused(store):
@@ -88,13 +80,6 @@ def test_a_rebuild_keeps_the_old_version_aside(store):
     path = build(store, text="new")
     assert (path / "sub/file.bin").read_text() == "new"
     assert (path.with_name(f"{path.name}.old-1") / "sub/file.bin").read_text() == "old"
-
-
-def test_latest_is_replaced_in_one_step(store):
-    one, two = build(store, "k").name, build(store, "l").name
-    for key in (one, two, one):
-        store.point_latest("score", "", key)
-        assert store.latest("score", "").path.name == key
 
 
 def _hold(root: Path, held, release) -> None:
@@ -115,11 +100,8 @@ def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store)
     holder.join()
     with store.lock("score", "k"):
         pass
-
-
-def test_output_that_is_a_file(tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(OutputError, match="cannot write to"), Store(tmp_path / "run").lock("score", "k"):
+    (store.root / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write to"), Store(store.root / "file").lock("score", "k"):
         pass
 
 
@@ -173,6 +155,7 @@ EDITS = {
     "schema 1": lambda m: m.update(schema=1),
     "not a number": lambda m: m["summary"].update(accuracy=float("nan")),
     "more": lambda m: m.update(more=1),
+    "none, as if before there were seals": lambda m: (m.pop("seal"), m.update(schema=1, files={})),
 }
 
 
@@ -195,10 +178,7 @@ def test_an_edited_manifest_is_not_believed(store, how):
         (lambda m: m["summary"].update(active_share="much"), "summary.active_share: Input should be a valid"),
         (lambda m: m["summary"].update(active_share=1.5), "summary.active_share: Input should be less"),
         (lambda m: m["summary"].update(elements=None), "summary.elements: Input should be a valid int"),
-        (
-            lambda m: m["summary"].update(all={"n": 3, "accuracy": 30}),
-            "summary.all.accuracy: Input should be",
-        ),
+        (lambda m: m["summary"].update(all={"accuracy": 30}), "summary.all.accuracy: Input should be"),
     ],
 )
 def test_a_manifest_that_was_sealed_again_must_have_its_fields(store, change, reason):
@@ -213,58 +193,12 @@ def test_a_manifest_that_was_sealed_again_must_have_its_fields(store, change, re
     assert f"{path} is a foreign artifact: its manifest is invalid: {reason}" in str(caught.value)
 
 
-def test_a_field_that_a_manifest_lacks_is_named(store):
-    manifest = store.load(build(store)).manifest
-    with pytest.raises(ArtifactError, match="manifest.json has no field moved"):
-        manifest["summary"]["moved"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        "7",
-        '"x"',
-        "[" * 5000,
-        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
-    ],
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"x"', "[" * 5000, "\xed\xa0\x80"])
 def test_what_is_no_manifest_is_not_believed(store, text):
     path = build(store)
     (path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="is not a lorapar artifact"):
         store.load(path)
-
-
-def test_an_artifact_without_a_seal_is_not_believed(store):
-    """Whoever edits a manifest could call it one of a lorapar that did not seal."""
-    path = build(store)
-    edited(path, lambda m: (m.pop("seal"), m.update(schema=1, files={})))
-    with pytest.raises(ArtifactError, match="is a foreign artifact"):
-        store.load(path)
-
-
-def test_a_link_that_nobody_listed_is_seen(store):
-    path = build(store)
-    (path / "more").symlink_to(path / "sub")
-    assert store.load(path).integrity_error() == f"{path / 'more'} is not in its manifest"
-
-
-def test_a_file_that_nobody_listed_is_seen(store):
-    path = build(store)
-    (path / "sub/more.txt").write_text("x")
-    assert store.load(path).integrity_error() == f"{path / 'sub/more.txt'} is not in its manifest"
-
-
-@pytest.mark.parametrize("name", ["sub/.more.txt.swp", ".directory", ".ipynb_checkpoints/a.json"])
-def test_an_editor_s_hidden_file_does_no_harm(store, name):
-    path = build(store)
-    (path / name).parent.mkdir(exist_ok=True)
-    (path / name).write_text("x")
-    assert store.load(path).integrity_error() is None
 
 
 def test_files_are_readable_as_the_umask_allows(store):
@@ -283,8 +217,10 @@ def test_files_are_readable_as_the_umask_allows(store):
 
 def test_a_copied_store_in_which_latest_is_a_folder(store):
     """`cp -rL` follows links: the copy stays, and `latest` is a link again."""
-    path = build(store)
-    store.point_latest("score", "", path.name)
+    path, other = build(store), build(store, "l").name
+    for key in (path.name, other, path.name):
+        store.point_latest("score", "", key)
+        assert store.latest("score", "").path.name == key
     link = path.with_name("latest")
     link.unlink()
     shutil.copytree(path, link)
@@ -299,9 +235,6 @@ def test_a_copied_store_in_which_latest_is_a_folder(store):
 def test_a_damaged_cache_of_digests_is_no_obstacle(tmp_path, text):
     (tmp_path / "cache.json").write_text(text)
     (tmp_path / "a").write_text("a")
-    digest = DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
-    assert (
-        DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
-        == digest
-        == hashlib.sha256(b"a").hexdigest()
-    )
+    for _ in range(2):
+        digest = DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
+        assert digest == hashlib.sha256(b"a").hexdigest()

@@ -1,9 +1,6 @@
-"""What `model.dtype: auto` means on the CPU at hand, and on one that is held to AVX2."""
+"""What `model.dtype: auto` means on a CPU, and what vLLM is told of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,17 +13,6 @@ from stages.eval.run import Evaluation
 from stages.labelling.votes import VoteJournal
 from stages.models import dtype
 from stages.models.base import load_base
-
-HELD_TO_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-ASK = """
-import logging, sys
-logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-from stages.config import ModelSection
-from stages.models.base import load_base
-from stages.models.dtype import native_bfloat16
-loaded = (load_base(ModelSection(name=sys.argv[1], dtype=d)) for d in ("auto", "bfloat16", "bfloat16"))
-print(native_bfloat16(), *(model.dtype for model in loaded))
-"""
 
 
 @pytest.fixture(scope="session")
@@ -55,20 +41,6 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
     dtype.warn_if_slow.cache_clear()
 
 
-@pytest.mark.slow
-def test_held_to_avx2_a_checkpoint_in_bfloat16_is_loaded_in_float32(sixteen: Path):
-    command = [sys.executable, "-c", ASK, str(sixteen)]
-    done = subprocess.run(
-        command, env={**os.environ, **HELD_TO_AVX2}, capture_output=True, text=True, check=True
-    )
-    *warnings, answer = done.stdout.strip().splitlines()
-    assert answer == "False torch.float32 torch.bfloat16 torch.bfloat16"
-    warnings = [line for line in warnings if line.startswith("model.dtype")]  # libraries have their own
-    assert len(warnings) == 1  # said once, obeyed twice
-    assert "this CPU multiplies it" in warnings[0]
-    assert warnings[0].endswith(" times slower than float32; auto takes float32 here")
-
-
 @pytest.mark.parametrize(("able", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, tmp_path: Path, able, taken):
     """No loss is scaled here, and GRPO's gradients are small."""
@@ -81,15 +53,16 @@ def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, t
 
 def told(model: ModelSection, flag: str, **vllm_settings: object) -> str | None:
     """What vLLM's command says of this."""
-    command = vllm._command(model, ServerSection(), 1, vllm_settings)
+    command = vllm._command(model, ServerSection(vllm=vllm_settings), 1, {})
     return command[command.index(flag) + 1] if flag in command else None
 
 
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
-    cpu, sixteen: Path, native: bool, taken: str, caplog
+    cpu, tiny: Path, sixteen: Path, native: bool, taken: str, caplog
 ):
     cpu(native)
+    assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
     for _ in range(2):
         assert str(load_base(ModelSection(name=str(sixteen), dtype="bfloat16")).dtype) == "torch.bfloat16"
     said = [text for text in caplog.messages if text.startswith("model.dtype bfloat16: this CPU multiplies")]
@@ -167,41 +140,15 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
         ({"model_type": "unheard_of"}, "4096"),
     ],
 )  # fmt: skip
-def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, more, asked):
+def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, monkeypatch, more, asked):
     """It would not start; of a stretched one it knows itself how far."""
     config = json.loads((tiny / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | more))
-    assert told(ModelSection(name=str(tmp_path), dtype="float32"), "--max-model-len") == asked
-
-
-def test_a_person_who_stretches_a_model_is_believed(tiny, tmp_path, monkeypatch):
-    config = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelSection(name=str(tmp_path), dtype="float32")
-    stretched = {"hf_overrides": {"max_position_embeddings": 8192}}
-    assert told(model, "--max-model-len", **stretched) == "4096"
-    assert vllm.context_length(model, ServerSection(vllm=stretched), {}) == 4096
+    assert told(model, "--max-model-len") == asked
+    assert told(model, "--max-model-len", hf_overrides={"max_position_embeddings": 8192}) == "4096"
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    assert told(model, "--max-model-len") == "4096"
-
-
-def test_a_hub_model_is_fetched_before_the_server_s_time_begins(monkeypatch, tiny, silent):
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **how: asked.append((name, how["revision"]))
-    )
-    vllm._fetch(ModelSection(name=str(tiny)), silent.say)
-    vllm._fetch(ModelSection(name="me/mine", revision="v1"), silent.say)
-    assert asked == [("me/mine", "v1")]
-
-
-def test_float32_and_a_half_that_no_cpu_multiplies_are_float32(cpu, tiny: Path, tmp_path: Path):
-    from transformers import AutoModelForCausalLM
-
-    cpu(True)
-    assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
-    AutoModelForCausalLM.from_pretrained(tiny, dtype="float16").save_pretrained(tmp_path)
-    assert dtype.resolve(ModelSection(name=str(tmp_path))) == "float32"
+    assert told(model, "--max-model-len") == "4096"  # a person who stretches a model is believed
 
 
 @pytest.mark.parametrize(

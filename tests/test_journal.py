@@ -1,6 +1,5 @@
 """The journal of answers: what a kill leaves of it, and several runs that share it."""
 
-import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,43 +51,27 @@ def test_what_is_set_aside_is_forgotten_and_kept_by_everyone(tmp_path: Path):
     assert olds == [1, 2]
 
 
-def _write(path: Path, began: multiprocessing.Event) -> None:
-    journal = Journal(path, Anything)
-    with journal.writing(print):
-        began.set()
-        time.sleep(0.5)
-        journal.add(("a", 0), {"mass": 1})
-
-
-def test_another_run_waits_and_then_finds_the_answers(tmp_path: Path):
-    path, began = tmp_path / "j.jsonl", multiprocessing.get_context("spawn").Event()
-    other = multiprocessing.get_context("spawn").Process(target=_write, args=(path, began))
-    other.start()
-    said: list[str] = []
-    mine = Journal(path, Anything)
-    began.wait()
-    with mine.writing(said.append):
-        assert mine["a", 0] == {"mass": 1}
-    assert said == ["another process is writing to j.jsonl: waiting"]
-    other.join()
-
-
 def test_threads_of_one_process_take_turns(tmp_path: Path):
-    """Two voters whose questions alone differ share a journal, and may be asked in two threads."""
+    """As two runs do: two voters whose questions alone differ share a journal, each in its thread."""
     inside: list[str] = []
+    said: list[str] = []
+    seen: list[list[str]] = []
 
     def lane(name: str) -> None:
         journal = Journal(tmp_path / "j.jsonl", Anything)
-        with journal.writing(lambda _: None):
+        with journal.writing(said.append):
             inside.append(name)
             for n in range(20):
                 journal.add((name, n), {})
                 time.sleep(0.002)
                 assert inside == [name]
             inside.pop()
+            seen.append([other for other in "ab" if (other, 0) in journal])
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(lane, "ab"))
+    assert len(seen[0]) == 1 and seen[1] == ["a", "b"], "the later one finds the answers of the other"
+    assert said == ["another process is writing to j.jsonl: waiting"]
     assert all((name, n) in Journal(tmp_path / "j.jsonl", Anything) for name in "ab" for n in range(20))
 
 

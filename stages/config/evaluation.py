@@ -1,17 +1,11 @@
 """Settings of the evaluation: benchmarks, targets and the sandbox for code."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from stages.config.fields import (
     PositiveShare,
@@ -43,45 +37,38 @@ KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
+of_answers = partial(setting, ignored_by="classify")
+advanced_of_answers = partial(advanced, ignored_by="classify")
+"""Settings of the answers, on which the labels of the items do not depend."""
+
+
 class BenchmarkSection(SourceSection):
     kind: Benchmark = setting(
         "", "Benchmark to run, one of `lorapar list benchmarks`; if left out, the name of the entry."
     )
-    label: bool | Literal["known"] = setting(
+    label: bool | Literal["known"] = of_answers(
         True,
         "Label the items too, so that results are split by system. true: with the strategy of `classify`; "
         "known: by the field that classify.known names.",
-        ignored_by="classify",
     )
-    shots: NonNegativeInt = setting(
-        0,
-        "Number of worked examples in the prompt.",
-        ignored_by="classify",
-    )
+    shots: NonNegativeInt = of_answers(0, "Number of worked examples in the prompt.")
     shots_path: str | None = advanced_unkeyed(
         None, "File with the worked examples; none: the data set of the items, from split shots_split."
     )
-    shots_split: str = advanced(
-        "train", "Split with the worked examples, in a hub data set.", ignored_by="classify"
-    )
-    mode: Literal["generate", "likelihood"] = setting(
+    shots_split: str = advanced_of_answers("train", "Split with the worked examples, in a hub data set.")
+    mode: Literal["generate", "likelihood"] = of_answers(
         "generate",
         "generate: the answer is generated; likelihood (mmlu only): the answer is the most likely choice.",
-        ignored_by="classify",
     )
-    max_new_tokens: PositiveInt = setting(256, "Longest answer in tokens.", ignored_by="classify")
-    temperature: NonNegativeFloat = advanced(
-        0.0, "Sampling temperature; 0: greedy decoding.", ignored_by="classify"
+    max_new_tokens: PositiveInt = of_answers(256, "Longest answer in tokens.")
+    temperature: NonNegativeFloat = advanced_of_answers(0.0, "Sampling temperature; 0: greedy decoding.")
+    top_p: PositiveShare = advanced_of_answers(
+        1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens."
     )
-    top_p: PositiveShare = advanced(
-        1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.", ignored_by="classify"
-    )
-    samples: Samples = advanced(1, "Answers per item; pass@k is estimated from them.", ignored_by="classify")
-    seed: NonNegativeInt = advanced(0, "Seed of sampled answers.", ignored_by="classify")
-    prompt: PromptSection | None = advanced(
-        None,
-        "Prompt settings of this benchmark, used instead of the section `prompt`.",
-        ignored_by="classify",
+    samples: Samples = advanced_of_answers(1, "Answers per item; pass@k is estimated from them.")
+    seed: NonNegativeInt = advanced_of_answers(0, "Seed of sampled answers.")
+    prompt: PromptSection | None = advanced_of_answers(
+        None, "Prompt settings of this benchmark, used instead of the section `prompt`."
     )
 
     retired: ClassVar[dict[str, tuple[Any, str]]] = {"tasks": ([], "classify")}
@@ -91,7 +78,7 @@ class BenchmarkSection(SourceSection):
         """Whether the items' own labels are used, whatever `classify.strategy` is."""
         return self.label == "known"
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.samples > 1 and self.temperature == 0:
             yield f"samples {self.samples} of a greedy answer are all the same; set temperature"
         if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
@@ -150,7 +137,7 @@ class EvalSection(Section):
         has_rl = "rl" in self.targets or "sft2" not in self.targets
         return {"fast": "sft", "slow": "rl" if has_rl else "sft2"}
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if ROUTED not in self.targets:
             return
         if not set(self.modes.values()) <= set(self.targets):

@@ -133,13 +133,16 @@ class Section(BaseModel):
             raise ValueError(f"at most {MAX_INT} in size")
         return value
 
-    def conflicts(self) -> Iterator[str]:
-        """Yield what is wrong with values that are valid each by itself; the first of it is told."""
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with values that are valid each by itself; the first of it is told.
+
+        registries: see `registries_from`.
+        """
         yield from ()
 
     @model_validator(mode="after")
-    def _refuse_conflict(self) -> Self:
-        for conflict in self.conflicts():
+    def _refuse_conflict(self, info: ValidationInfo) -> Self:
+        for conflict in self.conflicts(registries_from(info)):
             raise ValueError(conflict)
         return self
 

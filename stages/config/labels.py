@@ -1,6 +1,7 @@
 """Settings of servers, of voters and of how votes become labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -92,7 +93,7 @@ class Voter(Section):
             return ModelSection(name=self.model, revision=self.revision, device=model.device)
         return model.model_copy(update={"load_in_4bit": False})
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         for url in self.urls:
             check_url("base_url", url)
         if self.engine == "openai" and not self.base_url:
@@ -145,9 +146,16 @@ class ServerSection(Section):
         "merged on a CPU, else module.",
     )
 
+    def with_vllm(self, arguments: dict[str, Any]) -> "ServerSection":
+        """Return the section with further arguments of a vLLM server, which override `vllm`."""
+        return self.model_copy(update={"vllm": {**self.vllm, **arguments}})
+
 
 UNVOTED = ("known", "random")
 """Labelling strategies without voters."""
+of_votes = partial(setting, ignored_by=UNVOTED)
+advanced_of_votes = partial(advanced, ignored_by=UNVOTED)
+"""Settings that only labels by voters depend on."""
 
 
 class ClassifySection(Section):
@@ -163,29 +171,23 @@ class ClassifySection(Section):
         "with the field that `known` names; none: the rows have that field.",
     )
     swap: bool = advanced(False, "Control: exchange the labels System 1 and System 2.")
-    voters: list[Voter] = setting(
-        [Voter()], "Models that vote on each example.", ignored_by=UNVOTED, min_length=1
+    voters: list[Voter] = of_votes([Voter()], "Models that vote on each example.", min_length=1)
+    rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = of_votes(
+        "majority", "How votes become a label; the mean probability decides a tie."
     )
-    rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = setting(
-        "majority", "How votes become a label; the mean probability decides a tie.", ignored_by=UNVOTED
+    quorum: Share = advanced_of_votes(
+        0.5, "Share of the voters that must have given a valid vote; with fewer, an example is undecided."
     )
-    quorum: Share = advanced(
-        0.5,
-        "Share of the voters that must have given a valid vote; with fewer, an example is undecided.",
-        ignored_by=UNVOTED,
-    )
-    min_agreement: Share = setting(
-        0,
-        "Share of the votes that the larger side must have; with less, an example is undecided.",
-        ignored_by=UNVOTED,
+    min_agreement: Share = of_votes(
+        0, "Share of the votes that the larger side must have; with less, an example is undecided."
     )
     min_auc: Share = unkeyed(
         0.6,
         "At least one voter must reach this area under the ROC curve on labelled examples; 0.5 is chance.",
     )
     accept_weak: bool = unkeyed(False, "Go on even if no voter reaches min_auc.")
-    show_answer: bool = advanced(
-        True, "Show the reference answer to the voters, too, unless some row has none.", ignored_by=UNVOTED
+    show_answer: bool = advanced_of_votes(
+        True, "Show the reference answer to the voters, too, unless some row has none."
     )
     system2_share: float | None = advanced(
         None,
@@ -216,6 +218,6 @@ class ClassifySection(Section):
         0, "Seed of strategies shuffled and random, and of sampled votes.", ignored_by="known"
     )
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.labels_file and self.strategy not in UNVOTED:
             yield "labels_file is read by strategy known: set it, or leave labels_file out"

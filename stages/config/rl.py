@@ -1,17 +1,10 @@
 """Settings of GRPO and of how its completions are sampled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from stages.config.evaluation import SandboxSection
 from stages.config.fields import (
@@ -23,7 +16,6 @@ from stages.config.fields import (
     advanced_unkeyed,
     as_value_error,
     check_url,
-    registries_from,
     registry_name,
     setting,
     unkeyed,
@@ -61,7 +53,7 @@ class RolloutsSection(Section):
     )
     correction_max: PositiveFloat = advanced(3.0, "Ratio above which the correction masks or truncates.")
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.engine == "vllm_server") != (self.base_url is not None):
             yield "base_url goes with engine vllm_server, and only with it"
         if self.base_url is not None:
@@ -174,7 +166,7 @@ class RlSection(TrainSection):
         20, "Stop after this many consecutive steps in which all rewards of each group are equal."
     )
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:
             yield (
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
@@ -186,6 +178,8 @@ class RlSection(TrainSection):
             yield f"kl_reference sft goes with start_from sft, got start_from {self.start_from}"
         yield from self._conflicts_of_ratios()
         yield from self._conflicts_of_replay_and_resampling()
+        for name in self.rewards if registries else ():
+            as_value_error(partial(registries["rewards"].check, name, self.rewards_file))
 
     def _conflicts_of_ratios(self) -> Iterator[str]:
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
@@ -226,10 +220,3 @@ class RlSection(TrainSection):
                 "dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that "
                 "draws again would wait for the others' parts of the base; leave out one of them"
             )
-
-    @model_validator(mode="after")
-    def _check_rewards(self, info: ValidationInfo) -> "RlSection":
-        if registries := registries_from(info):
-            for name in self.rewards:
-                as_value_error(partial(registries["rewards"].check, name, self.rewards_file))
-        return self

@@ -1,6 +1,6 @@
 """The base model, rows, the prompt and the adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,7 +101,7 @@ class PromptSection(Section):
         "<reasoning>…</reasoning><answer>…</answer>.",
     )
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.system or self.by_system) and self.template == "bare":
             yield (
                 "template bare has no system message; leave out system and by_system, or choose chat or plain"
@@ -140,7 +140,7 @@ class LoraSection(Section):
     def _all_linear(cls, modules: Any) -> Any:
         return [ALL_LINEAR] if modules == ALL_LINEAR else modules
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.init == "orthogonal" and self.r % 2:
             yield f"init orthogonal needs an even r, got {self.r}"
         # PEFT would change the base weights by -B₀A₀; lorapar never changes them, so the adapter has to

@@ -1,15 +1,10 @@
 """Settings of score, partition, SFT and baselines, and those that SFT and RL share."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stages.config.fields import (
     PositiveShare,
@@ -65,7 +60,7 @@ class LaunchSection(Section):
         None, "Your own accelerate config file, e.g. for several machines; it replaces backend and processes."
     )
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.processes and self.backend == "single" and self.config is None:
             yield "processes are for backend ddp or fsdp2, and backend is single"
 
@@ -132,6 +127,11 @@ BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
 """Strategies whose number of elements follows from `theta`."""
 
 
+of_rl = partial(setting, ignored_by="partition:sft")
+advanced_of_rl = partial(advanced, ignored_by="partition:sft")
+"""Settings that do not choose the elements of SFT."""
+
+
 class PartitionSection(Section):
     strategy: Strategy = setting(
         "importance", "How the elements are split between the systems, one of `lorapar list strategies`."
@@ -149,24 +149,20 @@ class PartitionSection(Section):
     alpha: Share = setting(
         1, "α: share that SFT trains of the elements that both systems have.", ignored_by="partition:rl"
     )
-    beta: Share = setting(
-        1,
-        "β: share that RL, or a second round of SFT, trains of the elements that both systems have.",
-        ignored_by="partition:sft",
+    beta: Share = of_rl(
+        1, "β: share that RL, or a second round of SFT, trains of the elements that both systems have."
     )
-    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = advanced(
+    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = advanced_of_rl(
         "system2",
         "Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and "
         "beta of the shared ones; not_system1: all that System 1 does not have, so that no element of "
         "System 1's set moves; all; random_within: as many of each LoRA weight as with system2, drawn at "
         "random, as a control.",
-        ignored_by="partition:sft",
     )
-    rl_density: PositiveShare | None = advanced(
+    rl_density: PositiveShare | None = advanced_of_rl(
         None,
         "Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; "
         "none: as many as strategy and beta give it.",
-        ignored_by="partition:sft",
     )
     protect: str | None = unkeyed(
         None,
@@ -190,7 +186,7 @@ class PartitionSection(Section):
                 f"{', '.join(BY_SCORE)}"
             )
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         yield from self._conflicts_of_rl_density()
         # Elements that are important for one kind of rows often are for another. A random control would lose
         # far fewer of its elements to the protected ones, and train more than what it is compared with.
@@ -235,30 +231,30 @@ class TrainSection(Section):
     )
 
 
+of_first_round = partial(setting, ignored_by=SECOND_SFT)
+advanced_of_first_round = partial(advanced, ignored_by=SECOND_SFT)
+"""Settings of the first round of SFT alone."""
+
+
 class SftSection(TrainSection):
     rounds: Literal[1, 2] = unkeyed(
         1,
         "1: System 1's elements on System 1 rows; 2: then, with the same settings, System 2's elements on "
         "System 2 rows, for rows whose answers no reward can verify. RL starts from the last round.",
     )
-    start_from: Literal["init", "rl"] = advanced(
-        "init", "Adapter to start from: init, or rl for the paper's reversed order.", ignored_by=SECOND_SFT
+    start_from: Literal["init", "rl"] = advanced_of_first_round(
+        "init", "Adapter to start from: init, or rl for the paper's reversed order."
     )
-    data: Literal["system1", "all"] = setting(
-        "system1",
-        "Rows to train on: System 1 or all. Undecided rows are never used.",
-        ignored_by=SECOND_SFT,
+    data: Literal["system1", "all"] = of_first_round(
+        "system1", "Rows to train on: System 1 or all. Undecided rows are never used."
     )
-    system2_share: Share = setting(
-        0.0,
-        "Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows.",
-        ignored_by=SECOND_SFT,
+    system2_share: Share = of_first_round(
+        0.0, "Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows."
     )
-    system1_targets: Literal["full", "answer"] = advanced(
+    system1_targets: Literal["full", "answer"] = advanced_of_first_round(
         "full",
         "Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning "
         "(rows without a verifiable answer keep their responses).",
-        ignored_by=SECOND_SFT,
     )
     loss_type: Literal["nll", "dft"] = advanced(
         "nll",
@@ -274,7 +270,7 @@ class SftSection(TrainSection):
         "TRL's padding.",
     )
 
-    def conflicts(self) -> Iterator[str]:
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.batch_size % self.per_device_train_batch_size:
             yield (
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "

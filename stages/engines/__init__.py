@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -138,28 +138,27 @@ class EngineCache:
 
     def __init__(self) -> None:
         self._spec: EngineSpec | None = None
-        self._context: AbstractContextManager[Engine] | None = None
-        self._engine: Engine | None = None
+        self._engine: Any = None
+        self._open = ExitStack()
 
     def get(self, spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Engine:
         """Return the engine for a model, the open one if it has the same spec.
 
         Another model's engine is closed first: memory may hold only one model.
         """
-        if spec != self._spec or self._engine is None:
+        if spec != self._spec:
             self.close()
             # Importing the engine's module imports transformers, which would load these for seconds.
             with libraries.hide_packages(*libraries.UNUSED):
                 engine = engines.pick(spec.engine)
-            self._context = engine.open_engine(spec, server, say)
-            self._engine, self._spec = self._context.__enter__(), spec  # type: ignore[union-attr]
-        return self._engine  # type: ignore[return-value]
+            self._engine, self._spec = self._open.enter_context(engine.open_engine(spec, server, say)), spec
+        return self._engine
 
     def close(self, *error: Any) -> None:
         """Close the open engine, if any; one that is closed because of an error keeps its log."""
-        context, self._context, self._engine, self._spec = self._context, None, None, None
-        if context is not None:
-            context.__exit__(*(error or (None, None, None)))
+        if self._spec is not None:
+            self._engine = self._spec = None
+            self._open.__exit__(*(error or (None, None, None)))
             gc.collect()  # models are in reference cycles, and the next one needs their memory
 
     def __enter__(self) -> EngineCache:

@@ -91,10 +91,8 @@ class _Slot:
     uniforms: list[float]
     """Uniform numbers in [0, 1) to sample by, one per token; empty for greedy decoding."""
     ids: list[int] = field(default_factory=list)
-    complete: bool = False
-    """Terminated by a stop token or text."""
     ended: bool = False
-    """Complete, or at the length limit."""
+    """Terminated by a stop token or text, or at the length limit."""
 
 
 class _Batcher:
@@ -133,16 +131,17 @@ class _Batcher:
                 logits = self._decode(active)  # (slots computed, vocabulary), as from a prefill
             for slot, token in zip(computed, self._sample(logits, computed), strict=True):
                 slot.ids.append(token)
-                slot.complete = self.stop.reached(slot.ids)
-                slot.ended = slot.complete or len(slot.ids) == self.stop.sampling.max_new_tokens
-            for slot in computed:
+                complete = self.stop.reached(slot.ids)
+                slot.ended = complete or len(slot.ids) == self.stop.sampling.max_new_tokens
                 if slot.ended:
                     free.append(slot.row)
-                    yield slot.item, Completion(slot.ids, slot.complete)
+                    yield slot.item, Completion(slot.ids, complete)
             active = [slot for slot in active if not slot.ended]
             # Attention computes every row of the cache. Once no prompt waits, free rows are never used again.
             if not waiting and active and len(active) <= (1 - FREE_SHARE) * self.cache.rows:
-                self._compact(active)
+                self.cache.compact(self._tensor([slot.row for slot in active]))
+                for row, slot in enumerate(active):
+                    slot.row = row
 
     def _prefill(self, prompts: list[list[int]], rows: list[int]) -> Tensor:
         """Compute each distinct prompt once, and cache keys and values of the i-th prompt in row `rows[i]`.
@@ -182,12 +181,6 @@ class _Batcher:
         uniforms = [slot.uniforms[len(slot.ids)] for slot in slots]
         draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
         return sample_tokens(logits, sampling, draws).tolist()  # type: ignore[no-any-return]
-
-    def _compact(self, active: list[_Slot]) -> None:
-        """Drop the cache rows of all other slots; the i-th active slot gets row i."""
-        self.cache.compact(self._tensor([slot.row for slot in active]))
-        for row, slot in enumerate(active):
-            slot.row = row
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
@@ -257,11 +250,23 @@ def _generate_padded(
     sampling, pad = stop.sampling, stop.tokenizer.pad_token_id
     ids, mask = padded(prompts, pad, model.device)
     width = ids.shape[1]
+    uniforms = torch.tensor([_uniforms(sampling, seed) for seed in seeds], dtype=torch.float64)
+
+    def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Draw each row's next token, and leave `generate` no other: its own draws depend on the batch."""
+        draws = uniforms[:, input_ids.shape[1] - width].to(scores.device)
+        tokens = sample_tokens(scores, sampling, draws)  # (rows,)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+    def has_stop_text(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """True for rows whose completion has one; transformers' own criterion also matches the prompt."""
+        return torch.tensor([stop.reached(row) for row in input_ids[:, width:].tolist()], device=ids.device)
+
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature:
-        options["logits_processor"] = [_Draws(sampling, seeds, width)]
+        options["logits_processor"] = [draw]
     if stop.texts:
-        options["stopping_criteria"] = [_StopTextCriterion(stop, width)]
+        options["stopping_criteria"] = [has_stop_text]
     with _without_generation_config(model):
         rows = model.generate(
             input_ids=ids,
@@ -271,7 +276,12 @@ def _generate_padded(
             pad_token_id=pad,
             **options,
         )[:, width:]  # (prompts, new tokens)
-    return [_cut(row, stop) for row in rows.tolist()]
+    completions = []
+    for row in rows.tolist():  # rows that end before the longest one are padded
+        ends = (n for n in range(1, len(row) + 1) if stop.reached(row[:n]))
+        length = next(ends, None)
+        completions.append(Completion(row[:length], length is not None))
+    return completions
 
 
 @contextmanager
@@ -288,36 +298,3 @@ def _without_generation_config(model: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = saved
-
-
-class _Draws:
-    """Draws the next token of each row, and leaves `generate` no other: its own draws depend on the batch."""
-
-    def __init__(self, sampling: Sampling, seeds: list[int], prompt_length: int) -> None:
-        self.sampling, self.prompt_length = sampling, prompt_length
-        uniforms = [_uniforms(sampling, seed) for seed in seeds]
-        self.uniforms = torch.tensor(uniforms, dtype=torch.float64)  # (rows, new tokens)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        draws = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
-        tokens = sample_tokens(scores, self.sampling, draws)  # (rows,)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
-
-
-class _StopTextCriterion:
-    """Stops a row once its completion has a stop text; transformers' criterion also matches the prompt."""
-
-    def __init__(self, stop: StopConditions, prompt_length: int) -> None:
-        self.stop, self.prompt_length = stop, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        ended = [self.stop.reached(row) for row in input_ids[:, self.prompt_length :].tolist()]
-        return torch.tensor(ended, device=input_ids.device)
-
-
-def _cut(ids: list[int], stop: StopConditions) -> Completion:
-    """Cut a generated row where its completion ends: rows that end before the longest one are padded."""
-    for length in range(1, len(ids) + 1):
-        if stop.reached(ids[:length]):
-            return Completion(ids[:length], True)
-    return Completion(ids, False)

@@ -87,20 +87,22 @@ class InProcess:
     @torch.no_grad()
     def _choose_chunk(self, requests: list[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         longest = max_positions(self.model.config) or math.inf
-        common = {words: word_tokens(self.tokenizer, words)[0] for words in {r.words for r in requests}}
+        tokens = {words: word_tokens(self.tokenizer, words) for words in {r.words for r in requests}}
         readable = {}  # index of the request → token ids of its prompt
         for i, request in enumerate(requests):
             ids = choice_ids(self.tokenizer, request)
-            length = len(ids) + request.max_thinking_tokens + len(common[request.words])
+            length = len(ids) + request.max_thinking_tokens + len(tokens[request.words][0])
             if length <= longest:
                 readable[i] = ids
                 continue
             thought = " with its thought" if request.max_thinking_tokens else ""
             yield i, Failure("too_long", f"{length} tokens{thought}, and the model has room for {longest}")
-        # Sorted, as `batch_sizes` needs them: (token ids, next token of each word, index of the request).
-        tokenized = self._tokenized([requests[i] for i in readable], list(readable.values()))
-        pairs = zip(readable, tokenized, strict=True)
-        prompts = sorted(((ids, words, i) for i, (ids, words) in pairs), key=lambda prompt: prompt[0])
+        self._append_thoughts(requests, readable)
+        prompts = []  # token ids up to where the words differ, each word's token there, index of the request
+        for i, ids in readable.items():
+            common, distinct = tokens[requests[i].words]
+            prompts.append((ids + common, distinct, i))
+        prompts.sort(key=lambda prompt: prompt[0])  # as `batch_sizes` needs them
         for size in batch_sizes([ids for ids, _, _ in prompts]):
             batch, prompts = prompts[:size], prompts[size:]
             with float32_head(self.model):
@@ -117,12 +119,7 @@ class InProcess:
                 # Relative to the other words; even if all of them underflow to 0.
                 probabilities = tuple((masses / mass).tolist()) if mass else (1 / len(words),) * len(words)
                 # After the words' common beginning nothing tells how probable that was.
-                yield i, ChoiceResult(probabilities, -1.0 if common[requests[i].words] else mass)
-
-    def largest_batch(self, requests: list[ChoiceRequest]) -> int:
-        """Size of the largest batch of these requests, which must be without thinking."""
-        prompts = [choice_ids(self.tokenizer, request) for request in requests]
-        return max(batch_sizes(sorted(ids for ids, _ in self._tokenized(requests, prompts))))
+                yield i, ChoiceResult(probabilities, -1.0 if tokens[requests[i].words][0] else mass)
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
@@ -182,29 +179,21 @@ class InProcess:
         is_plain = cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cache if is_plain else None
 
-    def _tokenized(
-        self, requests: list[ChoiceRequest], prompts: list[list[int]]
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield for each request the token ids up to where its words differ, and each word's token there.
-
-        prompts: the token ids of each request. Those yielded include the thinking, which is generated here.
-        """
-        thinking = [i for i, request in enumerate(requests) if request.max_thinking_tokens]
-        if thinking:
-            # The requests of a voter have the same length limit and temperature.
-            first = requests[thinking[0]]
-            sampling = Sampling(first.max_thinking_tokens, (self.tokenizer.eos_token_id,), first.temperature)
-            to_continue, seeds = [prompts[i] for i in thinking], [requests[i].seed for i in thinking]
-            for j, completion in generate(
-                self.model, self.tokenizer, to_continue, sampling, (THINKING_END,), seeds, self.batch_size
-            ):
-                text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
-                closed = f"{text.partition(THINKING_END)[0]}\n{THINKING_END}\n\n"
-                prompts[thinking[j]] += self.tokenizer(closed, add_special_tokens=False)["input_ids"]
-        tokens = {words: word_tokens(self.tokenizer, words) for words in {r.words for r in requests}}
-        for request, ids in zip(requests, prompts, strict=True):
-            common, distinct = tokens[request.words]
-            yield ids + common, distinct
+    def _append_thoughts(self, requests: list[ChoiceRequest], prompts: dict[int, list[int]]) -> None:
+        """Append to the prompts, by index of the request, the thinking of those that ask for some."""
+        thinking = [i for i in prompts if requests[i].max_thinking_tokens]
+        if not thinking:
+            return
+        # The requests of a voter have the same length limit and temperature.
+        first = requests[thinking[0]]
+        sampling = Sampling(first.max_thinking_tokens, (self.tokenizer.eos_token_id,), first.temperature)
+        to_continue, seeds = [prompts[i] for i in thinking], [requests[i].seed for i in thinking]
+        for j, completion in generate(
+            self.model, self.tokenizer, to_continue, sampling, (THINKING_END,), seeds, self.batch_size
+        ):
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            closed = f"{text.partition(THINKING_END)[0]}\n{THINKING_END}\n\n"
+            prompts[thinking[j]] += self.tokenizer(closed, add_special_tokens=False)["input_ids"]
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> list[int]:

@@ -24,6 +24,7 @@ import httpx
 from stages.config import ModelSection, ServerSection
 from stages.engines import EngineSpec
 from stages.engines.openai.client import Client
+from stages.engines.openai.transport import Transport
 from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
@@ -66,7 +67,8 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
             say(f"merging {spec.adapter}")
             save_merged(model, spec.adapter, Path(folder))
             model = model.model_copy(update={"name": folder})
-        with _serving(model, modules, server, say, spec.vllm, spec.devices, spec.model.name) as connect:
+        server = server.with_vllm(spec.vllm)
+        with _serving(model, modules, server, say, spec.devices, spec.model.name) as connect:
             yield connect(next(iter(modules), model.name))
 
 
@@ -127,7 +129,6 @@ def _serving(
     modules: dict[str, Path],
     server: ServerSection,
     say: Callable[[str], None],
-    extra: dict[str, Any] | None = None,
     devices: str | None = None,
     title: str = "",
 ) -> Iterator[Callable[[str], Client]]:
@@ -139,7 +140,7 @@ def _serving(
 
     port = _port(server.port)
     with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
-        command = _command(model, server, port, extra or {}, rewrite_modules(modules, Path(folder)))
+        command = _command(model, server, port, rewrite_modules(modules, Path(folder)))
         # The server asks for nearly all of a GPU, and this process may still hold some.
         gc.collect()
         resources.release_memory()
@@ -153,7 +154,7 @@ def _serving(
             _wait_until_healthy(guard, port, server.startup_s, log.name)
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
-            yield lambda name: Client((url,), name, key, server, exit_error, grows=True)
+            yield lambda name: Client(Transport((url,), key, server, exit_error, grows=True), name)
             failed = False
         finally:
             guard.end()
@@ -188,21 +189,12 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return command_line
 
 
-def _command(
-    model: ModelSection,
-    server: ServerSection,
-    port: int,
-    extra: dict[str, Any],
-    modules: dict[str, Path] | None = None,
-) -> list[str]:
-    """Return the server's command; `extra` overrides `server.vllm`, and both override the defaults here."""
+def _command(model: ModelSection, server: ServerSection, port: int, modules: dict[str, Path]) -> list[str]:
+    """Return the server's command; `server.vllm` overrides the defaults here."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--host", HOST, "--port", str(port), "--model", model.name]
     # generation_config: the model's own file (with a repetition penalty, say) would change requests.
-    arguments: dict[str, Any] = {
-        "max_model_len": context_length(model, server, extra),
-        "generation_config": "vllm",
-    }
+    arguments = {"max_model_len": context_length(model, server), "generation_config": "vllm"}
     if model.may_be_on_hub:
         arguments["revision"] = model.revision
     # vLLM's `auto` ignores what the CPU can multiply, and turns float32 into bfloat16 on a GPU. Weights of
@@ -210,7 +202,7 @@ def _command(
     if not _have_gpu() or model.dtype != "auto" or not is_quantized(model):
         arguments["dtype"] = resolve(model)
         warn_if_slow(arguments["dtype"])
-    arguments |= {**server.vllm, **extra}
+    arguments |= server.vllm
     overrides = arguments.get("hf_overrides", {})
     if has_float32_head(model) and isinstance(overrides, dict):
         arguments["hf_overrides"] = FLOAT32_HEAD | overrides
@@ -220,17 +212,16 @@ def _command(
     return command if _have_gpu() else [*command, "--enforce-eager"]
 
 
-def context_length(model: ModelSection, server: ServerSection, extra: dict[str, Any]) -> int:
-    """Return vLLM's `max_model_len` if it is set in `server.vllm` or `extra`, else `server.max_model_len`.
+def context_length(model: ModelSection, server: ServerSection) -> int:
+    """Return vLLM's `max_model_len` if it is set in `server.vllm`, else `server.max_model_len`.
 
     Or the model's context length if that is shorter: vLLM does not start with more, unless the user stretches
     the model by vLLM's own settings.
     """
-    arguments = {**server.vllm, **extra}
-    if "max_model_len" in arguments:
-        chosen = _length(arguments["max_model_len"])
+    if "max_model_len" in server.vllm:
+        chosen = _length(server.vllm["max_model_len"])
         return chosen or max_positions(load_config(model)) or server.max_model_len
-    overrides = arguments.get("hf_overrides") or {}
+    overrides = server.vllm.get("hf_overrides") or {}
     # Other overrides, of rope_scaling say, may stretch the context: then the config's length is no limit.
     changes_head_only = isinstance(overrides, dict) and overrides.keys() <= FLOAT32_HEAD.keys()
     if not changes_head_only or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") != "0":

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.config import BenchmarkSection
 from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
-from stages.engines.openai.schema import TokenId
+from stages.engines.openai.replies import TokenId
 from stages.errors import AnswerError, ArtifactError
 from stages.prompts.renderer import RenderedPrompt
 from stages.store.artifacts import MOVE_AWAY_HINT

@@ -200,7 +200,7 @@ def _limit(
     if engine == "transformers":
         limit, name = max_positions(load_config(config.model)), "what the model reads"
     else:
-        limit = vllm.context_length(config.model, config.server, arguments or {})
+        limit = vllm.context_length(config.model, config.server.with_vllm(arguments or {}))
         name = "server.max_model_len"
     if limit is None:
         return name, None

@@ -41,7 +41,7 @@ def server_command(
     flags = flags.replace(f"{folder}/", "").replace(f"={folder} ", "=. ")
     dtype = artifact.manifest["provenance"].get("dtype")
     dtype_flag = f" --dtype {dtype}" if dtype else ""
-    length = context_length(config.model, config.server, {})
+    length = context_length(config.model, config.server)
     return f"vllm serve {base} --generation-config vllm{dtype_flag} --max-model-len {length} {flags}"
 
 

@@ -30,8 +30,8 @@ from stages.sandbox.pair import SandboxFailure
 
 Reward = Callable[..., list[float | None]]
 
-TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-"""TRL's rewards that need no arguments, called `trl.NAME` here; others take three lines in a rewards_file."""
+TRL = ("trl.accuracy_reward", "trl.reasoning_accuracy_reward", "trl.think_format_reward")
+"""TRL's rewards that need no arguments; others take three lines in a rewards_file."""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
 """Parameters of a reward that do not come from a field of the rows."""
 RESPONSES = ("answer", "output", "completion", "solution", "ground_truth", "target")
@@ -42,26 +42,23 @@ TAKEN = PASSED | {"prompt", "completion", "image", "images", "environment", "env
 
 def check(name: str, file: str | None) -> None:
     """Raise ConfigError unless there is a reward of that name; the file is parsed, not run."""
-    in_file = _functions_in(file) if file else {}
-    if name in in_file or name in rewards.names() or name in _trl_names():
-        return
-    raise ConfigError(
-        f"unknown reward {name!r}", f"choose from: {', '.join([*rewards.names(), *_trl_names(), *in_file])}"
-    )
+    known = [*rewards.names(), *TRL, *(_functions_in(file) if file else ())]
+    if name not in known:
+        raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join(known)}")
 
 
 def load(name: str, file: str | None) -> Reward:
     """Return the reward called `name`; the file takes precedence over TRL and the built-in ones."""
     if file and name in _functions_in(file):
         return getattr(_imported(file), name)  # type: ignore[no-any-return]
-    if name in _trl_names():
+    if name in TRL:
         return _adapted_from_trl(name)
     return rewards.pick(name)
 
 
 def required_fields(name: str, function: Reward) -> list[str]:
     """Return the fields of the rows that a reward requires: its parameters without a default."""
-    if name in _trl_names():
+    if name in TRL:
         return ["gold"] if "accuracy" in name else []
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -107,18 +104,17 @@ def int64_overflows(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str
     return {n for n in names for row in rows if type(row.get(n)) is int and not -(2**63) <= row[n] < 2**63}
 
 
-def needs_sandbox(name: str, file: str | None) -> bool:
-    """True if a reward has a parameter `sandbox`; the file is parsed, not run."""
-    if file and (function := _functions_in(file).get(name)):
-        parameters = function.args
-        names = [a.arg for a in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
-        return "sandbox" in names
-    return name not in _trl_names() and "sandbox" in inspect.signature(rewards.pick(name)).parameters
+def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
+    """True if one of these rewards has a parameter `sandbox`; the file is parsed, not run."""
+    in_file = _functions_in(file) if file else {}
 
+    def parameters(name: str) -> Iterable[str]:
+        if name in in_file:
+            given = in_file[name].args
+            return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        return () if name in TRL else inspect.signature(rewards.pick(name)).parameters
 
-def any_needs_sandbox(names: Iterable[str], file: str | None) -> bool:
-    """True if one of these rewards runs code."""
-    return any(needs_sandbox(name, file) for name in names)
+    return any("sandbox" in parameters(name) for name in names)
 
 
 def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
@@ -216,10 +212,6 @@ def missing_fields(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> 
         for column in columns
         if any(row.get(column) is None for row in rows)
     ]
-
-
-def _trl_names() -> list[str]:
-    return [f"trl.{name}" for name in TRL]
 
 
 def _adapted_from_trl(name: str) -> Reward:

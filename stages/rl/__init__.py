@@ -30,7 +30,7 @@ def _inputs(config: Config, _: str) -> tuple[str, ...]:
 
 
 def _sections(config: Config, _: str) -> tuple[str, ...]:
-    runs_code = loading.any_needs_sandbox(config.rl.rewards, config.rl.rewards_file)
+    runs_code = loading.needs_sandbox(config.rl.rewards, config.rl.rewards_file)
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 
 

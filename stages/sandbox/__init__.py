@@ -1,12 +1,12 @@
 """Sandbox for programs that a model wrote, so that they cannot harm the machine.
 
-`choose_sandbox` returns one. `inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a
+`from_settings` returns one. `inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a
 program against its tests, and `backends.py` starts the processes. This package needs only the standard
 library and `stages.errors`.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 from stages.errors import SandboxError
 from stages.sandbox import pair
@@ -14,7 +14,7 @@ from stages.sandbox.backends import BACKENDS, Limits
 from stages.sandbox.pair import SandboxFailure, Verdict
 from stages.sandbox.selftest import selftest
 
-__all__ = ["Limits", "Sandbox", "SandboxFailure", "backend_problems", "choose_sandbox", "from_settings"]
+__all__ = ["Limits", "Sandbox", "SandboxFailure", "backend_problems", "from_settings"]
 
 SAFE = ("bubblewrap", "landlock")
 HINT = (
@@ -50,27 +50,12 @@ def backend_problems() -> dict[str, list[str]]:
     return {name: selftest(BACKENDS[name]) for name in SAFE}
 
 
-class SandboxSettings(Protocol):
-    """Settings of a config section that concern the sandbox."""
+def from_settings(section: Any, say: Callable[[str], None]) -> Sandbox:
+    """Return the sandbox that a SandboxSection selects; `auto` takes the first safe one that works here.
 
-    @property
-    def backend(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def memory_mb(self) -> int: ...
-
-
-def from_settings(section: SandboxSettings, say: Callable[[str], None]) -> Sandbox:
-    """Return the sandbox that a config section selects."""
-    return choose_sandbox(section.backend, Limits(section.seconds, section.memory_mb), say)
-
-
-def choose_sandbox(name: str, limits: Limits, say: Callable[[str], None]) -> Sandbox:
-    """Return the sandbox called `name`; `auto` takes the first safe one that passes its self-test.
-
-    SandboxError if none passes.
+    SandboxError if none passes its self-test.
     """
+    name, limits = section.backend, Limits(section.seconds, section.memory_mb)
     if name == "refuse":
         raise SandboxError(
             "code that a model wrote would run here, and sandbox.backend is refuse", "choose auto"

@@ -32,15 +32,8 @@ class Limits:
     def rlimits(self) -> dict[str, int]:
         """Limits of one process, by the name of setrlimit(2) without `RLIMIT_`."""
         mb = 2**20
-        cpu = int(self.seconds) + 1
-        return {
-            "CPU": cpu,
-            "AS": self.memory_mb * mb,
-            "FSIZE": 8 * mb,
-            "NOFILE": 64,
-            "CORE": 0,
-            "STACK": 8 * mb,
-        }
+        space = {"AS": self.memory_mb * mb, "FSIZE": 8 * mb, "STACK": 8 * mb}
+        return {"CPU": int(self.seconds) + 1, **space, "NOFILE": 64, "CORE": 0}
 
 
 @dataclass(frozen=True)

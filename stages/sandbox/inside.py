@@ -124,12 +124,6 @@ class Channel:
         return json.loads(line)
 
 
-def set_limits(limits: dict[str, int]) -> None:
-    """Set the resource limits of this process irrevocably; the parent enforces the limit on wall time."""
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-
-
 def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
 
@@ -246,20 +240,16 @@ def plain(channel: Channel, job: dict[str, str]) -> None:
     channel.send({"verdict": verdict, "why": why})
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, as the safe back ends do themselves."""
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def main() -> None:
-    if "--die-with-parent" in sys.argv:
-        _die_with_parent()
+    if "--die-with-parent" in sys.argv:  # the safe back ends have the kernel do so themselves
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     channel = Channel()
     channel.send("ready")
-    set_limits(json.loads(sys.argv[2]))
+    for name, value in json.loads(sys.argv[2]).items():  # the parent enforces the limit on wall time
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     role = {"candidate": candidate, "judge": judge, "plain": plain}[sys.argv[1]]
     with contextlib.suppress(ChannelClosed):
         role(channel, channel.receive())

@@ -54,7 +54,10 @@ class _RunEnded(Exception):
 
 
 class _SandboxedProcess:
-    """Process in a sandbox, with which lines are exchanged. `output` is the end of its standard error."""
+    """Process in a sandbox, with which lines are exchanged until its `deadline`.
+
+    `output` is the end of its standard error.
+    """
 
     def __init__(self, child: ChildProcess) -> None:
         self.process = subprocess.Popen(
@@ -67,6 +70,7 @@ class _SandboxedProcess:
             start_new_session=True,
             cwd="/",
         )
+        self.deadline = time.monotonic() + START_S
         self._unread = b""
         self._output_bytes, self.output = 0, b""
         self._selector = selectors.DefaultSelector()
@@ -78,13 +82,13 @@ class _SandboxedProcess:
         for pipe in self._pipes[1:]:
             self._selector.register(pipe, selectors.EVENT_READ)
 
-    def send(self, line: bytes, deadline: float) -> None:
+    def send(self, message: bytes) -> None:
         """Write a line, which the process has to read before the deadline."""
-        pipe = self._stdin.fileno()
+        pipe, line = self._stdin.fileno(), message + b"\n"
         with selectors.DefaultSelector() as ready:
             ready.register(pipe, selectors.EVENT_WRITE)
             while line:
-                if not ready.select(max(0.0, deadline - time.monotonic())):
+                if not ready.select(max(0.0, self.deadline - time.monotonic())):
                     raise _RunEnded("timeout", "ran out of time")
                 try:
                     line = line[os.write(pipe, line) :]
@@ -93,10 +97,10 @@ class _SandboxedProcess:
                 except BrokenPipeError:
                     self._raise_crashed()
 
-    def receive(self, deadline: float) -> bytes:
+    def receive(self) -> bytes:
         """Read the next line, and meanwhile the output."""
         while b"\n" not in self._unread:
-            remaining = deadline - time.monotonic()
+            remaining = self.deadline - time.monotonic()
             events = self._selector.select(remaining) if remaining > 0 else []
             if not events:
                 raise _RunEnded("timeout", "ran out of time")
@@ -134,18 +138,16 @@ class _SandboxedProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
-        self._drain(time.monotonic() + 1)
-        self._selector.close()
-        for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-
-    def _drain(self, deadline: float) -> None:
-        """Read until the pipes close, because only then has the kernel ended all processes of the sandbox."""
+        # Only when the pipes close, the kernel has ended all processes of the sandbox.
+        deadline = time.monotonic() + 1
         while self._selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(remaining):
                 if not os.read(key.fd, 65536):
                     self._selector.unregister(key.fileobj)
+        self._selector.close()
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 @contextmanager
@@ -158,12 +160,13 @@ def _sandboxed(backend: Backend, role: str, limits: Limits) -> Iterator[_Sandbox
         raise SandboxFailure(str(error)) from None
     try:
         try:
-            greeting = process.receive(time.monotonic() + START_S)
+            greeting = process.receive()
         except _RunEnded as end:
             lines = process.output.decode(errors="replace").strip().splitlines()
             raise SandboxFailure(lines[-1] if lines else f"did not start: {end.why}") from None
         if greeting != b'"ready"':
             raise SandboxFailure(f"said {greeting[:60]!r} instead of being ready")
+        process.deadline = time.monotonic() + limits.seconds
         yield process
     finally:
         process.kill()
@@ -175,41 +178,31 @@ def check(backend: Backend, program: str, tests: str, entry: str, setup: str, li
     SandboxFailure if the sandbox itself does not work.
     """
     with _sandboxed(backend, "candidate", limits) as candidate, _sandboxed(backend, "judge", limits) as judge:
-        deadline = time.monotonic() + limits.seconds
+        candidate.deadline = judge.deadline  # that of the process which started last
         try:
-            status, why = _relay_calls(candidate, judge, program, tests, entry, setup, deadline)
+            candidate.send(_job(program=program, entry=entry))
+            loaded = candidate.receive()
+            if loaded == b'"loaded"':
+                judge.send(_job(setup=setup, tests=tests, entry=entry))
+                status, why = _relay_calls(candidate, judge)
+            else:
+                status, why = "broken", _load_error(loaded)
         except _RunEnded as end:
             status, why = end.status, end.why
         return Verdict(status, why, candidate.output.decode(errors="replace"))
 
 
-def _relay_calls(
-    candidate: _SandboxedProcess,
-    judge: _SandboxedProcess,
-    program: str,
-    tests: str,
-    entry: str,
-    setup: str,
-    deadline: float,
-) -> tuple[str, str]:
-    """Load the program, then relay each call of the tests to it, and its answer back.
-
-    Returns the status and reason of the verdict.
-    """
-    candidate.send(_job(program=program, entry=entry), deadline)
-    loaded = candidate.receive(deadline)
-    if loaded != b'"loaded"':
-        return "broken", _load_error(loaded)
-    judge.send(_job(setup=setup, tests=tests, entry=entry), deadline)
+def _relay_calls(candidate: _SandboxedProcess, judge: _SandboxedProcess) -> tuple[str, str]:
+    """Relay each call of the tests to the program, and its answer back; the verdict's status and why."""
     while True:
         try:
-            message = judge.receive(deadline)
+            message = judge.receive()
         except _RunEnded as end:  # the program's last answer made the tests crash or hang
             return ("timeout", end.why) if end.status == "timeout" else ("failed", f"the tests {end.why}")
         if message.startswith(b"{"):  # an object is the verdict, a list is a call
             return _parse_verdict(message)
-        candidate.send(message + b"\n", deadline)
-        judge.send(candidate.receive(deadline) + b"\n", deadline)
+        candidate.send(message)
+        judge.send(candidate.receive())
 
 
 def _parse_verdict(line: bytes) -> tuple[str, str]:
@@ -218,7 +211,7 @@ def _parse_verdict(line: bytes) -> tuple[str, str]:
         message = json.loads(line)
         verdict, why = message["verdict"], message["why"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return "failed", "the tests ended without a verdict"
+        verdict = why = None
     if verdict not in ("passed", "failed", "suspicious"):
         return "failed", "the tests ended without a verdict"
     return verdict, _encodable(str(why))
@@ -238,15 +231,14 @@ def _load_error(line: bytes) -> str:
 
 
 def _job(**fields: Any) -> bytes:
-    return json.dumps(fields).encode() + b"\n"
+    return json.dumps(fields).encode()
 
 
 def plain(backend: Backend, program: str, tests: str, entry: str, limits: Limits) -> bool:
     """True if the tests pass with program and tests in one process, as in HumanEval's own script."""
     with _sandboxed(backend, "plain", limits) as process:
-        deadline = time.monotonic() + limits.seconds
         try:
-            process.send(_job(program=program, tests=tests, entry=entry), deadline)
-            return _parse_verdict(process.receive(deadline))[0] == "passed"
+            process.send(_job(program=program, tests=tests, entry=entry))
+            return _parse_verdict(process.receive())[0] == "passed"
         except _RunEnded:
             return False

@@ -48,7 +48,7 @@ def _external_key(config: Config, scored: str, cache: DigestCache) -> dict[str, 
     if not rescored_by_rollouts(config):
         return {**key, "scorer": config.rl.rescore}
     rl = {name: value for name, value in cache_key_fields(config.rl).items() if name not in OF_UPDATES}
-    if loading.any_needs_sandbox(config.rl.rewards, config.rl.rewards_file):
+    if loading.needs_sandbox(config.rl.rewards, config.rl.rewards_file):
         rl["sandbox"] = cache_key_fields(config.rl.sandbox)
     return {**cache_key.rewards_part(config, cache), "scorer": config.rl.rescore, "rl": rl}
 

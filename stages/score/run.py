@@ -166,7 +166,7 @@ def _by_rollouts(run: Scoring) -> dict[str, Any]:
     context, rl = run.context, gradients.without_updates(run.rl, run.score.launch)
     grpo = Grpo(
         context=context, model=run.model, prompt=run.prompt, lora=run.lora, baseline=None, seed=run.seed,
-        rl=rl, sandbox=rl.sandbox if loading.any_needs_sandbox(rl.rewards, rl.rewards_file) else None,
+        rl=rl, sandbox=rl.sandbox if loading.needs_sandbox(rl.rewards, rl.rewards_file) else None,
     )  # fmt: skip
     layers, sums, statistics = gradients.measure(grpo)
     if not distributed.is_main():

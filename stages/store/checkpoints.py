@@ -61,17 +61,24 @@ class Checkpoints:
         ConfigError if it was made under other conditions: it is whole, and under those it can be continued.
         """
         for path in self._newest_first():
-            if reason := self._seal_error(path):
-                log.warning("%s is ignored: %s", path.name, reason)
-                if distributed.is_main():
-                    aside = path.with_name(f"{path.name}.incomplete")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
-                continue
-            seal = _Seal.model_validate_json((path / SEAL).read_bytes())
-            self._check_conditions(path, seal.conditions)
-            self._earlier = seal.seconds, seal.joules
-            return path
+            seal = self._read_seal(path)
+            if isinstance(seal, _Seal):
+                if seal.conditions != self._conditions:
+                    before, now = (
+                        ", ".join(f"{name} {value}" for name, value in conditions.items())
+                        for conditions in (seal.conditions, self._conditions)
+                    )
+                    raise ConfigError(
+                        f"{path} was made with {before}, and this run has {now}",
+                        "resume under the same conditions, or start this stage over with --force",
+                    )
+                self._earlier = seal.seconds, seal.joules
+                return path
+            log.warning("%s is ignored: %s", path.name, seal)
+            if distributed.is_main():
+                aside = path.with_name(f"{path.name}.incomplete")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         return None
 
     def seal(self, path: Path) -> None:
@@ -112,33 +119,19 @@ class Checkpoints:
         marker.touch()
 
     def _newest_first(self) -> list[Path]:
-        numbers = {}
-        for path in self.folder.glob("checkpoint-*"):
-            number = path.name.removeprefix("checkpoint-")
-            if number.isdecimal():
-                numbers[path] = int(number)
-        return sorted(numbers, key=numbers.__getitem__, reverse=True)
+        numbers = {path: path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")}
+        found = [path for path, number in numbers.items() if number.isdecimal()]
+        return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
 
-    def _check_conditions(self, path: Path, made_under: dict[str, str]) -> None:
-        if made_under != self._conditions:
-            before, now = (
-                ", ".join(f"{name} {value}" for name, value in conditions.items())
-                for conditions in (made_under, self._conditions)
-            )
-            raise ConfigError(
-                f"{path} was made with {before}, and this run has {now}",
-                "resume under the same conditions, or start this stage over with --force",
-            )
-
-    def _seal_error(self, path: Path) -> str | None:
+    def _read_seal(self, path: Path) -> _Seal | str:
+        """Return the seal of a checkpoint, or why it is invalid."""
         try:
             seal = _Seal.model_validate_json((path / SEAL).read_bytes())
             if seal.of != self._inputs:
                 return "it was made from other inputs"
             damaged = [name for name, digest in seal.files.items() if sha256_file(path / name) != digest]
-            present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-            present = {name for name in present if not is_hidden(name)}
         except (OSError, ValueError) as error:
             return f"it is incomplete ({type(error).__name__})"
-        damaged += sorted(present - {SEAL} - seal.files.keys())
-        return f"{damaged[0]} is damaged" if damaged else None
+        present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        damaged += sorted(name for name in present - {SEAL} - seal.files.keys() if not is_hidden(name))
+        return f"{damaged[0]} is damaged" if damaged else seal

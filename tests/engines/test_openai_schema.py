@@ -7,7 +7,7 @@ import math
 import pytest
 
 from stages.engines.openai.client import Client
-from stages.engines.openai.schema import ReplyChoice, parse_count, parse_models
+from stages.engines.openai.replies import ReplyChoice, TokenCount, parse_models
 
 CHAT = {
     "model": "m",
@@ -47,8 +47,8 @@ def test_both_kinds_are_read():
     for reply in (CHAT, TEXT):
         choice = read(reply)
         assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1]["A"] == -0.1
-    assert read(TEXT).ids == [5, 7] and read(TEXT | {"model": None}) == read(TEXT)
-    assert parse_count({"count": 7}) == 7
+    assert read(TEXT).completion.ids == [5, 7] and read(TEXT | {"model": None}) == read(TEXT)
+    assert TokenCount.model_validate({"count": 7}).count == 7
     listed = [{"id": "m", "max_model_len": 9}, {"id": "n"}]
     for reply in (listed, {"data": listed}):
         assert {name: entry.max_model_len for name, entry in parse_models(reply).items()} == {"m": 9, "n": 0}
@@ -91,7 +91,7 @@ def test_an_odd_reply_is_none(reply, path, value):
     odd = changed(reply, path, value)
     with pytest.raises(ValueError):
         choice = read(odd)
-        assert (choice.content, choice.tokens, choice.ids if reply is TEXT else 0) is None
+        assert (choice.content, choice.tokens, choice.completion if reply is TEXT else 0) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_odd_reply_is_none(reply, path, value):
 def test_an_odd_list_of_models_is_none(reply):
     with pytest.raises(ValueError):
         parse_models(reply)
-    for reader in (read, parse_count):
+    for reader in (read, TokenCount.model_validate):
         with pytest.raises(ValueError):
             reader(reply)
 

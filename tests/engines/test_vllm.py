@@ -3,7 +3,6 @@
 It votes as the model in this process does, and nothing of it is left behind.
 """
 
-import json
 import os
 import signal
 import socket
@@ -25,10 +24,7 @@ from stages.errors import ServerError
 from stages.models.base import load_base
 from stages.records import read_samples
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed"),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")]
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 BALLOTS = [
     ChoiceRequest("Question: 2 + 2?\nSteps:", (" one", " many")),
@@ -39,17 +35,6 @@ BALLOTS = [
 def runner(log: str) -> str:
     """The model runner that a log of vLLM tells of."""
     return "V2" if "Using V2 Model Runner" in log else "V1"
-
-
-def test_votes_agree_with_the_model_in_process_and_the_server_ends(tiny):
-    model = ModelSection(name=str(tiny), dtype="float32")
-    given = {}
-    for name in ("vllm", "transformers"):
-        with EngineCache() as pool:
-            engine = pool.get(EngineSpec(name, model), ServerSection(), print)
-            given[name] = {i: choice.probabilities[1] for i, choice in engine.choose_words(BALLOTS)}
-    assert given["vllm"] == pytest.approx(given["transformers"], abs=1e-3)
-    assert servers() == []
 
 
 def test_one_server_answers_for_several_targets(begun, demo_data):
@@ -78,7 +63,7 @@ def test_one_server_answers_for_several_targets(begun, demo_data):
 
 
 @pytest.mark.parametrize("how", ["merged", "module"])
-def test_an_adapter_is_served(tiny, tmp_path, how):
+def test_votes_agree_with_the_model_in_process(tiny, tmp_path, how):
     """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here."""
     from stages.lora.adapter import adapter
 
@@ -87,7 +72,7 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
     questions = [
         GenerateRequest([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)
     ]
-    words = [ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions]
+    words = [*BALLOTS, *(ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions)]
     given, chosen = {}, {}
     for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
         with EngineCache() as pool:
@@ -96,9 +81,10 @@ def test_an_adapter_is_served(tiny, tmp_path, how):
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
             chosen[name] = {i: choice.probabilities for i, choice in engine.choose_words(words)}
     assert given["vllm"] == given["transformers"] != given["base"]
-    for i in range(6):
+    for i in range(len(words)):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
         assert chosen["vllm"][i] != pytest.approx(chosen["base"][i], abs=1e-3)
+    assert servers() == []
 
 
 @pytest.mark.gpu
@@ -152,65 +138,6 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     with ended as caught, EngineCache() as pool:
         pool.get(spec, ServerSection(), print)
     assert "its log is" in caught.value.hint
-
-
-MOMENTS = int(os.environ.get("LORAPAR_KILLS", "1"))
-"""Moments at which each of the two is killed; every one takes the start of a server."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("whom", ["lorapar", "server"])
-def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
-    """kill -9 when the journal has so many votes: the same command goes on there, no server stays behind."""
-    rows = [
-        {"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "run": "killed",
-        "runs_dir": str(tmp_path / "runs"),
-        "model": {"name": str(tiny), "dtype": "float32"},
-        "data": {"path": str(tmp_path / "rows.jsonl")},
-        "server": {"concurrency": 16},
-        "eval": {"targets": ["base"]},
-        "classify": {"accept_weak": True, "voters": [{"engine": "vllm", "persona": "judge"}]},
-    }
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
-    journals = tmp_path / "runs/votes"
-
-    def lines() -> list[bytes]:
-        found = list(journals.glob("*.jsonl"))
-        return found[0].read_bytes().splitlines() if found else []
-
-    for moment in range(MOMENTS):
-        before, wanted = len(lines()), 1 + (moment + 1) * 1000 // (MOMENTS + 1)
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while len(lines()) < wanted:
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.01)
-        if whom == "lorapar":
-            child.kill()
-        else:
-            engine = [line.split()[1] for line in servers() if ("VLLM::" in line) == bool(moment % 2)]
-            os.kill(int(engine[0]), signal.SIGKILL)
-        said = child.communicate(timeout=120)[1]
-        assert child.returncode == (-9 if whom == "lorapar" else 69), said
-        kept = lines()
-        assert wait_for(lambda: not servers(), 20)
-        with capsys.disabled():
-            end = said.strip().splitlines()[-2:] if whom == "server" else ""
-            print(f"\n  {whom} killed at {len(kept)} votes, {before} of them from before {end}", end="")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert lines()[: len(kept) - 1] == kept[:-1]
-    ballots = [json.loads(line)["question"] for line in lines()]
-    assert len(ballots) == len(set(ballots)) == 1200 + 32
-    assert (
-        f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr
-        or f"/{1233 - len(kept)}" in done.stderr
-    )
-    assert servers() == []
 
 
 def test_serve_offers_three_modes_and_ends_with_its_server(begun):

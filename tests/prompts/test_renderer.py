@@ -1,4 +1,3 @@
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -42,6 +41,9 @@ def test_a_marker_before_eos_ends_an_answer_too(tokenizer):
     )
     marker = tokenizer.convert_tokens_to_ids("<|end|>")
     assert Renderer(tokenizer, PromptSection()).stop_ids == sorted({marker, tokenizer.eos_token_id})
+    # A template that writes the date writes the same one on every day.
+    tokenizer.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
+    assert chat(tokenizer, [{"role": "user", "content": "Hi"}]) == "Today Date: 26 Jul 2024 Hi"
 
 
 def test_plain_row(tokenizer):
@@ -50,6 +52,13 @@ def test_plain_row(tokenizer):
         "Question: 2 + 2?\nAnswer:\n<reasoning>\nIt is 4.\n</reasoning>"
     )
     assert row.input_ids[-1] == tokenizer.eos_token_id
+    renderer = Renderer(tokenizer, PromptSection(template="plain", system="Be brief."))
+    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?", example=EXAMPLE)
+    assert text == "Be brief.\n\nAbout cats.\n\na? 1\n\nb?" and ids == renderer.ids(text)
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template") as caught:
+        Renderer(tokenizer, PromptSection())
+    assert caught.value.hint == "--set prompt.template=plain"
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
@@ -88,24 +97,11 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode(renderer.few_shot("", [], "def f():", example=EXAMPLE)[1]) == f"{bos}def f():"
 
 
-def test_a_system_message_stands_before_a_benchmarks_prompt(tokenizer):
-    renderer = Renderer(tokenizer, PromptSection(template="plain", system="Be brief."))
-    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?", example=EXAMPLE)
-    assert text == "Be brief.\n\nAbout cats.\n\na? 1\n\nb?" and ids == renderer.ids(text)
-
-
 @pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])
 def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
     renderer = Renderer(tokenizer, PromptSection(template=template))
     (asked,) = render_prompts([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
     assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
-
-
-def test_no_chat_template(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="the tokenizer has no chat template") as caught:
-        Renderer(tokenizer, PromptSection())
-    assert caught.value.hint == "--set prompt.template=plain"
 
 
 def test_without_pad_token_eos_pads_and_is_still_trained(tiny, tmp_path):
@@ -126,9 +122,3 @@ def test_rows_that_are_too_long(tokenizer, policy, kept):
     rows, counted = renderer.rows([EXAMPLE, long], DataSection(max_length=150, too_long=policy))
     assert (len(rows), counted) == (kept, 1)
     assert all(len(row.input_ids) <= 150 for row in rows)
-
-
-def test_a_template_that_writes_the_date_writes_the_same_one_on_every_day(tokenizer):
-    dated = copy.deepcopy(tokenizer)
-    dated.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
-    assert chat(dated, [{"role": "user", "content": "Hi"}]) == "Today Date: 26 Jul 2024 Hi"

@@ -26,15 +26,9 @@ PAPER = ["correctness", "integer", "strict_format", "soft_format", "tag_count"]
 @pytest.mark.parametrize("name", [*PAPER, "number_match"])
 @pytest.mark.parametrize(("text", "style"), [(XML, "xml"), (HASH, "hash")])
 def test_the_ideal_answer_earns_one_of_each(name, text, style):
-    assert rewards.pick(name)(completions=[text], gold=["7"], answer_format=[style]) == [1.0]
-
-
-@pytest.mark.parametrize("name", [*PAPER, "number_match"])
-@pytest.mark.parametrize("style", ["xml", "hash"])
-def test_empty_text_earns_nothing(name, style):
-    assert rewards.pick(name)(
-        completions=["", "I do not know"], gold=["7"] * 2, answer_format=[style] * 2
-    ) == [0.0, 0.0]
+    texts = [text, "", "I do not know"]
+    found = rewards.pick(name)(completions=texts, gold=["7"] * 3, answer_format=[style] * 3)
+    assert found == [1.0, 0.0, 0.0]
 
 
 def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones():
@@ -53,31 +47,40 @@ def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones()
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"),
+    ("name", "style", "text", "value"),
     [
-        ("correctness", XML.replace("7\n</answer>", "8\n</answer>"), 0.0),
-        ("integer", XML.replace("7\n</answer>", "7.5\n</answer>"), 0.0),
-        ("strict_format", XML.replace("\n", ""), 0.0),
-        ("soft_format", XML.replace("\n", ""), 1.0),
-        ("tag_count", XML + "\nand so on", 1 - 0.002 * 10),
-        ("tag_count", XML.replace("<reasoning>\n", ""), 0.75),
+        ("correctness", "xml", XML.replace("7\n</answer>", "8\n</answer>"), 0.0),
+        ("integer", "xml", XML.replace("7\n</answer>", "7.5\n</answer>"), 0.0),
+        ("strict_format", "xml", XML.replace("\n", ""), 0.0),
+        ("soft_format", "xml", XML.replace("\n", ""), 1.0),
+        ("tag_count", "xml", XML + "\nand so on", 1 - 0.002 * 10),
+        ("tag_count", "xml", XML.replace("<reasoning>\n", ""), 0.75),
+        ("strict_format", "hash", "#### 4", 1), ("tag_count", "hash", "#### 4", 1),
+        ("strict_format", "hash", "There are # 3\n#### 3", 1), ("strict_format", "hash", "a #### 3", 0),
+        ("strict_format", "hash", "#### 3\nmore\n#### 4", 0), ("tag_count", "hash", "#### 3\nm\n#### 4", 0),
+        ("strict_format", "hash", "2\n#### 4\nmore", 0), ("tag_count", "hash", "2\n#### 4\nmore", 1),
+        ("strict_format", "hash", "<think>I will write #### 18 at the end. But wait", 0),
+        ("soft_format", "hash", "<think>I will write #### 18 at the end. But wait", 0),
+        ("strict_format", "xml", f"<think>Hm.</think>\n\n{XML}", 1),
     ],
-)
-def test_partial_answers(name, text, value):
-    assert rewards.pick(name)(completions=[text], gold=["7"], answer_format=["xml"]) == pytest.approx([value])
+)  # fmt: skip
+def test_partial_answers(name, style, text, value):
+    assert rewards.pick(name)(completions=[text], gold=["7"], answer_format=[style]) == pytest.approx([value])
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("text", "wanted", "value"),
     [
-        ("The cat sat.", 1.0), ("the cat", 0.8), ("a dog", 0.0), ("", 0.0),
-        ("the the the the the cat sat", 0.6),
+        ("The cat sat.", "the cat sat", 1), ("the cat", "the cat sat", 0.8), ("a dog", "the cat sat", 0),
+        ("", "the cat sat", 0), ("the the the the the cat sat", "the cat sat", 0.6),
+        ("<think>Five words are not these.</think> Paris", "Paris", 1),
+        # Without spaces each character is a word.
+        ("今天北京的天气很好适合散步", "今天北京的天气很好，适合出门散步。", 26 / 28),
+        ("हिन्दी भाषा", "हिन्दी", 2 / 3), ("don't stop", "do not stop", 1 / 3),
     ],
 )  # fmt: skip
-def test_overlap_is_the_f1_of_words(text, value):
-    assert rewards.pick("text_overlap")(completions=[text], response=["the cat sat"]) == pytest.approx(
-        [value]
-    )
+def test_overlap_is_the_f1_of_words(text, wanted, value):
+    assert rewards.pick("text_overlap")(completions=[text], response=[wanted]) == [pytest.approx(value)]
 
 
 TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
@@ -148,6 +151,8 @@ def test_columns_are_what_a_reward_must_be_given():
     rows = [{"a": 1, "b": 2**63, "c": "x"}, {"a": 2**63 - 1, "b": 1, "c": "y"}]
     assert loading.common_fields(rows) == {"a", "c"}
     assert needs("trl.think_format_reward") == []
+    trl = loading.load("trl.think_format_reward", None)
+    assert trl(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]  # plain text, not conversations
     row = {"gold": "5", "level": 3, "image": "a.png", "tags": ["x"], "mixed": 1, "note": None}
     rows = [row, row | {"mixed": "1", "note": "x", "other": 1}]
     assert loading.common_fields(rows) == {"gold", "level"}  # TRL takes `image` for a picture
@@ -158,11 +163,6 @@ def test_columns_are_what_a_reward_must_be_given():
     with pytest.raises(DataError) as caught:
         loading.check_fields({"f": ["answer"]}, [{"id": "a"}])
     assert "lorapar calls a row's answer `response`" in str(caught.value.hint)
-
-
-def test_rewards_of_trl_take_plain_text():
-    reward = loading.load("trl.think_format_reward", None)
-    assert reward(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]
 
 
 OWN = """
@@ -205,8 +205,8 @@ def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
     )
     wanted = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
     for name, needed in {**wanted, "trl.think_format_reward": False}.items():
-        assert loading.needs_sandbox(name, str(path)) is needed
-    assert loading.needs_sandbox("code_tests", None)
+        assert loading.needs_sandbox([name], str(path)) is needed
+    assert loading.needs_sandbox(["correctness", "code_tests"], None)
 
 
 def test_a_raising_reward_stops_with_its_name_and_sample(file):
@@ -238,9 +238,6 @@ def test_rewards_of_other_libraries_are_floats():
     given = [torch.tensor(0.5), numpy.float32(0.25), True, Fraction(1, 8), torch.ones(1).bfloat16()]
     seen = loading.with_checks("odd", lambda completions: given)(completions=["text"] * 5)
     assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
-
-
-def test_a_reward_of_the_wrong_length_stops_and_none_does_not_apply():
     assert loading.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
     with pytest.raises(UnusableResult, match="reward odd gave 1 values for 2 completions"):
         loading.with_checks("odd", lambda completions: [1.0])(completions=["a", "b"])
@@ -251,14 +248,9 @@ def test_code_in_a_thought_is_a_draft():
     assert program_from_output(draft, "def f(x):\n", "f", chat=True) is None
     answer = f"{draft}</think>\n```python\ndef f(x):\n    return 1\n```\n"
     assert "return 1" in program_from_output(answer, "def f(x):\n", "f", chat=True)
-
-
-def test_imports_from_the_future_come_first():
     answer = "```python\nfrom __future__ import annotations\n\ndef f(x: X) -> int:\n    return x + 1\n```"
     program = program_from_output(answer, 'import math\n\ndef f(x):\n    """Add one."""\n', "f", chat=True)
-    found = {}
-    exec(compile(program, "program", "exec"), found)
-    assert found["f"](1) == 2
+    compile(program, "program", "exec")  # imports from the future come first
 
 
 @pytest.mark.parametrize("gold", ["B", "b", "(B)"])
@@ -277,41 +269,6 @@ def test_a_letter_is_right_however_it_is_written_and_for_benchmarks_alike(tmp_pa
     assert rewards.pick("letter_match")(completions=texts, gold=[gold] * 4) == [1, 0, 1, 0]
     for text, flexible in (("The answer is (B) Paris", "B"), ("The answer is A.\n#### C", "C")):
         assert demo.grade(Example("i", "P", "", gold, {}), text, context).flexible == flexible
-
-
-def test_format_is_of_the_reply_and_not_of_its_thought():
-    cut = "<think>I will write #### 18 at the end. But wait"
-    good = "<reasoning>\nIt is.\n</reasoning>\n<answer>\n4\n</answer>\n"
-    for name in ("strict_format", "soft_format"):
-        reward = rewards.pick(name)
-        assert reward(completions=[cut], answer_format=["hash"]) == [0]
-        assert reward(completions=[f"<think>Hm.</think>\n\n{good}"], answer_format=["xml"]) == [1]
-    overlap = rewards.pick("text_overlap")
-    assert overlap(completions=["<think>Five words are not these.</think> Paris"], response=["Paris"]) == [1]
-
-
-def test_words_of_scripts_without_spaces_are_characters():
-    def overlap(text: str, wanted: str) -> float:
-        return rewards.pick("text_overlap")(completions=[text], response=[wanted])[0]
-
-    assert overlap("今天北京的天气很好适合散步", "今天北京的天气很好，适合出门散步。") == pytest.approx(
-        26 / 28
-    )
-    assert overlap("हिन्दी भाषा", "हिन्दी") == pytest.approx(2 / 3)
-    assert overlap("don't stop", "do not stop") == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "strict", "tags"),
-    [
-        ("2 + 2\n#### 4", 1, 1), ("#### 4", 1, 1), ("There are # 3\n#### 3", 1, 1), ("a #### 3", 0, 0),
-        ("#### 3\nmore\n#### 4", 0, 0), ("2\n#### 4\nmore", 0, 1),
-    ],
-)  # fmt: skip
-def test_the_format_of_hashes(text, strict, tags):
-    given = {"completions": [text], "answer_format": ["hash"]}
-    assert rewards.pick("strict_format")(**given) == [strict]
-    assert rewards.pick("tag_count")(**given) == [tags]
 
 
 def test_what_is_no_fault_of_a_reward_is_not_called_one():

@@ -27,12 +27,19 @@ from stages.engines import (
     Sampling,
     same_model,
 )
-from stages.engines.openai.choices import choice_probabilities, parse_word
-from stages.engines.openai.errors import ItemFailed, RequestRefused
-from stages.engines.openai.quirks import Quirks
+from stages.engines.openai.replies import (
+    Reply,
+    ReplyChoice,
+    ServedModel,
+    TokenCount,
+    choice_probabilities,
+    parse_models,
+    parse_word,
+)
 from stages.engines.openai.requests import (
     MAX_WORD_TOKENS,
     REPLY_TOKENS,
+    Quirks,
     choice_body,
     constrained_body,
     generate_body,
@@ -40,10 +47,9 @@ from stages.engines.openai.requests import (
     max_reply_tokens,
     most_prompt_tokens,
 )
-from stages.engines.openai.schema import Reply, ReplyChoice, ServedModel, parse_count, parse_models
-from stages.engines.openai.session import Session
+from stages.engines.openai.session import ItemFailed, RequestRefused, Session
 from stages.engines.openai.transport import Transport
-from stages.errors import AnswerError, ConfigError, ServerError
+from stages.errors import AnswerError, ConfigError
 
 TOP_LOGPROBS = 20
 """The most alternatives that a vLLM server gives per token."""
@@ -63,7 +69,7 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
     key = os.environ.get(spec.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the key in {spec.api_key_env} has characters that no key has", "type it again")
-    client = Client(spec.urls, spec.model.name, key, server)
+    client = Client(Transport(spec.urls, key, server), spec.model.name)
     say(f"asking {client.model} at {', '.join(spec.urls)}")
     yield client
 
@@ -71,17 +77,9 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
 class Client:
     """One model on one server or several. ServerError if they do not answer, ConfigError if they refuse."""
 
-    def __init__(
-        self,
-        urls: tuple[str, ...],
-        model: str | None,
-        key: str,
-        server: ServerSection,
-        exit_error: Callable[[], ServerError | None] = lambda: None,
-        grows: bool = False,
-    ) -> None:
-        """exit_error, grows: see `Transport`."""
-        self.key, self.transport = key, Transport(urls, key, server, exit_error, grows)
+    def __init__(self, transport: Transport, model: str | None) -> None:
+        """model: its name; None for the first one that the servers list."""
+        self.transport = transport
         self._tokens_needed: dict[tuple[str, ...], int] = {}
         """For the words of a request: the tokens until they differ, learned from earlier replies."""
         self._can_constrain: dict[str, bool] = {}
@@ -114,20 +112,20 @@ class Client:
         """
         tokens = self._tokens_needed.get(request.words, 1)
         path, body = constrained_body(self.model, request, request.words, tokens)
-        return path, body, partial(self._probabilities, request.words, tokens)
+
+        def read(reply: Any) -> tuple[float, ...] | None:
+            return choice_probabilities(self._reply_choice(reply), words=request.words, asked=tokens)
+
+        return path, body, read
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts as token ids, which vLLM returns (`return_token_ids`) and other servers do not."""
 
-        def read(reply: Any) -> Completion:
-            choice = self._reply_choice(reply)
-            return Completion(choice.ids, choice.finish_reason == "stop")
-
         def ask(session: Session, request: GenerateRequest) -> Awaitable[Completion]:
             body = generate_body(self.model, request, sampling)
-            return session.send("POST", "completions", body, read)
+            return session.send("completions", body, lambda reply: self._reply_choice(reply).completion)
 
         for i, completion in self.transport.each(requests, ask):
             if isinstance(completion, Failure):
@@ -154,7 +152,7 @@ class Client:
         """
         names, lengths = [], []
         for server in self.transport.per_server():
-            listed = self._list_models(server, name)
+            listed = _list_models(server, name)
             if name is not None and listed and not any(model.serves(name) for model in listed.values()):
                 raise ConfigError(f"{server.urls[0]} serves {', '.join(listed)}, not {name}")
             if name is None and not listed:
@@ -163,15 +161,6 @@ class Client:
             names.append(name or next(iter(listed)))
             lengths.append(listed[names[-1]].max_model_len if names[-1] in listed else 0)
         return names[0], min(lengths)
-
-    def _list_models(self, server: Transport, name: str | None) -> dict[str, ServedModel]:
-        """Return the models that a server lists; none if it has no list and the model's name is known."""
-        try:
-            return server.call(lambda session, _: session.send("GET", "models", None, parse_models), None)
-        except RequestRefused as error:
-            if name is None or error.code not in (404, 405):
-                raise
-            return {}
 
     def _reply_choice(self, reply: Any) -> ReplyChoice:
         """Return the only choice of a reply; ValueError if another model gave it.
@@ -196,45 +185,28 @@ class Client:
             return True
         return requested is not None and requested.root is not None and requested.root == replying.root
 
-    async def _post(self, session: Session, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+    async def _post(
+        self, session: Session, path: str, body: dict[str, Any], read: Callable[[ReplyChoice], T]
+    ) -> T:
         """Post a request, again if a refusal teaches that the server needs other parameters."""
         while True:
             adapted = self._quirks.apply(body)
             try:
-                return await session.send("POST", path, adapted, read)  # type: ignore[no-any-return]
+                return await session.send(path, adapted, lambda reply: read(self._reply_choice(reply)))
             except (ConfigError, ItemFailed) as error:
                 self._quirks.learn(str(error))
                 # Compared with what was sent: another request may have taught the same meanwhile.
                 if self._quirks.apply(body) == adapted:
                     raise
 
-    def _content(self, reply: Any) -> str:
-        return self._reply_choice(reply).content
-
-    def _alternatives(self, reply: Any) -> list[tuple[str, dict[str, float]]]:
-        return self._reply_choice(reply).tokens
-
-    def _probabilities(self, words: tuple[str, ...], tokens: int, reply: Any) -> tuple[float, ...] | None:
-        """Return the words' probabilities, or None if the words agree in all `tokens` tokens of the reply.
-
-        ValueError if the reply has fewer tokens and does not tell the words apart.
-        """
-        alternatives = self._alternatives(reply)
-        probabilities = choice_probabilities(alternatives, words)
-        if probabilities is None and len(alternatives) < tokens:
-            raise ValueError(f"{len(alternatives)} tokens of {tokens}, and no word yet")
-        return probabilities
-
     async def _continuation(self, session: Session, text: str) -> str:
         """Continue a text by a few greedy tokens, in a chat if the server has no completions."""
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
-            return await self._post(session, "completions", {**body, "prompt": text}, self._content)
+            return await self._post(session, "completions", {**body, "prompt": text}, _content)
         except (ConfigError, ItemFailed):
-            messages = [{"role": "user", "content": f"Continue: {text}"}]
-            return await self._post(
-                session, "chat/completions", {**body, "messages": messages}, self._content
-            )
+            body["messages"] = [{"role": "user", "content": f"Continue: {text}"}]
+            return await self._post(session, "chat/completions", body, _content)
 
     async def _choose(self, session: Session, request: ChoiceRequest) -> ChoiceResult:
         """Make one choice, by constrained decoding if the server can, else by reading its reply."""
@@ -246,7 +218,7 @@ class Client:
         while True:
             tokens = self._tokens_needed.get(request.words, 1)
             path, body = constrained_body(self.model, request, request.words, tokens)
-            read = partial(self._probabilities, request.words, tokens)
+            read = partial(choice_probabilities, words=request.words, asked=tokens)
             if probabilities := await self._post(session, path, body, read):
                 mass = await self._mass(session, request) if request.measure_mass else -1.0
                 return ChoiceResult(probabilities, mass)
@@ -266,7 +238,7 @@ class Client:
         body["temperature"] = 0  # the sampled token is not used
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
-            ((_, alternatives),) = self._alternatives(reply)
+            ((_, alternatives),) = self._reply_choice(reply).tokens
             fitting = [text for text in alternatives if any(word.startswith(text) for word in request.words)]
             # An empty token or a lone space begins a word, but any other text as well.
             return min(1.0, sum(math.exp(alternatives[text]) for text in fitting if text.strip()))
@@ -288,7 +260,7 @@ class Client:
     async def _obeys(self, session: Session, path: str, body: dict[str, Any]) -> bool:
         """True if the reply begins one of the UNLIKELY words; a busy server's ItemFailed is passed on."""
         try:
-            choice = await self._post(session, path, body, self._reply_choice)
+            choice = await self._post(session, path, body, lambda choice: choice)
             token = choice.tokens[0][0].strip()
             return bool(token) and any(word.startswith(token) for word in UNLIKELY)
         except (ConfigError, LookupError, ValueError):
@@ -300,12 +272,11 @@ class Client:
 
     async def _choose_by_text(self, session: Session, request: ChoiceRequest) -> ChoiceResult:
         """Read the choice in the text of a reply, after the thinking if there is any."""
-        path, body = choice_body(self.model, request, request.max_thinking_tokens + REPLY_TOKENS)
-        body |= {
-            "temperature": request.temperature,
-            **({"seed": request.seed} if request.temperature else {}),
-        }
-        text = await self._post(session, path, body, self._content)
+        tokens = request.max_thinking_tokens + REPLY_TOKENS
+        path, body = choice_body(self.model, request, tokens)
+        sampling = {"seed": request.seed} if request.temperature else {}
+        body |= {"temperature": request.temperature, **sampling}
+        text = await self._post(session, path, body, _content)
         index = parse_word(text, request.words)
         # The chosen word has probability 1, the others 0.
         probabilities = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
@@ -323,8 +294,22 @@ class Client:
             body = {"messages": request.text} if is_chat(request) else {"prompt": request.text}
             reply = await session.probe(url, {"model": self.model, **body})
             try:
-                count = parse_count(reply)
+                count = TokenCount.model_validate(reply).count
             except ValueError:
                 count = 0  # a server that cannot count gets the request all the same
         if count > room:
             raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
+
+
+def _list_models(server: Transport, name: str | None) -> dict[str, ServedModel]:
+    """Return the models that a server lists; none if it has no list and the model's name is known."""
+    try:
+        return server.call(lambda session, _: session.send("models", None, parse_models), None)
+    except RequestRefused as error:
+        if name is None or error.code not in (404, 405):
+            raise
+        return {}
+
+
+def _content(choice: ReplyChoice) -> str:
+    return choice.content

@@ -14,14 +14,15 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import tenacity
 
-from stages.engines.openai.errors import ItemFailed, RequestRefused, RetryableError, retry_after_seconds
-from stages.engines.openai.schema import parse_json
-from stages.errors import ServerError
+from stages.engines import Failure
+from stages.engines.openai.replies import parse_json
+from stages.errors import ConfigError, ServerError
 
 if TYPE_CHECKING:
     from stages.engines.openai.transport import Transport
@@ -37,6 +38,27 @@ QUICK = 0.05
 One that has as many as it can work on lets others wait, so that with each request more all take longer.
 """
 T = TypeVar("T")
+
+
+class RequestRefused(ConfigError):
+    """The server refuses something that every request contains, such as the key or the path."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ItemFailed(Exception):
+    """One item cannot be answered; the others can."""
+
+    def __init__(self, reason: str, detail: str, busy: bool = False) -> None:
+        """busy: a timeout or overload, which is no evidence that the server lacks a feature."""
+        super().__init__(detail)
+        self.failure, self.busy = Failure(reason, detail), busy
+
+
+class RetryableError(ItemFailed):
+    """A failure that may pass: worth another try."""
 
 
 async def _pause(seconds: float) -> None:
@@ -57,8 +79,8 @@ class Session:
         is_quick = seconds < QUICK * transport.server.timeout_s and not transport.retried
         return is_quick and self.workers < transport.most
 
-    async def send(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
-        """Send a request, and return the JSON of its reply as parsed by `read`.
+    async def send(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+        """Send a request, a GET without a body, and return the JSON of its reply as parsed by `read`.
 
         Sent again after a temporary failure, and if `read` raises ValueError, TRIES times in all. Then
         ServerError if the server is dead, else ItemFailed.
@@ -74,17 +96,18 @@ class Session:
             reraise=True,
         )
         try:
-            return await retrying(self._send_once, method, path, body, read)
+            return await retrying(self._send_once, path, body, read)
         except RetryableError as error:
             # Answers to other requests meanwhile show that the server lives. Without any, a server that does
             # not reply at all is dead; one that replies with errors is asked for its list of models.
             others_answered = transport.answered > answered
-            if not others_answered and (error.reason in ("timeout", "transport") or not await self._alive()):
+            is_silent = error.failure.reason in ("timeout", "transport")
+            if not others_answered and (is_silent or not await self._alive()):
                 raise ServerError(
                     f"{transport.urls[0]}/{path} does not answer: {error}",
                     "run the same command again; the answers so far are kept",
                 ) from None
-            raise ItemFailed(error.reason, str(error), error.busy) from None
+            raise
 
     async def probe(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """Send a request that a server need not understand, once; None if there is no readable reply."""
@@ -108,7 +131,7 @@ class Session:
                         return True
         return False
 
-    async def _send_once(self, method: str, path: str, body: dict[str, Any] | None, read: Any) -> Any:
+    async def _send_once(self, path: str, body: dict[str, Any] | None, read: Any) -> Any:
         """Send a request to the next server, and parse the reply; RetryableError if another try may help."""
         transport = self.transport
         while (seconds := transport.retry_after - time.monotonic()) > 0:
@@ -118,7 +141,7 @@ class Session:
         try:
             # httpx limits each read and write, which a server that sends byte by byte never exceeds.
             async with asyncio.timeout(transport.server.timeout_s):
-                response = await self.http.request(method, url, json=body)
+                response = await self.http.request("POST" if body else "GET", url, json=body)
         except (TimeoutError, httpx.TimeoutException):
             transport.skip(base)
             detail = f"no answer in {transport.server.timeout_s:g} s"
@@ -154,3 +177,15 @@ class Session:
         if code in (400, 413, 422) and transport.answered > 1:
             raise ItemFailed("refused", text)
         raise RequestRefused(code, f"{url} refused: {text}")
+
+
+def retry_after_seconds(header: str) -> float:
+    """Parse Retry-After (seconds or an HTTP date) into seconds from now; 0 if it is neither."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0

@@ -21,8 +21,7 @@ import httpx
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.openai.errors import ItemFailed
-from stages.engines.openai.session import Session
+from stages.engines.openai.session import ItemFailed, Session
 from stages.errors import AnswerError, ConfigError, ServerError
 
 SKIP_S = 15
@@ -75,7 +74,7 @@ class Transport:
         """Time (of `time.monotonic`) before which no server gets a request, after a Retry-After."""
         self.most = server.concurrency or (MOST_REQUESTS if grows else REQUESTS)
         """Most requests in flight."""
-        self._key = key
+        self.key = key
         self._turn = count()
         self._skipped_until: dict[str, float] = {}
         """For each server that failed: the time until which the others get its requests."""
@@ -129,7 +128,7 @@ class Transport:
 
     def per_server(self) -> list[Transport]:
         """Make one transport for each of the servers."""
-        return [Transport((url,), self._key, self.server, self.exit_error) for url in self.urls]
+        return [Transport((url,), self.key, self.server, self.exit_error) for url in self.urls]
 
     def pick(self) -> str:
         """Return the next server in turn that is not skipped, or the next one if all are."""
@@ -143,7 +142,7 @@ class Transport:
     def _client(self) -> httpx.AsyncClient:
         # One connection per request: on one kept alive, a reply sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.most, max_keepalive_connections=0)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         proxy = uses_proxy(*self.urls)
         try:
             return httpx.AsyncClient(

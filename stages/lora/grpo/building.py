@@ -92,7 +92,7 @@ class Grpo(Training):
                 name,
                 reward,
                 self.prompts.encoded,
-                **(code if loading.needs_sandbox(name, self.rl.rewards_file) else {}),
+                **(code if loading.needs_sandbox([name], self.rl.rewards_file) else {}),
             )
             for name, reward in self.functions.items()
         ]

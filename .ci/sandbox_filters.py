@@ -1,8 +1,8 @@
-"""Writes the seccomp filters that are shipped beside this file. Run it by hand after changing a rule.
+"""Writes the seccomp filters in `stages/sandbox/filters/`. Run it by hand after changing a rule.
 
 It needs libseccomp's Python module (Debian: python3-seccomp), which is installed for the system's Python and
-not in the virtual environment: `/usr/bin/python3 generate.py`. Users do not need it, because the kernel loads
-the filter files directly.
+not in the virtual environment: `/usr/bin/python3 .ci/sandbox_filters.py`. Users do not need it, because the
+kernel loads the filter files directly.
 """
 
 import errno
@@ -110,8 +110,8 @@ def write(path: Path, arch: str, strict: bool) -> None:
 
 
 if __name__ == "__main__":
-    here = Path(__file__).parent
+    filters = Path(__file__).parent.parent / "stages/sandbox/filters"
     for arch in ("x86_64", "aarch64"):
         for name, strict in (("namespaces", False), ("landlock", True)):
-            write(here / f"{name}-{arch}.bpf", arch, strict)
+            write(filters / f"{name}-{arch}.bpf", arch, strict)
     sys.exit()

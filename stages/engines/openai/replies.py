@@ -1,18 +1,22 @@
-"""Schema of servers' replies: the fields that are used are validated, all others ignored.
+"""Replies of servers: their schema, and the choices that are read from them.
 
-A reply of another shape, or with probabilities that cannot be, is a ValueError, on which the transport sends
-the request again.
+The fields that are used are validated, all others ignored. A reply of another shape, or with probabilities
+that cannot be, is a ValueError, on which the transport sends the request again.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from stages.engines import Completion
+from stages.prompts.answers import after_thought
 
 MAX_LOGPROB = 1e-4
 """Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""
@@ -116,10 +120,10 @@ class ReplyChoice(_Lenient):
         return text
 
     @property
-    def ids(self) -> list[int]:
+    def completion(self) -> Completion:
         if self.token_ids is None:
             raise ValueError("the reply has no token ids")
-        return self.token_ids
+        return Completion(self.token_ids, self.finish_reason == "stop")
 
     @property
     def tokens(self) -> list[tuple[str, dict[str, float]]]:
@@ -157,7 +161,9 @@ class _Models(_Lenient):
     data: list[ServedModel]
 
 
-class _Count(_Lenient):
+class TokenCount(_Lenient):
+    """A reply to `tokenize`."""
+
     count: int = Field(ge=0)
 
 
@@ -174,12 +180,51 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def parse_count(reply: Any) -> int:
-    """Read the number of tokens from a reply to `tokenize`."""
-    return _Count.model_validate(reply).count
-
-
 def parse_models(reply: Any) -> dict[str, ServedModel]:
     """Read the models that a server lists, by name; some servers reply with the bare list, without `data`."""
     models = _Models.model_validate({"data": reply} if isinstance(reply, list) else reply)
     return {model.id: model for model in models.data}
+
+
+def parse_word(text: str, words: tuple[str, ...]) -> int | None:
+    """Return the index of the word that a reply gives, or None if it gives no word or different ones.
+
+    Reading is strict: the first or last line after the thinking must be the word and nothing else. Case,
+    spaces, punctuation, markup and a leading "the answer is" are ignored.
+    """
+    lines = [line for line in after_thought(text).splitlines() if line.strip()]
+    plain = [_plain(word) for word in words]
+    indices = {plain.index(bare) for line in {*lines[:1], *lines[-1:]} if (bare := _plain(line)) in plain}
+    return indices.pop() if len(indices) == 1 else None
+
+
+def _plain(text: str) -> str:
+    """Reduce a line to its letters and digits in lower case, without a leading "the answer is"."""
+    words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
+    return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
+
+
+def choice_probabilities(choice: ReplyChoice, words: tuple[str, ...], asked: int) -> tuple[float, ...] | None:
+    """Return the words' probabilities relative to each other, or None if the words agree in all tokens.
+
+    They are read at the first token at which an alternative fits exactly one word. ValueError if at a token
+    no alternative fits any word, or if the reply has fewer tokens than `asked` and tells no words apart.
+    """
+    prefix = ""  # the reply's text before the current token
+    for token, alternatives in choice.tokens:
+        masses = [0.0] * len(words)
+        any_fits = False
+        for text, logprob in alternatives.items():
+            # An alternative fits a word if one of the two texts begins with the other.
+            fits = [word.startswith(prefix + text) or (prefix + text).startswith(word) for word in words]
+            any_fits |= any(fits) and bool(text) and math.exp(logprob) > 0
+            if sum(fits) == 1:
+                masses[fits.index(True)] += math.exp(logprob)
+        if sum(masses) > 0:
+            return tuple(mass / sum(masses) for mass in masses)
+        if not any_fits:
+            raise ValueError(f"none of the alternatives after {prefix!r} begins one of {words}")
+        prefix += token
+    if len(choice.tokens) < asked:
+        raise ValueError(f"{len(choice.tokens)} tokens of {asked}, and no word yet")
+    return None
