@@ -1,17 +1,19 @@
-"""Targets side by side: the graded answers of a run's evaluations, compared item by item."""
+"""Targets side by side: a run's graded answers compared item by item, its gain and loss, and its routings."""
 
+import json
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
 
-from stages.config import REGIONS, ROUTED
+from stages.config import REGIONS, ROUTED, TRAINED, Config
 from stages.config.evaluation import KEPT
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
-from stages.evaluation.statistics import Interval, paired_p
+from stages.evaluation.statistics import Interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_samples
+from stages.report.page import Block, Grid, Text
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
@@ -159,3 +161,95 @@ def table(
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
+
+
+def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
+    """Build the table: the base's accuracy on each benchmark, the change after each step, and the drift.
+
+    Empty without `partition.protect`, or if nothing is trained yet.
+    """
+    trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
+    if not config.partition.protect or not trained:
+        return []
+    accuracies = {
+        benchmark: {
+            target: accuracy_by_item(answers_of(artifacts[step]))
+            for target in ("base", *TRAINED)
+            if (step := f"eval:{target}@{benchmark}") in artifacts
+        }
+        for benchmark in config.eval.benchmarks
+    }
+    rows = [
+        [name, *_base(by_target.get("base")), *(_change(by_target, target) for target in trained)]
+        for name, by_target in accuracies.items()
+        if by_target
+    ]
+    summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
+    drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
+    if any(drift):
+        held_out = artifacts["score:protected"].manifest["summary"]["held_out"]
+        rows.append(["drift on held-out protected rows", str(held_out), "", *drift])
+    shares = ", ".join(f"{target} trains {100 * s['active_share']:.1f} %" for target, s in summaries.items())
+    masks = next(a for name, a in artifacts.items() if name.startswith("partition:")).manifest["summary"]
+    caption = (
+        "Change of the accuracy against the base in points [95 % interval, paired over items]. Drift: KL "
+        "from the adapter that the stage starts with, in nats per token of the answers. Of the elements, "
+        f"{100 * masks['protected'] / masks['elements']:.1f} % are protected; {shares}."
+    )
+    return [Grid(["", "items", "base, %", *trained], rows, caption)]
+
+
+def _base(base: dict[str, float] | None) -> list[str]:
+    """Return the number of items, and the accuracy in per cent."""
+    return [str(len(base)), f"{100 * sum(base.values()) / len(base):.1f}"] if base else ["", ""]
+
+
+def _change(by_target: dict[str, dict[str, float]], stage: str) -> str:
+    """Return the change against the base on the items that both answered, with its interval."""
+    base, trained = by_target.get("base", {}), by_target.get(stage, {})
+    items = [item for item in base if item in trained]
+    if not items:
+        return ""
+    points = paired_difference([base[item] for item in items], [trained[item] for item in items])
+    change, low, high = (100 * value for value in points)
+    return f"{change:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+ROUTINGS_CAPTION = (
+    "fast and slow: one mode for all items. auto: one vote of the base on each item decides. "
+    "oracle: the better mode for each item, and of equals the shorter answer; no router can do better with "
+    "these answers."
+)
+
+
+def routings(artifacts: dict[str, Artifact]) -> list[Block]:
+    """Tabulate the routings of each benchmark that has target auto; artifacts: the current ones by step."""
+    content: list[Block] = []
+    for name, artifact in artifacts.items():
+        target, _, benchmark = name.removeprefix("eval:").partition("@")
+        if target != ROUTED:
+            continue
+        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        rows = [
+            [
+                title,
+                Value(row["accuracy"], n=row["n"], over_items=Interval(*row["interval"])).text(),
+                f"{row['tokens']:.1f}" if "tokens" in row else "–",
+                f"{100 * row['slow_share']:.0f} %",
+            ]
+            for title, row in metrics["routing"].items()
+            if row["accuracy"] is not None
+        ]
+        head = [benchmark, "accuracy, % [95 % interval]", "tokens of an answer", "answered slowly"]
+        content.append(Grid(head, rows, ROUTINGS_CAPTION))
+        content.append(Text(_router(metrics["router"]), quiet=True))
+    return content
+
+
+def _router(router: dict[str, float | str | None]) -> str:
+    area = "" if router["auc"] is None else f"; AUC {router['auc']:.2f} against their labels"
+    rows = f"{router['examples']} labelled training rows"
+    return (
+        f"The vote is that of persona {router['persona']}, without an answer to look at. Its threshold, "
+        f"{router['threshold']:.3f}, is from {rows}{area}. Votes are not counted as tokens."
+    )

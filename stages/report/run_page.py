@@ -14,7 +14,7 @@ from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample
-from stages.report import comparison, elements, figures, protection, provenance, routing, voters
+from stages.report import comparison, elements, figures, provenance, voters
 from stages.report.page import (
     Block,
     Command,
@@ -67,8 +67,8 @@ def build(
     missing = [name for name in steps if name not in artifacts]
     sections = [
         PageSection("results", "Results", _results(tables)),
-        PageSection("protection", "Gain and loss", protection.blocks(config, artifacts)),
-        PageSection("routing", "Routing", routing.blocks(artifacts)),
+        PageSection("protection", "Gain and loss", comparison.protection(config, artifacts)),
+        PageSection("routing", "Routing", comparison.routings(artifacts)),
         PageSection("items", "Won and lost", _items(artifacts, tables)),
         PageSection("training", "Training", _training(artifacts)),
         PageSection("elements", "Elements", elements.parts(config, artifacts)),

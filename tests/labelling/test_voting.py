@@ -11,21 +11,19 @@ from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError
-from stages.labelling.aggregate import VoterResult, aggregate
+from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, calibrate
 from stages.labelling.agreement import auc, compare_with_known, kappas, neighbour_scores, surface_scores
-from stages.labelling.calibration import MIN_EXAMPLES, calibrate
 from stages.labelling.personas import (
     HELD_OUT,
     SHOTS,
-    CalibrationExample,
     PersonaContext,
     personas,
     read_labelled_examples,
     shots,
-)
+)  # fmt: skip
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.records import Example
+from stages.records import Example, Labelled
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
 
@@ -66,18 +64,20 @@ def test_a_heading_is_no_final_answer(answer, shown):
     assert text.endswith(f"Question: How many?\n{shown}\nSteps:" if shown else "How many?\nSteps:")
 
 
+def judged(*systems: int) -> list[Labelled]:
+    return [Labelled(Example(f"{i}", f"q{i}", f"a{i}", None), system, {}) for i, system in enumerate(systems)]
+
+
 def test_calibration_needs_labelled_examples_of_each_system():
     voter = Voter(persona="steps", calibration="held_out")
     log = SimpleNamespace(title="v", voter=voter, context=brief())
-    rows = [CalibrationExample(f"q{i}", "a", 1) for i in range(MIN_EXAMPLES)]
     with pytest.raises(DataError, match=f"v: {MIN_EXAMPLES} System 1 and 0 System 2 labelled examples"):
-        _calibrate_voter(log, rows)
+        _calibrate_voter(log, judged(*[1] * MIN_EXAMPLES))
 
 
 def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
-    worked = (CalibrationExample("q1", "a", 1), CalibrationExample("q2", "b", 2))
-    text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
-    assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text
+    text = str(personas.pick("steps")(EXAMPLE, brief(shots=tuple(judged(1, 2)))).text)
+    assert "q0\nAnswer: a0\nSteps: one\n" in text and "q1\nAnswer: a1\nSteps: many\n" in text
     assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, brief()).text)
     assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, brief()).text)
 
@@ -85,13 +85,12 @@ def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
 def test_labelled_examples():
     """Balanced, by turns, none in both files, and yes/no questions on both sides."""
     shown, held = read_labelled_examples(SHOTS), read_labelled_examples(HELD_OUT)
-    assert not {row.question for row in shown} & {row.question for row in held}
-    assert len(held) >= 24
+    assert not {row.example.prompt for row in shown} & {row.example.prompt for row in held}
+    assert len(held) >= 24 and len(shots(SHOTS, 5)) == 4
     for rows in (shown, held):
         assert [row.system for row in rows] == [1, 2] * (len(rows) // 2)
-        forms = surface_scores([Example(row.question, row.question, "", None) for row in rows])["yes/no form"]
-        assert all(any(forms[row.question] for row in rows if row.system == k) for k in (1, 2))
-    assert len(shots(SHOTS, 5)) == 4
+        forms = surface_scores([row.example for row in rows])["yes/no form"]
+        assert all(any(forms[row.example.id] for row in rows if row.system == k) for k in (1, 2))
 
 
 def test_labelled_examples_of_a_user(tmp_path):
@@ -100,7 +99,8 @@ def test_labelled_examples_of_a_user(tmp_path):
     path.write_text(
         '{"question": "q", "answer": null, "system": 2.0}\n{"question": "r", "system": "System 1"}\n'
     )
-    assert [(row.system, row.answer) for row in read_labelled_examples(path)] == [(2, ""), (1, "")]
+    found = read_labelled_examples(path)
+    assert [(row.system, row.example.response) for row in found] == [(2, ""), (1, "")]
     path.write_text('{"question": "q", "system": 3}\n{"system": 1}\n{"question": "\\ud83d", "system": 1}\n')
     with pytest.raises(DataError, match="3 × a labelled example needs a question and a system"):
         read_labelled_examples(path)
@@ -110,15 +110,16 @@ def labels(
     votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings
 ) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
+    section = ClassifySection(**settings)
     voices = {
         voter: VoterResult(
             {str(i): v for i, v in enumerate(values)},
             (thresholds or {}).get(voter, 0.5),
             (weights or {}).get(voter, 1.0),
-        )
+        ).decided(section.system2_share)
         for voter, values in votes.items()
     }
-    return [row.system for row in aggregate(rows, voices, ClassifySection(**settings))[0]]
+    return [row.system for row in aggregate(rows, voices, section)]
 
 
 THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0.9, 0.1]}
@@ -137,28 +138,21 @@ def test_rules(rule, expected):
     assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
 
 
-def test_ties_go_by_the_mean_probability():
+def test_ties_go_by_the_mean_probability_and_even_ones_are_system_2():
     assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, rule="unanimous") == [2, 1, 2]
     assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
     assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
-
-
-@pytest.mark.parametrize("high", [0.58, 0.73])
-def test_an_even_tie_is_system_2_whatever_its_rounding(high):
-    low = 1 - high
-    assert labels({"a": [high, low], "b": [low, high]}) == [2, 2]
-
-
-def test_agreement_below_the_minimum_is_undecided():
-    assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
+    for high in (0.58, 0.73):  # whatever the rounding
+        assert labels({"a": [high, 1 - high], "b": [1 - high, high]}) == [2, 2]
 
 
 @pytest.mark.parametrize(
     ("quorum", "expected"), [(0.0, [2, 2, None]), (0.5, [2, None, None]), (1.0, [None, None, None])]
 )
-def test_without_a_quorum_of_valid_votes_an_example_is_undecided(quorum, expected):
+def test_without_agreement_or_a_quorum_an_example_is_undecided(quorum, expected):
     votes = {"a": [0.9, 0.9, None], "b": [0.9, None, None], "c": [None, None, None]}
     assert labels(votes, quorum=quorum) == expected
+    assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
 
 
 def test_a_known_share_sets_each_voter_s_threshold():
@@ -183,14 +177,14 @@ def test_a_threshold_moves_votes_and_probabilities():
     assert voice.calibrated("y") < 0.001 and voice.calibrated("z") > 0.999
 
 
-JUDGED = [CalibrationExample(f"q{i}", "", 1 + i % 2) for i in range(24)]
-
-
 def test_held_out_examples_set_the_threshold_between_the_systems():
-    given = [0.80 if row.system == 2 else 0.70 for row in JUDGED]
-    found = calibrate("held_out", JUDGED, given, [])
+    rows = judged(*[1, 2] * 12)
+    given = [0.80 if row.system == 2 else 0.70 for row in rows]
+    found = calibrate("held_out", rows, given, [])
     assert (found.threshold, found.auc, found.examples) == (0.75, 1.0, 24)
-    assert calibrate("none", JUDGED, given, []).threshold == 0.5
+    assert calibrate("none", rows, given, []).threshold == 0.5
+    # Without content it is the mean of log-odds: odds of 9 and 1 have the geometric mean 3.
+    assert calibrate("content_free", rows, [None] * 24, [0.9, 0.5]).threshold == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
@@ -200,8 +194,7 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
     def spread(number: int, middle: float) -> list[float]:
         return [middle + 0.3 * ((2 * i + 1) / number - 1) for i in range(number)]
 
-    rows = [CalibrationExample(f"q{i}", "", 1 if i < ones else 2) for i in range(ones + twos)]
-    given = [*spread(ones, 0.4), *spread(twos, 0.6)]
+    rows, given = judged(*[1] * ones, *[2] * twos), [*spread(ones, 0.4), *spread(twos, 0.6)]
     assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
 
 
@@ -272,24 +265,21 @@ def test_neighbours_are_others():
     assert (found["0"], found["6"]) == (0.4, 0.4)
 
 
-def known_of(words: float) -> dict:
+def known_of(words: float, low: float = 0.6) -> dict:
     """Ten rows of which nine are labelled as known, a voter with AUC .8, and that of the number of words."""
-    cells = {
-        "known 1 labelled 1": 5,
-        "known 1 labelled 2": 0,
-        "known 2 labelled 1": 1,
-        "known 2 labelled 2": 4,
-    }
+    cells = {"known 1 labelled 1": 5, "known 1 labelled 2": 0}
+    cells |= {"known 2 labelled 1": 1, "known 2 labelled 2": 4}
     areas = {"v": (0.8, (0, 1)), "words": (words, (0, 1))}
-    return {"field": "s", "n": 10, "agreement": 0.9, "interval": [0.6, 0.98], **cells, "auc": areas}
+    known = {"field": "s", "n": 10, "agreement": 0.9, "interval": [low, 0.98], **cells, "auc": areas}
+    return {"voters": {"v": {}}, "known": known}
 
 
 def test_an_agreement_that_could_be_had_without_reading_is_warned_of():
     """By a score of the surface, in both directions, or by one label for all rows."""
-    assert _known_label_warnings(known_of(0.25), {"v"}) == []
-    (said,) = _known_label_warnings(known_of(0.15), {"v"})
+    assert list(_known_label_warnings(known_of(0.25))) == []
+    (said,) = _known_label_warnings(known_of(0.15))
     assert "(AUC 0.85 and 0.80)" in said
-    (said,) = _known_label_warnings(known_of(0.5) | {"interval": [0.5, 0.98]}, {"v"})
+    (said,) = _known_label_warnings(known_of(0.5, 0.5))
     assert "one label for all would in 50%" in said
 
 
@@ -299,22 +289,12 @@ def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
     assert (area, *interval) == pytest.approx((0.75, 0.573425, 0.926575), abs=1e-5)
 
 
-def test_a_threshold_without_content_is_the_mean_of_log_odds():
-    """Odds of 9 and 1: their geometric mean is 3."""
-    judged = read_labelled_examples(SHOTS)[:2]
-    assert calibrate("content_free", judged, [None, None], [0.9, 0.5]).threshold == pytest.approx(0.75)
-
-
-def weak(**areas):
-    return {title: {"held_out_auc": area} for title, area in areas.items()}
-
-
 def test_only_voters_that_are_all_guessing_are_refused():
-    with pytest.raises(AnswerError) as caught:
+    def weak(**areas):
+        return {title: {"held_out_auc": area} for title, area in areas.items()}
+
+    with pytest.raises(AnswerError, match="apart: AUC a 0.50, b 0.59 on labelled examples, 0.5 is") as caught:
         _refuse_weak_voters(weak(a=0.5, b=0.59), 0.6)
-    assert str(caught.value) == (
-        "no voter can tell the systems apart: AUC a 0.50, b 0.59 on labelled examples, 0.5 is chance"
-    )
     assert "classify.accept_weak: true" in caught.value.hint
     for voters in (weak(a=0.5, b=0.6), weak(a=0.5, b=None), weak(a=None)):
         _refuse_weak_voters(voters, 0.6)
