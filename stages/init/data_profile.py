@@ -118,13 +118,11 @@ def survey(
         response=Lengths([len(row.labels) - n for row, n in answered or zip(rendered, prompts, strict=True)]),
         row=Lengths([len(row.labels) for row in rendered]),
         unanswered=len(rendered) - len(answered),
-        bare=sum(
-            example.gold is not None and example.response in ("", example.gold) for example in rows.examples
-        ),
+        bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=labels.count(2) if None not in labels else None,
         ignores_system=sum(
-            label is None and isinstance(example.extra.get("system"), str)
-            for label, example in zip(labels, rows.examples, strict=True)
+            label is None and isinstance(e.extra.get("system"), str)
+            for label, e in zip(labels, rows.examples, strict=True)
         ),
         never_stops=renderer.rows_without_stop([row for row, _ in answered]),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],

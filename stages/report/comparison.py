@@ -59,11 +59,10 @@ def is_derived(target: str) -> bool:
 def p_note(targets: Iterable[str]) -> str:
     """Explain what the p-values of these targets compare."""
     derived = {target for target in targets if is_derived(target)}
-    passed_over = ", passing over auto and kept steps" if derived - set(REGIONS) else ""
-    regions = (
-        " Regions alone are tested against the model that they are of." if derived & set(REGIONS) else ""
-    )
-    return f"p: paired test on the same items against the target to the left{passed_over}.{regions}"
+    note = "p: paired test on the same items against the target to the left"
+    note += ", passing over auto and kept steps." if derived - set(REGIONS) else "."
+    regions = " Regions alone are tested against the model that they are of."
+    return note + (regions if derived & set(REGIONS) else "")
 
 
 def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
@@ -72,10 +71,8 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     A target is tested against the previous one that is not derived, and a region against rl, whose elements
     it is a part of. The p-value is None where the two targets did not answer the same items.
     """
-    groups = sorted(
-        {name for answers in answers_by_target.values() for name in answers},
-        key=lambda name: (name != "all", name),
-    )
+    names = {name for answers in answers_by_target.values() for name in answers}
+    groups = sorted(names, key=lambda name: (name != "all", name))
     previous: str | None = None
     for target, answers in answers_by_target.items():
         against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
@@ -179,11 +176,13 @@ def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
         }
         for benchmark in config.eval.benchmarks
     }
-    rows = [
-        [name, *_base(by_target.get("base")), *(_change(by_target, target) for target in trained)]
-        for name, by_target in accuracies.items()
-        if by_target
-    ]
+    rows = []
+    for name, by_target in accuracies.items():
+        if by_target:
+            base = by_target.get("base", {})
+            mean = f"{100 * sum(base.values()) / len(base):.1f}" if base else ""
+            changes = (_change(base, by_target.get(target, {})) for target in trained)
+            rows.append([name, str(len(base) or ""), mean, *changes])
     summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
     drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
     if any(drift):
@@ -199,14 +198,8 @@ def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     return [Grid(["", "items", "base, %", *trained], rows, caption)]
 
 
-def _base(base: dict[str, float] | None) -> list[str]:
-    """Return the number of items, and the accuracy in per cent."""
-    return [str(len(base)), f"{100 * sum(base.values()) / len(base):.1f}"] if base else ["", ""]
-
-
-def _change(by_target: dict[str, dict[str, float]], stage: str) -> str:
+def _change(base: dict[str, float], trained: dict[str, float]) -> str:
     """Return the change against the base on the items that both answered, with its interval."""
-    base, trained = by_target.get("base", {}), by_target.get(stage, {})
     items = [item for item in base if item in trained]
     if not items:
         return ""
@@ -230,26 +223,19 @@ def routings(artifacts: dict[str, Artifact]) -> list[Block]:
         if target != ROUTED:
             continue
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
-        rows = [
-            [
-                title,
-                Value(row["accuracy"], n=row["n"], over_items=Interval(*row["interval"])).text(),
-                f"{row['tokens']:.1f}" if "tokens" in row else "–",
-                f"{100 * row['slow_share']:.0f} %",
-            ]
-            for title, row in metrics["routing"].items()
-            if row["accuracy"] is not None
-        ]
+        rows = []
+        for title, row in metrics["routing"].items():
+            if row["accuracy"] is not None:
+                value = Value(row["accuracy"], n=row["n"], over_items=Interval(*row["interval"]))
+                tokens = f"{row['tokens']:.1f}" if "tokens" in row else "–"
+                rows.append([title, value.text(), tokens, f"{100 * row['slow_share']:.0f} %"])
         head = [benchmark, "accuracy, % [95 % interval]", "tokens of an answer", "answered slowly"]
-        content.append(Grid(head, rows, ROUTINGS_CAPTION))
-        content.append(Text(_router(metrics["router"]), quiet=True))
+        router = metrics["router"]
+        area = "" if router["auc"] is None else f"; AUC {router['auc']:.2f} against their labels"
+        source = f"{router['examples']} labelled training rows{area}"
+        vote = (
+            f"The vote is that of persona {router['persona']}, without an answer to look at. Its threshold, "
+        )
+        vote += f"{router['threshold']:.3f}, is from {source}. Votes are not counted as tokens."
+        content += [Grid(head, rows, ROUTINGS_CAPTION), Text(vote, quiet=True)]
     return content
-
-
-def _router(router: dict[str, float | str | None]) -> str:
-    area = "" if router["auc"] is None else f"; AUC {router['auc']:.2f} against their labels"
-    rows = f"{router['examples']} labelled training rows"
-    return (
-        f"The vote is that of persona {router['persona']}, without an answer to look at. Its threshold, "
-        f"{router['threshold']:.3f}, is from {rows}{area}. Votes are not counted as tokens."
-    )
