@@ -28,24 +28,7 @@ def build(store: Store, name: str = "k", text: str = "payload") -> Path:
     partial = store.start_partial("score", key)
     (partial / "sub").mkdir()
     (partial / "sub/file.bin").write_text(text)
-    return store.commit(
-        "score",
-        key,
-        {"variant": "", "identity": identity, **FIELDS},
-    ).path
-
-
-def test_key_is_stable_and_order_free():
-    assert key_of({"a": 1, "b": [0.9]}) == key_of({"b": [0.9], "a": 1})
-    assert canonical_json({"b": 1, "a": "é"}) == b'{"a":"\\u00e9","b":1}'
-
-
-def test_committed_artifact_is_whole(store):
-    path = build(store)
-    artifact = store.load(path)
-    assert artifact.integrity_error() is None
-    assert artifact.manifest["files"]["sub/file.bin"]["size"] == 7
-    assert not store.partial("score", path.name).exists()
+    return store.commit("score", key, {"variant": "", "identity": identity, **FIELDS}).path
 
 
 def test_an_artifact_has_its_name_when_all_of_it_is_on_disk(store, monkeypatch):
@@ -59,19 +42,26 @@ def test_an_artifact_has_its_name_when_all_of_it_is_on_disk(store, monkeypatch):
     assert done == ["file.bin", MANIFEST, "sub", f".{key}.partial", f"to {key}", "score"]
 
 
-@pytest.mark.parametrize("offset", range(7))
-def test_a_flipped_bit_is_seen(store, offset):
-    path = build(store)
-    data = bytearray((path / "sub/file.bin").read_bytes())
-    data[offset] ^= 1
-    (path / "sub/file.bin").write_bytes(data)
-    assert "sha256 of" in store.load(path).integrity_error()
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
 
 
-def test_a_missing_file_is_seen(store):
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: flip(path / "sub/file.bin"), "sha256 of"),
+        (lambda path: (path / "sub/file.bin").unlink(), "file.bin is missing"),
+        (lambda path: (path / "more").symlink_to(path / "sub"), "more is not in its manifest"),
+        (lambda path: (path / "sub/more.txt").write_text("x"), "sub/more.txt is not in its manifest"),
+    ],
+)
+def test_damage_is_seen(store, harm, said):
     path = build(store)
-    (path / "sub/file.bin").unlink()
-    assert store.load(path).integrity_error().endswith("is missing")
+    assert store.load(path).integrity_error() is None and not store.partial("score", path.name).exists()
+    harm(path)
+    assert said in Store(store.root).load(path).integrity_error()
 
 
 def test_foreign_artifacts_are_refused(store):
@@ -155,22 +145,13 @@ def edited(path: Path, change) -> None:
 EDITS = {
     "summary": lambda m: m["summary"].update(accuracy=1),
     "files emptied": lambda m: m.update(files={}),
-    "a digest": lambda m: m["files"]["sub/file.bin"].update(sha256="0" * 64),
-    "provenance": lambda m: m["provenance"].update(seconds=1),
-    "inputs": lambda m: m.update(inputs={"score": {"key": "a", "content": "b"}}),
     "seal": lambda m: m.update(seal="0" * 64),
     "no seal": lambda m: m.pop("seal"),
     "identity": lambda m: m.update(identity={"name": "other"}),
-    "variant": lambda m: m.update(variant="x"),
     "file outside": lambda m: m["files"].update({"../x": m["files"]["sub/file.bin"]}),
-    "size": lambda m: m["files"]["sub/file.bin"].update(size="7"),
-    "files a list": lambda m: m.update(files=[]),
-    "file a text": lambda m: m["files"].update({"sub/file.bin": "x"}),
-    "inputs without content": lambda m: m.update(inputs={"score": {"key": "a"}}),
     "summary a text": lambda m: m.update(summary="good"),
     "schema a text": lambda m: m.update(schema="2"),
-    "schema nothing": lambda m: m.update(schema=None),
-    "schema 1": lambda m: m.update(schema=1),
+    "schema 1": lambda m: (m.pop("seal"), m.update(schema=1, files={})),
     "not a number": lambda m: m["summary"].update(accuracy=float("nan")),
     "more": lambda m: m.update(more=1),
 }
@@ -189,15 +170,11 @@ def test_an_edited_manifest_is_not_believed(store, how):
     [
         (lambda m: m.pop("inputs"), "inputs: Field required"),
         (lambda m: m.update(provenance={}), "provenance.config: Field required"),
-        (lambda m: m["provenance"].pop("seconds"), "provenance.seconds: Field required"),
-        (lambda m: m["provenance"].update(seconds=-1), "provenance.seconds: Input should be greater"),
         (lambda m: m["provenance"].update(peak_mib=7), "provenance.peak_mib: Input should be a valid dict"),
         (lambda m: m["summary"].update(active_share="much"), "summary.active_share: Input should be a valid"),
-        (lambda m: m["summary"].update(active_share=1.5), "summary.active_share: Input should be less"),
-        (lambda m: m["summary"].update(elements=None), "summary.elements: Input should be a valid int"),
         (
             lambda m: m["summary"].update(all={"n": 3, "accuracy": 30}),
-            "summary.all.accuracy: Input should be",
+            "summary.all.accuracy: Input should",
         ),
     ],
 )
@@ -221,42 +198,13 @@ def test_a_field_that_a_manifest_lacks_is_named(store):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        "7",
-        '"x"',
-        "[" * 5000,
-        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
-    ],
+    ["", "{", "[]", "7", "[" * 5000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")],
 )
 def test_what_is_no_manifest_is_not_believed(store, text):
     path = build(store)
     (path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="is not a lorapar artifact"):
         store.load(path)
-
-
-def test_an_artifact_without_a_seal_is_not_believed(store):
-    """Whoever edits a manifest could call it one of a lorapar that did not seal."""
-    path = build(store)
-    edited(path, lambda m: (m.pop("seal"), m.update(schema=1, files={})))
-    with pytest.raises(ArtifactError, match="is a foreign artifact"):
-        store.load(path)
-
-
-def test_a_link_that_nobody_listed_is_seen(store):
-    path = build(store)
-    (path / "more").symlink_to(path / "sub")
-    assert store.load(path).integrity_error() == f"{path / 'more'} is not in its manifest"
-
-
-def test_a_file_that_nobody_listed_is_seen(store):
-    path = build(store)
-    (path / "sub/more.txt").write_text("x")
-    assert store.load(path).integrity_error() == f"{path / 'sub/more.txt'} is not in its manifest"
 
 
 @pytest.mark.parametrize("name", ["sub/.more.txt.swp", ".directory", ".ipynb_checkpoints/a.json"])
@@ -299,9 +247,6 @@ def test_a_copied_store_in_which_latest_is_a_folder(store):
 def test_a_damaged_cache_of_digests_is_no_obstacle(tmp_path, text):
     (tmp_path / "cache.json").write_text(text)
     (tmp_path / "a").write_text("a")
-    digest = DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
-    assert (
-        DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
-        == digest
-        == hashlib.sha256(b"a").hexdigest()
-    )
+    for _ in range(2):
+        digest = DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
+        assert digest == hashlib.sha256(b"a").hexdigest()

@@ -178,7 +178,9 @@ def _collect_votes(
     def run_lane(lane: list[VoteJournal], engines: EngineCache) -> None:
         for journal in lane:
             # No variable for the engine: it would keep the engine in memory while the next one is loaded.
-            spec = _engine_spec(journal.voter, model)
+            voter = journal.voter
+            served = voter.voting_model(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices
+            spec = EngineSpec(voter.engine, *served)
             votes = journal.ask(engines.get(spec, server, progress.say), progress.say)
             if begun.acquire(blocking=False):
                 progress.start("votes", sum(missing.values()))
@@ -204,11 +206,6 @@ def _model_of(journal: VoteJournal) -> tuple[str, ...]:
     """Sort key that brings together the voters that one engine answers for, so that it is loaded once."""
     voter = journal.voter
     return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
-
-
-def _engine_spec(voter: Voter, model: ModelSection) -> EngineSpec:
-    served = voter.voting_model(model)
-    return EngineSpec(voter.engine, served, None, voter.urls, voter.api_key_env, voter.vllm, voter.devices)
 
 
 def _calibrate_voter(journal: VoteJournal, labelled: list[Labelled]) -> Calibration:
