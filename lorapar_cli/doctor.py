@@ -5,8 +5,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import typer
 
@@ -14,8 +14,7 @@ from stages.errors import first_line
 from stages.runtime import gpu, resources
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     name: str
     text: str
     good: bool | None = None
@@ -28,8 +27,10 @@ def command() -> None:
 
 def examine() -> Iterator[Finding]:
     """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
+    usable = resources.usable_cores()
+    cores = f"{usable} cores" + (f" of {os.cpu_count()}" if usable != os.cpu_count() else "")
     yield Finding("lorapar", f"{_version('lorapar')}, Python {platform.python_version()}, {sys.executable}")
-    yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {_cores()}")
+    yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {cores}")
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     for package in ("torch", "transformers", "peft", "trl"):
         installed = _version(package)
@@ -42,11 +43,6 @@ def examine() -> Iterator[Finding]:
     except (ImportError, OSError) as error:  # a library of CUDA that is missing, or half an installation
         yield Finding("torch", f"does not load: {first_line(error)}", False)
     yield from _sandboxes()
-
-
-def _cores() -> str:
-    usable = resources.usable_cores()
-    return f"{usable} cores" + (f" of {os.cpu_count()}" if usable != os.cpu_count() else "")
 
 
 def _version(package: str) -> str | None:
@@ -97,8 +93,7 @@ def _sandboxes() -> Iterator[Finding]:
 def _show(findings: Iterable[Finding]) -> bool:
     """Print each finding as it comes. Return True if all requirements are met: libraries and one sandbox."""
     complete = True
-    for finding in findings:
-        mark = {None: " ", True: "+", False: "-"}[finding.good]
-        print(f"{mark} {finding.name:<20} {finding.text}", flush=True)
-        complete &= finding.good is not False or finding.name.startswith("sandbox ")  # one of them is enough
+    for name, text, good in findings:
+        print(f"{ {None: ' ', True: '+', False: '-'}[good] } {name:<20} {text}", flush=True)
+        complete &= good is not False or name.startswith("sandbox ")  # one of them is enough
     return complete

@@ -25,8 +25,7 @@ def command(
     data: Annotated[
         str | None,
         typer.Argument(
-            metavar="DATA",
-            help="Training rows: a file, or the hub id of a data set without subsets.",
+            metavar="DATA", help="Training rows: a file, or the hub id of a data set without subsets."
         ),
     ] = None,
     model: Annotated[
@@ -73,7 +72,11 @@ def command(
             raise ConfigError(
                 f"--example {example} takes no rows and no model", "only --out may stand beside it"
             )
-        return _write_example(example, out)
+        from stages.init import examples
+
+        paths = examples.write(example, out)
+        commands = "; ".join(examples.next_commands(paths[0]))
+        return terminal.say(f"wrote {', '.join(map(str, paths))}; next: {commands}")
     if data is None or model is None:
         raise ConfigError(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
@@ -142,22 +145,11 @@ def _write_config(
     terminal.say(f"wrote {', '.join([str(path), *halves])}; next: lorapar plan {escaping.shell(str(path))}")
 
 
-def _write_example(name: str, out: Path | None) -> None:
-    from stages.init import examples
-
-    paths = examples.write(name, out)
-    commands = "; ".join(examples.next_commands(paths[0]))
-    terminal.say(f"wrote {', '.join(map(str, paths))}; next: {commands}")
-
-
 def _print_profile(profile: DataProfile) -> None:
     rows = profile.rows
     counts = {"empty": rows.empty, "repeated": rows.repeated}
-    left_out = [f"{number} {kind}" for kind, number in counts.items() if number]
-    print(
-        f"{len(rows.examples)} rows: {rows.format}"
-        + (f"; left out: {', '.join(left_out)}" if left_out else "")
-    )
+    left_out = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+    print(f"{len(rows.examples)} rows: {rows.format}" + (f"; left out: {left_out}" if left_out else ""))
     print("answers: " + ", ".join(f"{kind} {number}" for kind, number in profile.answers.most_common()))
     lengths_table = table("tokens", "median", "99 %", "longest")
     texts = {"prompt": profile.prompt}

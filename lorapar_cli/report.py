@@ -44,7 +44,8 @@ def command(
         refuse_store(out)
         if len({path.stem for path in paths}) < len(paths):
             raise ConfigError("two tables have the same name, and would be written to the same files")
-        tables = load_tables(paths, base, only, column, seeds, set_, max_cells)
+        choice = {"base": base, "only": only, "columns": column, "overrides": set_, "max_cells": max_cells}
+        tables = load_tables(paths, seeds, **choice)
         rows = [argument for row in only or () for argument in ("--only", row)]
         _report_tables(tables, out, rows, [*options, *sets(set_)])
     elif len(paths) > 1 or only or options:

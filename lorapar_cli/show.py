@@ -6,9 +6,8 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Json, Overrides, flag, plan_of, typed
-from stages.errors import ConfigError, LoraparError, MissingInputError
+from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import require_current, state
-from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
 
@@ -44,8 +43,16 @@ def command(
         names = ", ".join(step.name for step in evaluations)
         raise ConfigError("--samples, --wrong and --limit go with an evaluation", f"choose from: {names}")
     if stage is None:
+        if not evaluations:
+            raise ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
         if not any(state(store, step).state == "current" for step in evaluations):
-            raise _no_results(store, evaluations, typed(config, set_))
+            first = state(store, evaluations[0])
+            if first.state == "damaged":
+                require_current(store, evaluations[0])
+            raise MissingInputError(
+                f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
+                f"lorapar run {typed(config, set_)}",
+            )
         terminal.results(store, evaluations, by or "system", as_json)
         if not as_json:
             terminal.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
@@ -58,30 +65,11 @@ def command(
     if not named:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
     for step in named:
-        current_state = state(store, step)
-        if current_state.state == "damaged":
-            require_current(store, step)
-        if current_state.artifact is None:
-            raise MissingInputError(
-                f"{step.name} is {current_state.state} ({current_state.why})",
-                f"lorapar run {typed(config, set_)} --to {step.stage.name}",
-            )
-        if current_state.state == "stale":
-            terminal.say(f"{step.name} is stale: {current_state.why}")
+        now = state(store, step)
+        artifact = now.artifact if now.state == "stale" and now.artifact else require_current(store, step)
+        if now.state == "stale":
+            terminal.say(f"{step.name} is stale: {now.why}")
         if samples:
-            terminal.samples(current_state.artifact, wrong, limit or 5, as_json)
+            terminal.samples(artifact, wrong, limit or 5, as_json)
         else:
-            terminal.manifest(current_state.artifact, as_json)
-
-
-def _no_results(store: Store, evaluations: list[Step], config: str) -> LoraparError:
-    """The error that says why there are no results. config: with its overrides, as they are typed."""
-    if not evaluations:
-        return ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
-    first = state(store, evaluations[0])
-    if first.state == "damaged":
-        require_current(store, evaluations[0])
-    return MissingInputError(
-        f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
-        f"lorapar run {config}",
-    )
+            terminal.manifest(artifact, as_json)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,9 +36,7 @@ Rows = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        "--column",
-        metavar="COLUMN",
-        help="Only this column, or columns that match this pattern; repeatable.",
+        "--column", metavar="COLUMN", help="Only this column, or columns that match this pattern; repeatable."
     ),
 ]
 Seeds = Annotated[
@@ -77,7 +75,9 @@ def command(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    tables = load_tables(paths, base, only, column, seeds, set_, max_cells)
+    tables = load_tables(
+        paths, seeds, base=base, only=only, columns=column, overrides=set_, max_cells=max_cells
+    )
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
     logs = Path(cells[0].config.runs_dir) / "sweeps"
@@ -144,21 +144,17 @@ def _run_on_slurm(
         terminal.nothing_to_do()
 
 
-def load_tables(
-    paths: list[Path],
-    base: Path | None,
-    only: list[str] | None,
-    columns: list[str] | None,
-    seeds: str | None,
-    set_: list[str] | None,
-    max_cells: int,
-) -> list[Table]:
-    """Load the tables, and print which rows are left out. A single error combines all mistakes."""
+def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:
+    """Load the tables, and print which rows are left out. A single error combines all mistakes.
+
+    selection: keyword arguments of `stages.sweep.table.table`.
+    """
     tables, errors = [], []
+    base = selection["base"]
     reason = f"with {base}" if base else "in these columns"
     for path in paths:
         try:
-            tables.append(load_table(path, base, only, _numbers(seeds), set_, columns, max_cells))
+            tables.append(load_table(path, seeds=_numbers(seeds), **selection))
         except LoraparError as error:
             errors.append(error)
             continue
@@ -201,14 +197,12 @@ def _announce(
     show(by_stage)
     unshared = sum(len(node.cells) for node in nodes.values())
     terminal.say(f"{len(cells)} cells share {len(nodes)} steps; without sharing there would be {unshared}")
-    if any(not node.current for node in nodes.values()):
-        text = (
-            f"together about {terminal.duration(total / slots)}"
-            if total
-            else "how long it takes is not known"
-        )
-        at_a_time = f", {slots} at a time" if slots > 1 and total else ""
-        terminal.say(text + at_a_time + (", plus steps of unknown length" if total and not all_known else ""))
+    if total:
+        at_a_time = f", {slots} at a time" if slots > 1 else ""
+        unknown = "" if all_known else ", plus steps of unknown length"
+        terminal.say(f"together about {terminal.duration(total / slots)}{at_a_time}{unknown}")
+    elif not all(node.current for node in nodes.values()):
+        terminal.say("how long it takes is not known")
 
 
 def _report_failures(outcomes: list[Outcome], cells: int) -> None:

@@ -108,10 +108,8 @@ def _cost(committed: Artifact) -> str:
 def _facts(summary: dict[str, Any]) -> list[str]:
     """Write a summary: its values in one line, and a line for each group of values."""
     values = [f"{k}: {_short(v)}" for k, v in summary.items() if not isinstance(v, dict)]
-    groups = {k: v for k, v in summary.items() if isinstance(v, dict)}
-    lines = [
-        f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in group.items()) for k, group in groups.items()
-    ]
+    groups = {k: v.items() for k, v in summary.items() if isinstance(v, dict)}
+    lines = [f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in group) for k, group in groups.items()]
     return ["; ".join(values), *lines] if values else lines
 
 

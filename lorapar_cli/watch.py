@@ -34,9 +34,7 @@ def state_of_cells(sweep: Sweep, seconds: dict[str, float]) -> str:
             counts["running" if sweep.running.keys() & artifacts else "waiting"] += 1
     cells = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     remaining = time_left(sweep, seconds)
-    return f"cells: {cells}" + (
-        f"; about {terminal.duration(remaining)} left" if remaining is not None else ""
-    )
+    return f"cells: {cells}" + ("" if remaining is None else f"; about {terminal.duration(remaining)} left")
 
 
 def time_left(sweep: Sweep, seconds: dict[str, float]) -> float | None:
@@ -95,9 +93,8 @@ class LiveView:
             elapsed = terminal.duration(time.monotonic() - step.started)
             device = "" if step.worker.device is None else f", device {step.worker.device}"
             lines.append(f"{node.title} ({elapsed}{device})\n  {last_line(sweep.log(node))}")
-        return Text(
-            "\n".join([*lines, state_of_cells(sweep, self.seconds)]), no_wrap=True, overflow="ellipsis"
-        )
+        lines.append(state_of_cells(sweep, self.seconds))
+        return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
 
 def last_line(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -44,12 +43,10 @@ def write(
         raise ConfigError(
             f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
         )
-    with _building(out) as partial:
+    with _building(out, evaluated) as partial:
         _fill(partial, artifact, config, form, base_dtype)
-        (partial / "README.md").write_text(
-            card(artifact, form, partial, evaluated, base_dtype), encoding="utf-8"
-        )
-        _write_results(partial, evaluated)
+        text = card(artifact, form, partial, evaluated, base_dtype)
+        (partial / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_views(
@@ -68,26 +65,18 @@ def write_views(
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
         raise ConfigError(f"--views are served by vLLM, which cannot serve {cause}")
-    with _building(out) as partial:
+    with _building(out, evaluated) as partial:
         views = {name: trained[view.target] for name, view in views_of(config).items()}
         for name, artifact in views.items():
             (partial / name).mkdir()
             _fill(partial / name, artifact, config, "adapter", base_dtype)
         text = card_of_views(views, partial, evaluated)
         (partial / "README.md").write_text(text, encoding="utf-8")
-        _write_results(partial, evaluated)
-
-
-def _write_results(folder: Path, evaluated: Sequence[Artifact]) -> None:
-    """Write results on data sets of the hub to the folder that the hub reads them from."""
-    if text := hub_results(evaluated):
-        (folder / ".eval_results").mkdir()
-        (folder / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _building(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, renamed to `out` on success.
+def _building(out: Path, evaluated: Sequence[Artifact]) -> Iterator[Path]:
+    """Yield a temporary folder beside `out`, renamed to `out` on success, with the results for the hub.
 
     OutputError if `out` exists, or would lie among the artifacts of a run.
     """
@@ -101,6 +90,9 @@ def _building(out: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:
         yield partial
+        if text := hub_results(evaluated):  # in the folder that the hub reads them from
+            (partial / ".eval_results").mkdir()
+            (partial / ".eval_results/lorapar.yaml").write_text(text, encoding="utf-8")
         make_readable(partial, (file for file in partial.rglob("*") if file.is_file()))
         partial.rename(out)
     finally:
@@ -116,19 +108,9 @@ def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dty
         save_merged(config.model, trained, folder)
         return
     shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
-    _refuse_patterns(folder)
     cancellation.rewrite(folder, folder)  # whoever serves it may round it to 16 bits
     if base_dtype:
         _cast(folder / adapter.ADAPTER, config.model)
-
-
-def _refuse_patterns(folder: Path) -> None:
-    """Raise ConfigError for ranks or scales of single modules: vLLM 0.31 silently ignores both."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if patterns := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
-        raise ConfigError(
-            f"the adapter has a {patterns[0]}, which vLLM ignores", "--merged has it in the weights"
-        )
 
 
 def _cast(file: Path, model: ModelSection) -> None:
@@ -206,10 +188,8 @@ class _Trial:
         from stages.eval import parity
         from stages.eval.answer_cache import CachedAnswer
 
-        pairs = [
-            (prompt, CachedAnswer(ids=answers[i].ids, complete=answers[i].complete))
-            for i, prompt in enumerate(self.prompts)
-        ]
+        given = (CachedAnswer(ids=answers[i].ids, complete=answers[i].complete) for i in sorted(answers))
+        pairs = list(zip(self.prompts, given, strict=True))
         return parity.check(pairs, model, artifact.path / "adapter", self.renderer.tokenizer, hint, say)
 
 

@@ -34,7 +34,6 @@ WEIGHTS = "model.safetensors"
         (OSError(errno.ENAMETOOLONG, "x", "a" * 9), 78, "cannot use aaaaaaaaa: file name too long"),
         (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 74, "the machine ran out of memory"),
-        (MemoryError(), 74, "the machine ran out of memory"),
         (RecursionError("maximum"), 78, "something is nested too deeply"),
     ],
 )  # fmt: skip
@@ -67,20 +66,19 @@ def test_the_command_shows_no_trace(lorapar, monkeypatch):
     assert "Traceback" not in done.err and "hint: please report it with" in done.err
 
 
-def test_a_rewards_file_does_not_end_the_program(begun, tmp_path):
+@pytest.mark.parametrize(
+    ("does", "error", "told"),
+    [
+        ("sys.exit(0)", ConfigError, "tried to end lorapar, with 0"),
+        ("raise type('Odd', (BaseException,), {})('here')", RuntimeError, "Odd here"),
+    ],
+)
+def test_a_rewards_file_does_not_end_the_program(begun, tmp_path, does, error, told):
     """It would end with code 0 and have made nothing."""
     file = tmp_path / "rewards.py"
-    file.write_text("import sys\ndef mine(completions, **_):\n    sys.exit(0)\n")
+    file.write_text(f"import sys\ndef mine(completions, **_):\n    {does}\n")
     config = begun("rl.start_from=init", f"rl.rewards_file={file}", "rl.rewards={mine: 1}", "rl.max_steps=1")
-    with pytest.raises(ConfigError, match="tried to end lorapar, with 0"):
-        make_step(config, "rl")
-
-
-def test_a_reward_that_raises_no_exception_is_an_error_like_others(begun, tmp_path):
-    file = tmp_path / "rewards.py"
-    file.write_text("class Odd(BaseException): ...\ndef mine(completions, **_):\n    raise Odd('here')\n")
-    config = begun("rl.start_from=init", f"rl.rewards_file={file}", "rl.rewards={mine: 1}", "rl.max_steps=1")
-    with pytest.raises(RuntimeError, match="Odd here"):
+    with pytest.raises(error, match=told):
         make_step(config, "rl")
 
 
@@ -90,10 +88,9 @@ def test_a_reward_that_raises_no_exception_is_an_error_like_others(begun, tmp_pa
         ("x: !!int ''", "is not YAML"),
         ("[" * 300, "is not YAML"),
         ("", "holds no settings"),
-        ("{a: 1}", "launch.config .*distributed_type"),
         (
             "{a: 1, compute_environment: LOCAL_MACHINE, distributed_type: 'NO'}",
-            "launch.config .*unknown keys",
+            "config .*unknown keys",
         ),
         ("distributed_type: MULTI_CPU", "starts a single process"),
     ],
@@ -130,11 +127,9 @@ def test_a_model_with_more_layers_than_weights_is_refused(copy):
     "harm",
     [
         lambda m: (m / WEIGHTS).write_bytes((m / WEIGHTS).read_bytes()[:500]),
-        lambda m: (m / WEIGHTS).unlink(),
         lambda m: (m / "config.json").write_text("{"),
         lambda m: edited(m, model_type="unheard_of"),
         lambda m: edited(m, hidden_size=17),
-        lambda m: edited(m, vocab_size=7),
         lambda m: (m / "generation_config.json").write_text('{"eos_token_id": "x"}'),
         lambda m: save_file({k: w[:1] for k, w in load_file(m / WEIGHTS).items()}, m / WEIGHTS),
     ],
@@ -145,20 +140,14 @@ def test_a_damaged_model_is_named(copy, harm):
         load_base(section(copy))
 
 
-@pytest.mark.parametrize("text", ["[]", '{"model": {}}'])
-def test_a_damaged_tokenizer_is_named(copy, text):
-    (copy / "tokenizer.json").write_text(text)
-    with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
-        load_tokenizer(section(copy))
-
-
-def test_a_tokenizer_that_makes_its_library_panic_is_named(copy):
+def test_a_tokenizer_that_is_damaged_or_makes_its_library_panic_is_named(copy):
     """An exception that is no Exception."""
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
-        load_tokenizer(section(copy))
+    for text in (json.dumps(tokenizer), "[]", '{"model": {}}'):
+        (copy / "tokenizer.json").write_text(text)
+        with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
+            load_tokenizer(section(copy))
 
 
 def test_a_tokenizer_without_eos_and_a_template_without_the_question(copy):
@@ -194,7 +183,7 @@ def test_a_template_is_a_program_that_may_fail(copy, template, told):
     [
         (
             "models/smollm2-135m-q5",
-            "no folder models/smollm2-135m-q5, and cannot load the tokenizer of models",
+            "no folder models/smollm2-135m-q5, and cannot load the tokenizer",
         ),
         *((name, f"no model folder {name}") for name in ("./here", "a/b/c")),
         ("lonely", "cannot load the tokenizer of lonely"),

@@ -34,15 +34,13 @@ def test_every_example_is_copied_with_what_it_refers_to(name):
             assert read_with_extends(copy) == read_with_extends(original)
 
 
+LEVERS = "lorapar fetch smollm2-135m-q4; lorapar demo-data data/demo-long --long; lorapar sweep --dry-run "
+
+
 @pytest.mark.parametrize(
     ("name", "commands"),
     [
-        ("smoke", "lorapar fetch tiny-random; lorapar demo-data data/demo; lorapar plan smoke.yaml"),
-        (
-            "tables/levers",
-            "lorapar fetch smollm2-135m-q4; lorapar demo-data data/demo-long --long; "
-            "lorapar sweep --dry-run tables/levers.yaml",
-        ),
+        ("tables/levers", f"{LEVERS}tables/levers.yaml"),
         ("paper/table1/vote5", "lorapar plan paper/table1/vote5.yaml"),
     ],
 )
@@ -68,9 +66,7 @@ def test_an_unknown_name_lists_the_examples(lorapar):
 
 def test_a_changed_file_is_not_overwritten(lorapar):
     lorapar("init", "--example", "paper/table1/qwq")
-    assert (
-        lorapar("init", "--example", "paper/table1/vote3").code == 0
-    )  # of the same base, which is unchanged
+    assert lorapar("init", "--example", "paper/table1/vote3").code == 0  # its base is there, unchanged
     Path("paper/gsm8k-llama2-7b.yaml").write_text("seed: 1\n", encoding="utf-8")
     done = lorapar("init", "--example", "paper/table1/vote5")
     assert done.code == 73 and "paper/gsm8k-llama2-7b.yaml exists already" in done.err

@@ -10,9 +10,8 @@ import yaml
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
-from stages.evaluation.benchmarks import benchmarks
 from stages.init import config_writer
-from stages.init.data_profile import benchmark_of, survey
+from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 
@@ -48,7 +47,7 @@ def rows(number: int, **more: object) -> list[dict]:
 WITHOUT_REASON = re.compile("name|path|duplicates: first")
 
 
-def test_numbers(written):
+def test_numbers_and_lengths(tiny, written):
     found, said = written(rows(300))
     assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
@@ -56,10 +55,6 @@ def test_numbers(written):
     assert "each row ends in a stop token: '<|im_end|>'" in said
     assert "which rows measure success" in said and "eval" not in found
     assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
-
-
-def test_lengths_hold_all_rows_but_far_ones(tiny, written):
-    found, _ = written(rows(300))
     file = found["data"]["path"]
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=file), [])
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
@@ -80,16 +75,12 @@ def test_empty_and_repeated_rows_are_counted_and_left_out(written):
     assert found["rl"]["prompts_per_step"] == 4
 
 
-@pytest.mark.parametrize(
-    ("more", "reward", "told"),
-    [
-        ({"gold": "Paris"}, "correctness", "mostly a text"),
-        ({"test": "def check(f): pass", "entry_point": "f"}, "code_tests", "they run in the sandbox"),
-    ],
-)
-def test_rewards_follow_the_answers(written, more, reward, told):
-    found, said = written(rows(300, **more))
-    assert found["rl"]["rewards"] == {reward: 1.0} and told in said
+def test_rewards_follow_the_answers(written):
+    found, said = written(rows(300, gold="Paris"))
+    assert found["rl"]["rewards"] == {"correctness": 1.0} and "mostly a text" in said
+    Path("c.yaml").unlink()
+    found, said = written(rows(300, test="def check(f): pass", entry_point="f"))
+    assert found["rl"]["rewards"] == {"code_tests": 1.0} and "they run in the sandbox" in said
 
 
 def test_rows_without_answers_are_not_passed_over(written):
@@ -119,15 +110,6 @@ def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
     assert planned.code == 0, planned.err
     steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
     assert steps == {"classify:train", "score", "partition:sft", "partition:rl", "rl"}
-
-
-def test_of_a_hub_data_set_the_test_rows_are_read(monkeypatch):
-    splits = []
-    for name in benchmarks.names():
-        monkeypatch.setattr(
-            benchmarks.pick(name), "load", lambda source: splits.append(source.split), raising=False
-        )
-    assert benchmark_of("owner/name").split == "test" and splits == ["test"]
 
 
 def test_labels_of_the_rows_are_taken(written):
@@ -188,10 +170,8 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     folder = fetch("tiny-random", tmp_path / "models")[0]
     (folder / "chat_template.jinja").unlink()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=8, max_position_embeddings=64,
-    )  # fmt: skip
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 64}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2, **sizes)
     GPTNeoXForCausalLM(config).save_pretrained(folder)
     found, said = written(rows(300), model=folder)
     assert found["prompt"]["template"] == "plain"
@@ -211,18 +191,16 @@ def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monke
     assert lorapar("init", "odd.jsonl", "--model", tiny).code == 65
     done = lorapar("init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--test", "odd.jsonl")
     assert done.code == 65 and "\n  jsonl: bad row" in done.err
+    Path("long.jsonl").write_text(json.dumps({"question": "a b " * 10**6, "answer": "3"}), encoding="utf-8")
+    done = lorapar("init", "long.jsonl", "--model", tiny, "--out", "c.yaml")
+    assert done.code == 65 and "jsonl:1: a text of 4,000,001 characters, more than 1,000,000" in done.err
+    shutil.copytree(tiny, "gpt2")  # which has Conv1D
+    GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=500).save_pretrained("gpt2")
+    done = lorapar("init", "rows.jsonl", "--model", "gpt2", "--out", "c.yaml")
+    assert done.code == 78 and "GPT2LMHeadModel has no linear modules except its head" in done.err
     assert lorapar("init", "rows.jsonl", "--model", "./none", "--out", "c.yaml").code == 66
     assert lorapar("init", "none.jsonl", "--model", tiny, "--out", "c.yaml").code == 66
     assert not Path("c.yaml").exists() and not Path("odd.yaml").exists()
-
-
-def test_answers_of_the_test_rows_alone_are_asked_for_too(written, tmp_path):
-    test = tmp_path / "test.jsonl"
-    test.write_text('{"prompt": "3 + 4?", "answer": "7"}\n', encoding="utf-8")
-    found, _ = written(
-        [{"prompt": f"Say {i}.", "completion": f"{i}, gladly"} for i in range(40)], "--test", test
-    )
-    assert found["prompt"]["system"].endswith("after ####.")
 
 
 def test_long_rows_get_a_server_with_room(written):
@@ -235,30 +213,10 @@ def test_long_rows_get_a_server_with_room(written):
     assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096 or "server" not in found
 
 
-def test_a_model_without_linear_modules_is_refused(lorapar, tiny, tmp_path, monkeypatch):
-    """GPT-2 has Conv1D."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny, "gpt2")
-    GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=500).save_pretrained("gpt2")
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows(5))), encoding="utf-8")
-    done = lorapar("init", "rows.jsonl", "--model", "gpt2")
-    assert done.code == 78 and "GPT2LMHeadModel has no linear modules except its head" in done.err
-    assert not Path("rows.yaml").exists()
-
-
-def test_a_text_of_megabytes_is_refused_before_a_tokenizer_sees_it(tiny, tmp_path, lorapar):
-    rows = [{"question": "How many?", "answer": "#### 3"}, {"question": "a b " * 10**6, "answer": "#### 3"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = lorapar("init", tmp_path / "rows.jsonl", "--model", tiny, "--out", tmp_path / "c.yaml")
-    assert done.code == 65
-    assert "rows.jsonl:2: a text of 4,000,006 characters, more than 1,000,000" in done.err
-
-
 def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [{"question": f"How many, {i}?", "answer": f"#### {i}"} for i in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    labels = [f'"{row["question"]}",{1 + i % 2}' for i, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(8))), encoding="utf-8")
+    labels = [f'"{row["question"]}",{1 + i % 2}' for i, row in enumerate(rows(8))]
     (tmp_path / "labels.csv").write_text("\n".join(["question,system", *labels]), encoding="utf-8")
     arguments = ["init", "rows.jsonl", "--model", tiny, "--out", "c.yaml"]
     done = lorapar(*arguments, "--labels", "gone.csv")
@@ -277,11 +235,9 @@ def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
     found, said = written(rows(100), "--protect", "old.jsonl")
     assert found["data"]["path"] == "my rows-train.jsonl"
     assert found["partition"] == {"protect": "old-train.jsonl"}
-    assert {name: part["path"] for name, part in found["eval"]["benchmarks"].items()} == {
-        "my-rows-test": "my rows-test.jsonl",
-        "protected": "old-test.jsonl",
-    }
-    assert found["eval"]["benchmarks"]["protected"]["label"] is False
+    made = found["eval"]["benchmarks"]
+    paths = {"my-rows-test": "my rows-test.jsonl", "protected": "old-test.jsonl"}
+    assert {name: part["path"] for name, part in made.items()} == paths and not made["protected"]["label"]
     parts = [
         [json.loads(line) for line in (tmp_path / f"old-{name}.jsonl").read_text().splitlines()]
         for name in ("train", "test")

@@ -34,13 +34,6 @@ def refused(tmp_path, *rows, error=DataError):
     return str(caught.value).replace(str(tmp_path), "")
 
 
-def test_extra_fields_are_kept_and_the_id_is_of_the_content(tmp_path):
-    (one,) = read(tmp_path, {"question": "Q", "answer": "A", "level": 3})
-    (two,) = read(tmp_path, {"answer": "A", "question": "Q"})
-    assert one.extra == {"level": 3}
-    assert one.id == two.id
-
-
 def test_gzip_and_byte_order_mark_and_line_separator(tmp_path):
     text = '\ufeff{"question": "a\u2028b", "answer": "A"}'
     path = tmp_path / "x.jsonl.gz"
@@ -49,29 +42,22 @@ def test_gzip_and_byte_order_mark_and_line_separator(tmp_path):
     assert example.prompt == "a\u2028b"
 
 
-def test_broken_lines_are_named_and_counted(tmp_path):
+def test_broken_lines_and_bad_fields_are_named_and_counted(tmp_path):
     text = refused(tmp_path, '{"question": 1', {"question": "Q", "answer": "A"}, "[]")
     assert text.startswith("2 × broken JSON line:\n  /data.jsonl:1: Expecting")
     assert "/data.jsonl:3: expected an object, got list" in text
-
-
-def test_bad_fields_are_named(tmp_path):
     good = {"question": "Q", "answer": "A"}
-    assert refused(tmp_path, good, {"question": "Q2", "answer": [4]}) == (
-        "bad row: /data.jsonl:2: the answer must be text, a number or a boolean, got list"
-    )
-    assert (
-        refused(tmp_path, good, {"question": " ", "answer": "A"})
-        == "bad row: /data.jsonl:2: prompt or response is empty"
-    )
+    text = refused(tmp_path, good, {"question": "Q2", "answer": [4]})
+    assert text == "bad row: /data.jsonl:2: the answer must be text, a number or a boolean, got list"
+    with pytest.raises(MissingInputError, match="no file"):
+        read_jsonl(tmp_path / "none.jsonl")
 
 
 def test_empty_rows_may_be_left_out(tmp_path):
     pairs = [("Q", "A"), (" ", "A"), ("Q2", ""), ("Q3", "A3")]
     path = written(tmp_path, *({"question": q, "answer": a} for q, a in pairs)).path
-    with pytest.raises(
-        DataError, match=r"data.jsonl:2: prompt or response is empty \(line 3 as well\)"
-    ) as caught:
+    empty = r"data.jsonl:2: prompt or response is empty \(line 3 as well\)"
+    with pytest.raises(DataError, match=empty) as caught:
         data.read(DataSection(path=path))
     assert "empty: drop leaves out empty ones" in caught.value.hint
     assert [e.prompt for e in data.read(DataSection(path=path, empty="drop"))] == ["Q", "Q3"]
@@ -113,13 +99,6 @@ def test_repeated_rows_and_a_limit(tmp_path):
     assert refused(tmp_path, row, row) == "duplicate id: /data.jsonl:2 repeats /data.jsonl:1"
     assert len(read(tmp_path, row, row, duplicates="first")) == 1
     assert [e.prompt for e in read(tmp_path, row, {**row, "question": "R"}, limit=1)] == ["Q"]
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(MissingInputError, match="no file"):
-        read_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(MissingInputError, match="is a folder, not a file"):
-        read_jsonl(tmp_path)
 
 
 def test_items_of_an_own_benchmark_count_once(tmp_path):
@@ -187,19 +166,14 @@ def test_an_answer_of_an_own_benchmark_is_graded_by_its_form(tmp_path):
 
 
 def test_the_names_of_alpaca_and_dolly_for_one_field(tmp_path):
-    (example,) = read(
-        tmp_path, {"instruction": "I", "input": "X", "context": "", "output": "", "response": "R"}
-    )
-    assert (example.prompt, example.response) == ("I\n\nX", "R")
-    assert "mean the same, and their values differ" in refused(
-        tmp_path, {"instruction": "I", "output": "good", "response": "bad"}
-    )
+    row = {"instruction": "I", "input": "X", "context": "", "output": "", "response": "R", "level": 3}
+    (example,) = read(tmp_path, row)
+    assert (example.prompt, example.response, example.extra) == ("I\n\nX", "R", {"level": 3})
+    both = {"instruction": "I", "output": "good", "response": "bad"}
+    assert "mean the same, and their values differ" in refused(tmp_path, both)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"path": "me/hub-copy", "split": "train"}, {"path": "data.jsonl"}],
-)
+@pytest.mark.parametrize("settings", [{"path": "me/hub-copy", "split": "train"}, {"path": "data.jsonl"}])
 def test_worked_examples_are_not_the_rows_that_are_asked(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").touch()
@@ -228,9 +202,8 @@ def test_worked_examples_of_an_own_benchmark_may_have_its_form(tmp_path):
         section = BenchmarkSection(path=asked.path, shots=1, shots_path=shown.path)
         (one,) = jsonl.ask(jsonl.load(section), section, Plain())
         assert "('1 + 1?'" in one.text and "#### 2" in one.text
-    both = section.model_copy(
-        update={"shots_path": written(tmp_path, {"prompt": "2 + 2?", "answer": 4}, name="b").path}
-    )
+    asked_too = written(tmp_path, {"prompt": "2 + 2?", "answer": 4}, name="b").path
+    both = section.model_copy(update={"shots_path": asked_too})
     with pytest.raises(DataError, match=r"a worked example is also a test item: 2 \+ 2\?"):
         jsonl.ask(jsonl.load(both), both, Plain())
 

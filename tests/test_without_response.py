@@ -10,7 +10,6 @@ from stages.classify import run as classify
 from stages.config import DataSection, ScoreSection, SftSection
 from stages.data.rows import read
 from stages.errors import DataError
-from stages.labelling.personas import PersonaContext, personas
 from stages.lora import examples
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
@@ -49,15 +48,6 @@ def test_a_test_verifies_too_and_keep_takes_what_a_reward_of_one_s_own_reads(tmp
     assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
 
 
-def test_a_response_is_found_by_its_synonym_with_and_without_a_gold(tmp_path):
-    found = _read(
-        tmp_path,
-        {"prompt": "1 + 1?", "answer": "It is 2.", "gold": "2"},
-        {"prompt": "Why?", "answer": "Because.", "gold": None},
-    )
-    assert [(e.response, e.gold) for e in found] == [("It is 2.", "2"), ("Because.", None)]
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -75,11 +65,8 @@ def test_a_row_without_response_and_gold_is_empty(tmp_path, row):
 
 
 def test_what_verifies_the_last_answer_of_a_chat_verifies_no_other(tmp_path):
-    chat = [
-        {"role": "user", "content": "f?"},
-        {"role": "assistant", "content": "def f(): pass"},
-        {"role": "user", "content": "g?"},
-    ]
+    turns = (("user", "f?"), ("assistant", "def f(): pass"), ("user", "g?"))
+    chat = [{"role": role, "content": text} for role, text in turns]
     row = {"messages": chat, "test": "assert g()", "entry_point": "g", "from": "x"}
     first, last = _read(tmp_path, row, format="messages_all")
     assert (first.prompt, first.response, first.extra) == ("f?", "def f(): pass", {"from": "x"})
@@ -101,8 +88,7 @@ def test_ids_of_rows_with_a_response_are_as_before(tmp_path):
     assert example.id == "8bb01108ea572742"
 
 
-@pytest.mark.parametrize("bare", [0, 1])
-def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeypatch, bare):
+def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeypatch):
     """One threshold is for prompts of one kind."""
     shown = []
 
@@ -112,18 +98,11 @@ def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeyp
 
     monkeypatch.setattr(classify, "persona_context", persona_context)
     rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
-    rows += [{"question": "9?", "gold": "9"}] * bare
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(StopIteration):
-        make_step(smoke(f"data.path={tmp_path / 'rows.jsonl'}"), "classify:train")
-    assert shown == [not bare]
-
-
-def test_voters_see_no_empty_answer():
-    example = Example("a", "2 + 3?", "", "5")
-    for name in personas.names():
-        request = personas.pick(name)(example, PersonaContext("m", show_answer=True))
-        assert "Answer:" not in str(request.text)
+    for more in ([], [{"question": "9?", "gold": "9"}]):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows + more)))
+        with pytest.raises(StopIteration):
+            make_step(smoke(f"data.path={tmp_path / 'rows.jsonl'}"), "classify:train")
+    assert shown == [True, False]
 
 
 ROWS = [
@@ -137,13 +116,9 @@ def test_score_and_sft_read_rows_with_a_response():
         assert len(chosen) == 8 and all(example.response for example in chosen)
     mixed = examples.trained_by_sft(ROWS, SftSection(system2_share=0.5), 0)
     assert len(mixed) == 8 + 4 and all(example.response for example in mixed)
+    taught = examples.trained_by_sft(ROWS, SftSection(system1_targets="answer", system2_share=0.0), 0)
+    assert {example.response for example in taught} == {f"#### {i}" for i in range(0, 24, 2)}
     assert len(examples.trained_by_sft(ROWS, SftSection(data="all"), 0)) == 16
-
-
-def test_answers_alone_can_teach_system_1():
-    bare = [replace(row, example=replace(row.example, response="")) for row in ROWS]
-    taught = examples.trained_by_sft(bare, SftSection(system1_targets="answer", system2_share=0.0), 0)
-    assert [example.response for example in taught] == [f"#### {i}" for i in range(0, 24, 2)]
 
 
 def test_a_system_without_any_response_is_said():
@@ -171,15 +146,8 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     fast[1]["answer"] = "Some."
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = (
-        "classify.strategy=known",
-        "classify.known=intended",
-        "score.examples=4",
-        "sft.max_steps=1",
-        "rl.max_steps=1",
-        "rl.system1_share=0.25",
-        "rl.kl_probe_prompts=0",
-    )
+    small = ("classify.strategy=known", "classify.known=intended", "score.examples=4", "sft.max_steps=1")
+    small += ("rl.max_steps=1", "rl.system1_share=0.25", "rl.kl_probe_prompts=0")
     settings = (f"data.path={path}", *small, "eval.targets=[sft]")
     config = resolved(smoke(*settings))
     assert problems(config, list(plan_steps(config).values())) == []

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.config import ClassifySection
 from stages.errors import AnswerError
-from stages.labelling.aggregate import VoterResult, rounded
+from stages.labelling.aggregate import Calibration, VoterResult, rounded
 from stages.labelling.agreement import SURFACE, compare_with_known, kappas, neighbour_scores, surface_scores
-from stages.labelling.calibration import POOR_AUC, POOR_MASS, Calibration
 from stages.labelling.known import system_of
 from stages.labelling.votes import VoteJournal
 from stages.records import Labelled
 
 GUESS = 0.5
+POOR_AUC = 0.65
+"""A voter with a lower AUC on the labelled examples is warned about."""
+POOR_MASS = 0.01
+"""A constrained choice says little if the label words have less than this share of the probability."""
 CONTESTED = 10
 """Number of contested examples in the report."""
 COMBINED = "these together"
@@ -34,49 +37,54 @@ def counts(rows: list[Labelled]) -> dict[str, Any]:
     }
 
 
-def report(
+def content(
     rows: list[Labelled],
-    vote_journals: list[VoteJournal],
-    voter_results: dict[str, VoterResult],
-    system2_ids: dict[str, set[str]],
+    journals: list[VoteJournal],
+    results: dict[str, VoterResult],
     calibrations: dict[str, Calibration],
     section: ClassifySection,
-    path: Path,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the report to `path` and say its warnings; returns its most important figures, for the manifest.
-
-    voter_results, system2_ids, calibrations: by voter; the ids are those of the examples it votes 2 for.
-    """
-    valid = {title: result.valid() for title, result in voter_results.items()}
+    """Describe the labels and the voters. results, calibrations: by voter."""
     examples = [row.example for row in rows]
-    content: dict[str, Any] = {"rule": section.rule, **counts(rows), "voters": {}}
-    for vote_journal in vote_journals:
-        title, calibration = vote_journal.title, calibrations[vote_journal.title]
-        content["voters"][title] = {
-            "engine": vote_journal.voter.engine,
-            "valid": len(valid[title]),
-            "invalid": vote_journal.invalid(examples),
-            "failed": dict(Counter(failure.reason for _, failure in vote_journal.failures)),
-            "system2_share": len(system2_ids[title]) / len(valid[title]) if valid[title] else None,
-            "threshold": rounded(voter_results[title].threshold),
+    voters = {}
+    for journal in journals:
+        result, calibration = results[journal.title], calibrations[journal.title]
+        valid = len(result.valid)
+        voters[journal.title] = {
+            "engine": journal.voter.engine,
+            "valid": valid,
+            "invalid": journal.invalid(examples),
+            "failed": dict(Counter(failure.reason for _, failure in journal.failures)),
+            "system2_share": len(result.system2_ids) / valid if valid else None,
+            "threshold": rounded(result.threshold),
             "calibration": "system2_share" if section.system2_share else calibration.method,
-            "mass_on_words": rounded(vote_journal.mass()),
+            "mass_on_words": rounded(journal.mass()),
             "held_out_auc": calibration.auc,
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,
         }
     votes = {
-        title: {id: 2 if id in system2_ids[title] else 1 for id in probabilities}
-        for title, probabilities in valid.items()
+        title: {id: 2 if id in result.system2_ids else 1 for id in result.valid}
+        for title, result in results.items()
     }
-    content["agreement"] = kappas(votes)
-    content["contested"] = _contested(rows)
-    if comparison := _known_comparison(rows, section.known, valid):
-        content["known"] = comparison
+    probabilities = {title: result.valid for title, result in results.items()}
+    known = _known_comparison(rows, section.known, probabilities)
+    return {
+        "rule": section.rule,
+        **counts(rows),
+        "voters": voters,
+        "agreement": kappas(votes),
+        "contested": _contested(rows),
+        **({"known": known} if known else {}),
+    }
+
+
+def write(
+    content: dict[str, Any], section: ClassifySection, path: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the report and say its warnings; returns its most important figures, for the manifest."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    known_warnings = _known_label_warnings(comparison, set(content["voters"])) if comparison else []
-    for warning in _voter_warnings(content["voters"]) + known_warnings:
+    for warning in (*_voter_warnings(content["voters"]), *_known_label_warnings(content)):
         say(warning)
     if not section.accept_weak:
         _refuse_weak_voters(content["voters"], section.min_auc)
@@ -128,54 +136,49 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
     ]
 
 
-def _voter_warnings(voters: dict[str, Any]) -> list[str]:
+def _voter_warnings(voters: dict[str, Any]) -> Iterator[str]:
     """Warnings about voters whose answers mean little."""
-    warnings = []
     for title, voter in voters.items():
         area, mass = voter["held_out_auc"], voter["mass_on_words"]
         if area is not None and area < POOR_AUC:
             low, high = voter["held_out_interval"]
-            warnings.append(
+            yield (
                 f"warning: {title} hardly tells the systems apart: AUC {area:.2f} [{low:.2f}-{high:.2f}] on "
                 f"{voter['held_out_examples']} labelled examples"
             )
         if mass is not None and mass < POOR_MASS:
-            warnings.append(
+            yield (
                 f"warning: {title} puts {mass:.2%} of its probability on the label words: "
                 "it would say something else"
             )
-    return warnings
 
 
-def _known_label_warnings(comparison: dict[str, Any], voters: set[str]) -> list[str]:
-    """Warnings about an agreement with known labels that could be had without reading the questions.
-
-    comparison: see `compare_with_known`. voters: the titles that are voters, not surface scores.
-    """
-    warnings = []
-    areas = {title: area[0] for title, area in comparison["auc"].items() if area}
-    best_voter = max((area for title, area in areas.items() if title in voters), default=0.0)
+def _known_label_warnings(content: dict[str, Any]) -> Iterator[str]:
+    """Warnings about an agreement with known labels that could be had without reading the questions."""
+    if not (known := content.get("known")):
+        return
+    areas = {title: area[0] for title, area in known["auc"].items() if area}
+    best_voter = max((area for title, area in areas.items() if title in content["voters"]), default=0.0)
     # A surface score may be high for either system: an AUC of 0.1 separates as well as one of 0.9. The
     # combined score is fitted to the labels, so it is high for System 2.
     surface = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
     surface |= {COMBINED: areas[COMBINED]} if COMBINED in areas else {}
     best = max(surface, key=surface.__getitem__, default="")
     if surface and surface[best] >= best_voter:
-        warnings.append(
+        yield (
             f"warning: the question's surface alone ({best}) separates the known labels as well as the best "
             f"voter (AUC {surface[best]:.2f} and {best_voter:.2f}): agreement does not show that anything "
             "was read"
         )
     # The agreement that the more frequent label would have if every row got it.
-    frequent = max(comparison[f"known {k} labelled 1"] + comparison[f"known {k} labelled 2"] for k in (1, 2))
-    baseline = frequent / max(comparison["n"], 1)
-    if comparison["interval"] is not None and comparison["interval"][0] <= baseline:
-        low, high = comparison["interval"]
-        warnings.append(
-            f"warning: the labels agree with {comparison['field']} in {comparison['agreement']:.0%} "
+    frequent = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2))
+    baseline = frequent / max(known["n"], 1)
+    if known["interval"] is not None and known["interval"][0] <= baseline:
+        low, high = known["interval"]
+        yield (
+            f"warning: the labels agree with {known['field']} in {known['agreement']:.0%} "
             f"[{low:.0%}-{high:.0%}] of the rows; one label for all would in {baseline:.0%}"
         )
-    return warnings
 
 
 def _headline(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -31,13 +30,10 @@ from stages.data.rows import read
 from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling.aggregate import VoterResult, aggregate
-from stages.labelling.calibration import MIN_EXAMPLES, Calibration, calibrate
+from stages.labelling.aggregate import MIN_EXAMPLES, Calibration, VoterResult, aggregate, calibrate
 from stages.labelling.known import with_known_labels
 from stages.labelling.personas import (
     CONTENT_FREE,
-    CalibrationExample,
-    as_example,
     content_free,
     held_out,
     persona_context,
@@ -74,39 +70,30 @@ def run(
         classify = classify.model_copy(update={"strategy": "known", "labels_file": None, "swap": False})
     if classify.strategy in UNVOTED:
         # Training rows need labels; items of a benchmark only if it was said to bring them.
-        required = benchmark is None or brings_labels
-        rows = _swap_labels(_label_without_voters(examples, classify, required), classify)
-        write_labels(context.out / "labels.jsonl", rows)
-        return report.counts(rows)
-
+        rows = _label_without_voters(examples, classify, required=benchmark is None or brings_labels)
+        return report.counts(_write(context, rows, classify))
     bare = sum(not example.response for example in examples)
     if bare and classify.show_answer:
         # Votes with and without an answer to look at have no threshold in common.
         log.info("%d of %d rows have no response, so voters see none", bare, len(examples))
         classify = classify.model_copy(update={"show_answer": False})
     labelled = held_out(classify.held_out)
-    voter_logs = _voter_logs(model, classify, context)
-    for voter_log in voter_logs:
-        voter_log.set_examples(
-            [*map(as_example, labelled), *_content_free_examples(voter_log.voter), *examples]
+    journals = _journals(model, classify, context)
+    for journal in journals:
+        journal.set_examples(
+            [*(row.example for row in labelled), *_content_free_examples(journal.voter), *examples]
         )
-    _collect_votes(voter_logs, model, classify, server, context)
-    calibrations, voter_results = {}, {}
-    for voter_log in voter_logs:
-        voter_log.check(classify.max_failed, classify.max_invalid)
-        calibration = _calibrate_voter(voter_log, labelled)
-        probabilities = {example.id: voter_log.vote(example) for example in examples}
-        calibrations[voter_log.title] = calibration
-        voter_results[voter_log.title] = VoterResult(
-            probabilities, calibration.threshold, voter_log.voter.weight
-        )
-    rows, with_thresholds, system2_ids = aggregate(examples, voter_results, classify)
-    if classify.strategy == "shuffled":
-        rows = _shuffle_labels(rows, classify.seed)
-    rows = _swap_labels(rows, classify)
-    write_labels(context.out / "labels.jsonl", rows)
-    path, say = context.out / "report.json", context.progress.say
-    return report.report(rows, voter_logs, with_thresholds, system2_ids, calibrations, classify, path, say)
+    _collect_votes(journals, model, classify, server, context)
+    calibrations, results = {}, {}
+    for journal in journals:
+        journal.check(classify.max_failed, classify.max_invalid)
+        calibrations[journal.title] = calibration = _calibrate_voter(journal, labelled)
+        probabilities = {example.id: journal.vote(example) for example in examples}
+        result = VoterResult(probabilities, calibration.threshold, journal.voter.weight)
+        results[journal.title] = result.decided(classify.system2_share)
+    rows = _write(context, aggregate(examples, results, classify), classify)
+    content = report.content(rows, journals, results, calibrations, classify)
+    return report.write(content, classify, context.out / "report.json", context.progress.say)
 
 
 def _label_without_voters(
@@ -120,31 +107,29 @@ def _label_without_voters(
     return [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
 
 
-def _shuffle_labels(rows: list[Labelled], seed: int) -> list[Labelled]:
-    """Permute the labels over the rows that have one; undecided rows stay undecided."""
-    systems = [row.system for row in rows if row.system]
-    random.Random(seed).shuffle(systems)
-    shuffled = iter(systems)
-    return [replace(row, system=next(shuffled)) if row.system else row for row in rows]
+def _write(context: StageContext, rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
+    """Write the labels, shuffled over the rows that have one, or exchanged, if the section says so."""
+    if classify.strategy == "shuffled":
+        systems = [row.system for row in rows if row.system]
+        random.Random(classify.seed).shuffle(systems)
+        shuffled = iter(systems)
+        rows = [replace(row, system=next(shuffled)) if row.system else row for row in rows]
+    if classify.swap:
+        rows = [replace(row, system=3 - row.system) if row.system else row for row in rows]
+    write_labels(context.out / "labels.jsonl", rows)
+    return rows
 
 
-def _swap_labels(rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
-    """Exchange 1 and 2 if `classify.swap` says so."""
-    if not classify.swap:
-        return rows
-    return [replace(row, system=None if row.system is None else 3 - row.system) for row in rows]
-
-
-def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoteJournal]:
-    """The VoteJournal of each voter, in the order of the config.
+def _journals(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoteJournal]:
+    """The journal of each voter, in the order of the config.
 
     Raises ConfigError for voters with one name, and for two addresses whose votes would share a journal.
     """
-    voter_logs: list[VoteJournal] = []
+    journals: dict[str, VoteJournal] = {}
     for voter, identity in zip(classify.voters, context.external_key["voters"], strict=True):
         voter_model = voter.voting_model(model)
         name = voter.name or f"{voter_model.title}/{voter.persona}"
-        if any(voter_log.title == name for voter_log in voter_logs):
+        if name in journals:
             raise ConfigError(f"classify.voters: two voters are named {name}", "give each another name")
         if voter.thinking and not personas.has_trait(voter.persona, "chat"):
             raise ConfigError(
@@ -154,21 +139,20 @@ def _voter_logs(model: ModelSection, classify: ClassifySection, context: StageCo
         # A model's precision changes its votes. It is known for models that run here, not for remote servers.
         if not voter.urls:
             identity = f"{identity} {answer_dtype(voter_model, voter.engine)}"
-        voter_log = VoteJournal(
-            voter, name, voter_model.title, identity, persona, classify.seed, context.journals / "votes"
-        )
-        for earlier in voter_logs:
-            if voter_log.same_journal(earlier) and voter.urls != earlier.voter.urls:
+        folder, title = context.journals / "votes", voter_model.title
+        journal = VoteJournal(voter, name, title, identity, persona, classify.seed, folder)
+        for earlier in journals.values():
+            if journal.path == earlier.path and voter.urls != earlier.voter.urls:
                 raise ConfigError(
                     f"classify.voters: {earlier.title} and {name} have one model and persona, but other URLs",
                     "if it is one model, give one voter both: base_url: [URL, URL]; else rename one of them",
                 )
-        voter_logs.append(voter_log)
-    return voter_logs
+        journals[name] = journal
+    return list(journals.values())
 
 
 def _collect_votes(
-    voter_logs: list[VoteJournal],
+    journals: list[VoteJournal],
     model: ModelSection,
     classify: ClassifySection,
     server: ServerSection,
@@ -181,87 +165,65 @@ def _collect_votes(
     remote server has a separate lane, a thread, and all lanes run side by side.
     """
     progress = context.progress
-    missing = {voter_log.title: len(voter_log.missing()) for voter_log in voter_logs}
+    missing = {journal.title: len(journal.missing()) for journal in journals}
     lanes: dict[str, list[VoteJournal]] = {}
-    for voter_log in voter_logs:
-        if missing[voter_log.title]:
-            lanes.setdefault(str(voter_log.voter.urls or voter_log.voter.devices or ""), []).append(voter_log)
-        else:
-            progress.say(f"{voter_log.title}: all votes are in its journal")
-    stop, begin = threading.Event(), _Once(lambda: progress.start("votes", sum(missing.values())))
+    for journal in sorted(journals, key=_model_of):
+        if missing[journal.title]:
+            lanes.setdefault(str(journal.voter.urls or journal.voter.devices or ""), []).append(journal)
+    for journal in journals:
+        if not missing[journal.title]:
+            progress.say(f"{journal.title}: all votes are in its journal")
+    stop, begun = threading.Event(), threading.Lock()  # the first lane with an engine takes the lock for good
 
-    def run_lane(lane: list[VoteJournal], engine_cache: EngineCache) -> None:
-        for voter_log in sorted(lane, key=_model_of):
+    def run_lane(lane: list[VoteJournal], engines: EngineCache) -> None:
+        for journal in lane:
             # No variable for the engine: it would keep the engine in memory while the next one is loaded.
-            votes = voter_log.ask(
-                engine_cache.get(_engine_spec(voter_log.voter, model), server, progress.say), progress.say
-            )
-            begin()
+            voter = journal.voter
+            served = voter.voting_model(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices
+            spec = EngineSpec(voter.engine, *served)
+            votes = journal.ask(engines.get(spec, server, progress.say), progress.say)
+            if begun.acquire(blocking=False):
+                progress.start("votes", sum(missing.values()))
             # Closed on errors, too, whose traceback would keep the generator, and with it the journal's lock.
             with closing(votes):
                 for number, _ in enumerate(votes, 1):
-                    failed = f", {len(voter_log.failures)} failed" if voter_log.failures else ""
-                    progress.advance(1, f"{voter_log.title} {number}/{missing[voter_log.title]}{failed}")
-                    voter_log.check(classify.max_failed, classify.max_invalid, PATIENCE)
+                    failed = f", {len(journal.failures)} failed" if journal.failures else ""
+                    progress.advance(1, f"{journal.title} {number}/{missing[journal.title]}{failed}")
+                    journal.check(classify.max_failed, classify.max_invalid, PATIENCE)
                     if stop.is_set():
                         return
 
     def run_separate_lane(lane: list[VoteJournal]) -> None:
-        with EngineCache() as engine_cache:
-            run_lane(lane, engine_cache)
+        with EngineCache() as engines:
+            run_lane(lane, engines)
 
     main_lane = lanes.pop("", [])
     with in_background([partial(run_separate_lane, lane) for lane in lanes.values()], stop):
         run_lane(main_lane, context.engines)
 
 
-class _Once:
-    """Calls a function at most once, however many threads ask for it."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call, self._lock, self._done = call, threading.Lock(), False
-
-    def __call__(self) -> None:
-        with self._lock:
-            if not self._done:
-                self._done = True
-                self._call()
-
-
-def _model_of(voter_log: VoteJournal) -> tuple[str, ...]:
+def _model_of(journal: VoteJournal) -> tuple[str, ...]:
     """Sort key that brings together the voters that one engine answers for, so that it is loaded once."""
-    voter = voter_log.voter
+    voter = journal.voter
     return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
 
 
-def _engine_spec(voter: Voter, model: ModelSection) -> EngineSpec:
-    return EngineSpec(
-        voter.engine,
-        voter.voting_model(model),
-        None,
-        voter.urls,
-        voter.api_key_env,
-        voter.vllm,
-        voter.devices,
-    )
-
-
-def _calibrate_voter(voter_log: VoteJournal, labelled: list[CalibrationExample]) -> Calibration:
+def _calibrate_voter(journal: VoteJournal, labelled: list[Labelled]) -> Calibration:
     """Calibrate a voter by the labelled examples that are not in its prompt."""
-    in_prompt = {row.question for row in voter_log.context.shots}
-    unseen = [row for row in labelled if row.question not in in_prompt]
-    method = voter_log.voter.calibration
+    in_prompt = {row.example.prompt for row in journal.context.shots}
+    unseen = [row for row in labelled if row.example.prompt not in in_prompt]
+    method = journal.voter.calibration
     if method == "auto":
-        method = "none" if personas.has_trait(voter_log.voter.persona, "chat") else "held_out"
+        method = "none" if personas.has_trait(journal.voter.persona, "chat") else "held_out"
     of_system = [sum(row.system == system for row in unseen) for system in (1, 2)]
     if method == "held_out" and (len(unseen) < MIN_EXAMPLES or not all(of_system)):
         raise DataError(
-            f"{voter_log.title}: {of_system[0]} System 1 and {of_system[1]} System 2 labelled examples "
+            f"{journal.title}: {of_system[0]} System 1 and {of_system[1]} System 2 labelled examples "
             f"outside its prompt, and calibration needs {MIN_EXAMPLES} in all and some of each",
             "more of them in classify.held_out, or calibration: none",
         )
-    votes = [voter_log.vote(as_example(row)) for row in unseen]
-    content_free_votes = [voter_log.vote(example) for example in _content_free_examples(voter_log.voter)]
+    votes = [journal.vote(row.example) for row in unseen]
+    content_free_votes = [journal.vote(example) for example in _content_free_examples(journal.voter)]
     return calibrate(method, unseen, votes, content_free_votes)
 
 

@@ -55,13 +55,8 @@ def _json(path: Path) -> Rows:
         raise DataError(f"{path} is one object, not a list of rows", hint)
     if not isinstance(rows, list):
         raise DataError(f"{path} is not a list of rows")
-    odd = [
-        f"{path}:{n}: expected an object, got {type(row).__name__}"
-        for n, row in enumerate(rows, 1)
-        if not isinstance(row, dict)
-    ]
-    if odd:
-        raise data_error("bad row", odd)
+    if odd := [(n, type(row).__name__) for n, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise data_error("bad row", [f"{path}:{n}: expected an object, got {kind}" for n, kind in odd])
     return list(enumerate(rows, 1))
 
 

@@ -110,7 +110,9 @@ def _example(
             "the answer is not text, and the row has choices: write them into the question, and the letter "
             "of the right one into answer and gold"
         )
-    response = answer if is_text else _plain_answer(answer)
+    if not isinstance(answer, str | bool | int | float):
+        raise ValueError(f"the answer must be text, a number or a boolean, got {type(answer).__name__}")
+    response = answer if isinstance(answer, str) else json.dumps(answer)
     if not prompt.strip() or not (response.strip() or may_lack):
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
@@ -132,13 +134,6 @@ def _answer(row: dict[str, Any], name: str, may_lack: bool) -> Any:
     if answer is None and not may_lack:
         raise EmptyRowError("prompt or response is empty")
     return "" if answer is None else answer
-
-
-def _plain_answer(value: Any) -> str:
-    """Return a number or boolean as text; ValueError for anything else."""
-    if not isinstance(value, bool | int | float):
-        raise ValueError(f"the answer must be text, a number or a boolean, got {type(value).__name__}")
-    return json.dumps(value)
 
 
 def text_field(row: dict[str, Any], name: str) -> str:

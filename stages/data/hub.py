@@ -28,12 +28,9 @@ def resolve_commit(kind: str, name: str, revision: str) -> str:
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
             return reference.read_text(encoding="utf-8").strip()
+        # What the hub says of a request is below the HTTP status, such as `403 Client Error`.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "Client Error" not in line), first_line(error))
         raise MissingInputError(
-            f"no local folder {name!r}, and cannot get the {kind} from the hub: {_reason(error)}", HUB_HINT
+            f"no local folder {name!r}, and cannot get the {kind} from the hub: {reason}", HUB_HINT
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    """Return what the hub says of a request: the line below the HTTP status, such as `403 Client Error`."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Client Error" not in line), first_line(error))

@@ -59,10 +59,10 @@ def read_rows(source: SourceSection) -> Rows:
     needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
     located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
-    if unseen := sorted(
-        {name for example in examples for name in example.extra if _is_unseen(name, example)}
-    ):
-        log.warning("%s: no model sees %s: write what a question needs into it", where, ", ".join(unseen))
+    if unseen := {name for example in examples for name in example.extra if _is_unseen(name, example)}:
+        log.warning(
+            "%s: no model sees %s: write what a question needs into it", where, ", ".join(sorted(unseen))
+        )
     if unanswered := sum(not example.response for example in examples):
         log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
     return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
@@ -133,14 +133,13 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     file = local_file(source)
     rows = read_file(file)[: source.limit] if file else _hub_rows(source)
     rows = [(number, _without_nan(row)) for number, row in rows]
-    broken = [
+    if broken := [
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
         if not is_encodable(row)
         for name, value in row.items()
         if not is_encodable([name, value])
-    ]
-    if broken:
+    ]:
         raise data_error("bad row", broken)
     return rows
 
@@ -208,12 +207,6 @@ def is_encodable(value: Any) -> bool:
     return True
 
 
-_DEMO_HINTS = {
-    "data/demo": "lorapar demo-data data/demo writes it",
-    "data/demo-long": "lorapar demo-data data/demo-long --long writes it",
-}
-
-
 def local_file(source: SourceSection) -> Path | None:
     """Return the file that a source names, None if its path may be a hub id; MissingInputError otherwise."""
     if source.path is None:
@@ -224,7 +217,9 @@ def local_file(source: SourceSection) -> Path | None:
     if not may_be_hub_id(source.path):
         if path.is_dir():
             raise MissingInputError(f"{path} is a folder, not a file")
-        raise MissingInputError(f"no data file {path}", _DEMO_HINTS.get(str(path.parent)))
+        long = {"data/demo": "", "data/demo-long": " --long"}.get(folder := str(path.parent))
+        hint = None if long is None else f"lorapar demo-data {folder}{long} writes it"
+        raise MissingInputError(f"no data file {path}", hint)
     return None
 
 

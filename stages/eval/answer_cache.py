@@ -1,9 +1,9 @@
-"""Cache of the answers of one evaluation, in a journal on disk, and each answer as text."""
+"""The answers of one evaluation: cached in a journal on disk, and graded, each by its text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,10 @@ from stages.config import BenchmarkSection
 from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
 from stages.engines.openai.replies import TokenId
 from stages.errors import AnswerError, ArtifactError
+from stages.evaluation.benchmarks import benchmarks
 from stages.prompts.renderer import RenderedPrompt
+from stages.records import Labelled, Sample
+from stages.runtime import resources
 from stages.store.artifacts import MOVE_AWAY_HINT
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
@@ -21,17 +24,9 @@ from stages.store.journal import Journal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.evaluation.grading import Context, Grade
     from stages.progress import Progress
     from stages.prompts.renderer import Renderer
-
-
-@dataclass(frozen=True)
-class AnswerText:
-    """The text of an answer, as it is graded."""
-
-    text: str
-    complete: bool
-    extra: dict[str, Any]
 
 
 class CachedAnswer(BaseModel):
@@ -53,10 +48,13 @@ class CachedAnswer(BaseModel):
         """Index of the likeliest word."""
         return max(range(len(self.shares)), key=self.shares.__getitem__)
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt) -> AnswerText:
+    def text(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt
+    ) -> tuple[str, bool, dict[str, Any]]:
         """The likeliest word, or the text without special tokens, up to the first stop text.
 
-        Raises ArtifactError if the number of shares is not that of the prompt's words.
+        Also whether it is complete, and fields for its sample. Raises ArtifactError if the number of shares
+        is not that of the prompt's words.
         """
         if len(self.shares) != len(prompt.words):
             raise ArtifactError(
@@ -65,17 +63,14 @@ class CachedAnswer(BaseModel):
             )
         if self.shares:
             shares = [round(share, 6) for share in self.shares]
-            return AnswerText(prompt.words[self.best].strip(), True, {"shares": shares})
+            return prompt.words[self.best].strip(), True, {"shares": shares}
         text = tokenizer.decode(self.ids, skip_special_tokens=True)
-        length = {"tokens": len(self.ids)}
         stops = [at for stop in prompt.stop if (at := text.find(stop)) >= 0]
-        if stops:
-            return AnswerText(text[: min(stops)], True, length)
-        return AnswerText(text, self.complete, length)
+        return text[: min(stops, default=None)], bool(stops) or self.complete, {"tokens": len(self.ids)}
 
 
 class AnswerCache:
-    """The answers to all prompts of a benchmark, from a journal and, where it lacks one, from an engine.
+    """The answers to all items of a benchmark, from a journal and, where it lacks one, from an engine.
 
     The file of a journal is named by a key of the identity (model, adapter, engine) and the sampling. The key
     of a line is the prompt and the number of the sample.
@@ -83,7 +78,7 @@ class AnswerCache:
 
     def __init__(
         self,
-        prompts: list[RenderedPrompt],
+        rows: list[Labelled],
         benchmark: BenchmarkSection,
         renderer: Renderer,
         identity: dict[str, Any],
@@ -94,11 +89,15 @@ class AnswerCache:
 
         regenerate: replace the answers that are in the journal.
         """
-        self._prompts, self._section = prompts, benchmark
-        sampling = Sampling(
+        self.rows, self._section, self.renderer, self._regenerate = rows, benchmark, renderer, regenerate
+        self._kind = benchmarks.pick(benchmark.kind)
+        self.prompts: list[RenderedPrompt] = self._kind.ask(
+            [row.example for row in rows], benchmark, renderer
+        )
+        self._slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
+        self._sampling = sampling = Sampling(
             benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature, benchmark.top_p
         )
-        self._sampling = sampling
         # Greedy answers depend on neither top_p nor the seed.
         randomness = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
         sampling_key = {
@@ -108,29 +107,60 @@ class AnswerCache:
         }
         key = key_of({**identity, "sampling": sampling_key})
         self._journal = Journal(folder / f"{key}.jsonl", CachedAnswer)
-        self._regenerate = regenerate
-        self._keys = [key_of({"ids": p.ids, "stop": p.stop, "words": p.words}) for p in prompts]
+        self._keys = [key_of({"ids": p.ids, "stop": p.stop, "words": p.words}) for p in self.prompts]
         self.answers: dict[tuple[int, int], CachedAnswer] = {}
         """The answer to each prompt and sample, by their numbers; filled by `complete`."""
 
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
         """Generate the answers that the journal lacks; the engine is started only if there are any."""
         with self._journal.writing(progress.say):
-            slots = [(i, n) for i in range(len(self._prompts)) for n in range(self._section.samples)]
             first_slots: dict[tuple[str, int], tuple[int, int]] = {}
-            for i, n in slots:  # equal prompts have one key and are answered once
+            for i, n in self._slots:  # equal prompts have one key and are answered once
                 first_slots.setdefault((self._keys[i], n), (i, n))
             keys = [key for key in first_slots if self._regenerate or key not in self._journal]
             if missing := [first_slots[key] for key in keys]:
                 started = engine()
                 progress.start(title, len(missing))
                 self._generate(started, missing, progress)
-            self.answers = {(i, n): CachedAnswer(**self._journal[self._keys[i], n]) for i, n in slots}
+            journal, keys_of = self._journal, self._keys
+            self.answers = {(i, n): CachedAnswer(**journal[keys_of[i], n]) for i, n in self._slots}
+
+    def graded(self, context: Context, progress: Progress) -> list[Sample]:
+        """Grade every answer, in the order of rows and samples. Programs run side by side on all cores."""
+        if context.sandbox:
+            progress.start("running programs", len(self._slots))
+
+        def grade(slot: tuple[int, int]) -> Sample:
+            row, prompt = self.rows[slot[0]], self.prompts[slot[0]]
+            example = row.example
+            output, complete, extra = self.answers[slot].text(self.renderer.tokenizer, prompt)
+            verdict: Grade = self._kind.grade(example, output, context)
+            if context.sandbox:
+                progress.advance(1)
+            # A row's own `tokens` would count as the length of its answer.
+            fields = {name: value for name, value in example.extra.items() if name != "tokens"}
+            return Sample(
+                id=example.id,
+                sample=slot[1],
+                system=row.system,
+                prompt=prompt.text,
+                output=output,
+                gold=example.gold,
+                strict=verdict.strict,
+                flexible=verdict.flexible,
+                correct=verdict.correct,
+                correct_flexible=verdict.correct_flexible,
+                outcome=_outcome(verdict, complete),
+                extra={**fields, **verdict.extra, **extra},
+            )
+
+        with ThreadPoolExecutor(resources.usable_cores() if context.sandbox else 1) as pool:
+            return list(pool.map(grade, self._slots))
 
     def _generate(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
         """Have the engine answer these prompts and samples, and journal each answer as it arrives."""
-        choices = [(i, n) for i, n in missing if self._prompts[i].words]
-        texts = [(i, n) for i, n in missing if not self._prompts[i].words]
+        choices = [(i, n) for i, n in missing if self.prompts[i].words]
+        texts = [(i, n) for i, n in missing if not self.prompts[i].words]
 
         def record(slot: tuple[int, int], answer: dict[str, Any]) -> None:
             i, n = slot
@@ -138,7 +168,7 @@ class AnswerCache:
             progress.advance(1)
 
         if choices:
-            word_choices = [ChoiceRequest(self._prompts[i].ids, self._prompts[i].words) for i, _ in choices]
+            word_choices = [ChoiceRequest(self.prompts[i].ids, self.prompts[i].words) for i, _ in choices]
             for k, choice in engine.choose_words(word_choices):
                 if isinstance(choice, Failure):
                     raise AnswerError(
@@ -147,10 +177,24 @@ class AnswerCache:
                     )
                 record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
         if texts:
-            requests = [self._generate_request(i, n) for i, n in texts]
+            requests = [
+                GenerateRequest(
+                    self.prompts[i].ids,
+                    self.prompts[i].stop,
+                    seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n}),
+                )
+                for i, n in texts
+            ]
             for k, completion in engine.generate(requests, self._sampling):
                 record(texts[k], {"ids": completion.ids, "complete": completion.complete})
 
-    def _generate_request(self, i: int, n: int) -> GenerateRequest:
-        seed = seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n})
-        return GenerateRequest(self._prompts[i].ids, self._prompts[i].stop, seed)
+
+def _outcome(grade: Grade, complete: bool) -> str:
+    """One of `records.OUTCOMES`; complete: the answer did not end at the length limit."""
+    if grade.refused:
+        return "refused"
+    if grade.correct:
+        return "correct"
+    if not complete:
+        return "truncated"
+    return "unparsed" if grade.strict is None else "wrong"

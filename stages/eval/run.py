@@ -28,8 +28,7 @@ from stages.config import (
 )
 from stages.engines import Engine, EngineSpec
 from stages.eval import routing
-from stages.eval.answer_cache import AnswerCache, CachedAnswer
-from stages.eval.samples import grade_all
+from stages.eval.answer_cache import AnswerCache
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context
 from stages.evaluation.metrics import compute_metrics, headline
@@ -96,13 +95,22 @@ class Evaluation:
 
     def identity(self, adapter: Path | None) -> dict[str, Any]:
         """Everything that determines the answers, apart from the prompts and the sampling."""
+        files = ("adapter_model.safetensors", "adapter_config.json")
         return {
             "model": self.context.external_key["model"],
             "dtype": self.dtype,
-            "adapter": _adapter_digest(adapter),
+            "adapter": adapter and key_of({name: sha256_file(adapter / name) for name in files}),
             "engine": self.eval.engine,
             "server": self.context.external_key.get("server"),
         }
+
+    def cache(self, adapter: Path | None) -> AnswerCache:
+        """The cache of the target's answers to the benchmark."""
+        limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
+        rows = self.rows()[:limit]
+        renderer = Renderer(load_tokenizer(self.model), self.benchmark.prompt or self.prompt, rows)
+        folder, force = self.context.journals / "answers", self.context.force
+        return AnswerCache(rows, self.benchmark, renderer, self.identity(adapter), folder, force)
 
 
 def run(context: StageContext, **sections: Any) -> dict[str, Any]:
@@ -200,49 +208,21 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
 
         for evaluation in evaluations:
             name = names[evaluation.target]
-            answers, *_ = _cache_of(evaluation, adapters.get(name))
+            answers = evaluation.cache(adapters.get(name))
             served = name if name in adapters else first.model.name
             progress = evaluation.context.progress
             answers.complete(lambda served=served: clients()[served], evaluation.title, progress)
 
 
-def _cache_of(
-    evaluation: Evaluation, adapter: Path | None
-) -> tuple[AnswerCache, list[Labelled], Renderer, list[RenderedPrompt]]:
-    """The cache of the answers of one target to one benchmark, and the items as they are asked."""
-    context, benchmark = evaluation.context, evaluation.benchmark
-    is_untrained = evaluation.target in UNTRAINED_TARGETS
-    rows = evaluation.rows()[: evaluation.eval.untrained_items if is_untrained else None]
-    renderer = Renderer(load_tokenizer(evaluation.model), benchmark.prompt or evaluation.prompt, rows)
-    prompts = evaluation.kind.ask([row.example for row in rows], benchmark, renderer)
-    identity, journal = evaluation.identity(adapter), context.journals / "answers"
-    return (
-        AnswerCache(prompts, benchmark, renderer, identity, journal, context.force),
-        rows,
-        renderer,
-        prompts,
-    )
-
-
-def _adapter_digest(adapter: Path | None) -> str | None:
-    if adapter is None:
-        return None
-    files = ("adapter_model.safetensors", "adapter_config.json")
-    return key_of({name: sha256_file(adapter / name) for name in files})
-
-
 def _evaluate(evaluation: Evaluation, adapter: Path | None) -> dict[str, Any]:
     """Answer and grade the benchmark, and write the results; see `run`."""
-    benchmark, progress = evaluation.benchmark, evaluation.context.progress
-    cache, rows, renderer, prompts = _cache_of(evaluation, adapter)
-    settings = evaluation.sandbox
+    progress, cache, settings = evaluation.context.progress, evaluation.cache(adapter), evaluation.sandbox
     sandbox = sandboxes.from_settings(settings, progress.say) if settings else None
-    grading = Context(renderer.section.answer_format, renderer.section.template == "chat", sandbox)
+    prompt = cache.renderer.section
     cache.complete(lambda: evaluation.engine(adapter), evaluation.title, progress)
-    parity = _check_parity(evaluation, adapter, prompts, cache.answers, renderer)
-    samples = grade_all(rows, prompts, cache.answers, renderer, grading, benchmark, progress)
-    record = {"parity": parity, "sandbox": grading.sandbox and grading.sandbox.name}
-    return _write(evaluation, samples, record | _prompt_record(prompts[0], renderer))
+    record = {"parity": _check_parity(evaluation, adapter, cache), "sandbox": sandbox and sandbox.name}
+    samples = cache.graded(Context(prompt.answer_format, prompt.template == "chat", sandbox), progress)
+    return _write(evaluation, samples, record | _prompt_record(cache.prompts[0], cache.renderer))
 
 
 def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
@@ -257,13 +237,7 @@ def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
     }
 
 
-def _check_parity(
-    evaluation: Evaluation,
-    adapter: Path | None,
-    prompts: list[RenderedPrompt],
-    answers: dict[tuple[int, int], CachedAnswer],
-    renderer: Renderer,
-) -> dict[str, Any] | None:
+def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCache) -> dict[str, Any] | None:
     """Check the first answers with the unmerged adapter in plain PEFT.
 
     None if `eval.parity_items` is 0, answers were sampled, or engine transformers served the base model.
@@ -277,7 +251,7 @@ def _check_parity(
 
     if torch.cuda.is_available():
         evaluation.context.engines.close()  # a running server holds most of the device's memory
-    pairs = [(prompts[i], answers[i, 0]) for i in range(min(items, len(prompts)))]
+    pairs = [(prompt, cache.answers[i, 0]) for i, prompt in enumerate(cache.prompts[:items])]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
     say = evaluation.context.progress.say
-    return parity.check(pairs, evaluation.model, adapter, renderer.tokenizer, hint, say)
+    return parity.check(pairs, evaluation.model, adapter, cache.renderer.tokenizer, hint, say)

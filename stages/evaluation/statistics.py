@@ -98,16 +98,14 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     for magnitude, number in Counter(abs(unit) for unit in units if unit).items():
         binomial = np.zeros(magnitude * number + 1)
         binomial[::magnitude] = [comb(number, positive) / 2**number for positive in range(number + 1)]
-        null = binomial if len(null) == 1 else _convolve(null, binomial)
+        if len(null) > 1:
+            from scipy.signal import convolve  # half a second, and most tests have one magnitude alone
+
+            binomial = convolve(null, binomial)
+        null = binomial
     sums = 2 * np.arange(len(null)) - (len(null) - 1)  # S = 2 P - Σ |uᵢ| for each cell of `null`
     # Convolution by FFT has rounding errors, which may lead below 0 or above 1.
     return float(np.clip(null[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
-
-
-def _convolve(pmf_a: Any, pmf_b: Any) -> Any:
-    from scipy.signal import convolve  # half a second, and most tests have one magnitude alone
-
-    return convolve(pmf_a, pmf_b)
 
 
 def p_value(p: float) -> str:

@@ -39,6 +39,13 @@ class Choice:
     why: str = ""
 
 
+SECOND_SFT = [
+    Choice("sft.rounds", 2, "no answer can be verified, so System 2 learns by SFT, too"),
+    Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
+]
+"""SFT in place of RL."""
+
+
 @dataclass(frozen=True)
 class Protected:
     """The rows whose skill must survive training."""
@@ -63,12 +70,10 @@ def choices(
     """
     run = _word(data).lstrip("-") or "default"
     chosen = [Choice("run", run), Choice("model.name", model), Choice("data.path", data)]
-    if profile.rows.empty:
-        chosen.append(
-            Choice("data.empty", "drop", f"{profile.rows.empty} rows have no prompt or no response")
-        )
-    if profile.rows.repeated:
-        chosen.append(Choice("data.duplicates", "first", f"{profile.rows.repeated} rows repeat one before"))
+    if empty := profile.rows.empty:
+        chosen.append(Choice("data.empty", "drop", f"{empty} rows have no prompt or no response"))
+    if repeated := profile.rows.repeated:
+        chosen.append(Choice("data.duplicates", "first", f"{repeated} rows repeat one before"))
     chosen += _lengths([profile, *([protected.profile] if protected else [])])
     if profile.section.template == "plain":
         chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
@@ -88,9 +93,13 @@ def choices(
         chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    if not profile.imitable:
-        chosen += _rl_alone()
-    chosen += _second_sft() if profile.unverifiable else rl
+    if not profile.imitable:  # score and SFT both read responses
+        chosen += [
+            Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
+            Choice("rl.start_from", "init", "SFT has nothing to imitate"),
+            Choice("eval.targets", ["base", "rl"], "so no SFT runs"),
+        ]
+    chosen += SECOND_SFT if profile.unverifiable else rl
     chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
     if protected and protected.test:
         longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
@@ -99,23 +108,6 @@ def choices(
         label = f"{own[0].name.rpartition('.')[0]}.label"
         chosen += [*own, Choice(label, False, "the systems are those of the new rows")]
     return chosen
-
-
-def _second_sft() -> list[Choice]:
-    """SFT in place of RL."""
-    return [
-        Choice("sft.rounds", 2, "no answer can be verified, so System 2 learns by SFT, too"),
-        Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
-    ]
-
-
-def _rl_alone() -> list[Choice]:
-    """RL without SFT and without scores, both of which read responses."""
-    return [
-        Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
-        Choice("rl.start_from", "init", "SFT has nothing to imitate"),
-        Choice("eval.targets", ["base", "rl"], "so no SFT runs"),
-    ]
 
 
 def _voters(profile: DataProfile, model: str) -> list[Choice]:
@@ -147,10 +139,8 @@ def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
 def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
     for name, node in tree.items():
         if isinstance(node, Choice):
-            value = on_one_line(node.value)
-            yield f"{indent}{on_one_line(name)}: {value}" + (
-                f" # {escaping.one_line(node.why)}" if node.why else ""
-            )
+            why = f" # {escaping.one_line(node.why)}" if node.why else ""
+            yield f"{indent}{on_one_line(name)}: {on_one_line(node.value)}{why}"
         else:
             yield f"{indent}{on_one_line(name)}:"
             yield from _lines(node, indent + "  ")
@@ -217,10 +207,8 @@ def _server(profile: DataProfile, limits: dict[str, Any]) -> list[Choice]:
     longest = max(answer, profile.row.longest) + VOTE
     if longest <= ServerSection().max_model_len:
         return []
-    room = min(longest, profile.positions or longest)
-    return [
-        Choice("server.max_model_len", room, "the longest row, or prompt with its answer, and a voter's text")
-    ]
+    why = "the longest row, or prompt with its answer, and a voter's text"
+    return [Choice("server.max_model_len", min(longest, profile.positions or longest), why)]
 
 
 def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
@@ -230,10 +218,8 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     if profile.unanswered and kinds & VERIFIED:  # the overlap of words needs a response
         return {"correctness": 1.0}, "for rows with an answer to compare with"
     if "none" in kinds or "tests" in kinds:
-        lacking = profile.answers["none"] + profile.answers["tests"]
-        return {
-            "text_overlap": 1.0
-        }, f"{lacking} of {profile.answers.total()} rows have no answer to compare with"
+        lacking = f"{profile.answers['none'] + profile.answers['tests']} of {profile.answers.total()}"
+        return {"text_overlap": 1.0}, f"{lacking} rows have no answer to compare with"
     kind = profile.answers.most_common(1)[0][0]
     return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
 

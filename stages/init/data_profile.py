@@ -81,6 +81,9 @@ def survey(
     tests: the benchmarks of the test rows. If they or the rows have answers to verify, the prompt asks for
     one. section: prompt settings that other rows have decided.
     """
+    from stages.lora.adapter.adapter import linear_modules
+    from stages.models.base import without_weights
+
     tokenizer = load_tokenizer(model)
     rows = read_rows(data)
     if not rows.examples:
@@ -110,7 +113,7 @@ def survey(
     shown, prompt_length = answered[0] if answered else (rendered[0], prompts[0])
     trained = shown.input_ids[prompt_length:] if answered else []
     labels = [system_of(example.extra.get("system")) for example in rows.examples]
-    positions, linear = _model(model)
+    base = without_weights(model)
     return DataProfile(
         rows=rows,
         answers=kinds,
@@ -118,21 +121,19 @@ def survey(
         response=Lengths([len(row.labels) - n for row, n in answered or zip(rendered, prompts, strict=True)]),
         row=Lengths([len(row.labels) for row in rendered]),
         unanswered=len(rendered) - len(answered),
-        bare=sum(
-            example.gold is not None and example.response in ("", example.gold) for example in rows.examples
-        ),
+        bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=labels.count(2) if None not in labels else None,
         ignores_system=sum(
-            label is None and isinstance(example.extra.get("system"), str)
-            for label, example in zip(labels, rows.examples, strict=True)
+            label is None and isinstance(e.extra.get("system"), str)
+            for label, e in zip(labels, rows.examples, strict=True)
         ),
         never_stops=renderer.rows_without_stop([row for row, _ in answered]),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(shown.input_ids[:prompt_length]), tokenizer.decode(trained)),
         section=section,
         refuses_system=refuses,
-        positions=positions,
-        linear=linear,
+        positions=getattr(base.config, "max_position_embeddings", None),
+        linear=linear_modules(base),
     )
 
 
@@ -172,12 +173,3 @@ def answer_kind(example: Example) -> str:
     if parse_number(example.gold) is not None:
         return "number"
     return "letter" if extract_letter(example.gold, leading_only=True) else "text"
-
-
-def _model(model: ModelSection) -> tuple[int | None, set[str]]:
-    """Tokens that the model can read, if its config says, and the last names of its linear modules."""
-    from stages.lora.adapter.adapter import linear_modules
-    from stages.models.base import without_weights
-
-    base = without_weights(model)
-    return getattr(base.config, "max_position_embeddings", None), linear_modules(base)

@@ -24,7 +24,9 @@ def names() -> list[str]:
 
 def describe() -> dict[str, str]:
     """Map each name to the first sentence of its file's comment."""
-    return {name: _first_sentence(_text(_source(name))) for name in names()}
+    comments = {name: " ".join(re.findall(r"^# (.*)$", _text(_source(name)), re.M)) for name in names()}
+    # Where it goes on with commands, these begin after two blanks.
+    return {name: re.split(r"(?<=\.) |:?  ", comment)[0] for name, comment in comments.items()}
 
 
 def write(name: str, out: Path | None) -> list[Path]:
@@ -83,9 +85,3 @@ def _text(source: Path) -> str:
     """The text of a copy: without the link to the repository's schema and `configs/` before file names."""
     text = source.read_text(encoding="utf-8")
     return re.sub(r"^# yaml-language-server: .*\n", "", text).replace("configs/", "")
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of the comment, or what stands before its commands."""
-    comment = re.findall(r"^# (.*)$", text, re.M)
-    return re.split(r"(?<=\.) |:?  ", " ".join(comment))[0]

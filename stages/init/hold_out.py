@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,11 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     kind = formats.detect(path, rows[0][1])
     questions, unverifiable = {}, set()
     for number, row in rows:
-        try:
+        with suppress(EmptyRowError):
             example = formats.examples(kind, row)[-1]
-        except EmptyRowError:
-            continue
-        questions[number] = example.conversation
-        if answer_kind(example) == "none":
-            unverifiable.add(example.conversation)
+            questions[number] = example.conversation
+            if answer_kind(example) == "none":
+                unverifiable.add(example.conversation)
     verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
     size = min(MOST, len(verifiable) // ONE_IN)
     chosen = set(random.Random(0).sample(verifiable, size))

@@ -75,11 +75,10 @@ def _about_success(
     questions = []
     trained = {example.conversation for example in profile.rows.examples}
     for test in tests:
-        items = benchmarks.pick(test.kind).load(test)
-        if seen := sum(item.conversation in trained for item in items):
-            questions.append(
-                f"what {test.path} measures: {seen} of its {len(items)} questions are trained on"
-            )
+        items = [item.conversation in trained for item in benchmarks.pick(test.kind).load(test)]
+        if any(items):
+            counts = f"{sum(items)} of its {len(items)}"
+            questions.append(f"what {test.path} measures: {counts} questions are trained on")
     if not tests:
         questions.append("which rows measure success: lorapar init … --test FILE")
     if protected:
@@ -99,10 +98,13 @@ def _about_learning(profile: DataProfile, labels: str | None) -> list[str]:
     """Questions about who labels the rows, and how training goes."""
     questions = []
     if profile.system2_rows is None and labels is None:
+        mib = resources.total_memory()
+        billions = 0.8 * mib * 2**20 / 2 / 1e9  # in 16 bits, with a fifth of the memory to spare
         questions.append(
             "who votes: the model itself is cheap and may be weak: three voters of 135 million parameters "
             "were right on 74 % of questions, and on 36 % where length told nothing. A larger one is better, "
-            f"classify.voters: [{{model: NAME}}]; {_room()}. Or bring labels: --labels FILE"
+            f"classify.voters: [{{model: NAME}}]; the {mib / 1024:.0f} GiB here hold one of {billions:.0f} "
+            "billion parameters. Or bring labels: --labels FILE"
         )
     if profile.imitable and not profile.unverifiable:
         questions.append(
@@ -112,9 +114,3 @@ def _about_learning(profile: DataProfile, labels: str | None) -> list[str]:
         )
     questions.append("learning rates, passes over the rows and LoRA's rank: the defaults are a start")
     return questions
-
-
-def _room() -> str:
-    """Say how large a voter this machine holds in 16 bits, with a fifth of its memory to spare."""
-    mib = resources.total_memory()
-    return f"the {mib / 1024:.0f} GiB here hold one of {0.8 * mib * 2**20 / 2 / 1e9:.0f} billion parameters"

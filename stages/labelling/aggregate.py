@@ -1,16 +1,73 @@
-"""Aggregation of votes into labels: thresholds, rules, ties and quorum."""
+"""From votes to labels: the threshold of each voter, then rules, ties and quorum."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from math import exp, log
+from statistics import fmean, median
 
 from stages.config import ClassifySection
+from stages.labelling.agreement import auc
 from stages.records import Example, Labelled
 
 EDGE = 1e-6
 """Probabilities of 0 and 1 are moved inwards by this much, so that their log-odds exist."""
+MIN_EXAMPLES = 24
+"""Calibration by labelled examples needs at least this many."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A voter's threshold, and how well its probabilities separate the labelled examples."""
+
+    method: str
+    threshold: float
+    auc: float | None
+    """On the labelled examples."""
+    interval: tuple[float, float] | None
+    """95 % interval of the AUC."""
+    examples: int
+    """Labelled examples with a valid vote."""
+
+
+def calibrate(
+    method: str,
+    labelled: list[Labelled],
+    votes: list[float | None],
+    content_free_votes: list[float | None],
+) -> Calibration:
+    """Find the threshold by `method`, and the AUC on the labelled examples.
+
+    votes: the probability of System 2 for each labelled example. content_free_votes: the same for questions
+    without content. Method `held_out` takes the median of `votes`. A median has no slope that could be fitted
+    wrongly, but it is a fair threshold only for examples that are half System 1, half System 2.
+    """
+    pairs = [(vote, row.system == 2) for row, vote in zip(labelled, votes, strict=True) if vote is not None]
+    area, interval = auc([vote for vote, _ in pairs], [is_2 for _, is_2 in pairs]) or (None, None)
+    threshold = 0.5
+    if method == "held_out":
+        by_system = [[vote for vote, is_2 in pairs if is_2 is wanted] for wanted in (False, True)]
+        # An unbalanced file must not move the median: the same number of votes represents each system.
+        if number := min(map(len, by_system)):
+            threshold = median(
+                vote for of_system in by_system for vote in _representatives(of_system, number)
+            )
+    elif method == "content_free" and (valid := [vote for vote in content_free_votes if vote is not None]):
+        threshold = 1 / (1 + exp(-fmean(map(_log_odds, valid))))  # sigmoid of the mean log-odds
+    return Calibration(method, threshold, area, interval, len(pairs))
+
+
+def _representatives(values: list[float], number: int) -> list[float]:
+    """`number` of the values that represent their distribution: the quantiles (i + 1/2) / number.
+
+    Quantile q is the value at the 0-based rank floor(q · n): the middle of the i-th of `number` equal pieces
+    of the sorted list. All values, if `number` is n.
+    """
+    # In integers, because no method of `numpy.quantile` gives these ranks. The closest, `inverted_cdf`, takes
+    # the preceding value where q · n is a whole number, as at q = 1/2 of 4 values.
+    ordered = sorted(values)
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * number)] for i in range(number)]
 
 
 @dataclass(frozen=True)
@@ -21,7 +78,10 @@ class VoterResult:
     """Probability of System 2 per example id; None where the voter gave no valid answer."""
     threshold: float = 0.5
     weight: float = 1.0
+    system2_ids: Set[str] = frozenset()
+    """The ids of the examples for which it votes 2, once `decided`."""
 
+    @property
     def valid(self) -> dict[str, float]:
         """The probabilities of the valid answers."""
         return {id: value for id, value in self.probabilities.items() if value is not None}
@@ -30,38 +90,32 @@ class VoterResult:
         """The probability, shifted in log-odds so that the threshold becomes 0.5."""
         value = self.probabilities[id]
         # sigmoid(log_odds(value) - log_odds(threshold))
-        return None if value is None else 1 / (1 + math.exp(log_odds(self.threshold) - log_odds(value)))
+        return None if value is None else 1 / (1 + exp(_log_odds(self.threshold) - _log_odds(value)))
 
-    def at_share(self, share: float) -> tuple[VoterResult, set[str]]:
-        """Vote 2 for this share of the valid examples, those with the highest probability; ties go by id.
+    def decided(self, share: float | None) -> VoterResult:
+        """Vote 2 above the threshold; or, if the share of System 2 is known, for that share of the examples.
 
-        Returns the result with the lowest of their probabilities as threshold, and the ids of the examples.
+        Those are the valid ones with the highest probability, ties by id; the lowest is the threshold then.
         """
-        valid = self.valid()
-        system2_ids = sorted(valid, key=lambda id: (-valid[id], id))[: round(share * len(valid))]
-        threshold = min((valid[id] for id in system2_ids), default=1.0)
-        return VoterResult(self.probabilities, threshold, self.weight), set(system2_ids)
-
-    def above_threshold(self) -> set[str]:
-        """The ids of the examples for which it votes 2."""
-        return {id for id, value in self.valid().items() if value > self.threshold}
+        valid = self.valid
+        if share is None:
+            return replace(self, system2_ids={id for id, value in valid.items() if value > self.threshold})
+        highest = sorted(valid, key=lambda id: (-valid[id], id))[: round(share * len(valid))]
+        threshold = min((valid[id] for id in highest), default=1.0)
+        return replace(self, threshold=threshold, system2_ids=set(highest))
 
 
-def log_odds(probability: float) -> float:
+def _log_odds(probability: float) -> float:
     """log(p / (1 - p)), finite at 0 and 1."""
     inside = min(max(probability, EDGE), 1 - EDGE)
-    return math.log(inside / (1 - inside))
+    return log(inside / (1 - inside))
 
 
 def aggregate(
-    examples: list[Example], voter_results: Mapping[str, VoterResult], section: ClassifySection
-) -> tuple[list[Labelled], dict[str, VoterResult], dict[str, set[str]]]:
-    """Decide the labels by `section.rule`.
+    examples: list[Example], voters: Mapping[str, VoterResult], section: ClassifySection
+) -> list[Labelled]:
+    """Decide the labels by `section.rule`, from `decided` results by voter.
 
-    Returns the labelled rows; per voter its result with the threshold used; per voter the ids it votes 2 for.
-
-    - A voter votes 2 above its threshold. Where the share of System 2 is known, it instead votes 2 for that
-      share of the examples, those with the highest probability of System 2.
     - Voters without a valid answer for an example are left out. If the share of valid voters is below
       `quorum`, the example is undecided (None).
     - Rules majority and weighted: the side with more voters, or more weight. A tie is decided by the mean
@@ -70,29 +124,18 @@ def aggregate(
       unanimous: undecided unless all agree.
     - If the larger side has less than `min_agreement` of the voters (or weight), the example is undecided.
     """
-    with_thresholds: dict[str, VoterResult] = {}
-    system2_ids: dict[str, set[str]] = {}
-    for title, result in voter_results.items():
-        if section.system2_share is None:
-            with_thresholds[title], system2_ids[title] = result, result.above_threshold()
-        else:
-            with_thresholds[title], system2_ids[title] = result.at_share(section.system2_share)
     rows = []
     for example in examples:
-        votes = {title: result.calibrated(example.id) for title, result in with_thresholds.items()}
-        valid_votes = [
-            (
-                value,
-                example.id in system2_ids[title],
-                with_thresholds[title].weight if section.rule == "weighted" else 1.0,
-            )
-            for title, value in votes.items()
+        votes = {title: result.calibrated(example.id) for title, result in voters.items()}
+        valid = [
+            (value, example.id in voter.system2_ids, voter.weight if section.rule == "weighted" else 1.0)
+            for value, voter in zip(votes.values(), voters.values(), strict=True)
             if value is not None
         ]
-        quorate = bool(valid_votes) and len(valid_votes) >= section.quorum * len(votes)
+        quorate = valid and len(valid) >= section.quorum * len(votes)
         rounded_votes = {title: rounded(value) for title, value in votes.items()}
-        rows.append(Labelled(example, _label(valid_votes, section) if quorate else None, rounded_votes))
-    return rows, with_thresholds, system2_ids
+        rows.append(Labelled(example, _label(valid, section) if quorate else None, rounded_votes))
+    return rows
 
 
 def _label(valid_votes: list[tuple[float, bool, float]], section: ClassifySection) -> int | None:

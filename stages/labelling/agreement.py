@@ -36,8 +36,8 @@ def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tup
     """
     from scipy.stats import mannwhitneyu
 
-    of_system2 = [score for score, is_2 in zip(scores, is_system2, strict=True) if is_2]
-    of_system1 = [score for score, is_2 in zip(scores, is_system2, strict=True) if not is_2]
+    pairs = list(zip(scores, is_system2, strict=True))
+    of_system1, of_system2 = ([score for score, is_2 in pairs if is_2 is which] for which in (False, True))
     n2, n1 = len(of_system2), len(of_system1)
     if not n2 or not n1:
         return None
@@ -65,9 +65,8 @@ def kappas(votes: dict[str, dict[str, int]]) -> dict[str, Any]:
     if len(votes) < 2 or not common:
         return {}
     table = np.array([[votes_of[id] for votes_of in votes.values()] for id in common])  # (examples, voters)
-    fleiss = (
-        None if len(np.unique(table)) < 2 else float(fleiss_kappa(aggregate_raters(table, n_cat=None)[0]))
-    )
+    differ = len(np.unique(table)) > 1
+    fleiss = float(fleiss_kappa(aggregate_raters(table, n_cat=None)[0])) if differ else None
     pairs = {}
     for (a, first), (b, second) in combinations(enumerate(votes), 2):
         counts = np.zeros((2, 2))  # (vote of a, vote of b)
@@ -92,10 +91,7 @@ def compare_with_known(
     """
     pairs = [(labels[id], system) for id, system in known_labels.items() if labels.get(id)]
     equal = sum(label == system for label, system in pairs)
-    table = {}
-    for k in (1, 2):
-        for j in (1, 2):
-            table[f"known {k} labelled {j}"] = sum(label == j and system == k for label, system in pairs)
+    table = {f"known {k} labelled {j}": pairs.count((j, k)) for k in (1, 2) for j in (1, 2)}
     areas = {}
     for title, scores_of in scores.items():
         ids = [id for id in scores_of if id in known_labels]

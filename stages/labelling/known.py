@@ -37,15 +37,12 @@ def with_known_labels(
     else:
         values = [(e.id, e.extra[field]) for e in examples if field in e.extra]
     where = str(file) if file else f"the field {field}"
-    systems: dict[str, set[int]] = {}
-    wrong = []
-    for key, value in values:
-        if system := system_of(value):
-            systems.setdefault(key, set()).add(system)
-        elif value is not None:
-            wrong.append(f"{key[:60]}: {value!r}")
-    if wrong:
+    parsed = [(key, value, system_of(value)) for key, value in values if value is not None]
+    if wrong := [f"{key[:60]}: {value!r}" for key, value, system in parsed if system is None]:
         raise data_error(f"label in {where} that is neither 1 nor 2", wrong)
+    systems: dict[str, set[int]] = {}
+    for key, _, system in parsed:
+        systems.setdefault(key, set()).add(system or 0)
     key_of = {}
     for example in examples:
         keys = [key for key in _keys(example, required) if key in systems]

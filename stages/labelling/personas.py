@@ -16,7 +16,7 @@ from stages.engines import ChoiceRequest
 from stages.errors import DataError
 from stages.labelling.known import system_of
 from stages.prompts.answers import split_final_answer
-from stages.records import Example, data_error
+from stages.records import Example, Labelled, data_error
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ CONTENT_FREE = ("N/A", "[MASK]", "...", "Lorem ipsum.")
 
 
 @dataclass(frozen=True)
-class CalibrationExample:
-    """A question with its answer and a label that is beyond doubt: for calibration or as a worked example."""
-
-    question: str
-    answer: str
-    system: int
-
-
-@dataclass(frozen=True)
 class PersonaContext:
     """Settings from which a persona makes the prompt for an example."""
 
@@ -54,7 +45,8 @@ class PersonaContext:
     show_answer: bool
     words: tuple[str, str] | None = None
     """Label words for System 1 and 2; None: the persona's own."""
-    shots: tuple[CalibrationExample, ...] = ()
+    shots: tuple[Labelled, ...] = ()
+    """Worked examples: questions with their answers, and labels that are beyond doubt."""
 
 
 def persona_context(voter: Voter, target: str, show_answer: bool) -> PersonaContext:
@@ -67,30 +59,29 @@ def persona_context(voter: Voter, target: str, show_answer: bool) -> PersonaCont
     return PersonaContext(target, show_answer, voter.words, worked_examples)
 
 
-def held_out(path: str | None) -> list[CalibrationExample]:
+def held_out(path: str | None) -> list[Labelled]:
     """The labelled examples for calibration, from a user's file or from lorapar's own."""
     return read_labelled_examples(Path(path) if path else HELD_OUT)
 
 
-def read_labelled_examples(path: Path) -> list[CalibrationExample]:
+def read_labelled_examples(path: Path) -> list[Labelled]:
     """Read rows with question, answer and system (1 or 2); raises DataError that lists all other rows."""
-    examples, bad = [], []
+    rows, bad = [], []
     for number, row in read_file(path):
-        system = system_of(row.get("system"))
-        if system and isinstance(row.get("question"), str) and is_encodable(row):
-            answer = row.get("answer")
-            answer = "" if answer is None else str(answer)
-            examples.append(CalibrationExample(row["question"], answer, system))
+        system, question, answer = system_of(row.get("system")), row.get("question"), row.get("answer")
+        if system and isinstance(question, str) and is_encodable(row):
+            text = "" if answer is None else str(answer)
+            rows.append(Labelled(Example(f"held_out/{question}", question, text, None), system, {}))
         else:
             bad.append(f"{path}:{number}")
     if bad:
         raise data_error("a labelled example needs a question and a system, 1 or 2", bad)
-    if len({row.system for row in examples}) < 2:
+    if len({row.system for row in rows}) < 2:
         raise DataError(f"{path} has examples of one system only")
-    return examples
+    return rows
 
 
-def shots(path: Path, number: int) -> tuple[CalibrationExample, ...]:
+def shots(path: Path, number: int) -> tuple[Labelled, ...]:
     """The first `number` examples of a file, System 1 and System 2 in turn.
 
     An odd number is rounded down. Raises DataError if there are fewer.
@@ -156,39 +147,29 @@ def effort(example: Example, context: PersonaContext) -> ChoiceRequest:
 def simplicity(example: Example, context: PersonaContext) -> ChoiceRequest:
     """Zero-shot completion: is the question simple or complex? For small models."""
     words = context.words or ("simple", "complex")
-    question = _question(example.conversation, example.response, context)
+    question = _question(example, context)
     return ChoiceRequest(f"{question}\nThis question is", (f" {words[0]}", f" {words[1]}"))
 
 
-def _question(question: str, answer: str, context: PersonaContext) -> str:
-    reasoning = _reasoning(answer) if context.show_answer else ""
-    return f"Question: {question}" + (f"\nAnswer: {reasoning}" if reasoning else "")
-
-
-def _reasoning(answer: str) -> str:
-    """The reasoning of a reference answer on one line, without the final answer."""
-    split = split_final_answer(answer)
-    return " ".join((split[0] if split else answer).split())
+def _question(example: Example, context: PersonaContext) -> str:
+    """The question, and if answers are shown, its reasoning on one line, without the final answer."""
+    reasoning, *_ = split_final_answer(example.response) or [example.response]
+    reasoning = " ".join(reasoning.split()) if context.show_answer else ""
+    return f"Question: {example.conversation}" + (f"\nAnswer: {reasoning}" if reasoning else "")
 
 
 def _few_shot(
     head: str, cue: str, words: tuple[str, str], example: Example, context: PersonaContext
 ) -> ChoiceRequest:
     """A completion after worked examples, each a question and the word for its system after `cue`."""
-    blocks = [head]
-    for row in context.shots:
-        blocks.append(f"{_question(row.question, row.answer, context)}\n{cue} {words[row.system - 1]}")
-    blocks.append(f"{_question(example.conversation, example.response, context)}\n{cue}")
-    return ChoiceRequest("\n\n".join(blocks), (f" {words[0]}", f" {words[1]}"))
-
-
-def as_example(row: CalibrationExample) -> Example:
-    """A labelled example as an example to vote on."""
-    return Example(f"held_out/{row.question}", row.question, row.answer, None)
+    word = {1: words[0], 2: words[1]}
+    worked = (f"{_question(row.example, context)}\n{cue} {word[row.system or 1]}" for row in context.shots)
+    text = "\n\n".join([head, *worked, f"{_question(example, context)}\n{cue}"])
+    return ChoiceRequest(text, (f" {words[0]}", f" {words[1]}"))
 
 
 def is_for_calibration(example: Example) -> bool:
-    """Whether `as_example` made this example."""
+    """Whether `read_labelled_examples` made this example."""
     return example.id.startswith("held_out/")
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from stages.config import ClassifySection, ModelSection, Voter
 from stages.engines import ChoiceRequest, Engine
-from stages.labelling.calibration import Calibration, calibrate
-from stages.labelling.personas import CalibrationExample, persona_context, personas
+from stages.labelling.aggregate import Calibration, calibrate
+from stages.labelling.personas import persona_context, personas
 from stages.labelling.votes import VoteJournal
 from stages.progress import Progress
 from stages.records import Example, Labelled, examples_of_system
@@ -41,39 +41,27 @@ class Router:
         """labels: of the training rows. identity: what tells the model from others, as in VoteJournal."""
         voter = router_voter(classify).model_copy(update={"engine": engine})
         context = persona_context(voter, model.title, show_answer=False)
-        self.journal = VoteJournal(
-            voter,
-            f"router/{voter.persona}",
-            model.title,
-            identity,
-            context,
-            classify.seed,
-            journals / "votes",
-        )
-        self._rows = [
-            (example, system) for system in (1, 2) for example in _sample(labels, system, classify.seed)
-        ]
-        self.calibration: Calibration | None = None
+        title, folder = f"router/{voter.persona}", journals / "votes"
+        self.journal = VoteJournal(voter, title, model.title, identity, context, classify.seed, folder)
+        self._rows = [row for system in (1, 2) for row in _sample(labels, system, classify.seed)]
+        self.calibration: Calibration
 
     def set_questions(self, examples: list[Example]) -> None:
         """Set what will be asked: the rows for the threshold, and these."""
-        self.journal.set_examples([*(example for example, _ in self._rows), *examples])
+        self.journal.set_examples([*(row.example for row in self._rows), *examples])
 
     def collect(self, engine: Callable[[], Engine], progress: Progress, title: str = "votes") -> None:
         """Ask for the votes that the journal lacks; the engine is started only if there are any."""
-        missing = self.journal.missing()
-        if not missing:
-            return
-        base = engine()
-        progress.start(title, len(missing))
-        for _ in self.journal.ask(base, progress.say):
-            progress.advance(1)
+        if missing := self.journal.missing():
+            base = engine()
+            progress.start(title, len(missing))
+            for _ in self.journal.ask(base, progress.say):
+                progress.advance(1)
 
     def calibrate(self) -> Calibration:
         """Find the threshold, once the rows for it have their votes; its AUC is measured on the same rows."""
-        rows = [CalibrationExample(example.conversation, "", system) for example, system in self._rows]
-        votes = [self.journal.vote(example) for example, _ in self._rows]
-        self.calibration = calibrate("held_out", rows, votes, [])
+        votes = [self.journal.vote(row.example) for row in self._rows]
+        self.calibration = calibrate("held_out", self._rows, votes, [])
         return self.calibration
 
     def request(self, example: Example) -> ChoiceRequest:
@@ -83,20 +71,18 @@ class Router:
 
     def mode(self, system2: float | None) -> str:
         """Return `fast` or `slow` for a probability of System 2; slow if the vote was invalid."""
-        assert self.calibration is not None
         return "fast" if system2 is not None and system2 <= self.calibration.threshold else "slow"
 
     def summary(self) -> str:
         """One line on what `auto` decides by."""
-        assert self.calibration is not None
-        area = "" if self.calibration.auc is None else f", AUC {self.calibration.auc:.2f}"
-        where = f"on {self.calibration.examples} labelled training rows"
+        measured = self.calibration
+        area = "" if measured.auc is None else f", AUC {measured.auc:.2f}"
         question = f"auto: the base is asked once ({self.journal.voter.persona})"
-        return f"{question}; slow above {self.calibration.threshold:.3f}{area} {where}"
+        rows = f"on {measured.examples} labelled training rows"
+        return f"{question}; slow above {measured.threshold:.3f}{area} {rows}"
 
     def record(self) -> dict[str, Any]:
         """The router in a report: its voter, its threshold, and how well it tells the labels apart."""
-        assert self.calibration is not None
         return {"persona": self.journal.voter.persona, **asdict(self.calibration)}
 
 
@@ -107,6 +93,7 @@ def router_voter(classify: ClassifySection) -> Voter:
     return voter.model_copy(update={"thinking": None, "temperature": 0.0, "samples": 1})
 
 
-def _sample(labels: list[Labelled], system: int, seed: int) -> list[Example]:
+def _sample(labels: list[Labelled], system: int, seed: int) -> list[Labelled]:
     examples = examples_of_system(labels, system)
-    return random.Random(f"{seed} router {system}").sample(examples, min(ROWS, len(examples)))
+    chosen = random.Random(f"{seed} router {system}").sample(examples, min(ROWS, len(examples)))
+    return [Labelled(example, system, {}) for example in chosen]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,8 @@ from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
-
-@dataclass(frozen=True)
-class VoteRequest:
-    """One vote to ask for: an example and the number of the sample."""
-
-    example: Example
-    sample: int
+VoteRequest = tuple[Example, int]
+"""One vote to ask for: an example and the number of the sample."""
 
 
 class Vote(BaseModel):
@@ -63,8 +59,7 @@ class VoteJournal:
         folder: Path,
     ) -> None:
         """identity: names the model and all that changes its answers, except for the settings of `voter`."""
-        self.voter, self.title = voter, title
-        self.context = context
+        self.voter, self.title, self.context = voter, title, context
         self._persona, self._seed = personas.pick(voter.persona), seed
         sampling = {
             "thinking": voter.thinking and voter.thinking.max_tokens,
@@ -75,33 +70,27 @@ class VoteJournal:
         model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
         self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl", Vote)
         self._keys: dict[str, str] = {}
-        self._invalid: list[str] = []
         self.examples: list[Example] = []
         """The examples to vote on."""
         self.failures: list[tuple[str, Failure]] = []
         """Example id and reason for each request that got no answer."""
 
-    def same_journal(self, vote_journal: VoteJournal) -> bool:
-        """Whether both use one journal: nothing in their settings tells their models apart."""
-        return self._journal.path == vote_journal._journal.path
+    @property
+    def path(self) -> Path:
+        """Voters with one path share their votes: nothing in their settings tells their models apart."""
+        return self._journal.path
 
     def set_examples(self, examples: list[Example]) -> None:
         """Set the examples to vote on."""
         self.examples = examples
-        self._collect_invalid()
-
-    def _collect_invalid(self) -> None:
         self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
 
     def missing(self) -> list[VoteRequest]:
         """The requests whose answers are not in the journal; equal prompts are requested once."""
         requests: dict[tuple[str, int], VoteRequest] = {}
-        for example in self.examples:
-            for sample in range(self.voter.samples):
-                key = (self._key(example), sample)
-                if key not in self._journal:
-                    requests.setdefault(key, VoteRequest(example, sample))
-        return list(requests.values())
+        for example, sample in product(self.examples, range(self.voter.samples)):
+            requests.setdefault((self._key(example), sample), (example, sample))
+        return [request for key, request in requests.items() if key not in self._journal]
 
     def ask(self, engine: Engine, say: Callable[[str], None]) -> Generator[None, None, None]:
         """Send the engine the missing requests and journal each answer as it arrives; yields after each.
@@ -124,22 +113,22 @@ class VoteJournal:
                 recorded_probes = None
             if probes and recorded_probes is None:
                 self._journal.note("fingerprint", probes)
-            self._collect_invalid()  # another run may have added answers since `set_examples`
+            self.set_examples(self.examples)  # another run may have added answers
             missing = self.missing()
-            for i, result in engine.choose_words(self._choice_request(request) for request in missing):
-                self._record(missing[i], result)
+            for i, result in engine.choose_words(self._choice_request(*request) for request in missing):
+                self._record(*missing[i], result)
                 yield
 
-    def _record(self, request: VoteRequest, result: ChoiceResult | Failure) -> None:
+    def _record(self, example: Example, sample: int, result: ChoiceResult | Failure) -> None:
         """Journal an answer; a failure is not journalled, so the next run asks again."""
         if isinstance(result, Failure):
-            self.failures.append((request.example.id, result))
+            self.failures.append((example.id, result))
             return
         system2 = result.probabilities[1] if result.probabilities else None
-        answer = {"example": request.example.id, "system2": system2, "mass": result.mass}
+        answer = {"example": example.id, "system2": system2, "mass": result.mass}
         if result.text:
             answer["text"] = result.text
-        self._journal.add((self._key(request.example), request.sample), answer)
+        self._journal.add((self._key(example), sample), answer)
         if system2 is None:
             self._invalid.append(result.text)
 
@@ -149,18 +138,14 @@ class VoteJournal:
         patience: this many more are allowed while votes still arrive.
         """
         total = len(self.examples) * self.voter.samples
-
-        def too_many(number: int, share: float) -> bool:
-            return number > patience + tolerated(total, share)
-
-        if too_many(len(self.failures), max_failed):
+        if len(self.failures) > patience + tolerated(total, max_failed):
             id, failure = self.failures[0]
             raise AnswerError(
                 f"{self.title} could not answer {len(self.failures)} of {total} questions; "
                 f"first {id}: {failure.reason}: {failure.detail}",
                 "its other votes are kept; run it again, or allow more: classify.max_failed",
             )
-        if too_many(len(self._invalid), max_invalid):
+        if len(self._invalid) > patience + tolerated(total, max_invalid):
             raise AnswerError(
                 f"{self.title}: {len(self._invalid)} of {total} answers are none of its words, "
                 f"e.g. {self._invalid[0]!r}",
@@ -183,25 +168,23 @@ class VoteJournal:
 
     def _answers(self, examples: Iterable[Example] | None = None) -> Iterator[dict[str, Any]]:
         """The journalled answers on these examples, by default on all examples to vote on."""
-        for example in self.examples if examples is None else examples:
-            for sample in range(self.voter.samples):
-                answer = self._journal.get((self._key(example), sample))
-                if answer is not None:
-                    yield answer
+        voted_on = self.examples if examples is None else examples
+        for example, sample in product(voted_on, range(self.voter.samples)):
+            if answer := self._journal.get((self._key(example), sample)):
+                yield answer
 
-    def _choice_request(self, request: VoteRequest) -> ChoiceRequest:
+    def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
         """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""
-        choice_request: ChoiceRequest = self._persona(request.example, self.context)
-        choice_request = replace(choice_request, measure_mass=is_for_calibration(request.example))
-        if self.voter.thinking or self.voter.temperature:
-            key = {"question": self._key(request.example), "seed": self._seed, "sample": request.sample}
-            choice_request = replace(
-                choice_request,
-                max_thinking_tokens=self.voter.thinking.max_tokens if self.voter.thinking else 0,
-                temperature=self.voter.temperature,
-                seed=seed_of(key),
-            )
-        return choice_request
+        request: ChoiceRequest = self._persona(example, self.context)
+        request = replace(request, measure_mass=is_for_calibration(example))
+        if not self.voter.thinking and not self.voter.temperature:
+            return request
+        return replace(
+            request,
+            max_thinking_tokens=self.voter.thinking.max_tokens if self.voter.thinking else 0,
+            temperature=self.voter.temperature,
+            seed=seed_of({"question": self._key(example), "seed": self._seed, "sample": sample}),
+        )
 
     def _key(self, example: Example) -> str:
         """The digest of the rendered prompt: the example's id would not change with the persona's text."""

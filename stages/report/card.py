@@ -30,11 +30,7 @@ model.set_adapter("slow")  # or "fast"
 
 
 def card(
-    artifact: Artifact,
-    form: Form,
-    folder: Path,
-    evaluated: Sequence[Artifact] = (),
-    base_dtype: bool = False,
+    artifact: Artifact, form: Form, folder: Path, evaluated: Sequence[Artifact] = (), base_dtype: bool = False
 ) -> str:
     """Compose a model card from the manifest of the adapter and the metrics of its evaluations.
 
@@ -51,11 +47,8 @@ def card(
     settings = {"base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype}
     # With their sections: both partition and rl have a `beta`.
     settings |= {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
-    rows = "\n".join(
-        f"| {escaping.markdown(name)} | {escaping.markdown(str(value))} |"
-        for name, value in settings.items()
-        if value is not None
-    )
+    named = {name: str(value) for name, value in settings.items() if value is not None}
+    rows = "\n".join("| {} | {} |".format(*map(escaping.markdown, item)) for item in named.items())
     subject = "The adapter" if form == "adapter" else "The merged model"
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
@@ -243,14 +236,13 @@ def hub_results(evaluated: Sequence[Artifact]) -> str:
         values = {key: getattr(benchmark, key) for key in keys}
         settings = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
         source = f"{target} on {name}, lorapar {artifact.manifest['key']}"
-        entries.append(
-            EvalResultEntry(
-                dataset_id=benchmark.path,
-                task_id=benchmark.kind,
-                value=round(100 * summary["all"]["accuracy"], 2),
-                dataset_revision=benchmark.revision if len(benchmark.revision) == 40 else None,
-                date=artifact.manifest["provenance"]["finished"],
-                notes=f"{source}: {settings}; n {summary['all']['n']}",
-            )
+        entry = EvalResultEntry(
+            dataset_id=benchmark.path,
+            task_id=benchmark.kind,
+            value=round(100 * summary["all"]["accuracy"], 2),
+            dataset_revision=benchmark.revision if len(benchmark.revision) == 40 else None,
+            date=artifact.manifest["provenance"]["finished"],
+            notes=f"{source}: {settings}; n {summary['all']['n']}",
         )
+        entries.append(entry)
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

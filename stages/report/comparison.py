@@ -1,17 +1,19 @@
-"""Targets side by side: the graded answers of a run's evaluations, compared item by item."""
+"""Targets side by side: a run's graded answers compared item by item, its gain and loss, and its routings."""
 
+import json
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
 
-from stages.config import REGIONS, ROUTED
+from stages.config import REGIONS, ROUTED, TRAINED, Config
 from stages.config.evaluation import KEPT
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
-from stages.evaluation.statistics import Interval, paired_p
+from stages.evaluation.statistics import Interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_samples
+from stages.report.page import Block, Grid, Text
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
@@ -57,11 +59,10 @@ def is_derived(target: str) -> bool:
 def p_note(targets: Iterable[str]) -> str:
     """Explain what the p-values of these targets compare."""
     derived = {target for target in targets if is_derived(target)}
-    passed_over = ", passing over auto and kept steps" if derived - set(REGIONS) else ""
-    regions = (
-        " Regions alone are tested against the model that they are of." if derived & set(REGIONS) else ""
-    )
-    return f"p: paired test on the same items against the target to the left{passed_over}.{regions}"
+    note = "p: paired test on the same items against the target to the left"
+    note += ", passing over auto and kept steps." if derived - set(REGIONS) else "."
+    regions = " Regions alone are tested against the model that they are of."
+    return note + (regions if derived & set(REGIONS) else "")
 
 
 def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
@@ -70,10 +71,8 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     A target is tested against the previous one that is not derived, and a region against rl, whose elements
     it is a part of. The p-value is None where the two targets did not answer the same items.
     """
-    groups = sorted(
-        {name for answers in answers_by_target.values() for name in answers},
-        key=lambda name: (name != "all", name),
-    )
+    names = {name for answers in answers_by_target.values() for name in answers}
+    groups = sorted(names, key=lambda name: (name != "all", name))
     previous: str | None = None
     for target, answers in answers_by_target.items():
         against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
@@ -159,3 +158,84 @@ def table(
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
+
+
+def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
+    """Build the table: the base's accuracy on each benchmark, the change after each step, and the drift.
+
+    Empty without `partition.protect`, or if nothing is trained yet.
+    """
+    trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
+    if not config.partition.protect or not trained:
+        return []
+    accuracies = {
+        benchmark: {
+            target: accuracy_by_item(answers_of(artifacts[step]))
+            for target in ("base", *TRAINED)
+            if (step := f"eval:{target}@{benchmark}") in artifacts
+        }
+        for benchmark in config.eval.benchmarks
+    }
+    rows = []
+    for name, by_target in accuracies.items():
+        if by_target:
+            base = by_target.get("base", {})
+            mean = f"{100 * sum(base.values()) / len(base):.1f}" if base else ""
+            changes = (_change(base, by_target.get(target, {})) for target in trained)
+            rows.append([name, str(len(base) or ""), mean, *changes])
+    summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
+    drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
+    if any(drift):
+        held_out = artifacts["score:protected"].manifest["summary"]["held_out"]
+        rows.append(["drift on held-out protected rows", str(held_out), "", *drift])
+    shares = ", ".join(f"{target} trains {100 * s['active_share']:.1f} %" for target, s in summaries.items())
+    masks = next(a for name, a in artifacts.items() if name.startswith("partition:")).manifest["summary"]
+    caption = (
+        "Change of the accuracy against the base in points [95 % interval, paired over items]. Drift: KL "
+        "from the adapter that the stage starts with, in nats per token of the answers. Of the elements, "
+        f"{100 * masks['protected'] / masks['elements']:.1f} % are protected; {shares}."
+    )
+    return [Grid(["", "items", "base, %", *trained], rows, caption)]
+
+
+def _change(base: dict[str, float], trained: dict[str, float]) -> str:
+    """Return the change against the base on the items that both answered, with its interval."""
+    items = [item for item in base if item in trained]
+    if not items:
+        return ""
+    points = paired_difference([base[item] for item in items], [trained[item] for item in items])
+    change, low, high = (100 * value for value in points)
+    return f"{change:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+ROUTINGS_CAPTION = (
+    "fast and slow: one mode for all items. auto: one vote of the base on each item decides. "
+    "oracle: the better mode for each item, and of equals the shorter answer; no router can do better with "
+    "these answers."
+)
+
+
+def routings(artifacts: dict[str, Artifact]) -> list[Block]:
+    """Tabulate the routings of each benchmark that has target auto; artifacts: the current ones by step."""
+    content: list[Block] = []
+    for name, artifact in artifacts.items():
+        target, _, benchmark = name.removeprefix("eval:").partition("@")
+        if target != ROUTED:
+            continue
+        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        rows = []
+        for title, row in metrics["routing"].items():
+            if row["accuracy"] is not None:
+                value = Value(row["accuracy"], n=row["n"], over_items=Interval(*row["interval"]))
+                tokens = f"{row['tokens']:.1f}" if "tokens" in row else "–"
+                rows.append([title, value.text(), tokens, f"{100 * row['slow_share']:.0f} %"])
+        head = [benchmark, "accuracy, % [95 % interval]", "tokens of an answer", "answered slowly"]
+        router = metrics["router"]
+        area = "" if router["auc"] is None else f"; AUC {router['auc']:.2f} against their labels"
+        source = f"{router['examples']} labelled training rows{area}"
+        vote = (
+            f"The vote is that of persona {router['persona']}, without an answer to look at. Its threshold, "
+        )
+        vote += f"{router['threshold']:.3f}, is from {source}. Votes are not counted as tokens."
+        content += [Grid(head, rows, ROUTINGS_CAPTION), Text(vote, quiet=True)]
+    return content

@@ -11,14 +11,15 @@ from torch import Tensor
 from stages.config import Config
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.scorers import rescored_by_rollouts, scorers
-from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
+from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED, needed_set
 from stages.report import figures
-from stages.report.null import gaussian_null, null_jaccard
 from stages.report.page import Block, Grid, Picture, Pictures, Text
 from stages.store.artifacts import Artifact
 
 POINTS = 200
 """Points of a cumulative curve."""
+SAMPLE = 2**21
+"""Most elements that are drawn; every weight is represented by its share of them."""
 DOTS = 2000
 """Most elements of each region in the scatter plot of both systems' importance."""
 REGION_TITLES = {
@@ -176,7 +177,6 @@ def _maps(masks: Artifact) -> list[Block]:
 
 
 def _cells(region: dict[str, Tensor]) -> Cells:
-
     matrices: dict[tuple[int, str], list[Tensor]] = {}
     for name, codes in region.items():
         if match := re.search(r"\.(\d+)\.([\w.]+)\.lora_[AB]\b", name):
@@ -205,3 +205,30 @@ def _short_names(modules: list[str]) -> list[str]:
     last = [path.rpartition(".")[2] for path in modules]
     names = [name if last.count(name) == 1 else path for name, path in zip(last, modules, strict=True)]
     return [name.removesuffix("_proj") for name in names]
+
+
+def gaussian_null(importance: dict[int, dict[str, Tensor]]) -> dict[int, Tensor]:
+    """Draw |g·φ| with independent Gaussian g and φ for each element, scaled to its weight's mean importance.
+
+    Such products are concentrated by themselves: small for most elements, large for a few. Only what goes
+    beyond this null says something about the model. importance: system → parameter name → scores. Each system
+    has its own g; φ is shared, as the systems score the same values. Returns (elements,) for each system, or
+    a sample of at most about SAMPLE elements of a larger model. The seed is fixed: repeated calls agree.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = next(iter(importance.values()))
+    share = min(1.0, SAMPLE / sum(weight.numel() for weight in weights.values()))
+    draws: dict[int, list[Tensor]] = {system: [] for system in importance}
+    for name in sorted(weights):
+        size = math.ceil(weights[name].numel() * share)
+        value, *gradients = torch.randn(1 + len(importance), size, generator=generator)
+        for (system, scores), gradient in zip(importance.items(), gradients, strict=True):
+            # For standard normals E|g·φ| = E|g| · E|φ| = √(2/π)² = 2/π, so π/2 scales the mean to 1.
+            draws[system].append((gradient * value).abs() * (scores[name].double().mean() * math.pi / 2))
+    return {system: torch.cat(products).float() for system, products in draws.items()}
+
+
+def null_jaccard(importance: dict[int, dict[str, Tensor]], theta: float) -> float:
+    """Compute the Jaccard index of both systems' sets at θ under the null."""
+    first, second = (needed_set(draw, theta, "the null") for draw in gaussian_null(importance).values())
+    return int((first & second).sum()) / int((first | second).sum())

@@ -75,7 +75,7 @@ def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     for artifact in artifacts.values():
         for package, version in artifact.manifest["provenance"].get("versions", {}).items():
             versions.setdefault(package, set()).add(version)
-    numbers = [[package, ", ".join(sorted(numbers))] for package, numbers in sorted(versions.items())]
+    numbers = [[package, ", ".join(sorted(found))] for package, found in sorted(versions.items())]
     folders = [[name, str(artifact.path)] for name, artifact in artifacts.items()]
     title = f"The {len(changed)} settings that differ from the defaults"
     blocks: list[Block] = [Details(title, [Grid(["setting", "value"], changed, prose=True)])]

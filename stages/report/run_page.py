@@ -14,7 +14,7 @@ from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
 from stages.records import Sample
-from stages.report import comparison, elements, figures, protection, provenance, routing, voters
+from stages.report import comparison, elements, figures, provenance, voters
 from stages.report.page import (
     Block,
     Command,
@@ -67,8 +67,8 @@ def build(
     missing = [name for name in steps if name not in artifacts]
     sections = [
         PageSection("results", "Results", _results(tables)),
-        PageSection("protection", "Gain and loss", protection.blocks(config, artifacts)),
-        PageSection("routing", "Routing", routing.blocks(artifacts)),
+        PageSection("protection", "Gain and loss", comparison.protection(config, artifacts)),
+        PageSection("routing", "Routing", comparison.routings(artifacts)),
         PageSection("items", "Won and lost", _items(artifacts, tables)),
         PageSection("training", "Training", _training(artifacts)),
         PageSection("elements", "Elements", elements.parts(config, artifacts)),
@@ -92,11 +92,8 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
         if not overall:
             continue
         last = overall.pop()
-        systems = [
-            f"{row['group'].capitalize()} {_accuracy(row)}"
-            for row in graded
-            if row["target"] == last["target"] and row["group"] != "all"
-        ]
+        of_last = (row for row in graded if row["target"] == last["target"] and row["group"] != "all")
+        systems = [f"{row['group'].capitalize()} {_accuracy(row)}" for row in of_last]
         sentence = f"{name}: {last['target']} answers {_accuracy(last)} of {last['n']} items correctly"
         sentence += f" ({', '.join(systems)})" if systems else ""
         for row in reversed(overall):
@@ -147,14 +144,11 @@ def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]
     """Show, for each benchmark, items that its last two targets answered differently."""
     blocks: list[Block] = []
     for name, rows in tables.items():
-        targets = list(dict.fromkeys(row["target"] for row in rows))
-        targets = [target for target in targets if not comparison.is_derived(target)][-2:]
-        if len(targets) < 2:
-            continue
-        first, second = (
-            Answered(target, comparison.answers_of(artifacts[f"eval:{target}@{name}"])) for target in targets
-        )
-        blocks += won_and_lost(f"{name}: ", first, second)
+        targets = dict.fromkeys(row["target"] for row in rows if not comparison.is_derived(row["target"]))
+        evaluated = {target: artifacts[f"eval:{target}@{name}"] for target in list(targets)[-2:]}
+        if len(evaluated) == 2:
+            sides = (Answered(target, comparison.answers_of(one)) for target, one in evaluated.items())
+            blocks += won_and_lost(f"{name}: ", *sides)
     return blocks
 
 
@@ -242,12 +236,8 @@ def _label_counts(artifacts: dict[str, Artifact]) -> list[Block]:
         if not name.startswith("classify:"):
             continue
         counts = {key: n for key, n in artifact.manifest["summary"].items() if isinstance(n, int)}
-        listed = ", ".join(f"{n} {_count_title(key)}" for key, n in counts.items())
+        titles = {key: re.sub(r"^system(?=\d)", "System ", key).replace("_", " ") for key in counts}
+        listed = ", ".join(f"{n} {titles[key]}" for key, n in counts.items())
         blocks.append(Text(f"{name.partition(':')[2]}: {listed}."))
         blocks += voters.blocks(artifact.path)
     return blocks
-
-
-def _count_title(key: str) -> str:
-    """Write `system1` and `with_gold` as `System 1` and `with gold`."""
-    return re.sub(r"^system(?=\d)", "System ", key).replace("_", " ")

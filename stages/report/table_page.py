@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from stages.config.evaluation import KEPT
 from stages.evaluation.statistics import p_value
 from stages.lora.training.curves import OVERVIEW, History
-from stages.pipeline.steps import Step
+from stages.pipeline.steps import with_inputs
 from stages.report import elements, figures, run_page
 from stages.report.page import (
     Block,
@@ -96,12 +96,9 @@ def _section(results: Results, command: SweepCommand) -> PageSection:
         blocks.append(Grid(*comparisons))
     if choices := render_table.choices_note(results):
         blocks.append(Text(choices, quiet=True))
-    if plot := (_line_plot(results, file.plot) if file.plot else None) or _dot_plot(results):
-        blocks.append(Pictures([plot]))
-    if file.importance and (pictures := _importance(results)):
-        blocks.append(Pictures(pictures))
-    if curves := _training_curves(results):
-        blocks.append(Pictures([curves]))
+    plot = _line_plot(results, file.plot) or _dot_plot(results)
+    importance = _importance(results) if file.importance else []
+    blocks += [Pictures(row) for row in (plot, importance, _training_curves(results)) if row]
     if file.make_data:
         blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
     blocks += [Text("This command makes or completes the table:", quiet=True), Command(command(None))]
@@ -131,15 +128,8 @@ def _rows(results: Results, command: SweepCommand) -> Details:
 
 def _costs(results: Results, cell: Cell) -> list[PlannedCost] | None:
     """Return the actual cost of each step that the columns of a cell need; None if a step is missing."""
-
-    def with_inputs(step: Step) -> Iterator[str]:
-        yield step.name
-        for source in step.inputs.values():
-            yield from with_inputs(source)
-
-    steps = (cell.steps[name] for column in cell.columns.values() for name in column.steps)
-    needed = dict.fromkeys(name for step in steps for name in with_inputs(step))
-    artifacts = [results.artifacts.current(cell, name) for name in needed]
+    shown = {name for column in cell.columns.values() for name in column.steps}
+    artifacts = [results.artifacts.current(cell, name) for name in with_inputs(cell.steps, shown)]
     if None in artifacts:
         return None
     return [actual_and_planned(artifact.manifest["provenance"])[0] for artifact in artifacts if artifact]
@@ -171,22 +161,18 @@ def _run(results: Results) -> list[Block]:
     """
     artifacts = results.artifacts
     references = {row for contrast in results.table.contrasts for row in contrast.against}
-    cells = sorted(results.table.cells, key=lambda cell: cell.row not in references)
-    columns = ((cell, column.steps) for cell in cells for column in cell.columns.values())
-    complete = (cell for cell, steps in columns if all(artifacts.current(cell, step) for step in steps))
-    cell = next(complete, None)
-    if cell is None:
-        return []
-    lead, sections, _ = run_page.build(cell.config, cell.steps, artifacts.store(cell))
-    blocks: list[Block] = [Text(sentence) for sentence in lead]
-    for section in sections:
-        if section.blocks:
-            blocks += [Heading(section.title), *section.blocks]
-    return [Details(f"In full: {cell.row}, seed {cell.seed}", blocks)]
+    for cell in sorted(results.table.cells, key=lambda cell: cell.row not in references):
+        columns = cell.columns.values()
+        if any(all(artifacts.current(cell, step) for step in column.steps) for column in columns):
+            lead, sections, _ = run_page.build(cell.config, cell.steps, artifacts.store(cell))
+            filled = ([Heading(section.title), *section.blocks] for section in sections if section.blocks)
+            blocks = [*map(Text, lead), *itertools.chain.from_iterable(filled)]
+            return [Details(f"In full: {cell.row}, seed {cell.seed}", blocks)]
+    return []
 
 
-def _dot_plot(results: Results) -> Picture | None:
-    """Plot accuracies by row; None while there is none."""
+def _dot_plot(results: Results) -> list[Picture]:
+    """Plot accuracies by row; nothing while there is none."""
     file, rows = results.table.file, results.table.rows
     series: dict[str, dict[str, Value]] = {}
     for column, row in itertools.product(file.columns, rows):
@@ -194,7 +180,7 @@ def _dot_plot(results: Results) -> Picture | None:
         if value and value.n is not None and not value.difference:
             series.setdefault(column, {})[row] = value
     if not series:
-        return None
+        return []
     published = {
         column: {row: paper[column] for row, paper in file.paper.items() if column in paper and row in rows}
         for column in series
@@ -202,7 +188,7 @@ def _dot_plot(results: Results) -> Picture | None:
     svg = figures.svg(figures.dot_plot(rows, series, published))
     text = f"Accuracies of {len(rows)} rows with 95 % intervals; the numbers are in the table above."
     scopes = _scopes(value for by_row in series.values() for value in by_row.values())
-    return Picture(svg, text, f"Accuracy with its 95 % interval over {scopes}.")
+    return [Picture(svg, text, f"Accuracy with its 95 % interval over {scopes}.")]
 
 
 def _scopes(values: Iterable[Value]) -> str:
@@ -210,11 +196,13 @@ def _scopes(values: Iterable[Value]) -> str:
     return " or ".join(sorted({"items" if value.over_items else "seeds" for value in values}))
 
 
-def _line_plot(results: Results, plot: Plot) -> Picture | None:
-    """Plot one column over another; None while there is nothing to plot.
+def _line_plot(results: Results, plot: Plot | None) -> list[Picture]:
+    """Plot one column over another; nothing while there is nothing to plot.
 
     A row called `SERIES: NAME` is a point of that series, any other row a horizontal line.
     """
+    if plot is None:
+        return []
     series: dict[str, list[tuple[float, Value]]] = {}
     lines: dict[str, float] = {}
     for row in results.table.rows:
@@ -232,44 +220,40 @@ def _line_plot(results: Results, plot: Plot) -> Picture | None:
         elif row in results.table.rows and not colon and plot.y in values:
             lines[f"{row}, published"] = values[plot.y]
     if not series:
-        return None
+        return []
     svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
     scopes = _scopes(y for points in series.values() for _, y in points)
-    caption = f"{plot.y} over {plot.x}, with 95 % intervals over {scopes}."
-    return Picture(svg, text, caption)
+    return [Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals over {scopes}.")]
 
 
-def _training_curves(results: Results) -> Picture | None:
+def _training_curves(results: Results) -> list[Picture]:
     """Plot the training curves of RL for every seed; a run that rows share is drawn for the first of them."""
-    runs: dict[str, list[History]] = {}
-    paths: set[Path] = set()
+    rows: dict[Path, str] = {}
     for cell in results.table.cells:
-        steps = {step for column in cell.columns.values() for step in column.steps}
-        if not any(step == "rl" or step.startswith(("eval:rl@", f"eval:{KEPT}")) for step in steps):
-            continue
-        artifact = results.artifacts.current(cell, "rl")
-        if artifact is not None and artifact.path not in paths:
-            paths.add(artifact.path)
-            history = json.loads((artifact.path / "history.json").read_text(encoding="utf-8"))
-            runs.setdefault(cell.row, []).append(history)
-    if not runs:
-        return None
+        steps = [step for column in cell.columns.values() for step in column.steps]
+        shows_rl = any(step == "rl" or step.startswith(("eval:rl@", f"eval:{KEPT}")) for step in steps)
+        if shows_rl and (artifact := results.artifacts.current(cell, "rl")):
+            rows.setdefault(artifact.path, cell.row)
+    if not rows:
+        return []
+    runs: dict[str, list[History]] = {}
+    for path, row in rows.items():
+        runs.setdefault(row, []).append(json.loads((path / "history.json").read_bytes()))
     svg = figures.svg(figures.training_curves(runs, OVERVIEW))
     text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(OVERVIEW)}."
-    return Picture(svg, text, f"RL, moving means over {figures.WINDOW} steps.")
+    return [Picture(svg, text, f"RL, moving means over {figures.WINDOW} steps.")]
 
 
 def _importance(results: Results) -> list[Picture]:
     """Plot each row's importance, by system and cumulative, from its first seed that has the artifacts."""
-    pictures: dict[str, list[Picture]] = {}
+    pictures: list[Picture] = []
+    drawn = set()
     for cell in results.table.cells:
-        if cell.row in pictures:
-            continue
         score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
-        if score and masks and (score.path / "importance.safetensors").is_file():
-            pictures[cell.row] = [
-                elements.importance_by_system(cell.config, score, masks, cell.row),
-                elements.cumulative_importance(cell.config, score, cell.row),
-            ]
-    return [picture for of_row in pictures.values() for picture in of_row]
+        if cell.row in drawn or not (score and masks and (score.path / "importance.safetensors").is_file()):
+            continue
+        drawn.add(cell.row)
+        pictures.append(elements.importance_by_system(cell.config, score, masks, cell.row))
+        pictures.append(elements.cumulative_importance(cell.config, score, cell.row))
+    return pictures

@@ -20,10 +20,8 @@ def blocks(folder: Path) -> list[Grid | Text]:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     parts: list[Grid | Text] = [_voters(report["voters"])]
     parts.append(Text("weight: share of the voter's probability that falls on its two words"))
-    if report["agreement"].get("pairs"):
-        parts.append(_pairs(report["agreement"]))
-    if reference := report.get("known", {}):
-        parts += _reference(reference, report["voters"])
+    parts += [_pairs(report["agreement"])] if report["agreement"].get("pairs") else []
+    parts += _reference(report["known"], report["voters"]) if report.get("known") else []
     parts += [Text("most contested:")] if report["contested"] else []
     for row in report["contested"][:MAX_CONTESTED]:
         values = ", ".join("–" if value is None else f"{value:.2f}" for value in row["votes"].values())

@@ -27,13 +27,8 @@ SEED = "{seed}"
 """Placeholder for the seed of a cell in the texts of settings, such as paths of data."""
 
 
-Rows = Annotated[
-    list[str],
-    Field(min_length=1),
-    BeforeValidator(
-        lambda rows: [rows] if isinstance(rows, str) else rows, json_schema_input_type=str | list[str]
-    ),
-]
+_listed = BeforeValidator(lambda rows: [rows] if isinstance(rows, str) else rows, str | list[str])
+Rows = Annotated[list[str], Field(min_length=1), _listed]
 """One row, or several whose accuracies are averaged item by item."""
 
 
@@ -170,7 +165,7 @@ class TableFile(Section):
         return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
 
     def number_of_rows(self) -> int:
-        return len(self.rows) or math.prod(len(values) for values in self.grid.values())
+        return len(self.rows) or math.prod(map(len, self.grid.values()))
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Map each row to its settings. Rows of a grid are named after their values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -33,11 +34,17 @@ OVER: tuple[Over, ...] = get_args(Over)
 """Intervals of a `Value` that have a p-value if it is a difference."""
 
 
+class _Missing(Exception):
+    """The artifact of a cell is missing."""
+
+
 class Artifacts:
     """Finds the artifacts of cells' steps, with one store per run, which caches what it has verified."""
 
     def __init__(self) -> None:
         self._stores: dict[Path, Store] = {}
+        self._accuracies: dict[tuple[Path, str], ItemAccuracy] = {}
+        """Artifact, qualifier of the column → accuracy of each item."""
 
     def store(self, cell: Cell) -> Store:
         return self._stores.setdefault(cell.config.root, Store(cell.config.root))
@@ -48,6 +55,20 @@ class Artifacts:
             return None
         now = state(self.store(cell), cell.steps[step])
         return now.artifact if now.state == "current" else None
+
+    def needed(self, cell: Cell, column: Column) -> Artifact:
+        """Return the artifact of a column; _Missing if it is not current."""
+        if artifact := self.current(cell, column.step):
+            return artifact
+        raise _Missing
+
+    def accuracy(self, cell: Cell, column: Column) -> ItemAccuracy:
+        """Return the accuracy of each item; _Missing if its artifact is."""
+        artifact = self.needed(cell, column)
+        key = (artifact.path, column.qualifier)
+        if key not in self._accuracies:
+            self._accuracies[key] = accuracy_by_item(answers(artifact, column), reading(column))
+        return self._accuracies[key]
 
 
 @dataclass(frozen=True)
@@ -87,26 +108,28 @@ class Results:
 
 def results(table: Table) -> Results:
     """Read all values and comparisons of a table from its artifacts."""
-    reader = _Reader()
-    found = Results(table, {}, {}, reader.artifacts, {})
-    for row in table.rows:
+    artifacts = Artifacts()
+    found = Results(table, {}, {}, artifacts, {})
+    for row, name in itertools.product(table.rows, table.file.columns):
         cells = table.cells_of(row)
-        for name in table.file.columns:
-            if not all(name in cell.columns for cell in cells):
-                continue
-            try:
-                found.values[row, name] = reader.value(cells, name)
-            except _Missing:
-                found.values[row, name] = None
-                found.missing[row, name] = [cell.seed for cell in cells if reader.lacks(cell, name)]
-            except NothingToShow:
-                if cells[0].columns[name].graded:
-                    log.warning("%s: no answer is in the group of column %r", row, name)
+        if not all(name in cell.columns for cell in cells):
+            continue
+        column = cells[0].columns[name]
+        try:
+            found.values[row, name] = _value(artifacts, cells, name)
+        except _Missing:
+            found.values[row, name] = None
+            found.missing[row, name] = [
+                cell.seed for cell in cells if not all(artifacts.current(cell, step) for step in column.steps)
+            ]
+        except NothingToShow:
+            if column.graded:
+                log.warning("%s: no answer is in the group of column %r", row, name)
     for contrast in table.contrasts:
         references, cells = table.cells_of(*contrast.against), table.cells_of(*contrast.rows)
         if all(contrast.on in cell.columns for cell in references + cells):
             try:
-                found.comparisons[contrast] = reader.comparison(references, cells, contrast.on)
+                found.comparisons[contrast] = _comparison(artifacts, references, cells, contrast.on)
             except _Missing:
                 found.comparisons[contrast] = None
             except NothingToShow:
@@ -114,66 +137,38 @@ def results(table: Table) -> Results:
     return found
 
 
-class _Missing(Exception):
-    """The artifact of a cell is missing."""
+def _value(artifacts: Artifacts, cells: list[Cell], name: str) -> Value:
+    """Return a column's value over the cells of one row; _Missing if a seed lacks its artifact."""
+    column = cells[0].columns[name]
+    if column.minus:  # paired by seed and item
+        first, second = (
+            [artifacts.accuracy(cell, term) for cell in cells] for term in (column.minus, column)
+        )
+        return difference(first, second, _have_own_items(cells, name))
+    # Seeds that share an artifact, because the step does not depend on the seed, count once.
+    unique = {artifacts.needed(cell, column).manifest["key"]: cell for cell in cells}.values()
+    if column.graded:
+        by_seed = [artifacts.accuracy(cell, column) for cell in unique]
+        return accuracy(by_seed, _have_own_items(cells, name))
+    return mean_of_numbers([_number(artifacts.needed(cell, column), column) for cell in unique])
 
 
-class _Reader:
-    def __init__(self) -> None:
-        self.accuracies: dict[tuple[str, str], ItemAccuracy] = {}
-        """Artifact path, qualifier of the column → accuracy of each item."""
-        self.artifacts = Artifacts()
+def _comparison(artifacts: Artifacts, references: list[Cell], cells: list[Cell], name: str) -> Value:
+    """Compare rows on a column, over the items and seeds that all have; _Missing if an artifact is.
 
-    def _artifact(self, cell: Cell, column: Column) -> Artifact:
-        artifact = self.artifacts.current(cell, column.step)
-        if artifact is None:
-            raise _Missing
-        return artifact
-
-    def lacks(self, cell: Cell, name: str) -> bool:
-        """True if an artifact of the column is missing."""
-        return any(self.artifacts.current(cell, step) is None for step in cell.columns[name].steps)
-
-    def value(self, cells: list[Cell], name: str) -> Value:
-        """Return a column's value over the cells of one row; _Missing if a seed lacks its artifact."""
-        column = cells[0].columns[name]
-        if column.minus:  # paired by seed and item
-            first, second = (
-                [self._item_accuracy(self._artifact(cell, term), term) for cell in cells]
-                for term in (column.minus, column)
+    Of several rows on one side each item has the mean of its accuracies.
+    """
+    pairs = []
+    for seed in dict.fromkeys(cell.seed for cell in references):
+        sides = [[cell for cell in side if cell.seed == seed] for side in (references, cells)]
+        if all(sides):
+            pairs.append(
+                [
+                    mean_by_item([artifacts.accuracy(cell, cell.columns[name]) for cell in side])
+                    for side in sides
+                ]
             )
-            return difference(first, second, _have_own_items(cells, name))
-        # Seeds that share an artifact, because the step does not depend on the seed, count once.
-        unique = {
-            artifact.manifest["key"]: artifact for artifact in (self._artifact(c, column) for c in cells)
-        }
-        if column.graded:
-            by_seed = [self._item_accuracy(artifact, column) for artifact in unique.values()]
-            return accuracy(by_seed, _have_own_items(cells, name))
-        return mean_of_numbers([_number(artifact, column) for artifact in unique.values()])
-
-    def comparison(self, references: list[Cell], cells: list[Cell], name: str) -> Value:
-        """Compare rows on a column, over the items and seeds that all have; _Missing if an artifact is.
-
-        Of several rows on one side each item has the mean of its accuracies.
-        """
-        pairs = []
-        for seed in dict.fromkeys(cell.seed for cell in references):
-            sides = [[cell for cell in side if cell.seed == seed] for side in (references, cells)]
-            pair = [self._mean_accuracy(side, name) for side in sides if side]
-            pairs += [pair] if len(pair) == 2 else []
-        return difference([a for a, _ in pairs], [b for _, b in pairs], _have_own_items(cells, name))
-
-    def _mean_accuracy(self, cells: list[Cell], name: str) -> ItemAccuracy:
-        """Average each item over cells of one seed."""
-        columns = [(cell, cell.columns[name]) for cell in cells]
-        return mean_by_item([self._item_accuracy(self._artifact(*pair), pair[1]) for pair in columns])
-
-    def _item_accuracy(self, artifact: Artifact, column: Column) -> ItemAccuracy:
-        key = (str(artifact.path), column.qualifier)
-        if key not in self.accuracies:
-            self.accuracies[key] = accuracy_by_item(answers(artifact, column), reading(column))
-        return self.accuracies[key]
+    return difference([a for a, _ in pairs], [b for _, b in pairs], _have_own_items(cells, name))
 
 
 def reading(column: Column) -> str:

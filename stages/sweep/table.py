@@ -127,24 +127,20 @@ def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
     Its own columns leave the column out, or its config does not evaluate what the column shows.
     """
     lacking = {(cell.row, name) for cell in cells for name in file.columns if name not in cell.columns}
-    messages = [
-        f"compare names row {row!r}, which has no value in column {entry.on!r}"
-        for entry in file.compare
-        for row in [*(entry.row or []), *entry.against]
-        if (row, entry.on) in lacking
-    ]
-    return list(dict.fromkeys(messages))
+    named = ((row, entry.on) for entry in file.compare for row in [*(entry.row or []), *entry.against])
+    pairs = dict.fromkeys(pair for pair in named if pair in lacking)
+    return [f"compare names row {row!r}, which has no value in column {column!r}" for row, column in pairs]
 
 
 def _matching(path: Path, kind: str, patterns: list[str], names: list[str]) -> list[str]:
     """Return the names that a pattern equals or matches; ConfigError if a pattern matches none."""
-    matches = {
-        pattern: {name for name in names if name == pattern or fnmatchcase(name, pattern)}
-        for pattern in patterns
-    }
-    if unknown := [pattern for pattern, matched in matches.items() if not matched]:
-        raise ConfigError(f"{path}: no {kind} {unknown[0]!r}", f"choose from: {', '.join(names)}")
-    return [name for name in names if any(name in matched for matched in matches.values())]
+    chosen = set()
+    for pattern in patterns:
+        matched = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
+        if not matched:
+            raise ConfigError(f"{path}: no {kind} {pattern!r}", f"choose from: {', '.join(names)}")
+        chosen |= matched
+    return [name for name in names if name in chosen]
 
 
 def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, overrides: list[str]) -> Cell:

@@ -17,6 +17,7 @@ from stages.prompts.renderer import Renderer
 from stages.records import Labelled, read_labels, write_labels
 
 PAIR = {"question": "Two and two?", "answer": "2 + 2 = 4.\n#### 4"}
+TEXT = {"type": "text", "text": "Two and two?"}
 HUMAN, GPT = {"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "#### 4"}
 
 
@@ -32,59 +33,44 @@ def lines(*rows: object) -> str:
 READ = {
     "rows.jsonl": lines(PAIR),
     "rows.json": json.dumps([PAIR]),
-    "lines.json": lines(PAIR),
     "list.jsonl": json.dumps([PAIR], indent=1),
     "rows.csv": 'question,answer\r\n"Two and two?","2 + 2 = 4.\n#### 4"\r\n',
     "bom.csv": '\ufeffquestion,answer\n"Two and two?","2 + 2 = 4.\n#### 4"\n',
     "rows.tsv": 'question\tanswer\nTwo and two?\t"2 + 2 = 4.\n#### 4"\n',
     "alpaca.json": json.dumps([{"instruction": "Two and two?", "input": "", "output": "#### 4"}]),
-    "dolly.jsonl": lines(
-        {"instruction": "Two and two?", "context": "", "response": "#### 4", "category": "x"}
-    ),
+    "dolly.jsonl": lines({"instruction": "Two and two?", "context": "", "response": "#### 4", "kind": "x"}),
     "sharegpt.json": json.dumps([{"conversations": [HUMAN, GPT]}]),
     "messages.jsonl": lines({"messages": chat("Two and two?", "#### 4")}),
     "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
     "number.jsonl": lines({"question": "Two and two?", "answer": 4}),
     "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
-    "parts.jsonl": lines(
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Two and two?"}]}, GPT]}
-    ),
+    "parts.jsonl": lines({"messages": [{"role": "user", "content": [TEXT]}, GPT], "context": "c"}),
     "response.jsonl": lines({"question": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
     "labelled.jsonl": lines({"prompt": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
 }
+TOOL = {"role": "tool", "content": "c"}
+CALL = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
+IMAGE = {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}
 REFUSED = {
     "empty.jsonl": ("", "empty.jsonl has no rows"),
     "head.csv": ("question,answer\n", "head.csv has no rows"),
-    "csv.jsonl": (
-        "question,answer\na,b\nc,d\n",
-        "csv.jsonl is not JSON Lines: it begins with 'question,answer'",
-    ),
+    "csv.jsonl": ("question,answer\na,b\nc,d\n", "is not JSON Lines: it begins with 'question,answer'"),
     "object.json": ('{"data": [1]}', "object.json is one object, not a list of rows"),
     "numbers.json": ("[1, 2, 3]", "numbers.json:1: expected an object, got int (lines 2, 3 as well)"),
-    "short.csv": (
-        "question,answer\na\nb\n",
-        "short.csv:2: 1 fields, and the first line names 2 (line 3 as well)",
-    ),
+    "short.csv": ("question,answer\na\nb\n", "short.csv:2: 1 fields, and the first line names 2 (line 3 as "),
     "twice.csv": ("question,question\na,b\n", "twice.csv: two columns are called 'question'"),
     "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
-    "preferences.jsonl": (
+    "pairs.jsonl": (
         lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
-        "preferences.jsonl: preference pairs (chosen, rejected) are not supported",
+        "pairs.jsonl: preference pairs",
     ),
-    "tools.jsonl": (
-        lines({"messages": [*chat("a", "b"), {"role": "tool", "content": "c"}]}),
-        "bad row: tools.jsonl:1: messages: tool calls are not supported",
-    ),
+    "tools.jsonl": (lines({"messages": [*chat("a", "b"), TOOL]}), "messages: tool calls are not supported"),
+    "calls.jsonl": (lines({"messages": [*chat("a"), CALL]}), "messages: tool calls are not supported"),
+    "image.jsonl": (lines({"messages": [*chat("a"), IMAGE]}), "content must be text"),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
-    "turns.jsonl": (
-        lines({"messages": [{"role": "user", "content": "a"}] * 2}),
-        "expected user and assistant in turns",
-    ),
-    "null.jsonl": (
-        lines({"messages": [{"role": "assistant", "content": None}]}),
-        "prompt or response is empty",
-    ),
+    "turns.jsonl": (lines({"messages": chat("a") * 2}), "expected user and assistant in turns"),
+    "null.jsonl": (lines({"messages": [{**IMAGE, "content": None}]}), "prompt or response is empty"),
     "asked.jsonl": (lines({"messages": chat("a")}), "prompt or response is empty"),
     "no.parquet": (b"PAR1 and more", "no.parquet is not a Parquet file"),
 }
@@ -111,7 +97,7 @@ def test_parquet(tmp_path):
         assert (example.prompt, example.gold) == (PAIR["question"], "4")
 
 
-@pytest.mark.parametrize(("answer", "text"), [(2.5, "2.5"), (False, "false")])
+@pytest.mark.parametrize(("answer", "text"), [(2.5, "2.5"), (False, "false"), (0, "0")])
 def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer, text):
     path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
     (example,) = read(DataSection(path=path))
@@ -127,16 +113,6 @@ def test_not_a_number_is_an_empty_cell(tmp_path):
     assert [e.prompt for e in read(DataSection(path=path, empty="drop"))] == [PAIR["question"]]
 
 
-def test_old_tool_calls_and_images_are_refused(tmp_path):
-    for message in (
-        {"role": "assistant", "content": None, "function_call": {"name": "f"}},
-        {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]},
-    ):
-        path = write(tmp_path / "rows.jsonl", lines({"messages": [*chat("Q"), message]}))
-        with pytest.raises(DataError, match="not supported|content must be text"):
-            read(DataSection(path=path, empty="drop"))
-
-
 def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
     rows = [{**PAIR, "Context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}]
     read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
@@ -145,12 +121,6 @@ def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
     shown = {**PAIR, "question": "Two is a number. Two and two? A) 3 B) 4", "choices": ["3", "4"]}
     read(DataSection(path=write(tmp_path / "shown.jsonl", lines({**shown, "context": "Two is a number."}))))
     assert not caplog.text
-
-
-def test_zero_is_a_verifiable_answer(tmp_path):
-    path = write(tmp_path / "rows.jsonl", lines({"question": "3 - 3?", "gold": 0}))
-    (example,) = read(DataSection(path=path))
-    assert (example.response, example.gold) == ("", "0")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -210,18 +180,8 @@ def test_numbers_of_a_table_are_numbers(tmp_path):
     cells = ["42", "-1.5", "007", "1,200"]
     text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
     found = read(DataSection(path=write(tmp_path / "a.csv", text)))
-    assert [(e.response, e.gold) for e in found] == [
-        ("42", "42"),
-        ("-1.5", "-1.5"),
-        ("007", None),
-        ("1,200", None),
-    ]
-
-
-def test_other_fields_of_a_chat_stay_as_they_are(tmp_path):
-    row = {"messages": chat("q", "a"), "context": "c", "response": "r", "chosen": "x", "rejected": "y"}
-    (example,) = read(DataSection(path=write(tmp_path / "a.jsonl", lines(row))))
-    assert example.extra == {"context": "c", "response": "r", "chosen": "x", "rejected": "y"}
+    golds = ["42", "-1.5", None, None]
+    assert [(e.response, e.gold) for e in found] == list(zip(cells, golds, strict=True))
 
 
 def test_an_empty_answer_of_a_conversation_leaves_the_others(tmp_path):

@@ -7,8 +7,7 @@ from pydantic import ValidationError
 from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Completion
 from stages.errors import ArtifactError
-from stages.eval.answer_cache import AnswerCache, CachedAnswer
-from stages.eval.samples import _outcome, grade_all
+from stages.eval.answer_cache import AnswerCache, CachedAnswer, _outcome
 from stages.evaluation.grading import Context, Grade
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
@@ -26,9 +25,14 @@ def ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def cache(tokenizer, folder, rows: list[Labelled], **settings) -> AnswerCache:
+    section, renderer = DEMO.model_copy(update=settings), Renderer(tokenizer, PromptSection())
+    return AnswerCache(rows, section, renderer, {}, folder, regenerate=False)
+
+
 def test_a_choice_is_the_likeliest_word(tokenizer):
     asked = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
-    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked).text == "C"
+    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked)[0] == "C"
 
 
 @pytest.mark.parametrize("odd", [{}, {"complete": True}, {"ids": [2**31]}, {"ids": [-1]}, {"shares": [1.5]}])
@@ -45,15 +49,16 @@ def test_a_line_of_a_journal_that_is_the_answer_to_another_question(tokenizer):
 def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
     written = ids(tokenizer, "#### 5\nX\nQ #### 7")
     given = CachedAnswer(ids=written, complete=False).text(tokenizer, RenderedPrompt("", [], ("\nQ", "\nX")))
-    assert (given.text, given.complete, given.extra) == ("#### 5", True, {"tokens": len(written)})
+    assert given == ("#### 5", True, {"tokens": len(written)})
 
 
-def test_each_answer_is_graded_against_its_own_item(tokenizer):
+def test_each_answer_is_graded_against_its_own_item(tokenizer, tmp_path):
     golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
     rows = [Labelled(Example(gold, "Q", "", gold, {"tokens": 99, "part": "a"}), 1, {}) for gold in golds]
+    replies = cache(tokenizer, tmp_path, rows)
     recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
-    asked, renderer = [RenderedPrompt("", [])] * 3, Renderer(tokenizer, PromptSection())
-    found = grade_all(rows, asked, recorded, renderer, Context("hash", True), DEMO, Silent())
+    replies.answers = recorded
+    found = replies.graded(Context("hash", True), Silent())
     assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
         ("4", True, True, "correct"),
         ("5", False, True, "unparsed"),
@@ -78,9 +83,8 @@ def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
                 seeds.append(question.seed)
                 yield i, Completion([65 + i], True)
 
-    section = DEMO.model_copy(update={"samples": 3, "temperature": 0.8})
-    renderer = Renderer(tokenizer, PromptSection())
-    replies = AnswerCache([RenderedPrompt("x", [5])], section, renderer, {}, tmp_path, regenerate=False)
+    row = Labelled(Example("a", "Q", "", "4"), 1, {})
+    replies = cache(tokenizer, tmp_path, [row], samples=3, temperature=0.8)
     replies.complete(Engine, "t", Silent())
     assert len(set(seeds)) == 3
     assert [replies.answers[0, n].ids for n in range(3)] == [[65], [66], [67]]

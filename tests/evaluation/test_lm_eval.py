@@ -47,15 +47,9 @@ def task(folder: Path, name: str, subject: str, test: list[dict], dev: list[dict
 
 
 def rows_of(subject: str, n: int) -> list[dict]:
-    return [
-        {
-            "subject": subject,
-            "question": f"What is {i} + 1?",
-            "choices": [str(i + k) for k in range(4)],
-            "answer": 1,
-        }
-        for i in range(n)
-    ]
+    choices = [[str(i + k) for k in range(4)] for i in range(n)]
+    rows = [{"question": f"What is {i} + 1?", "choices": choices[i], "answer": 1} for i in range(n)]
+    return [row | {"subject": subject} for row in rows]
 
 
 @pytest.mark.slow

@@ -33,12 +33,6 @@ def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     assert [row.system for row in with_known_labels(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
 
 
-def test_an_empty_cell_of_a_csv_is_no_label(tmp_path):
-    (tmp_path / "a.csv").write_text("id,question,system\n,What is 0?,2\n,What is 1?,\n")
-    rows = with_known_labels(ROWS, "system", tmp_path / "a.csv")
-    assert [row.system for row in rows] == [2, None, None, None]
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -54,37 +48,25 @@ def test_files_of_labels_are_read_as_those_of_rows(tmp_path, name, text):
     assert with_known_labels(ROWS, "system", tmp_path / name)[0].system == 1
 
 
-def test_a_csv_without_the_label_names_its_lines(tmp_path):
-    (tmp_path / "a.csv").write_text('question,voted\n"What\nis it?",1\nWhat?,2\n')
-    with pytest.raises(DataError, match=r"line without system or without one of(.|\n)*a.csv:3(.|\n)*a.csv:4"):
-        with_known_labels(ROWS, "system", tmp_path / "a.csv")
-
-
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
     """An instruction with its input is another question than the instruction alone."""
     rows = [Example("a", "Translate.\n\ngato", "cat", None), Example("b", "Translate.", "What?", None)]
-    lines = [
-        {"instruction": "Translate.", "context": "gato", "system": 2},
-        {"instruction": "Translate.", "system": 1},
-    ]
+    lines = [{"instruction": "Translate.", "context": "gato", "system": 2}, {"id": "b", "system": 1}]
+    lines[1]["instruction"] = None  # no text, so it names no row
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
 
 
-def test_an_instruction_that_is_no_text_names_no_row(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": "id0", "instruction": null, "system": 1}\n')
-    assert with_known_labels(ROWS, "system", tmp_path / "a.jsonl")[0].system == 1
-    (tmp_path / "a.jsonl").write_text('{"instruction": "I", "input": "a", "context": "b", "system": 1}\n')
-    with pytest.raises(DataError, match="mean the same, and their values differ"):
-        with_known_labels(ROWS, "system", tmp_path / "a.jsonl")
-
-
 def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
+    """Also where the cell of a table is empty."""
     (tmp_path / "a.json").write_text('{"id0": 1, "id3": 2, "other": 1, "id1": null}')
-    with caplog.at_level(logging.WARNING, logger="stages.labelling.known"):
-        rows = with_known_labels(ROWS, "system", tmp_path / "a.json")
-    assert [row.system for row in rows] == [1, None, None, 2]
-    assert "2 of 4 examples have no label" in caplog.text
+    (tmp_path / "a.csv").write_text("id,question,system\n,What is 0?,1\nid3,,2\n,What is 1?,\n")
+    for name in ("a.json", "a.csv"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="stages.labelling.known"):
+            rows = with_known_labels(ROWS, "system", tmp_path / name)
+        assert [row.system for row in rows] == [1, None, None, 2]
+        assert "2 of 4 examples have no label" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -95,7 +77,17 @@ def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
         (
             "a.jsonl",
             '{"id": "id0"}\n{"system": 1}\n',
-            r"(?s)2 × line without system or without one of .*:1.*:2",
+            r"(?s)2 × line without system or without one.*:1.*:2",
+        ),
+        (
+            "a.csv",
+            'question,voted\n"What\nis it?",1\nWhat?,2\n',
+            r"(?s)line without system.*csv:3.*csv:4",
+        ),
+        (
+            "a.jsonl",
+            '{"instruction": "I", "input": "a", "context": "b", "system": 1}\n',
+            "mean the same",
         ),
     ],
 )
@@ -111,23 +103,17 @@ def test_the_stage_takes_known_labels_and_can_exchange_them(smoke, tmp_path):
     wanted = {e.id: e.extra["intended"] for e in read(config.data)}
     file.write_text(json.dumps(wanted))
     known = ["classify.strategy=known", f"classify.labels_file={file}", "data.limit=24"]
-    with_file, of_field, swapped = (
-        smoke(*known),
-        smoke("classify.strategy=known", "classify.known=intended", "data.limit=24"),
-        smoke(*known, "classify.swap=true"),
-    )
-    counts = [
-        make_step(config, "classify:train").manifest["summary"]["system1"]
-        for config in (with_file, of_field, swapped)
-    ]
-    ones = sum(system == 1 for system in wanted.values())
-    assert counts == [ones, ones, len(wanted) - ones]
+    field = [known[0], "classify.known=intended", known[2]]
+    configs = with_file, of_field, swapped = smoke(*known), smoke(*field), smoke(*known, "classify.swap=true")
+    made = [make_step(config, "classify:train").manifest for config in configs]
+    ones = list(wanted.values()).count(1)
+    assert [one["summary"]["system1"] for one in made] == [ones, ones, len(wanted) - ones]
     assert {row.example.id: row.system for row in labels_of(with_file)} == wanted
     assert labels_of(of_field) == labels_of(with_file)
     assert {row.example.id: 3 - row.system for row in labels_of(swapped)} == wanted
-    key = make_step(with_file, "classify:train").manifest["key"]
     file.write_text(json.dumps({name: 1 for name in wanted}))
-    assert make_step(with_file, "classify:train").manifest["key"] != key  # the content counts, not the name
+    again = make_step(with_file, "classify:train").manifest
+    assert again["key"] != made[0]["key"]  # the content counts, not the name
     file.unlink()
     with pytest.raises(MissingInputError, match=f"no file {file} of labels"):
         make_step(with_file, "classify:train")
@@ -147,23 +133,15 @@ def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(s
     assert [row.system for row in rows] == [row.example.extra["intended"] for row in rows]
     assert {row.system for row in rows} == {1, 2} and not any(row.votes for row in rows)
     # Its field is in the key, whatever labels the training rows.
-    random_labels = ("eval.benchmarks.demo.label=known", "classify.strategy=random")
-    keys = {
-        plan_steps(resolved(smoke(*random_labels, f"classify.known={f}")))["classify:demo"].key for f in "ab"
-    }
-    assert len(keys) == 2
+    brought = "eval.benchmarks.demo.label=known"
+    settings = [[brought, "classify.strategy=random", f"classify.known={field}"] for field in "ab"]
+    settings += [["classify.known=intended"], [brought, "classify.known=intended"]]
+    assert len({plan_steps(resolved(smoke(*one)))["classify:demo"].key for one in settings}) == 4
     # The control that exchanges labels is about the training rows.
-    swapped = make_step(
-        smoke("eval.benchmarks.demo.label=known", "classify.known=intended", "classify.swap=true"),
-        "classify:demo",
-    )
+    swapped = make_step(smoke(brought, "classify.known=intended", "classify.swap=true"), "classify:demo")
     assert read_labels(swapped.path / "labels.jsonl") == rows
-    assert (
-        artifact.manifest["key"]
-        != plan_steps(resolved(smoke("classify.known=intended")))["classify:demo"].key
-    )
     with pytest.raises(DataError, match="no label for any of 16 examples in the field nothing"):
-        make_step(smoke("eval.benchmarks.demo.label=known", "classify.known=nothing"), "classify:demo")
+        make_step(smoke(brought, "classify.known=nothing"), "classify:demo")
 
 
 def test_one_question_with_both_labels_is_an_error_unless_ids_tell_the_rows_apart(tmp_path):

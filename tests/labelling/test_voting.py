@@ -11,21 +11,19 @@ from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError
-from stages.labelling.aggregate import VoterResult, aggregate
+from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, calibrate
 from stages.labelling.agreement import auc, compare_with_known, kappas, neighbour_scores, surface_scores
-from stages.labelling.calibration import MIN_EXAMPLES, calibrate
 from stages.labelling.personas import (
     HELD_OUT,
     SHOTS,
-    CalibrationExample,
     PersonaContext,
     personas,
     read_labelled_examples,
     shots,
-)
+)  # fmt: skip
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.records import Example
+from stages.records import Example, Labelled
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
 
@@ -42,42 +40,36 @@ def test_a_ballot_shows_the_question_and_the_answer_if_wanted(name, show):
     assert "How many?" in text
     assert ("3 + 4 = 7." in text.replace("\\n", "\n").split("How many?")[-1]) is show
     assert ballot.words[0] != ballot.words[1]
-
-
-@pytest.mark.parametrize("name", personas.names())
-def test_words_of_a_voter_s_own(name):
-    ballot: ChoiceRequest = personas.pick(name)(
-        EXAMPLE, brief(words=("quick", "slow"), shots=shots(SHOTS, 4))
-    )
+    ballot = personas.pick(name)(EXAMPLE, brief(show, words=("quick", "slow"), shots=shots(SHOTS, 4)))
     assert tuple(word.strip() for word in ballot.words) == ("quick", "slow")
     assert "many" not in str(ballot.text).replace("How many", "") and "System1" not in str(ballot.text)
+    bare = personas.pick(name)(Example("a", "2 + 3?", "", "5"), PersonaContext("m", show_answer=True))
+    assert "Answer:" not in str(bare.text)  # nothing is shown of a row without a response
 
 
 @pytest.mark.parametrize(
     ("answer", "shown"),
-    [
-        ("#### First step\nAdd.\n#### 7", "Answer: #### First step Add."),
-        ("Intro.\n#### Details\nMore.", "Answer: Intro. #### Details More."),
-        ("#### 7", None),
-    ],
+    [("#### First step\nAdd.\n#### 7", "\nAnswer: #### First step Add."), ("#### 7", "")],
 )
 def test_a_heading_is_no_final_answer(answer, shown):
     text = str(personas.pick("steps")(Example("1", "How many?", answer, "7"), brief()).text)
-    assert text.endswith(f"Question: How many?\n{shown}\nSteps:" if shown else "How many?\nSteps:")
+    assert text.endswith(f"Question: How many?{shown}\nSteps:")
+
+
+def judged(*systems: int) -> list[Labelled]:
+    return [Labelled(Example(f"{i}", f"q{i}", f"a{i}", None), system, {}) for i, system in enumerate(systems)]
 
 
 def test_calibration_needs_labelled_examples_of_each_system():
     voter = Voter(persona="steps", calibration="held_out")
     log = SimpleNamespace(title="v", voter=voter, context=brief())
-    rows = [CalibrationExample(f"q{i}", "a", 1) for i in range(MIN_EXAMPLES)]
     with pytest.raises(DataError, match=f"v: {MIN_EXAMPLES} System 1 and 0 System 2 labelled examples"):
-        _calibrate_voter(log, rows)
+        _calibrate_voter(log, judged(*[1] * MIN_EXAMPLES))
 
 
 def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
-    worked = (CalibrationExample("q1", "a", 1), CalibrationExample("q2", "b", 2))
-    text = str(personas.pick("steps")(EXAMPLE, brief(shots=worked)).text)
-    assert "q1\nAnswer: a\nSteps: one\n" in text and "q2\nAnswer: b\nSteps: many\n" in text
+    text = str(personas.pick("steps")(EXAMPLE, brief(shots=tuple(judged(1, 2)))).text)
+    assert "q0\nAnswer: a0\nSteps: one\n" in text and "q1\nAnswer: a1\nSteps: many\n" in text
     assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, brief()).text)
     assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, brief()).text)
 
@@ -85,13 +77,12 @@ def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
 def test_labelled_examples():
     """Balanced, by turns, none in both files, and yes/no questions on both sides."""
     shown, held = read_labelled_examples(SHOTS), read_labelled_examples(HELD_OUT)
-    assert not {row.question for row in shown} & {row.question for row in held}
-    assert len(held) >= 24
+    assert not {row.example.prompt for row in shown} & {row.example.prompt for row in held}
+    assert len(held) >= 24 and len(shots(SHOTS, 5)) == 4
     for rows in (shown, held):
         assert [row.system for row in rows] == [1, 2] * (len(rows) // 2)
-        forms = surface_scores([Example(row.question, row.question, "", None) for row in rows])["yes/no form"]
-        assert all(any(forms[row.question] for row in rows if row.system == k) for k in (1, 2))
-    assert len(shots(SHOTS, 5)) == 4
+        forms = surface_scores([row.example for row in rows])["yes/no form"]
+        assert all(any(forms[row.example.id] for row in rows if row.system == k) for k in (1, 2))
 
 
 def test_labelled_examples_of_a_user(tmp_path):
@@ -100,7 +91,8 @@ def test_labelled_examples_of_a_user(tmp_path):
     path.write_text(
         '{"question": "q", "answer": null, "system": 2.0}\n{"question": "r", "system": "System 1"}\n'
     )
-    assert [(row.system, row.answer) for row in read_labelled_examples(path)] == [(2, ""), (1, "")]
+    found = read_labelled_examples(path)
+    assert [(row.system, row.example.response) for row in found] == [(2, ""), (1, "")]
     path.write_text('{"question": "q", "system": 3}\n{"system": 1}\n{"question": "\\ud83d", "system": 1}\n')
     with pytest.raises(DataError, match="3 × a labelled example needs a question and a system"):
         read_labelled_examples(path)
@@ -110,55 +102,42 @@ def labels(
     votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings
 ) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
+    section = ClassifySection(**settings)
     voices = {
         voter: VoterResult(
             {str(i): v for i, v in enumerate(values)},
             (thresholds or {}).get(voter, 0.5),
             (weights or {}).get(voter, 1.0),
-        )
+        ).decided(section.system2_share)
         for voter, values in votes.items()
     }
-    return [row.system for row in aggregate(rows, voices, ClassifySection(**settings))[0]]
+    return [row.system for row in aggregate(rows, voices, section)]
 
 
 THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0.9, 0.1]}
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        ("majority", [2, 1, 1, 2]),
-        ("weighted", [2, 2, 1, 2]),
-        ("mean_probability", [2, 1, 1, 1]),
-        ("unanimous", [None, None, None, None]),
-    ],
-)
-def test_rules(rule, expected):
-    assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
+def test_rules():
+    rules = {"majority": [2, 1, 1, 2], "weighted": [2, 2, 1, 2], "mean_probability": [2, 1, 1, 1]}
+    for rule, expected in {**rules, "unanimous": [None] * 4}.items():
+        assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
 
 
-def test_ties_go_by_the_mean_probability():
+def test_ties_go_by_the_mean_probability_and_even_ones_are_system_2():
     assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, rule="unanimous") == [2, 1, 2]
     assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
     assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
-
-
-@pytest.mark.parametrize("high", [0.58, 0.73])
-def test_an_even_tie_is_system_2_whatever_its_rounding(high):
-    low = 1 - high
-    assert labels({"a": [high, low], "b": [low, high]}) == [2, 2]
-
-
-def test_agreement_below_the_minimum_is_undecided():
-    assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
+    for high in (0.58, 0.73):  # whatever the rounding
+        assert labels({"a": [high, 1 - high], "b": [1 - high, high]}) == [2, 2]
 
 
 @pytest.mark.parametrize(
     ("quorum", "expected"), [(0.0, [2, 2, None]), (0.5, [2, None, None]), (1.0, [None, None, None])]
 )
-def test_without_a_quorum_of_valid_votes_an_example_is_undecided(quorum, expected):
+def test_without_agreement_or_a_quorum_an_example_is_undecided(quorum, expected):
     votes = {"a": [0.9, 0.9, None], "b": [0.9, None, None], "c": [None, None, None]}
     assert labels(votes, quorum=quorum) == expected
+    assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
 
 
 def test_a_known_share_sets_each_voter_s_threshold():
@@ -166,13 +145,10 @@ def test_a_known_share_sets_each_voter_s_threshold():
     assert labels({"a": [0.99, 0.98, 0.97, 0.96]}, system2_share=0.25) == [2, 1, 1, 1]
     assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, system2_share=0.5) == [2, 2, 1, 1]
     assert labels({"a": [0.1, 0.2, 0.3]}, system2_share=0.6) == [1, 2, 2]  # 1.8 of them
-
-
-@pytest.mark.parametrize("rule", ["majority", "mean_probability"])
-@pytest.mark.parametrize("votes", [[0, 0, 0, *[1] * 7], [*[0] * 5, *[1] * 5], [i / 10 for i in range(10)]])
-def test_the_known_share_is_reached_by_either_rule(rule, votes):
-    """The last of the share is the threshold itself, and so is whatever ties with it."""
-    assert labels({"a": votes}, rule=rule, system2_share=0.5).count(2) == 5
+    # The last of the share is the threshold itself, and so is whatever ties with it.
+    for votes in ([0, 0, 0, *[1] * 7], [*[0] * 5, *[1] * 5], [i / 10 for i in range(10)]):
+        for rule in ("majority", "mean_probability"):
+            assert labels({"a": votes}, rule=rule, system2_share=0.5).count(2) == 5
 
 
 def test_a_threshold_moves_votes_and_probabilities():
@@ -183,14 +159,14 @@ def test_a_threshold_moves_votes_and_probabilities():
     assert voice.calibrated("y") < 0.001 and voice.calibrated("z") > 0.999
 
 
-JUDGED = [CalibrationExample(f"q{i}", "", 1 + i % 2) for i in range(24)]
-
-
 def test_held_out_examples_set_the_threshold_between_the_systems():
-    given = [0.80 if row.system == 2 else 0.70 for row in JUDGED]
-    found = calibrate("held_out", JUDGED, given, [])
+    rows = judged(*[1, 2] * 12)
+    given = [0.80 if row.system == 2 else 0.70 for row in rows]
+    found = calibrate("held_out", rows, given, [])
     assert (found.threshold, found.auc, found.examples) == (0.75, 1.0, 24)
-    assert calibrate("none", JUDGED, given, []).threshold == 0.5
+    assert calibrate("none", rows, given, []).threshold == 0.5
+    # Without content it is the mean of log-odds: odds of 9 and 1 have the geometric mean 3.
+    assert calibrate("content_free", rows, [None] * 24, [0.9, 0.5]).threshold == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
@@ -200,8 +176,7 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
     def spread(number: int, middle: float) -> list[float]:
         return [middle + 0.3 * ((2 * i + 1) / number - 1) for i in range(number)]
 
-    rows = [CalibrationExample(f"q{i}", "", 1 if i < ones else 2) for i in range(ones + twos)]
-    given = [*spread(ones, 0.4), *spread(twos, 0.6)]
+    rows, given = judged(*[1] * ones, *[2] * twos), [*spread(ones, 0.4), *spread(twos, 0.6)]
     assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
 
 
@@ -238,31 +213,24 @@ def test_kappas_against_worked_tables():
 
 
 def test_agreement_with_known_labels():
-    found = compare_with_known(
-        {"1": 1, "2": 2, "3": 2, "4": 1},
-        {"1": 1, "2": 2, "3": 1, "4": None},
-        {"a": {"1": 0.1, "2": 0.9, "3": 0.4}},
-    )
+    known, labels = {"1": 1, "2": 2, "3": 2, "4": 1}, {"1": 1, "2": 2, "3": 1, "4": None}
+    found = compare_with_known(known, labels, {"a": {"1": 0.1, "2": 0.9, "3": 0.4}})
     assert (found["n"], found["undecided"], found["agreement"]) == (3, 1, pytest.approx(2 / 3))
     assert [found[f"known {k} labelled {j}"] for k in (1, 2) for j in (1, 2)] == [1, 0, 1, 1]
     assert found["interval"] == pytest.approx([0.20766, 0.93851], abs=1e-4)  # Wilson's of 2 of 3
     assert found["auc"]["a"][0] == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "words", "numbers", "form"),
-    [
-        ("Is ice cold?", 3, 0, 1),
-        ("Could 3 boats cross? How many?", 6, 1, 0),
-        ("Was it before 1990, or after?", 6, 1, 1),
-        ("Ann has 1,200 pens and 3.5 kg in 2 boxes.", 10, 3, 0),
-    ],
-)
-def test_surface(text, words, numbers, form):
-    found = surface_scores([Example("x", text, "", None)])
-    assert {name: value["x"] for name, value in found.items()} == {
-        "words": words, "numbers": numbers, "yes/no form": form
-    }  # fmt: skip
+def test_surface():
+    texts = {
+        "Is ice cold?": (3, 0, 1),
+        "Could 3 boats cross? How many?": (6, 1, 0),
+        "Was it before 1990, or after?": (6, 1, 1),
+        "Ann has 1,200 pens and 3.5 kg in 2 boxes.": (10, 3, 0),
+    }
+    found = surface_scores([Example(text, text, "", None) for text in texts])
+    shown = {text: tuple(found[n][text] for n in ("words", "numbers", "yes/no form")) for text in texts}
+    assert shown == texts
 
 
 def test_neighbours_are_others():
@@ -272,24 +240,21 @@ def test_neighbours_are_others():
     assert (found["0"], found["6"]) == (0.4, 0.4)
 
 
-def known_of(words: float) -> dict:
+def known_of(words: float, low: float = 0.6) -> dict:
     """Ten rows of which nine are labelled as known, a voter with AUC .8, and that of the number of words."""
-    cells = {
-        "known 1 labelled 1": 5,
-        "known 1 labelled 2": 0,
-        "known 2 labelled 1": 1,
-        "known 2 labelled 2": 4,
-    }
+    cells = {"known 1 labelled 1": 5, "known 1 labelled 2": 0}
+    cells |= {"known 2 labelled 1": 1, "known 2 labelled 2": 4}
     areas = {"v": (0.8, (0, 1)), "words": (words, (0, 1))}
-    return {"field": "s", "n": 10, "agreement": 0.9, "interval": [0.6, 0.98], **cells, "auc": areas}
+    known = {"field": "s", "n": 10, "agreement": 0.9, "interval": [low, 0.98], **cells, "auc": areas}
+    return {"voters": {"v": {}}, "known": known}
 
 
 def test_an_agreement_that_could_be_had_without_reading_is_warned_of():
     """By a score of the surface, in both directions, or by one label for all rows."""
-    assert _known_label_warnings(known_of(0.25), {"v"}) == []
-    (said,) = _known_label_warnings(known_of(0.15), {"v"})
+    assert list(_known_label_warnings(known_of(0.25))) == []
+    (said,) = _known_label_warnings(known_of(0.15))
     assert "(AUC 0.85 and 0.80)" in said
-    (said,) = _known_label_warnings(known_of(0.5) | {"interval": [0.5, 0.98]}, {"v"})
+    (said,) = _known_label_warnings(known_of(0.5, 0.5))
     assert "one label for all would in 50%" in said
 
 
@@ -299,22 +264,12 @@ def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
     assert (area, *interval) == pytest.approx((0.75, 0.573425, 0.926575), abs=1e-5)
 
 
-def test_a_threshold_without_content_is_the_mean_of_log_odds():
-    """Odds of 9 and 1: their geometric mean is 3."""
-    judged = read_labelled_examples(SHOTS)[:2]
-    assert calibrate("content_free", judged, [None, None], [0.9, 0.5]).threshold == pytest.approx(0.75)
-
-
-def weak(**areas):
-    return {title: {"held_out_auc": area} for title, area in areas.items()}
-
-
 def test_only_voters_that_are_all_guessing_are_refused():
-    with pytest.raises(AnswerError) as caught:
+    def weak(**areas):
+        return {title: {"held_out_auc": area} for title, area in areas.items()}
+
+    with pytest.raises(AnswerError, match="apart: AUC a 0.50, b 0.59 on labelled examples, 0.5 is") as caught:
         _refuse_weak_voters(weak(a=0.5, b=0.59), 0.6)
-    assert str(caught.value) == (
-        "no voter can tell the systems apart: AUC a 0.50, b 0.59 on labelled examples, 0.5 is chance"
-    )
     assert "classify.accept_weak: true" in caught.value.hint
     for voters in (weak(a=0.5, b=0.6), weak(a=0.5, b=None), weak(a=None)):
         _refuse_weak_voters(voters, 0.6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.lora.importance.masks import write_importance
-from stages.report import elements, null
+from stages.report import elements
 from stages.store.artifacts import Artifact
 
 
@@ -18,7 +18,7 @@ def _share(scores: torch.Tensor, theta: float) -> float:
 
 
 def test_of_one_weight_it_is_the_distribution_of_a_product_of_two_gaussians():
-    (scores,) = null.gaussian_null({2: {"a": torch.full((1000, 400), 3.0)}}).values()
+    (scores,) = elements.gaussian_null({2: {"a": torch.full((1000, 400), 3.0)}}).values()
     assert len(scores) == 400_000 and scores.double().mean().item() == pytest.approx(3.0, rel=0.01)
     assert [round(_share(scores, theta), 3) for theta in (0.1, 0.5, 0.9)] == pytest.approx(
         [0.015, 0.151, 0.520], abs=0.003
@@ -27,12 +27,14 @@ def test_of_one_weight_it_is_the_distribution_of_a_product_of_two_gaussians():
 
 def test_systems_share_the_values_but_not_the_gradients():
     weight = torch.ones(1000, 400)
-    scores = null.gaussian_null({1: {"a": weight}, 2: {"a": 3 * weight}})
+    scores = elements.gaussian_null({1: {"a": weight}, 2: {"a": 3 * weight}})
     # With x = log |g|, y = log |g'|, z = log |φ| alike and independent, x + z and y + z correlate by a half.
     assert torch.corrcoef(torch.stack([s.log() for s in scores.values()]))[0, 1] == pytest.approx(
         0.5, abs=0.01
     )
-    assert null.null_jaccard({1: {"a": weight}, 2: {"a": 3 * weight}}, 0.9) == pytest.approx(0.52, abs=0.005)
+    assert elements.null_jaccard({1: {"a": weight}, 2: {"a": 3 * weight}}, 0.9) == pytest.approx(
+        0.52, abs=0.005
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from stages.pipeline.steps import plan_steps
 from stages.plan.preflight import problems
 from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import read_labels, read_samples
-from stages.report import protection
+from stages.report import comparison
 
 QUICK = ["rl.max_steps=2", "sft.max_steps=3", "score.examples=4", "rl.kl_probe_steps=1"]
 
@@ -191,10 +191,10 @@ def test_the_page_says_what_was_gained_and_lost(begun, old, monkeypatch):
         return [replace(one, correct=i < right[target]) for i, one in enumerate(read_samples(path))]
 
     monkeypatch.setattr("stages.report.comparison.read_samples", samples_with_right_answers)
-    [grid] = protection.blocks(config, made)
+    [grid] = comparison.protection(config, made)
     assert grid.head == ["", "items", "base, %", "sft", "sft2", "rl"]
     assert [row[:2] for row in grid.rows] == [["demo", "16"], ["drift on held-out protected rows", "3"]]
     changes = [cell.partition(" ")[0] for cell in grid.rows[0][2:]]
     assert changes == ["25.0", "+12.5", "+0.0", "-12.5"]
     assert float(grid.rows[1][3]) > 0 and "% are protected; sft trains" in grid.caption
-    assert protection.blocks(resolved(begun(*QUICK)), made) == []
+    assert comparison.protection(resolved(begun(*QUICK)), made) == []

@@ -15,9 +15,8 @@ from stages.store.artifacts import Artifact
 @pytest.fixture
 def evaluated(tmp_path: Path) -> list[Artifact]:
     """Of GSM8K from the hub, and of a file."""
-    sources = {
-        "gsm8k": {"path": "openai/gsm8k", "revision": "a" * 40}, "demo": {"path": "data/test.jsonl"}
-    }  # fmt: skip
+    hub = {"path": "openai/gsm8k", "revision": "a" * 40}
+    sources = {"gsm8k": hub, "demo": {"path": "data/test.jsonl"}}
     config = Config.model_validate({"model": {"name": "m"}, "eval": {"benchmarks": sources}})
     found = []
     for name, share in (("gsm8k", 0.276), ("demo", 0.53)):
