@@ -105,7 +105,9 @@ class _SandboxedProcess:
             if not events:
                 raise _RunEnded("timeout", "ran out of time")
             for key, _ in events:
-                chunk = os.read(key.fd, 65536)
+                chunk = _read(key.fd)
+                if chunk is None:
+                    continue
                 if key.fileobj is self._stderr:
                     self._append_output(chunk)
                     if not chunk:
@@ -130,7 +132,7 @@ class _SandboxedProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         with contextlib.suppress(OSError):
-            self._append_output(os.read(self._stderr.fileno(), 65536))
+            self._append_output(_read(self._stderr.fileno()) or b"")
         raise _RunEnded("crashed", f"ended with code {self.process.returncode}")
 
     def kill(self) -> None:
@@ -142,12 +144,20 @@ class _SandboxedProcess:
         deadline = time.monotonic() + 1
         while self._selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(remaining):
-                if not os.read(key.fd, 65536):
+                if _read(key.fd) == b"":
                     self._selector.unregister(key.fileobj)
         self._selector.close()
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def _read(pipe: int) -> bytes | None:
+    """Read what is there; None if nothing is, after all: a program can read the pipe that it writes to."""
+    try:
+        return os.read(pipe, 65536)
+    except BlockingIOError:
+        return None
 
 
 @contextmanager

@@ -46,6 +46,20 @@ def safe():
     no_sandbox("no back end works here")
 
 
+def test_a_program_that_reads_its_own_answers_ends_nothing_but_itself(each):
+    """The pipe seems to have something, and then has nothing."""
+    program = (
+        "import os\nends = []\nfor fd in range(16):\n    try:\n"
+        "        ends.append((os.open(f'/proc/self/fd/{fd}', os.O_RDONLY | os.O_NONBLOCK), fd))\n"
+        "    except OSError:\n        pass\n"
+        "for _ in range(3000):\n    for reader, writer in ends:\n        try:\n"
+        "            os.write(writer, b'x')\n            os.read(reader, 1)\n"
+        "        except OSError:\n            pass\n"
+    )
+    verdict = each.check(program + ADD, TESTS, "add", "")
+    assert verdict.status in ("passed", "failed", "broken", "crashed", "timeout", "flooded")
+
+
 @pytest.mark.parametrize(
     ("program", "status"),
     [
