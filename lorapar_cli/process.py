@@ -38,6 +38,7 @@ def set_up() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     resources.let_waiting_threads_sleep()
     resources.limit_threads()
+    resources.keep_few_kernels()
     if not sys.stderr.isatty():  # each update of a progress bar would be a line of the log
         for name in terminal.NO_PROGRESS_BARS:
             os.environ.setdefault(name, "1")

@@ -339,8 +339,8 @@ def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch):
 def test_a_key_for_servers_is_not_handed_to_our_own(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("VLLM_OTHER", "kept")
-    made = vllm._environment(None)
-    assert "VLLM_API_KEY" not in made and made["VLLM_OTHER"] == "kept"
+    made = vllm._environment(None, "its own")
+    assert made["VLLM_API_KEY"] == "its own" and made["VLLM_OTHER"] == "kept"
 
 
 def test_a_signal_at_any_moment_ends_what_is_asked():
