@@ -79,11 +79,10 @@ def _types() -> Finding:
 def _sandboxes() -> Iterator[Finding]:
     """Yield one finding per sandbox, and one that says which of them runs model-written code."""
     from stages import sandbox
-    from stages.sandbox.selftest import HOSTILE
 
     usable = []
     for name, problems in sandbox.backend_problems().items():
-        text = "; ".join(problems) or f"passes a good program, contains {len(HOSTILE)} hostile ones"
+        text = "; ".join(problems) or f"passes a good program, contains {len(sandbox.HOSTILE)} hostile ones"
         yield Finding(f"sandbox {name}", text, not problems)
         usable += [] if problems else [name]
     choice = f"{usable[0]} is used" if usable else f"none works, so code is not run: {sandbox.HINT}"

@@ -1,4 +1,4 @@
-"""Reads a Config from YAML and `--set section.key=value` overrides, and prints all settings as YAML."""
+"""Reads a Config from YAML and `--set section.key=value` overrides; writes all settings, and their schema."""
 
 import copy
 import difflib
@@ -269,3 +269,28 @@ def _annotated_setting(name: str, field: FieldInfo, values: Section | None, inde
     yield f"{indent}{name}:{value}{doc}"
     if sub_section and name != "prompt":  # the settings of each entry of a list or mapping
         yield from (f"{indent}  # {line}" for line in annotated(sub_section))
+
+
+REMOVABLE = ("benchmarks", "rewards", "rows", "paper")
+"""Mappings in which `false` removes the entry of the file that is extended."""
+
+
+def json_schema(section: type[Section] = Config) -> dict[str, Any]:
+    """Return the JSON schema, for editors, of a file of this section.
+
+    It may extend another file and so leave anything out.
+    """
+    schema = section.model_json_schema()
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "File whose settings this file changes, as a path relative to this file.",
+    }
+    for definition in (schema, *schema.get("$defs", {}).values()):
+        definition.pop("required", None)
+        definition.pop("description", None)  # the docstring of the class, which is for developers
+        for name, field in definition["properties"].items():
+            for internal in ("in_cache_key", "ignored_by", "advanced", "title"):
+                field.pop(internal, None)
+            if name in REMOVABLE:
+                field["additionalProperties"] = {"anyOf": [field["additionalProperties"], {"const": False}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -291,9 +291,8 @@ def test_a_server_of_our_own_is_asked_more_at_a_time_while_it_is_quick(grows, se
     async def ask(session, item):
         now[0] += 1
         now[1] = max(now)
-        await asyncio.sleep(
-            0.02 if number / 2 < item and seconds < 0.1 else seconds
-        )  # at last, all that are there at once
+        at_last = number / 2 < item and seconds < 0.1  # all that are there at once
+        await asyncio.sleep(0.02 if at_last else seconds)
         now[0] -= 1
         return item
 

@@ -16,8 +16,7 @@ from stages.evaluation.grading import Context
 from stages.evaluation.statistics import wilson
 from stages.pipeline.resolve import registries
 from stages.prompts.answers import parse_number
-from stages.sandbox import Limits, Sandbox, backends
-from stages.sandbox.selftest import selftest
+from stages.sandbox import Limits, Sandbox, backends, selftest
 
 DATA = Path(os.environ.get("LORAPAR_DATA", "nowhere"))
 HASH = Context("hash", chat=False)

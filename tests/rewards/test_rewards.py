@@ -103,14 +103,10 @@ def test_code_is_run_in_the_sandbox():
 @pytest.mark.parametrize(
     "prompt",
     [
-        "def f(x):\n    # twice\n",
-        'def f(x):\n    """Twice."""',
-        'def f(x):\n  """Twice."""\n',
-        'def f(x):\n\t"""Twice."""\n',
-        "def f(x):",
-        "import math\n\ndef f(x):\n    if x:\n",
+        "def f(x):\n    # twice\n", 'def f(x):\n    """Twice."""', 'def f(x):\n  """Twice."""\n',
+        'def f(x):\n\t"""Twice."""\n', "def f(x):", "import math\n\ndef f(x):\n    if x:\n",
     ],
-)
+)  # fmt: skip
 def test_any_beginning_of_a_function_can_be_run(prompt):
     answer = "```python\ndef f(x):\n    return 2 * x\n```"
     for text in (stub(prompt), program_from_output(answer, prompt, "f", chat=True)):

@@ -91,10 +91,8 @@ def victim(tmp_path, monkeypatch):
                 broken.append(f"connection {listener.recv(1) if listener is udp else listener.accept()}")
         if parent.poll() is not None:
             broken.append("parent killed")
-        if (
-            os.sched_getaffinity(parent.pid) != os.sched_getaffinity(0)
-            or os.getpriority(os.PRIO_PROCESS, parent.pid) != priority
-        ):
+        now = os.sched_getaffinity(parent.pid), os.getpriority(os.PRIO_PROCESS, parent.pid)
+        if now != (os.sched_getaffinity(0), priority):
             broken.append("parent slowed")
         return broken
 

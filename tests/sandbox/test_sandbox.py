@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from stages import sandbox
 from stages.config import SandboxSection
 from stages.errors import SandboxError
-from stages.sandbox import Limits, Sandbox, backends, from_settings, inside, pair
-from stages.sandbox.selftest import HOSTILE, selftest
+from stages.sandbox import HOSTILE, Limits, Sandbox, backends, from_settings, inside, pair, selftest
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = "def check(f):\n    assert f(1, b=2) == 3\n    assert f([1], [(2, None)]) == [1, (2, None)]\n"
