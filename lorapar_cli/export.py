@@ -1,9 +1,8 @@
 """`lorapar export`: writes a trained adapter, or the merged model, to a folder."""
 
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -61,7 +60,6 @@ def command(
     set_: Overrides = None,
 ) -> None:
     from stages import export as exporting
-    from stages.report.card import Form
 
     settings, steps = plan_of(config, set_)
     modes = settings.eval.modes
@@ -77,29 +75,22 @@ def command(
     store = Store(settings.root)
     trained = {name: require_current(store, steps[TRAINED[name]]) for name in targets}
     prefixes = tuple(f"eval:{name}@" for name in targets)
-    states = [state(store, step) for name, step in steps.items() if name.startswith(prefixes)]
+    states = (state(store, step) for name, step in steps.items() if name.startswith(prefixes))
     evaluated = [now.artifact for now in states if now.state == "current" and now.artifact]
-    rows: Iterable[dict[str, Any]] = ()
     if views:
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
         exporting.write_views(trained, settings, folder, base_dtype, evaluated)
         names = ", ".join(f"{mode} ({name})" for mode, name in modes.items())
         terminal.say(f"{folder}: {names}; the command that serves both is in {folder / 'README.md'}")
-        if prompts:
-            rows = exporting.check_views(trained, settings, folder, prompts, terminal.say)
+        check = exporting.check_views(trained, settings, folder, prompts, terminal.say)
     else:
-        form: Form = "merged" if merged else "adapter"
+        form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
         exporting.write(trained[target], settings, folder, form, base_dtype, evaluated)
         terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
-        if prompts:
-            rows = exporting.check(trained[target], settings, folder, form, prompts, terminal.say)
-    for row in rows:
-        agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
-        gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
-        differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"
-        fast = f", {row['differ_from_fast']} from fast's" if "differ_from_fast" in row else ""
-        terminal.say(f"  {row['engine']}: {agree} {gap}; {differ}{fast}")
+        check = exporting.check(trained[target], settings, folder, form, prompts, terminal.say)
+    for row in check if prompts else ():  # a generator: it begins only here
+        _print_check(row)
     if repository is not None:
         terminal.say(f"pushed to {exporting.push(folder, repository)}")
 
@@ -111,3 +102,12 @@ def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> 
         raise ConfigError("--base-dtype is for adapters: a merged model has the data type of its base")
     if merged and views:
         raise ConfigError("--views cannot be combined with --merged: a merged model has only one mode")
+
+
+def _print_check(row: dict[str, Any]) -> None:
+    """Print what was checked of an engine or a view."""
+    agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
+    gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
+    differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"
+    fast = f", {row['differ_from_fast']} from fast's" if "differ_from_fast" in row else ""
+    terminal.say(f"  {row['engine']}: {agree} {gap}; {differ}{fast}")

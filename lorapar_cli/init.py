@@ -21,57 +21,45 @@ if TYPE_CHECKING:
     from stages.init.data_profile import DataProfile
 
 
+DATA = "Training rows: a file, or the hub id of a data set without subsets."
+PROTECT = (
+    "Rows whose skill must survive. A part of them is held out to measure it, and of DATA, too, unless there "
+    "is a --test."
+)
+EXAMPLE = (
+    "Without rows: copy a config or table that comes with lorapar, such as demo. Their names: lorapar list "
+    "examples."
+)
+
+
 def command(
     data: Annotated[
         str | None,
-        typer.Argument(
-            metavar="DATA", help="Training rows: a file, or the hub id of a data set without subsets."
-        ),
+        typer.Argument(metavar="DATA", help=DATA),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="Base model: a folder or a hub id.")
+        str | None, typer.Option(metavar="NAME", help="Base model: a folder or a hub id.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="FILE", help="The config; by default the name of the rows, or of the example."
-        ),
+        typer.Option(metavar="FILE", help="The config; by default the name of the rows, or of the example."),
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(
-            "--labels", metavar="FILE", help="Labels of your own: id or question, and system, 1 or 2."
-        ),
+        typer.Option(metavar="FILE", help="Labels of your own: id or question, and system, 1 or 2."),
     ] = None,
     tests: Annotated[
         list[str] | None,
         typer.Option("--test", metavar="FILE", help="Rows to evaluate on, or a hub id; repeatable."),
     ] = None,
-    protect: Annotated[
-        str | None,
-        typer.Option(
-            "--protect",
-            metavar="FILE",
-            help="Rows whose skill must survive. A part of them is held out to measure it, and of DATA, too, "
-            "unless there is a --test.",
-        ),
-    ] = None,
-    example: Annotated[
-        str | None,
-        typer.Option(
-            "--example",
-            metavar="NAME",
-            help="Without rows: copy a config or table that comes with lorapar, such as demo. "
-            "Their names: lorapar list examples.",
-        ),
-    ] = None,
+    protect: Annotated[str | None, typer.Option(metavar="FILE", help=PROTECT)] = None,
+    example: Annotated[str | None, typer.Option(metavar="NAME", help=EXAMPLE)] = None,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
         if data or model or labels or tests or protect:
-            raise ConfigError(
-                f"--example {example} takes no rows and no model", "only --out may stand beside it"
-            )
+            problem = f"--example {example} takes no rows and no model"
+            raise ConfigError(problem, "only --out may stand beside it")
         from stages.init import examples
 
         paths = examples.write(example, out)

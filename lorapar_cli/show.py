@@ -8,6 +8,7 @@ from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Json, Overrides, flag, plan_of, typed
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import require_current, state
+from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
 
@@ -27,11 +28,9 @@ def command(
     wrong: Annotated[bool, flag("--wrong", help="Show only samples that are not correct.")] = False,
     by: Annotated[
         str | None,
-        typer.Option("--by", help="Split the results by this field of the test rows; system if left out."),
+        typer.Option(help="Split the results by this field of the test rows; system if left out."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="How many samples; 5 if left out.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many samples; 5 if left out.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show an artifact's manifest, graded samples, or the table of results."""
@@ -43,19 +42,7 @@ def command(
         names = ", ".join(step.name for step in evaluations)
         raise ConfigError("--samples, --wrong and --limit go with an evaluation", f"choose from: {names}")
     if stage is None:
-        if not evaluations:
-            raise ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
-        if not any(state(store, step).state == "current" for step in evaluations):
-            first = state(store, evaluations[0])
-            if first.state == "damaged":
-                require_current(store, evaluations[0])
-            raise MissingInputError(
-                f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
-                f"lorapar run {typed(config, set_)}",
-            )
-        terminal.results(store, evaluations, by or "system", as_json)
-        if not as_json:
-            terminal.say(f"a page on this run: lorapar report {typed(config, set_)} --out report")
+        _show_results(store, evaluations, by, as_json, typed(config, set_))
         return
     if by is not None:
         raise ConfigError(
@@ -73,3 +60,20 @@ def command(
             terminal.samples(artifact, wrong, limit or 5, as_json)
         else:
             terminal.manifest(artifact, as_json)
+
+
+def _show_results(store: Store, evaluations: list[Step], by: str | None, as_json: bool, config: str) -> None:
+    """Print the table of results. config: with its overrides, as they are typed."""
+    if not evaluations:
+        raise ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
+    if not any(state(store, step).state == "current" for step in evaluations):
+        first = state(store, evaluations[0])
+        if first.state == "damaged":
+            require_current(store, evaluations[0])
+        raise MissingInputError(
+            f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
+            f"lorapar run {config}",
+        )
+    terminal.results(store, evaluations, by or "system", as_json)
+    if not as_json:
+        terminal.say(f"a page on this run: lorapar report {config} --out report")

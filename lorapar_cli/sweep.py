@@ -75,16 +75,14 @@ def command(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    tables = load_tables(
-        paths, seeds, base=base, only=only, columns=column, overrides=set_, max_cells=max_cells
-    )
+    choice = {"base": base, "only": only, "columns": column, "overrides": set_, "max_cells": max_cells}
+    tables = load_tables(paths, seeds, **choice)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
     logs = Path(cells[0].config.runs_dir) / "sweeps"
     if cluster is not None and (jobs or devices):
-        raise ConfigError(
-            "--slurm cannot be combined with --jobs or --devices", "its file says what resources a job gets"
-        )
+        problem = "--slurm cannot be combined with --jobs or --devices"
+        raise ConfigError(problem, "its file says what resources a job gets")
     slots = _slots(jobs, devices)
     seconds = measured(nodes)
     if not quiet or dry_run:

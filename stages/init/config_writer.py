@@ -44,6 +44,12 @@ SECOND_SFT = [
     Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
 ]
 """SFT in place of RL."""
+RL_ALONE = [
+    Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
+    Choice("rl.start_from", "init", "SFT has nothing to imitate"),
+    Choice("eval.targets", ["base", "rl"], "so no SFT runs"),
+]
+"""RL without SFT and without scores, both of which read responses."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,7 @@ def choices(
         chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
     rl = _rl(profile)
     limits = {choice.name: choice.value for choice in rl}
-    if not profile.imitable:  # score and SFT both read responses
-        chosen += [
-            Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
-            Choice("rl.start_from", "init", "SFT has nothing to imitate"),
-            Choice("eval.targets", ["base", "rl"], "so no SFT runs"),
-        ]
+    chosen += [] if profile.imitable else RL_ALONE
     chosen += SECOND_SFT if profile.unverifiable else rl
     chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
     if protected and protected.test:

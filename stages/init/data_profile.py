@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
 from stages.data.rows import Rows, local_file, read_rows
@@ -98,14 +98,7 @@ def survey(
         template="chat" if tokenizer.chat_template else "plain",
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
     )
-    refuses = False
-    try:
-        renderer = Renderer(tokenizer, section)
-    except ConfigError:
-        if section.system is None:
-            raise
-        refuses, section = True, section.model_copy(update={"system": None})
-        renderer = Renderer(tokenizer, section)
+    renderer = _renderer(tokenizer, section)
     rendered = [renderer.row(example) for example in rows.examples]
     prompts = [sum(label == IGNORED for label in row.labels) for row in rendered]
     triples = zip(rows.examples, rendered, prompts, strict=True)
@@ -130,11 +123,21 @@ def survey(
         never_stops=renderer.rows_without_stop([row for row, _ in answered]),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(shown.input_ids[:prompt_length]), tokenizer.decode(trained)),
-        section=section,
-        refuses_system=refuses,
+        section=renderer.section,
+        refuses_system=renderer.section.system != section.system,
         positions=getattr(base.config, "max_position_embeddings", None),
         linear=linear_modules(base),
     )
+
+
+def _renderer(tokenizer: Any, section: PromptSection) -> Renderer:
+    """Render as the section says, without its system message if the chat template takes none."""
+    try:
+        return Renderer(tokenizer, section)
+    except ConfigError:
+        if section.system is None:
+            raise
+        return Renderer(tokenizer, section.model_copy(update={"system": None}))
 
 
 def benchmark_of(path: str) -> BenchmarkSection:
