@@ -23,20 +23,6 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize(
-    ("given", "seen"), [(None, "0"), ("2", "2"), ("3,1", "3"), ("GPU-5a,GPU-7b", "GPU-5a")]
-)
-def test_a_part_of_one_device_gets_the_first_that_was_given(script, monkeypatch, given, seen):
-    gpu = script("gpu")
-    if given is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    parts = {part.group: gpu.seen_by(part) for part in gpu.parts(small=False)}
-    alone = {"CUDA_VISIBLE_DEVICES": seen}
-    assert parts == dict.fromkeys(gpu.NAMES, alone) | {"server": {}, "processes": {}}
-
-
 def test_a_row_says_what_it_lacks_what_it_found_and_how_it_failed(script, tmp_path):
     gpu = script("gpu")
 
