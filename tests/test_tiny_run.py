@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, Small, make_steps, processes, wait_for
 
 from stages.engines import Completion
-from stages.errors import AnswerError, ArtifactError, ConfigError, DataError, MissingInputError
+from stages.errors import AnswerError, ArtifactError, MissingInputError
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
 from stages.models.base import load_base
@@ -309,19 +309,6 @@ def test_kl_references_and_inits(copied, init, reference):
     assert "kl" in history[0]
     # At the first step the policy is the SFT adapter: no distance from itself, some from the base.
     assert (abs(history[0]["kl"]) < 1e-6) is (reference == "sft")
-
-
-def test_importance_with_init_default_is_refused_before_anything_loads(copied):
-    with pytest.raises(ConfigError, match="lora.init default has B = 0, so every importance is zero"):
-        make_steps(copied("lora.init=default"))
-    assert make_steps(copied("lora.init=default", "score.scorer=magnitude"), "score")["score"][1]
-
-
-def test_no_example_of_one_system(copied):
-    with pytest.raises(
-        DataError, match=r"no example is labelled System 2 \(48 System 1, 0 System 2, 0 undecided\)"
-    ):
-        make_steps(copied("classify.system2_share=0.001"), "classify:train", "score")
 
 
 def test_samples_and_metrics(whole):

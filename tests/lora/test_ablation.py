@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ROOT, make_steps
-from results import artifacts, flags
+from results import flags
 from safetensors.torch import save_file
 
 from stages.errors import ArtifactError
@@ -17,15 +17,6 @@ from stages.report.comparison import compared
 
 RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "eval.benchmarks.demo.limit=4"]
 TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
-
-
-def test_what_does_not_fit_is_refused(begun, tmp_path):
-    made = artifacts(begun(*RL), "score", "partition", "sft")
-    masks = Masks.load(made["partition:rl"].path / "masks.safetensors", "rl")
-    (tmp_path / "other").mkdir()
-    save_file({"x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "other" / adapter.ADAPTER)
-    with pytest.raises(ArtifactError, match="are not of one adapter"):
-        ablation.write("shared", tmp_path / "other", made["score"].adapter, masks, tmp_path / "out")
 
 
 def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begun, lorapar, tmp_path):
@@ -64,3 +55,6 @@ def test_a_region_by_hand(tmp_path, target, kept):
         save_file({name: torch.tensor(values)}, tmp_path / folder / adapter.ADAPTER)
     ablation.write(target, tmp_path / "rl", tmp_path / "start", masks, tmp_path / target)
     assert adapter.read(tmp_path / target)[name].tolist() == kept
+    save_file({"y.lora_A.weight": torch.ones(2, 2)}, tmp_path / "rl" / adapter.ADAPTER)
+    with pytest.raises(ArtifactError, match="are not of one adapter"):
+        ablation.write(target, tmp_path / "rl", tmp_path / "start", masks, tmp_path / "out")

@@ -19,7 +19,7 @@ FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 @pytest.mark.parametrize(
     "how",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         pytest.param(["lora.compensate=true"], marks=pytest.mark.slow),
         pytest.param(["lora.init=default", "partition.strategy=all"], marks=pytest.mark.slow),
     ],

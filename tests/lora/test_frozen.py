@@ -157,14 +157,6 @@ def test_an_error_of_one_process_is_the_command_s(own):
     ]
 
 
-def test_what_would_bring_nothing_is_refused(begun, lorapar):
-    overrides = [*begun.home, "sft.learning_rate=0.5", "sft.launch.backend=zero2"]
-    done = lorapar("sft", ROOT / "configs/smoke.yaml", *flags(overrides))
-    assert done.code == 78
-    assert "error: launch.backend: zero2 divides gradients and optimizer state" in done.err
-    assert "hint: use fsdp2, which divides the base model, or ddp" in done.err
-
-
 @pytest.mark.parametrize(
     ("gpus", "given", "threads"), [(8, {}, 2), (0, {"processes": 4}, 4), (8, {"config": "a"}, None)]
 )

@@ -19,7 +19,7 @@ from stages.lora.grpo.trainer import GrpoTrainer
 from stages.lora.training.trainer import ResumableTrainer
 from stages.sft.run import SftTrainer
 
-OWN = {"_non_finite", "_complete", "_logprobs", "_supports_packing"}
+OWN = {"_non_finite", "_complete", "_logprobs", "_supports_packing", "_random_file"}
 """Private methods that override nothing."""
 REPLACED = {VLLMGeneration: ["_iter_named_params"], Linear: ["_cast_input_dtype"]}
 """Methods that are set on objects."""

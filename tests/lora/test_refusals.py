@@ -24,6 +24,7 @@ REFUSED = [
     ("partition.rl_density=0.1;partition.rl_elements=all", "rl_density takes"),
     ("partition.rl_density=0.1;partition.strategy=random_half", "rl_density takes"),
     ("partition.rl_density=0.1;partition.strategy=swapped", "rl_density takes"),
+    ("lora.init=default", "lora.init default has B = 0, so every importance is zero"),
     ("lora.init=orthogonal;lora.r=3", "init orthogonal needs an even r, got 3"),
     (f"{PROTECT};partition.strategy=random", "protect it would train more"),
     (f"{PROTECT};partition.rl_elements=random_within", "protect it would train more"),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import labels_of, make_step, trainer_of
 from results import history
-from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from stages.errors import DataError, UnusableResult
@@ -217,28 +216,6 @@ def test_each_step_has_replacements_of_its_own():
         return zero_signal._unused_prompts(trainer, [{"prompt": "a"}])
 
     assert unused(1) == unused(1) != unused(2) and sorted(unused(1)) == list(range(1, 9))
-
-
-@pytest.mark.slow
-def test_kept_groups_keep_the_rewards_that_they_were_kept_for(with_reward, tmp_path, monkeypatch):
-    """Each call of the reward gives other values; a group is equal, or not, by its prompt."""
-    seen = []
-    usual = GRPOTrainer._calculate_rewards
-    monkeypatch.setattr(
-        GRPOTrainer, "_calculate_rewards", lambda *given: seen.append(usual(*given)) or seen[-1].clone()
-    )
-    (tmp_path / "mine.py").write_text(
-        "calls = []\n"
-        "def drifting(completions, question, **_):\n"
-        "    calls.append(1)\n"
-        "    return [len(calls) + (i if len(q) % 2 else 0) for i, q in enumerate(question)]\n"
-    )
-    (step,) = history(make_step(with_reward("drifting", "rl.dynamic_sampling=1", "rl.max_steps=1"), "rl"))
-    first, second = (found.view(4, 4) for found in seen)
-    kept = [group for group in range(4) if len(set(first[group].tolist())) > 1]
-    assert 0 < len(kept) < 4
-    wanted = torch.stack([(first if group in kept else second)[group] for group in range(4)])
-    assert step["rewards/drifting/mean"] == pytest.approx(float(wanted.mean()))
 
 
 def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):

@@ -15,9 +15,9 @@ from torch.utils.data import RandomSampler
 
 from stages.errors import ConfigError
 from stages.lora.adapter import adapter, baselines
+from stages.lora.grpo.prompts import EpochSeededSampler
 from stages.lora.training import curves
 from stages.lora.training.health import ProgressCallback
-from stages.lora.training.resume import EpochSeededSampler
 from stages.store import checkpoints
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import sha256_file

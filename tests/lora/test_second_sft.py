@@ -1,15 +1,12 @@
 """A second round of SFT: System 2's elements on System 2 rows, from the adapter of the first."""
 
 import json
-import shutil
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, labels_of, make_steps
-from results import artifacts, flags, stored
-from test_resume import in_a_child
+from results import artifacts, flags
 
 from stages import export
 from stages.lora.adapter import adapter
@@ -82,22 +79,6 @@ def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, l
     assert done.code == 0 and "adapter of sft2" in done.out + done.err
     done = lorapar(*export_command, *flags(begun.home), "--target", "sft2")
     assert done.code == 78 and "--target sft2: SFT has one round" in done.err
-
-
-@pytest.mark.slow
-def test_a_kill_in_the_second_round_changes_no_byte(own):
-    """Nor does it matter whether one process trains both rounds."""
-    config = own(*TWO, "sft.save_steps=1", "sft.lora_dropout=0.05")
-    make_steps(config, "sft")
-    folders = {name: stored(config, name).path for name in ("sft", SECOND)}
-    weights = folders[SECOND] / "adapter" / adapter.ADAPTER
-    undisturbed, manifest = weights.read_bytes(), (folders["sft"] / "manifest.json").read_bytes()
-    shutil.rmtree(folders[SECOND])
-    assert in_a_child(config, SECOND, (3, None)) == -signal.SIGKILL
-    assert list(config.root.glob("sft/checkpoints/*/checkpoint-2"))
-    make_steps(config, SECOND)
-    assert weights.read_bytes() == undisturbed
-    assert (folders["sft"] / "manifest.json").read_bytes() == manifest
 
 
 def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch, tmp_path):

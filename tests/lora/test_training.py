@@ -15,7 +15,7 @@ from stages.config import LaunchSection, ModelSection, PromptSection, SftSection
 from stages.errors import ConfigError, DataError
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
-from stages.lora.training import loop, resume, trainer
+from stages.lora.training import loop, trainer
 from stages.lora.training.start import StartingAdapter
 from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
@@ -242,9 +242,9 @@ def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
 
     one, mine = trained([torch.ones(8192), torch.ones(5000)])
     step(one, mine, 0)
-    resume.save_optimizer(one.optimizer, one.lr_scheduler, tmp_path)
+    trainer.save_optimizer(one.optimizer, one.lr_scheduler, tmp_path)
     two, others = trained(mine)
-    resume.load_optimizer(two.optimizer, two.lr_scheduler, tmp_path)
+    trainer.load_optimizer(two.optimizer, two.lr_scheduler, tmp_path)
     for made, parameters in ((one, mine), (two, others)):
         step(made, parameters, 1)
     assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))

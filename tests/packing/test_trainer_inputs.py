@@ -200,42 +200,6 @@ def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, mon
     assert not logged.keys() & {"entropy", "tokens_saved"}
 
 
-def test_log_probs_are_trl_s_in_batches_of_any_size_and_with_a_temperature(grpo, monkeypatch):
-    """Batches of three cut groups; single ones have no other completion of their prompt."""
-    trainer, model = grpo
-    monkeypatch.setattr(trainer, "temperature", trainer.temperature)
-    inputs = batch()
-    with torch.no_grad():
-        for sharing, sizes in ((False, [None]), (True, [None, 1, 3, 8, 99])):
-            monkeypatch.setattr(trainer, "prefix_sharing", sharing)
-            for size in sizes:
-                found = log_probs(trainer, model, inputs, size)
-                if not sharing:
-                    wanted = found
-                for x, y in zip(found, wanted, strict=True):
-                    torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
-        monkeypatch.setattr(trainer, "temperature", 0.5)
-        assert not torch.allclose(log_probs(trainer, model, inputs)[0], wanted[0], atol=0.1)
-        own = model(input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[:1]).logits
-        logp = (own[0, 5:-1] / 0.5).log_softmax(-1).gather(1, inputs["completion_ids"][0][:, None])[:, 0]
-        torch.testing.assert_close(log_probs(trainer, model, inputs)[0][0], logp, rtol=0, atol=2e-5)
-
-
-def test_micro_batches_are_groups_in_the_order_of_their_longest_completion():
-    """Every tensor with rows goes along; parts of groups, as a process may have them, stay together."""
-    lengths = [3, 9, 1, 1, 2, 2, 8, 1, 4, 4, 4, 4]
-    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    made = {"completion_mask": mask, "row": torch.arange(12), "items": torch.tensor(48), "none": None}
-    found = trainer_inputs.by_length(made, 4)
-    assert found["row"].tolist() == [8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3]
-    assert found["completion_mask"].sum(1).tolist() == [lengths[i] for i in found["row"]]
-    assert found["items"] == 48 and found["none"] is None
-    part = {name: x[2:8] for name, x in made.items() if name in ("completion_mask", "row")}
-    assert trainer_inputs.by_length(part, 4)["row"].tolist() == [2, 3, 4, 5, 6, 7]
-    part["completion_mask"] = part["completion_mask"].flip(0)
-    assert trainer_inputs.by_length(part, 4)["row"].tolist() == [6, 7, 4, 5, 2, 3]
-
-
 TWO_STEPS = [
     "rl.start_from=init", "rl.max_steps=2", "rl.num_iterations=2", "rl.learning_rate=0.001",
     "rl.kl_probe_prompts=0", "rl.kl_reference=base",

@@ -42,11 +42,16 @@ def sparsify(model: nn.Module, active: dict[str, Tensor]) -> None:
 
 def densify(model: nn.Module) -> None:
     """Turn every sparse layer back into a plain linear layer with the same weight, for PEFT to save."""
-    for name, layer in lora_layers(model, ADAPTER_NAME).items():
-        if isinstance(layer, SparseLinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(layer.weight.detach().clone())
-            _replace(model, name, plain)
+    for name, layer in sparse_layers(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.weight.detach().clone())
+        _replace(model, name, plain)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The layers of a partition, of which some elements train; none for a baseline, which trains whole."""
+    layers = lora_layers(model)  # DoRA has such layers, too, beside its magnitudes
+    return {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:

@@ -241,3 +241,24 @@ class ReplaySampler(Sampler[int]):
 
     def _shuffled(self, rows: Sequence[int]) -> list[int]:
         return [rows[i] for i in torch.randperm(len(rows), generator=self.generator).tolist()]
+
+
+class EpochSeededSampler(Sampler[int]):
+    """A sampler whose order follows from the seed and the epoch alone.
+
+    Checkpoints do not hold the state of a sampler's generator.
+    """
+
+    def __init__(self, inner: Any, trainer: Any) -> None:
+        """inner: a sampler that draws from its `generator`."""
+        self.inner, self.trainer = inner, trainer
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> Iterator[int]:
+        # int() alone would count 1.9999999 as epoch 1. Epochs are at most 10⁶ (`num_train_epochs`), so no two
+        # pairs of seed and epoch have the same number.
+        epoch = int(round(self.trainer.state.epoch or 0, 6))
+        self.inner.generator.manual_seed(self.trainer.args.seed * 1_000_003 + epoch)
+        return iter(self.inner)

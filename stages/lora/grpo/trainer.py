@@ -15,14 +15,13 @@ from trl.trainer.utils import split_tensor_dict
 
 from stages.lora.adapter import fsdp
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
-from stages.lora.grpo.prompts import ReplaySampler
+from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler
 from stages.lora.grpo.zero_signal import (
     Completions,
     Selection,
     metrics_of_computed,
     replace_zero_signal_groups,
 )
-from stages.lora.training.resume import EpochSeededSampler
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.runtime import distributed

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from stages.lora.adapter import adapter
+from stages.lora.adapter.elements import sparse_layers
 from stages.lora.training.curves import PROTECTED_KL
-from stages.lora.training.resume import sparse_layers
 from stages.packing import losses
 from stages.packing.support import eval_mode
 from stages.prompts.renderer import IGNORED, Row

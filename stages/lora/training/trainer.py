@@ -1,18 +1,27 @@
-"""The base of both trainers: exact resume, checks of health, learning rates, a sharded base model."""
+"""The base of both trainers: exact resume, checks of health, learning rates, a sharded base model.
+
+A checkpoint has the whole state of a trainer, which is restored to the last bit. Nothing is unpickled:
+weights and optimizer state are safetensors, the rest is JSON. The library's own resume reads pickles, skips
+the `default` adapter if there is a second one, and lets GRPO's sampler start again with the first epoch.
+"""
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.errors import OutOfMemoryError, UnusableResult, is_out_of_memory
-from stages.lora.adapter import fsdp
-from stages.lora.training import resume
+from stages.errors import ArtifactError, OutOfMemoryError, UnusableResult, is_out_of_memory
+from stages.lora.adapter import adapter, baselines, fsdp
+from stages.lora.adapter.elements import sparse_layers
 from stages.packing import support, trainer_inputs
 from stages.store.checkpoints import Checkpoints
 
@@ -69,17 +78,40 @@ class ResumableTrainer:
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        resume.load_weights(self.model, Path(resume_from_checkpoint))
+        """ArtifactError unless every weight then has its saved value."""
+        folder, layers = Path(resume_from_checkpoint), sparse_layers(self.model)
+        if not layers:
+            baselines.load(self.model, folder)
+            return
+        stored = adapter.read(folder)
+        if stored.keys() != layers.keys():
+            raise ArtifactError(f"{folder} does not fit the adapter")
+        for name, layer in layers.items():
+            layer.load_state_dict({"weight": stored[name]})
+            if not torch.equal(layer.weight.detach().cpu(), stored[name]):
+                raise ArtifactError(f"{folder}: {name} was not restored to its saved values")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            resume.load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.state.save_steps = self.args.save_steps  # the library has taken it from the checkpoint
-            resume.load_random_state(Path(checkpoint), self.args.process_index)
-            self.restore_counters()
+        if checkpoint is None:
+            return
+        self.state.save_steps = self.args.save_steps  # the library has taken it from the checkpoint
+        state = json.loads(self._random_file(checkpoint).read_text(encoding="utf-8"))
+        torch.random.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.random.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, words, *counters = state["numpy"]
+        np.random.set_state((kind, np.array(words, dtype=np.uint32), *counters))
+        self.restore_counters()
+
+    def _random_file(self, folder: str) -> Path:
+        """The states of the random generators of Python, NumPy and torch in this process."""
+        return Path(folder) / f"random-{self.args.process_index}.json"
 
     def restore_counters(self) -> None:
         """Set what a trainer counts besides its state, after a checkpoint was loaded."""
@@ -139,14 +171,24 @@ class ResumableTrainer:
             self.checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        resume.save_weights(self.model, Path(output_dir or self.args.output_dir))
+        """Save the trained adapter alone: no reference adapter, no tokenizer, no pickled arguments."""
+        write = adapter.write if sparse_layers(self.model) else baselines.save
+        write(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            resume.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        resume.save_random_state(Path(output_dir), self.args.process_index)
+        kind, words, *counters = np.random.get_state(legacy=True)
+        state = {
+            "torch": torch.random.get_rng_state().tolist(),
+            "cuda": torch.cuda.random.get_rng_state().tolist() if torch.cuda.is_available() else None,
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(words).tolist(), *counters],
+        }
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process to come here makes it
+        self._random_file(output_dir).write_text(json.dumps(state), encoding="utf-8")
 
 
 def _shapes(batch: dict[str, Any]) -> str:
@@ -186,3 +228,48 @@ def full_warmup(schedule: Any, warmup_steps: int) -> Any:
         return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else factor(steps_done)
 
     return LambdaLR(schedule.optimizer, share_of_peak)
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """Write the tensors of an optimizer's state as safetensors, and its numbers and the schedule as JSON.
+
+    For plain optimizers, on one process, or on several that each hold the whole state.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for name, value in _unwrapped(values).items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    content = {"groups": state["param_groups"], "state": numbers, "scheduler": scheduler.state_dict()}
+    (folder / "optimizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """Restore what `save_optimizer` wrote."""
+    content = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {int(index): values for index, values in content["state"].items()}
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": content["groups"]})
+    scheduler.load_state_dict(content["scheduler"])
+
+
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter as one flat dict.
+
+    bitsandbytes puts its part into a dict of its own, with tables that all parameters share, which
+    safetensors refuses. It takes back what is unwrapped, too.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat |= {key: item.clone() if isinstance(item, Tensor) else item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
