@@ -105,6 +105,9 @@ def test_masks_of_other_weights_are_refused(page):
     (name, mask), model = page["masks"].popitem(), page["model"]
     with pytest.raises(ArtifactError, match="masks do not fit the adapter: .* is on one side only"):
         page["sparsify"](model, page["masks"])
+    page["masks"][name] = mask.to(torch.uint8)  # as a run's regions are
+    with pytest.raises(ArtifactError, match=r"has torch.uint8 in place of bool"):
+        page["sparsify"](model, page["masks"])
     page["masks"][name] = mask[: len(mask) // 4]
     with pytest.raises(ArtifactError, match=r"masks do not fit the adapter: .* has a mask of shape \("):
         page["sparsify"](model, page["masks"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.errors import ConfigError, UnusableResult
+from stages.lora import read_masks
 from stages.lora.importance.masks import Masks, flatten_weights
 from stages.lora.importance.strategies import (
     NONE,
@@ -198,6 +199,7 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
     for stage, only in (("sft", S1_ONLY), ("rl", S2_ONLY)):
         artifact, _ = made[f"partition:{stage}"]
         masks = Masks.load(artifact.path / "masks.safetensors", stage)
+        assert read_masks(artifact.path, stage).keys() == masks.active.keys()
         assert all(torch.equal(masks.active[name], region == only) for name, region in masks.region.items())
         told = artifact.manifest["summary"]
         none, first, second, both = torch.bincount(flatten_weights(masks.region), minlength=4).tolist()

@@ -166,8 +166,12 @@ def trainable_part(name: str, weight: Tensor, lora: LoraSection) -> Tensor:
 def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
     """Extend a mask of the trainable part to the shape of the full weight, with False elsewhere.
 
-    ArtifactError unless it has the shape of the weight or, as if compensated, of one with half its rank.
+    ArtifactError unless it is of bools, with the shape of the weight or, as if compensated, of half its rank.
     """
+    mask = torch.as_tensor(mask)
+    if mask.dtype != torch.bool:  # regions of elements, say, would be taken for true
+        hint = "of a run's masks.safetensors take those under active/"
+        raise ArtifactError(f"masks do not fit the adapter: {name} has {mask.dtype} in place of bool", hint)
     rows, columns = weight.shape
     halved = (rows // 2, columns) if _is_a(name) else (rows, columns // 2)
     if tuple(mask.shape) not in ((rows, columns), halved):

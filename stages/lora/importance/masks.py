@@ -72,6 +72,11 @@ class Masks:
         return cls(_with_prefix(f"{REGION}/", tensors), _with_prefix(f"{ACTIVE}/{stage}/", tensors))
 
 
+def read_masks(partition: Path, stage: str) -> dict[str, Tensor]:
+    """The elements that a stage (`sft` or `rl`) trains, for `sparsify`. partition: folder of an artifact."""
+    return Masks.load(Path(partition) / "masks.safetensors", stage).active
+
+
 def flatten_weights(tensors: dict[str, Tensor]) -> Tensor:
     """Concatenate all weights into one 1-D tensor, in the order of their sorted parameter names."""
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
