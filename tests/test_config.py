@@ -5,7 +5,7 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
-from stages.config import Config, SftSection
+from stages.config import BenchmarkSection, Config, SftSection
 from stages.config.fields import cache_key_fields
 from stages.config.yaml import annotated, on_one_line
 from stages.errors import ConfigError, MissingInputError
@@ -250,3 +250,9 @@ def test_an_override_of_one_place_leaves_others_that_share_it(tmp_path):
         "xml",
     ]
     assert [found.eval.benchmarks[name].prompt.template for name in "ab"] == ["plain", "chat"]
+
+
+def test_a_setting_that_is_gone_may_stand_with_its_default_alone():
+    assert BenchmarkSection(kind="demo", path="x", tasks=[]) == BenchmarkSection(kind="demo", path="x")
+    with pytest.raises(ValueError, match="tasks"):
+        BenchmarkSection(kind="demo", path="x", tasks=["gsm8k"])

@@ -126,6 +126,15 @@ class Section(BaseModel):
     retired: ClassVar[dict[str, tuple[Any, str]]] = {}
     """Settings that are gone: for each its default, which stays in keys, and the reader that ignored it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_retired(cls, values: Any) -> Any:
+        """Manifests of earlier runs have these settings, with their defaults."""
+        if not isinstance(values, dict):
+            return values
+        gone = {name for name, (default, _) in cls.retired.items() if values.get(name, ...) == default}
+        return {name: value for name, value in values.items() if name not in gone}
+
     @field_validator("*")
     @classmethod
     def _limit_integers(cls, value: Any) -> Any:
