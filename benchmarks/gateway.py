@@ -16,13 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import uvicorn
 from aiohttp import web
 
-from stages.engines.gateway import CHAT, Gateway
+from stages.engines.chats import CHAT
+from stages.engines.gateway import Gateway
 from stages.serve import listener
 
 CLIENTS = (1, 16, 64)
@@ -36,7 +39,7 @@ def free_port() -> int:
 
 
 def upstream(port: int) -> None:
-    async def app(scope, receive, send) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             while (await receive()).get("more_body"):
                 pass
@@ -50,8 +53,9 @@ def upstream(port: int) -> None:
 
 
 def gateway(port: int, behind: int) -> None:
-    async def vote(example, post) -> float:
-        return (await post("completions", {"prompt": example.prompt}))["vote"]
+    async def vote(example: Any, post: Any) -> float:
+        reply = await post("completions", {"prompt": example.prompt})
+        return float(reply["vote"])
 
     modes = {"fast": None, "slow": "Think."}
     one = Gateway(f"http://127.0.0.1:{behind}", modes, vote, lambda vote: "slow", lambda: None)
@@ -90,7 +94,7 @@ async def measure(port: int, model: str, clients: int, seconds: float) -> list[f
     return took
 
 
-def started(target: Callable[..., None], *arguments: int) -> multiprocessing.Process:
+def started(target: Callable[..., None], *arguments: int) -> BaseProcess:
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
     process.start()
     while True:

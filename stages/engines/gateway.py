@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.config import ROUTED as AUTO
+from stages.engines.chats import CHAT, MESSAGES, RESPONSES, Refusal, json_object, question, with_system
 from stages.engines.connections import Connections, limits
 from stages.errors import ServerError
 from stages.records import Example
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 MODE_HEADER, VOTE_HEADER = "x-lorapar-mode", "x-lorapar-system2"
 """Response headers: the mode that answers and, for `auto`, the probability of System 2 in the vote."""
-CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 MODELS, HEALTH = "/v1/models", "/health"
 ANSWERED = {CHAT, RESPONSES, MESSAGES, "/v1/completions", "/tokenize", "/detokenize"}
 """Paths whose requests name a model."""
@@ -58,14 +58,6 @@ GRACE_S = 2.0
 
 Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
 """Posts a body to a path below `/v1/` of the server, and returns its reply's JSON."""
-
-
-class _Refusal(Exception):
-    """An error that the client is told, with a status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass
@@ -172,7 +164,7 @@ class Gateway:
         try:
             self._check_access(request)
             response = await self._unless_left(request, await _body(request), headers)
-        except _Refusal as error:
+        except Refusal as error:
             response = _error(str(error), error.status)
         except Exception as error:
             log.warning("%s: %s %s", request.url.path, type(error).__name__, error)
@@ -183,14 +175,14 @@ class Gateway:
         return response
 
     def _check_access(self, request: Request) -> None:
-        """Raise _Refusal for an endpoint that there is not, or a wrong key; before the body is read."""
+        """Raise Refusal for an endpoint that there is not, or a wrong key; before the body is read."""
         path, headers = request.url.path, request.headers
         if path not in PATHS:
-            raise _Refusal(404, f"unknown endpoint {path}")
+            raise Refusal(404, f"unknown endpoint {path}")
         scheme, _, token = headers.get("authorization", "").partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # Anthropic's
         if path != HEALTH and not hmac.compare_digest(token.encode(), self.api_key.encode()) and self.api_key:
-            raise _Refusal(401, "wrong or missing API key")
+            raise Refusal(401, "wrong or missing API key")
 
     async def _unless_left(self, request: Request, body: bytes, headers: dict[str, str]) -> Response:
         from starlette.responses import Response, StreamingResponse
@@ -216,7 +208,7 @@ class Gateway:
         if path == MODELS:
             return await self._models(request)
         if path in ANSWERED:
-            content = _json_object(body)
+            content = json_object(body)
             in_mode = await self._with_mode(path, content, headers, request.app.state.client)
             body = body if in_mode == content else json.dumps(in_mode).encode()
         return await self._forward(request, body, headers, gone)
@@ -224,7 +216,7 @@ class Gateway:
     async def _with_mode(
         self, path: str, content: dict[str, Any], headers: dict[str, str], client: aiohttp.ClientSession
     ) -> dict[str, Any]:
-        """The request for the server; _Refusal if it names no model that there is."""
+        """The request for the server; Refusal if it names no model that there is."""
         mode = content.get("model")
         if mode == AUTO:
             vote = await self._vote(question(path, content), client)
@@ -233,7 +225,7 @@ class Gateway:
         if not isinstance(mode, str) or mode not in self.system_messages:
             choices = ", ".join([*self.system_messages, AUTO])
             name = "no model is named" if mode is None else f"unknown model {mode!r}"
-            raise _Refusal(400, f"{name}; choose from {choices}")
+            raise Refusal(400, f"{name}; choose from {choices}")
         headers[MODE_HEADER] = mode
         return with_system({**content, "model": mode}, path, self.system_messages[mode])
 
@@ -312,12 +304,12 @@ class Gateway:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request; _Refusal if it is too long, without reading all of it."""
+    """The body of a request; Refusal if it is too long, without reading all of it."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY:
-            raise _Refusal(413, f"a request may have {MAX_BODY // 2**20} MiB")
+            raise Refusal(413, f"a request may have {MAX_BODY // 2**20} MiB")
     return bytes(body)
 
 
@@ -325,73 +317,6 @@ async def _client_disconnected(request: Request) -> None:
     """Wait until the client closes its connection; its request is read already."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def with_system(content: dict[str, Any], path: str, system: str | None) -> dict[str, Any]:
-    """The request with the system message, where its endpoint takes one and it has none of its own.
-
-    Completions of bare texts take none.
-    """
-    messages = content.get("messages")
-    if not system:
-        return content
-    if path == CHAT and isinstance(messages, list) and not any(map(_is_system, messages)):
-        return {**content, "messages": [{"role": "system", "content": system}, *messages]}
-    if path == MESSAGES and not content.get("system"):
-        return {**content, "system": system}
-    inputs = content.get("input")
-    instructed = content.get("instructions") or (isinstance(inputs, list) and any(map(_is_system, inputs)))
-    if path == RESPONSES and not instructed:
-        return {**content, "instructions": system}
-    return content
-
-
-def question(path: str, content: dict[str, Any]) -> Example:
-    """Return what a chat asks, as an example to vote on: its last message of the user, after earlier turns.
-
-    _Refusal if that cannot be told.
-    """
-    messages = content.get("input" if path == RESPONSES else "messages")
-    if path == RESPONSES and isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if path not in (CHAT, RESPONSES, MESSAGES) or not isinstance(messages, list):
-        raise _Refusal(400, f"model {AUTO} answers chats: POST {CHAT} with messages")
-    turns = [
-        (_role(message), _text(message)) for message in messages if _role(message) in ("user", "assistant")
-    ]
-    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
-    if not asked:
-        raise _Refusal(400, f"model {AUTO} needs a user message")
-    earlier = [[turns[i][1], turns[i + 1][1]] for i in asked[:-1] if turns[i + 1][0] == "assistant"]
-    return Example("question", turns[asked[-1]][1], "", None, turns=earlier)
-
-
-def _is_system(message: Any) -> bool:
-    return _role(message) in ("system", "developer")
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
-
-
-def _text(message: dict[str, Any]) -> str:
-    """The text of a message, which may come in parts. Half a surrogate pair is no text, and becomes `?`."""
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        content = "\n".join(part for part in parts if isinstance(part, str))
-    return content.encode(errors="replace").decode() if isinstance(content, str) else ""
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    """The object in a body; _Refusal if there is none."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise _Refusal(400, "the body is no JSON object")
-    return content
 
 
 def _error(message: str, status: int) -> Response:

@@ -46,7 +46,7 @@ def keep_few_kernels() -> None:
 
     Batches of each step have shapes of their own, and what their kernels hold stays until the process ends,
     which makes all stages of a run: after RL of the demo 1,079 MiB were in use (6 steps), now 785 (12 steps;
-    2026-11-30). The second variable is that of torch's own cache of them. What the user has set is left alone.
+    2026-11-30). The second variable is of torch's own cache of them. What a user has set is left alone.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")

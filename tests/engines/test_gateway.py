@@ -15,8 +15,9 @@ from conftest import wait_for
 from mock_server import Mock, serve
 
 from stages import serve as serve_
+from stages.engines.chats import CHAT, question, with_system
 from stages.engines.connections import Connections
-from stages.engines.gateway import CHAT, MAX_BODY, Gateway, question, with_system
+from stages.engines.gateway import MAX_BODY, Gateway
 from stages.errors import ServerError
 
 uvicorn = pytest.importorskip("uvicorn")
