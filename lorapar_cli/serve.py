@@ -14,7 +14,7 @@ from lorapar_cli.progress import TerminalProgress
 from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
-from stages.pipeline import cache_key
+from stages.pipeline import external_key
 from stages.pipeline.resolve import INSTALL_VLLM
 from stages.pipeline.state import require_current
 from stages.store.artifacts import Store
@@ -51,7 +51,7 @@ def command(
 
     store = Store(settings.root)
     inputs = {name: require_current(store, steps[name], steps[needed[-1]]) for name in needed}
-    identity = cache_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))
+    identity = external_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.listener(host, port) as listener,

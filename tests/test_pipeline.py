@@ -20,10 +20,10 @@ from stages.store.artifacts import Store
 def no_hub(monkeypatch):
     """Data and models that are not here have a name and no digest."""
     monkeypatch.setattr(
-        "stages.pipeline.cache_key.of_model", lambda model, cache: f"{model.name} {model.revision}"
+        "stages.pipeline.external_key.of_model", lambda model, cache: f"{model.name} {model.revision}"
     )
     monkeypatch.setattr(
-        "stages.pipeline.cache_key.of_source", lambda source, cache: f"{source.path} {source.revision}"
+        "stages.pipeline.external_key.of_source", lambda source, cache: f"{source.path} {source.revision}"
     )
 
 

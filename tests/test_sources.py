@@ -12,7 +12,7 @@ from stages.engines import EngineCache
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.evaluation.benchmarks import humaneval, jsonl, mmlu
 from stages.evaluation.grading import Context
-from stages.pipeline.cache_key import of_voters
+from stages.pipeline.external_key import of_voters
 from stages.records import read_jsonl
 from stages.store.digests import DigestCache
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import UNVOTED, Config
-from stages.pipeline import cache_key
+from stages.pipeline import external_key
 from stages.pipeline.stage import BENCHMARKS, Check, Stage
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def _sections(config: Config, rows: str) -> tuple[str, ...]:
 def _external_key(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
     source = config.data if rows == "train" else config.eval.benchmarks[rows]
     if rows != "train" and config.eval.benchmarks[rows].brings_labels:
-        return {"rows": cache_key.of_source(source, cache), "labels": ["known", config.classify.known]}
-    return {"rows": cache_key.of_source(source, cache), **cache_key.of_voters(config, cache)}
+        return {"rows": external_key.of_source(source, cache), "labels": ["known", config.classify.known]}
+    return {"rows": external_key.of_source(source, cache), **external_key.of_voters(config, cache)}
 
 
 def _variants(config: Config) -> tuple[str, ...]:

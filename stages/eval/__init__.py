@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import KEPT, REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config
 from stages.evaluation.benchmarks import benchmarks
-from stages.pipeline import cache_key
+from stages.pipeline import external_key
 from stages.pipeline.stage import BENCHMARKS, Check, Stage
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str,
     items = config.eval.untrained_items if target in UNTRAINED_TARGETS else None
     return {
         **({"items": items} if items else {}),
-        **cache_key.model_part(config, cache),
-        "rows": cache_key.of_source(benchmark, cache),
-        **cache_key.of_shots(benchmark, cache),
-        **(cache_key.of_router(config, cache) if target == ROUTED else {}),
-        **cache_key.of_server(config),
+        **external_key.model_part(config, cache),
+        "rows": external_key.of_source(benchmark, cache),
+        **external_key.of_shots(benchmark, cache),
+        **(external_key.of_router(config, cache) if target == ROUTED else {}),
+        **external_key.of_server(config),
     }
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import Config
-from stages.pipeline import descriptions
-from stages.pipeline.stage import Stage
+from stages.pipeline.stage import WEIGHTS, Stage, protected_step
 
 if TYPE_CHECKING:
     from stages.plan.cost_model import CostModel
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 def _inputs(config: Config, trained: str) -> tuple[str, ...]:
     scores = "score:rl" if trained == "rl" and config.rl.rescore else "score"
-    return (*descriptions.protected_step(config), scores)
+    return (*protected_step(config), scores)
 
 
 def _external_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
@@ -43,7 +42,7 @@ STAGE = Stage(
     files={
         "masks.safetensors": "`region/NAME`: uint8 (0 none, 1 System 1 only, 2 System 2 only, 3 shared). "
         "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains; a second round of "
-        f"SFT trains RL's. All {descriptions.WEIGHTS}.",
+        f"SFT trains RL's. All {WEIGHTS}.",
     },
     cost=_cost,
     version=2,

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline import cache_key, descriptions
-from stages.pipeline.stage import Check, Stage
+from stages.pipeline import external_key
+from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
 from stages.rewards import loading
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 def _inputs(config: Config, _: str) -> tuple[str, ...]:
     if config.rl.start_from == "init":
-        return descriptions.training_inputs(config, masks="rl", start="score")
+        return training_inputs(config, masks="rl", start="score")
     start = SECOND_SFT if config.sft.rounds == 2 else "sft"
-    return descriptions.training_inputs(config, masks="rl", start=start)
+    return training_inputs(config, masks="rl", start=start)
 
 
 def _sections(config: Config, _: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def _sections(config: Config, _: str) -> tuple[str, ...]:
 def _external_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
     # In the key only where steps are kept, so that other keys stay as they were.
     kept = {"keep_steps": sorted(config.rl.keep_steps)} if config.rl.keep_steps else {}
-    return {**cache_key.rewards_part(config, cache), **kept}
+    return {**external_key.rewards_part(config, cache), **kept}
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -107,7 +107,7 @@ STAGE = Stage(
     sections=_sections,
     external_key=_external_key,
     files={
-        **descriptions.TRAINED,
+        **TRAINED,
         "adapters/": "The adapter after each step of `rl.keep_steps`, under the step's number.",
     },
     checks=_checks,

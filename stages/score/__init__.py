@@ -17,8 +17,8 @@ from stages.config.rl import OF_UPDATES
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.scorers import rescored_by_rollouts
 from stages.lora.importance.strategies import strategies
-from stages.pipeline import cache_key, descriptions
-from stages.pipeline.stage import Check, Stage
+from stages.pipeline import external_key
+from stages.pipeline.stage import ADAPTER, WEIGHTS, Check, Stage
 from stages.rewards import loading
 
 if TYPE_CHECKING:
@@ -40,9 +40,12 @@ def _inputs(config: Config, scored: str) -> tuple[str, ...]:
 
 
 def _external_key(config: Config, scored: str, cache: DigestCache) -> dict[str, Any]:
-    key = cache_key.model_part(config, cache)
+    key = external_key.model_part(config, cache)
     if scored == PROTECTED:
-        return {**key, "protected": cache_key.of_source(SourceSection(path=config.partition.protect), cache)}
+        return {
+            **key,
+            "protected": external_key.of_source(SourceSection(path=config.partition.protect), cache),
+        }
     if scored != "rl":
         return key
     if not rescored_by_rollouts(config):
@@ -50,7 +53,7 @@ def _external_key(config: Config, scored: str, cache: DigestCache) -> dict[str, 
     rl = {name: value for name, value in cache_key_fields(config.rl).items() if name not in OF_UPDATES}
     if loading.needs_sandbox(config.rl.rewards, config.rl.rewards_file):
         rl["sandbox"] = cache_key_fields(config.rl.sandbox)
-    return {**cache_key.rewards_part(config, cache), "scorer": config.rl.rescore, "rl": rl}
+    return {**external_key.rewards_part(config, cache), "scorer": config.rl.rescore, "rl": rl}
 
 
 def _variants(config: Config) -> tuple[str, ...]:
@@ -150,10 +153,10 @@ STAGE = Stage(
     variants_help="score, protected or rl",
     unkeyed_sections=("rl", "partition.protect"),
     files={
-        "init/": f"The adapter at the start. {descriptions.ADAPTER}",
+        "init/": f"The adapter at the start. {ADAPTER}",
         "shapes.json": "Name of each LoRA weight → `[rows, columns]` of its part that is scored and trained.",
         "importance.safetensors": "`s1/NAME` and `s2/NAME`: float32 importance of each element, "
-        f"{descriptions.WEIGHTS}. "
+        f"{WEIGHTS}. "
         "Only where a strategy reads it. The variant `protected` has `protected/NAME`.",
         "held_out.jsonl": "Protected rows that were not scored, as in `labels.jsonl`. Only in the variant "
         "`protected`.",

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline import cache_key, descriptions
-from stages.pipeline.stage import Check, Stage
+from stages.pipeline import external_key
+from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 def _inputs(config: Config, variant: str) -> tuple[str, ...]:
     if variant:  # the second round trains the elements that RL would
-        return descriptions.training_inputs(config, masks="rl", start="sft")
+        return training_inputs(config, masks="rl", start="sft")
     start = "score" if config.sft.start_from == "init" else "rl"
-    return descriptions.training_inputs(config, masks="sft", start=start)
+    return training_inputs(config, masks="sft", start=start)
 
 
 def _variants(config: Config) -> tuple[str, ...]:
@@ -84,10 +84,10 @@ STAGE = Stage(
     name="sft",
     inputs=_inputs,
     sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
-    external_key=lambda config, _, cache: cache_key.model_part(config, cache),
+    external_key=lambda config, _, cache: external_key.model_part(config, cache),
     variants=_variants,
     variants_help="sft or system2, its second round",
-    files=descriptions.TRAINED,
+    files=TRAINED,
     checks=_checks,
     cost=_cost,
     holds_base=lambda config: not config.sft.launch.shards_base,
