@@ -81,6 +81,10 @@ ODD = [
     *((TEXT, "choices.0.token_ids", value) for value in (None, "ab", [-1], [2**40], [None], [1.5])),
     *((TEXT, "choices.0.logprobs", value) for value in (None, [], "x", {"tokens": ["A"]}, {"content": [{}]})),
     *((reply, "choices.0.finish_reason", "abort") for reply in (CHAT, TEXT)),  # vLLM's, when it shuts down
+    *((TEXT, "choices.0.finish_reason", value) for value in ("ABORT", "aborted", "cancelled", "timeout")),
+    *((reply, "error", {"message": "overloaded"}) for reply in (CHAT, TEXT)),
+    (CHAT, "object", "chat.completion.chunk"),
+    (TEXT, "choices.0.logprobs.top_logprobs.0", {"A": -2.0, "B": -0.2}),  # greedy, it would have taken B
     *((CHAT, "choices.0.message", value) for value in (None, [], "A", {"content": 7}, {"content": ["A"]})),
     (CHAT, "choices.0.message.content", "because \ud800"),  # no file could hold it
 ]  # fmt: skip

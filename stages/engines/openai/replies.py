@@ -20,8 +20,13 @@ from stages.prompts.answers import after_thought
 
 MAX_LOGPROB = 1e-4
 """Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""
+MAX_BEHIND = 0.05
+"""How far the log-probability of a greedy token may be behind another one, for rounding."""
 MAX_SUM = 1.01
 """Largest sum of the alternatives' probabilities: 1, and what rounding to the 8 bits of bfloat16 may add."""
+
+BROKEN_OFF = ("abort", "error", "cancel", "timeout")
+"""How reasons begin for which servers end an answer before its end, such as `cancelled`."""
 
 LogProb = Annotated[float, Field(le=MAX_LOGPROB, allow_inf_nan=False, strict=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -73,8 +78,12 @@ def _check_alternatives(token: str, alternatives: list[tuple[str, float]]) -> No
     total = sum(math.exp(logprob) for _, logprob in alternatives)
     if total > MAX_SUM:
         raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
-    if alternatives and token not in dict(alternatives):
+    taken = [logprob for text, logprob in alternatives if text == token]
+    if alternatives and not taken:
         raise ValueError(f"{token[:40]!r} is not among its alternatives")
+    likeliest = max((logprob for _, logprob in alternatives), default=0.0)
+    if taken and max(taken) < likeliest - MAX_BEHIND:
+        raise ValueError(f"{token[:40]!r} was taken, and is not the likeliest of its alternatives")
 
 
 def _logprob_by_text(alternatives: list[tuple[str, float]]) -> dict[str, float]:
@@ -106,7 +115,7 @@ class ReplyChoice(_Lenient):
     @classmethod
     def _refuse_broken_off(cls, reason: str | None) -> str | None:
         """A server that shuts down returns what it has of its answers, as vLLM does with `abort`."""
-        if reason in ("abort", "error"):
+        if (reason or "").lower().startswith(BROKEN_OFF):
             raise ValueError(f"the server broke its answer off: {reason}")
         return reason
 
@@ -136,6 +145,16 @@ class ReplyChoice(_Lenient):
 class Reply(_Lenient):
     model: str | None = None
     choices: list[ReplyChoice] = Field(min_length=1, max_length=1)
+    error: None = None
+    """An error beside an answer contradicts it."""
+    object: str | None = None
+
+    @field_validator("object")
+    @classmethod
+    def _refuse_part(cls, kind: str | None) -> str | None:
+        if kind is not None and kind.endswith(".chunk"):
+            raise ValueError("the reply is a part of a stream")
+        return kind
 
 
 class ServedModel(_Lenient):
