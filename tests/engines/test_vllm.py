@@ -3,6 +3,7 @@
 It votes as the model in this process does, and nothing of it is left behind.
 """
 
+import json
 import os
 import signal
 import socket
@@ -138,6 +139,68 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     with ended as caught, EngineCache() as pool:
         pool.get(spec, ServerSection(), print)
     assert "its log is" in caught.value.hint
+
+
+MOMENTS = int(os.environ.get("LORAPAR_KILLS", "1"))
+"""Moments at which each of the two is killed; every one takes the start of a server."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["lorapar", "server"])
+def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
+    """kill -9 when the journal has so many votes: the same command goes on there, no server stays behind."""
+    rows = [
+        {"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": "killed",
+        "runs_dir": str(tmp_path / "runs"),
+        "model": {"name": str(tiny), "dtype": "float32"},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "server": {"concurrency": 16},
+        "eval": {"targets": ["base"]},
+        "classify": {"accept_weak": True, "voters": [{"engine": "vllm", "persona": "judge"}]},
+    }
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
+    journals = tmp_path / "runs/votes"
+
+    def lines() -> list[bytes]:
+        found = list(journals.glob("*.jsonl"))
+        return found[0].read_bytes().splitlines() if found else []
+
+    for moment in range(MOMENTS):
+        before, wanted = len(lines()), 1 + (moment + 1) * 1000 // (MOMENTS + 1)
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while len(lines()) < wanted:
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.01)
+        if whom == "lorapar":
+            child.kill()
+        else:
+            engine = [line.split()[1] for line in servers() if ("VLLM::" in line) == bool(moment % 2)]
+            os.kill(int(engine[0]), signal.SIGKILL)
+        said = child.communicate(timeout=120)[1]
+        assert child.returncode == (-9 if whom == "lorapar" else 69), said
+        kept = lines()
+        deadline = time.monotonic() + 20
+        while servers() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert servers() == []
+        with capsys.disabled():
+            end = said.strip().splitlines()[-2:] if whom == "server" else ""
+            print(f"\n  {whom} killed at {len(kept)} votes, {before} of them from before {end}", end="")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert lines()[: len(kept) - 1] == kept[:-1]
+    ballots = [json.loads(line)["question"] for line in lines()]
+    assert len(ballots) == len(set(ballots)) == 1200 + 32
+    assert (
+        f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr
+        or f"/{1233 - len(kept)}" in done.stderr
+    )
+    assert servers() == []
 
 
 def test_serve_offers_three_modes_and_ends_with_its_server(begun):
