@@ -24,11 +24,15 @@ AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" 
 Scorer = Annotated[str, registry_name("scorers")]
 Strategy = Annotated[str, registry_name("strategies")]
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 """Values of `optim` and their names in transformers. Each updates elements independently, which is necessary
 because the active elements of a weight are packed into a one-dimensional parameter."""
-MATRIX_WISE = ("muon", "galore", "lomo", "apollo", "shampoo", "soap", "lorafa", "riemannian", "dion")
-"""Optimizers that need whole matrices; they are refused with the reason."""
+MATRIX_WISE = (
+    "muon", "adafactor", "galore", "lomo", "apollo", "shampoo", "soap", "lorafa", "riemannian", "dion",
+)  # fmt: skip
+"""Optimizers that need whole matrices; they are refused with the reason. Adafactor is one of them: it keeps
+averages of rows and columns, and of a one-dimensional parameter a whole second moment, so both its updates
+and its memory would differ from what the name promises."""
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 

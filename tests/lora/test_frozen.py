@@ -63,9 +63,9 @@ def made_by(small, overrides: list[str], stage: str, processes: int, backend: st
 @pytest.mark.parametrize(
     ("stage", "how", "launcher"),
     [
-        ("sft", ["sft.optim=adafactor"], (1, "single")),
+        ("sft", [], (1, "single")),
         ("sft", ["sft.padding_free=off", "sft.loraplus_lr_ratio=8"], (1, "single")),
-        ("rl", ["rl.prefix_sharing=off", "rl.optim=adafactor"], (1, "single")),
+        ("rl", ["rl.prefix_sharing=off"], (1, "single")),
         pytest.param("sft", [], (2, "ddp"), marks=pair),
         pytest.param("rl", ["rl.beta=0"], (2, "ddp"), marks=pair),
         *(pytest.param("rl", how, (2, "fsdp2"), marks=pair) for how in (["rl.beta=0.04"], BOTH)),

@@ -39,6 +39,7 @@ REFUSED = [
     ("rl.keep_steps=[1];eval.targets=[rl-2]", "rl-2: RL keeps that adapter only if rl.keep_steps names"),
     ("rl.max_steps=3;rl.keep_steps=[4]", "keep_steps: 4 is more than max_steps 3"),
     # optimizers and losses
+    ("rl.optim=adafactor", "adafactor works on whole matrices, and lorapar trains single elements"),
     ("sft.optim=muon", "muon works on whole matrices, and lorapar trains single elements"),
     ("sft.optim=sgdm", "unknown optimizer 'sgdm'"),
     ("rl.importance_sampling_level=sequence", "dapo would weigh a completion by its length"),

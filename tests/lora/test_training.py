@@ -33,12 +33,9 @@ SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.
 @pytest.mark.parametrize(
     "how",
     [
-        "sft.optim=adafactor",
         "lora.init=orthogonal",
-        *(
-            pytest.param(how, marks=pytest.mark.slow)
-            for how in ("sft.loraplus_lr_ratio=16", "sft.loss_type=dft")
-        ),
+        "sft.loraplus_lr_ratio=16",
+        pytest.param("sft.loss_type=dft", marks=pytest.mark.slow),
     ],
 )
 def test_frozen_elements_stay_with_every_optimizer(begun, how):
