@@ -7,7 +7,7 @@ import torch
 import trl
 from datasets import Dataset
 from guide import blocks
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from stages.errors import ArtifactError
 from stages.lora.adapter.adapter import lora_layers
@@ -112,3 +112,49 @@ def test_masks_of_other_weights_are_refused(page):
     with pytest.raises(ArtifactError, match=r"masks do not fit the adapter: .* has a mask of shape \("):
         page["sparsify"](model, page["masks"])
     assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "untouched"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_B.default.bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_tokens_delta"),
+    ],
+)
+def test_what_no_mask_could_freeze_is_refused_before_anything_changes(page, tiny, options, untouched):
+    base = type(page["model"].get_base_model()).from_pretrained(str(tiny))
+    model = get_peft_model(
+        base, LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
+    )
+    masks = {
+        name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in lora_layers(model).items()
+    }
+    with pytest.raises(ArtifactError, match=f"{untouched}.* trains, and no mask is for it"):
+        page["sparsify"](model, masks)
+    assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())
+
+
+def test_layers_that_share_a_weight_are_refused(page):
+    first, second, *_ = (
+        layer for name, layer in lora_layers(page["model"]).items() if "q_proj.lora_A" in name
+    )
+    second.weight = first.weight
+    with pytest.raises(ArtifactError, match="two layers share LoRA weights"):
+        page["sparsify"](page["model"], page["masks"])
+
+
+def test_a_second_adapter_that_trains_is_refused(page):
+    page["model"].add_adapter("other", page["model"].peft_config["default"])
+    page["model"].set_adapter("other")
+    with pytest.raises(ArtifactError, match="lora_A.other.weight trains, and no mask is for it"):
+        page["sparsify"](page["model"], page["masks"])
+
+
+def test_transposed_weights_are_taken(page):
+    layer = next(iter(lora_layers(page["model"]).values()))
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+    before = layer.weight.detach().clone()
+    page["sparsify"](page["model"], page["masks"])
+    assert torch.equal(next(iter(lora_layers(page["model"]).values())).weight, before)

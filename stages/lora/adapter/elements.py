@@ -29,15 +29,33 @@ def sparsify(model: nn.Module, active: dict[str, Tensor]) -> None:
     active: bool masks by the names of an adapter file (`lora_layers` lists them), each of the weight's shape
     or, for a compensated adapter, of its trainable part, the first half of the rank. Call it after building a
     trainer and before training: while it is built, TRL copies `default` to `ref` by plain parameter names.
-    ArtifactError unless the masks are for exactly these weights.
+    ArtifactError, with the model as it was, unless the masks are for these very weights and no other part of
+    an adapter trains.
     """
     layers = lora_layers(model, ADAPTER_NAME)
     if layers.keys() != active.keys():
         unmatched = sorted(layers.keys() ^ active.keys())[0]
         raise ArtifactError(f"masks do not fit the adapter: {unmatched} is on one side only")
     masks = {name: full_mask(name, active[name], layer.weight) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        _replace(model, name, SparseLinear(layer, masks[name]))
+    _refuse_what_masks_miss(model, layers)
+    for name, sparse in {name: SparseLinear(layer, masks[name]) for name, layer in layers.items()}.items():
+        _replace(model, name, sparse)
+
+
+def _refuse_what_masks_miss(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """ArtifactError if part of an adapter would train whole: an embedding's, a magnitude, a second adapter's.
+
+    Heads in `modules_to_save` are the caller's own and may train.
+    """
+    weights = {id(layer.weight) for layer in layers.values()}
+    places = [m for _, m in model.named_modules(remove_duplicate=False) if m in set(layers.values())]
+    if len(weights) < len(layers) or len(places) > len(layers):
+        raise ArtifactError("two layers share LoRA weights, and each mask is for a layer of its own")
+    for name, parameter in model.named_parameters():
+        of_adapter = "lora_" in name or "trainable_tokens" in name
+        if of_adapter and parameter.requires_grad and id(parameter) not in weights:
+            hint = "chosen elements are those of the matrices A and B of one plain LoRA adapter named default"
+            raise ArtifactError(f"{name} trains, and no mask is for it", hint)
 
 
 def densify(model: nn.Module) -> None:
@@ -80,7 +98,7 @@ class SparseLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", None)
         # Plain attributes, not buffers: DDP would broadcast buffers in every forward pass.
-        self._dense = linear.weight.detach().clone()  # (out, in); its active elements go stale
+        self._dense = linear.weight.detach().clone(memory_format=torch.contiguous_format)  # (out, in)
         index = mask.to(self._dense.device).flatten().nonzero().squeeze(1)  # (active,)
         # int32 takes half the bytes of int64, and there is one index for each value.
         self._index = index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
@@ -90,7 +108,7 @@ class SparseLinear(nn.Linear):
         else:
             # Not a parameter: TRL's set_adapter makes every parameter trainable.
             self.register_buffer("values", values, persistent=False)
-        # While True, no element of `_dense` is stale and it is used as it is.
+        # The active elements of `_dense` go stale. While `_fixed`, none is stale and it is used as it is.
         self._fixed = not len(values)
 
     @property
