@@ -94,8 +94,9 @@ def test_a_file_with_other_rows_stays(tmp_path):
     with pytest.raises(OutputError, match="train.jsonl exists already, with other rows"):
         demo.write(tmp_path, 7)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
-    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.jsonl").rename(tmp_path / ".train.jsonl")
     assert demo.write(tmp_path, 7) == demo.write(tmp_path, 7)  # the same seed gives the same bytes
+    assert (tmp_path / ".train.jsonl").read_text() == "mine"
 
 
 def test_rows_may_keep_their_final_answer_alone(tmp_path):

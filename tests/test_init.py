@@ -248,7 +248,9 @@ def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
     assert "how much is kept" in said and "which rows measure success" not in said
     # The same files again: the same parts. Other files of their names stay.
     Path("c.yaml").unlink()
+    (tmp_path / "old-train.jsonl.new").write_text("mine", encoding="utf-8")
     written(rows(100), "--protect", "old.jsonl")
+    assert (tmp_path / "old-train.jsonl.new").read_text() == "mine"
     Path("c.yaml").unlink()
     (tmp_path / "old-test.jsonl").write_text("mine", encoding="utf-8")
     with pytest.raises(AssertionError, match="old-test.jsonl exists already"):

@@ -153,13 +153,19 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     assert problems(config, list(plan_steps(config).values())) == []
     made = make_steps(config, "classify", "score", "partition", "sft", "rl")
     summaries = {name: artifact.manifest["summary"] for name, (artifact, _) in made.items()}
-    left_out = len(slow[::2]) + len(fast[::2])
+    without = {1: len(fast[::2]), 2: len(slow[::2])}
     assert len(labels_of(config)) == 48
-    assert summaries["score"]["without_response"] == summaries["sft"]["without_response"] == left_out
+    assert summaries["score"]["without_response"] == without[1] + without[2]
+    assert summaries["sft"]["without_response"] == without[1]
     assert summaries["rl"]["prompts"] == len(slow)
     assert summaries["rl"]["replayed_prompts"] == len(fast) - 1
     assert summaries["rl"]["unrewardable_prompts"] == 1
     texts = Texts(config)
-    assert len(texts.training_rows("rl")) == 48 and len(texts.training_rows("sft")) == 48 - left_out
+    assert (
+        len(texts.training_rows("rl")) == 48
+        and len(texts.training_rows("sft")) == 48 - without[1] - without[2]
+    )
+    rounds = labels_of(config), config.sft
+    assert examples.without_response(*rounds, "system2") == without[2]
     taught = make_step(smoke(*settings, "sft.system1_targets=answer"), "sft").manifest["summary"]
-    assert taught["without_response"] == len(slow[::2])
+    assert "without_response" not in taught

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from stages.errors import DataError, OutputError
@@ -148,22 +149,21 @@ def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> d
     questions: set[str] = set()
     sizes = {}
     splits = SETS[size]
-    for split, (total, shares) in splits.items():
-        items = list(_items(rng, split, total, shares, questions))
-        rng.shuffle(items)
-        rows = [asdict(item) for item in items]
-        if split == "train":
-            _drop_worked_answers(rows, gold_only, seed)
-        write_jsonl(folder / f".{split}.jsonl", rows)
-        sizes[split] = len(items)
-    files = {folder / f".{split}.jsonl": folder / f"{split}.jsonl" for split in splits}
-    if others := [f for new, f in files.items() if f.exists() and f.read_bytes() != new.read_bytes()]:
-        for new in files:
-            new.unlink()
-        raise OutputError(f"{others[0]} exists already, with other rows", "another folder")
-    # Files are renamed when all are complete: `make` takes the last one as proof of all.
-    for new, file in files.items():
-        new.replace(file)
+    with TemporaryDirectory(dir=folder) as unfinished:
+        files = {Path(unfinished, f"{split}.jsonl"): folder / f"{split}.jsonl" for split in splits}
+        for new, (split, (total, shares)) in zip(files, splits.items(), strict=True):
+            items = list(_items(rng, split, total, shares, questions))
+            rng.shuffle(items)
+            rows = [asdict(item) for item in items]
+            if split == "train":
+                _drop_worked_answers(rows, gold_only, seed)
+            write_jsonl(new, rows)
+            sizes[split] = len(items)
+        if others := [f for new, f in files.items() if f.exists() and f.read_bytes() != new.read_bytes()]:
+            raise OutputError(f"{others[0]} exists already, with other rows", "another folder")
+        # Files are renamed when all are complete: `make` takes the last one as proof of all.
+        for new, file in files.items():
+            new.replace(file)
     return sizes
 
 

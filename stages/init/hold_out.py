@@ -6,6 +6,7 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
@@ -74,9 +75,9 @@ def stem(path: str) -> str:
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = file.with_name(f"{file.name}.new")
-    write_jsonl(temporary, rows)
-    if file.exists() and file.read_bytes() != temporary.read_bytes():
-        temporary.unlink()
-        raise OutputError(f"{file} exists already", "write elsewhere: --out FOLDER/rows.yaml")
-    temporary.replace(file)
+    with TemporaryDirectory(dir=file.parent) as unfinished:
+        new = Path(unfinished, file.name)
+        write_jsonl(new, rows)
+        if file.exists() and file.read_bytes() != new.read_bytes():
+            raise OutputError(f"{file} exists already", "write elsewhere: --out FOLDER/rows.yaml")
+        new.replace(file)

@@ -66,6 +66,12 @@ def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:
     ]
 
 
+def without_response(labels: list[Labelled], sft: SftSection, variant: str = "") -> int:
+    """Number of rows of the systems that a round of SFT is for, cold start aside, that it cannot imitate."""
+    systems = (2,) if variant else (1, 2) if sft.data == "all" else (1,)
+    return sum(row.system in systems and not row.example.response for row in with_targets(labels, sft))
+
+
 def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: str = "") -> list[Example]:
     """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
 

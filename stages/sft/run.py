@@ -68,7 +68,7 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     trainer.add_callback(ProgressCallback(context.progress, title, ("loss", "learning_rate")))
     protected_kl.watch(trainer, run)
     summary = loop.train(trainer, run)
-    left_out = len(labels) - len(examples.with_response(examples.with_targets(labels, sft)))
+    left_out = examples.without_response(labels, sft, context.variant)
     without = {"without_response": left_out} if left_out else {}
     return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
 
