@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 
 # New processes and threads (NPROC does not bind root), namespaces and mounts, other processes' memory, kernel
-# interfaces, System V memory, clocks.
+# interfaces, System V memory, semaphores and queues, clocks, and the quotas of asynchronous requests and of
+# queued signals.
 REFUSED = """
     fork vfork clone unshare setns mount umount2 umount pivot_root chroot ptrace process_vm_readv
     process_vm_writev process_madvise kcmp keyctl add_key request_key bpf perf_event_open userfaultfd
     io_uring_setup io_uring_enter io_uring_register kexec_load kexec_file_load init_module finit_module
     delete_module open_by_handle_at name_to_handle_at open_tree move_mount fsopen fsconfig fsmount fspick
-    mount_setattr shmget shmat shmctl semget semop semctl msgget msgsnd msgctl mq_open clock_settime
-    clock_adjtime settimeofday adjtimex reboot swapon swapoff acct quotactl syslog sethostname
-    setdomainname personality iopl ioperm fanotify_init lookup_dcookie vhangup nfsservctl setuid setgid
-    setreuid setregid setresuid setresgid setgroups capset
+    mount_setattr shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl mq_open
+    io_setup pidfd_getfd rt_sigqueueinfo rt_tgsigqueueinfo clock_settime clock_adjtime settimeofday
+    adjtimex reboot swapon swapoff acct quotactl syslog sethostname setdomainname personality iopl ioperm
+    fanotify_init lookup_dcookie vhangup nfsservctl setuid setgid setreuid setregid setresuid setresgid
+    setgroups capset
 """
 # Memory that RLIMIT_AS does not count: files in memory, pages that a pipe holds on to, attributes of a tmpfs,
 # data in connections that nobody accepts or in sockets sent over sockets, watches, rulesets. And locks on
@@ -35,14 +37,14 @@ REFUSED += """
 ALSO_BY_NUMBER = {"file_setattr": 469}
 
 # Commands that fcntl and ioctl must refuse: set the process that gets signals, lock or lease a file, watch a
-# folder, enlarge a pipe, change a file's flags.
+# folder, enlarge a pipe, change a terminal or a file's flags.
 SETFL, O_ASYNC = 4, 0x2000
 REFUSED_FCNTL = {
     "F_SETLK": 6, "F_SETLKW": 7, "F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15,
     "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026, "F_SETPIPE_SZ": 1031,
 }  # fmt: skip
 REFUSED_IOCTL = {
-    "FIOASYNC": 0x5452, "FIOSETOWN": 0x8901, "SIOCSPGRP": 0x8902, "TIOCSTI": 0x5412,
+    "FIOASYNC": 0x5452, "FIOSETOWN": 0x8901, "SIOCSPGRP": 0x8902, "TIOCSTI": 0x5412, "TIOCSETD": 0x5423,
     "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602, "FS_IOC_FSSETXATTR": 0x401C5820,
 }  # fmt: skip
 PR_SET_PDEATHSIG = 1
@@ -56,10 +58,10 @@ LOW = 0xFFFFFFFF
 # Without namespaces the filter must also deny the network, other processes of the user, and the changes of
 # files that Landlock does not cover (modes, owners, times, attributes).
 ALSO_WITHOUT_NAMESPACES = """
-    socketpair sendto kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_getfd
-    pidfd_send_signal setsid setpgid setrlimit setpriority sched_setscheduler sched_setparam sched_setattr
-    sched_setaffinity ioprio_set move_pages migrate_pages chmod fchmod fchmodat fchmodat2 chown fchown
-    lchown fchownat removexattr lremovexattr fremovexattr removexattrat utime utimes futimesat utimensat
+    socketpair sendto kill tkill tgkill pidfd_open pidfd_send_signal setsid setpgid setrlimit setpriority
+    sched_setscheduler sched_setparam sched_setattr sched_setaffinity ioprio_set move_pages migrate_pages
+    chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat getxattr lgetxattr getxattrat listxattr
+    llistxattr removexattr lremovexattr fremovexattr removexattrat utime utimes futimesat utimensat
     truncate mknod mknodat
 """
 

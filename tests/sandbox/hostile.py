@@ -188,6 +188,21 @@ KERNEL = {
     "setns": 'libc.setns(os.open("/proc/1/ns/mnt", 0), 0)',
     "System V memory": "show(libc.shmget(1234, 2**28, 0o1666))",
     "System V messages": "show(libc.msgget(1234, 0o1666))",
+    "System V messages of others": (
+        "libc.msgrcv(0, ctypes.create_string_buffer(64), ctypes.c_size_t(8), ctypes.c_long(0), 0o4000)\n"
+        "show(ctypes.get_errno() != 1 and 'secret-7f3a')"
+    ),
+    "System V semaphores of others": (
+        "libc.semtimedop(0, struct.pack('Hhh', 0, 1, 0o4000), ctypes.c_size_t(1), 0)\n"
+        "show(ctypes.get_errno() != 1 and 'secret-7f3a')"
+    ),
+    "quota of asynchronous requests": (
+        "show(libc.syscall(206, 60000, ctypes.byref(ctypes.c_ulong(0))) == 0 and 'secret-7f3a')"
+    ),
+    "queued signals": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [40])\n"
+        "show(libc.sigqueue(os.getpid(), 40, None) == 0 and 'secret-7f3a')"
+    ),
     "POSIX queue": 'libc.mq_open(b"/evil", 0o102, 0o666, 0)',
     "bpf": "libc.syscall(321, 0, 0, 0)",
     "io_uring": "libc.syscall(425, 8, ctypes.create_string_buffer(120))",

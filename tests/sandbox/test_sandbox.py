@@ -280,11 +280,12 @@ CALLS = {  # numbers on x86_64 and aarch64, arguments, and what each of the filt
     "prlimit64 to read": (302, 261, [0, 7, 0], "allow", "allow"),
     "prlimit64 to write": (302, 261, [0, 7, 4096], "allow", "EPERM"),
     **{call: (x86, arm, [], "allow", "EPERM") for call, x86, arm in
-       (("socketpair", 53, 199), ("kill", 62, 129), ("fchmod", 91, 52))},
+       (("socketpair", 53, 199), ("kill", 62, 129), ("fchmod", 91, 52), ("getxattr", 191, 8))},
     **{call: (x86, arm, [], "EPERM", "EPERM") for call, x86, arm in (
         ("ptrace", 101, 117), ("memfd_create", 319, 279), ("flock", 73, 32), ("vmsplice", 278, 75),
         ("setxattr", 188, 5), ("socket", 41, 198), ("listen", 50, 201), ("sendmsg", 46, 211),
-        ("file_setattr", 469, 469))},
+        ("file_setattr", 469, 469), ("msgrcv", 70, 188), ("semtimedop", 220, 192), ("io_setup", 206, 0),
+        ("pidfd_getfd", 438, 438), ("rt_sigqueueinfo", 129, 138), ("rt_tgsigqueueinfo", 297, 240))},
     **{f"mmap {flags:#x}": (9, 222, [0, 4096, 3, flags], *2 * ["EPERM" if flags & 1 else "allow"])
        for flags in (0x02, 0x22, 0x01, 0x21, 0x03, 0x23)},
     **{f"fcntl {command} {value:#x}": (72, 25, [3, command, value], answer, answer)
@@ -292,7 +293,7 @@ CALLS = {  # numbers on x86_64 and aarch64, arguments, and what each of the filt
         (1, 0, "allow"), (4, 0x800, "allow"), (4, 0x2000, "EPERM"), (8 | 1 << 40, 0, "EPERM"),
         *((command, 0, "EPERM") for command in (6, 8, 10, 15, 1024, 1031)))},
     **{f"ioctl {command:#x}": (16, 29, [3, command], *2 * ["allow" if command == 0x5401 else "EPERM"])
-       for command in (0x5401, 0x8901, 0x5452, 0x40086602, 0x401C5820)},
+       for command in (0x5401, 0x5423, 0x8901, 0x5452, 0x40086602, 0x401C5820)},
     **{f"prctl {option}": (157, 167, [option], *2 * ["allow" if option == 15 else "EPERM"])
        for option in (1, 1 | 1 << 40, 15)},
 }  # fmt: skip
