@@ -147,9 +147,9 @@ def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
     while scale := re.match(_SCALE, unit):  # `5 hundred thousand apples`
         value *= _SCALES[scale[0].strip().lower().removesuffix("s")]
         unit = unit[scale.end() :]
-    # `3 and a half` and `3½` are larger than 3, and `3x`, or `3 x` alone, is a term.
+    # `3 and a half` and `3½` are larger than 3, `3!` is 6, and `3x`, or `3 x` alone, is a term.
     attached = _VARIABLE.match(unit) or _VARIABLE.fullmatch(unit.strip(" *_`.)"))
-    if attached or re.match(r"\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
+    if attached or re.match(r"!|\s*(?:and\b|&)", unit) or unicodedata.category((unit + " ")[0]) == "No":
         return None
     words = re.findall(r"[^\W\d_]+", unit.casefold())
     unit_words = [word for word in words if word != "percent"]

@@ -208,6 +208,8 @@ def judge(channel: Channel, job: dict[str, str]) -> None:
         name, error_arguments = reply["raised"]
         kind = getattr(builtins, name, None)
         is_exception = isinstance(kind, type) and issubclass(kind, Exception)
+        # A test's `map` or generator would take it for its own end, and skip the rest of the test.
+        is_exception &= kind is not StopIteration
         raise (kind if is_exception else RuntimeError)(*decode(error_arguments))
 
     namespace = _module("tests")

@@ -61,7 +61,7 @@ def test_extraction(text, style, strict, flexible):
         ("34", "(3,4)", False), ("(3,4)", "(3,4)", True), ("3/4", "\\dfrac{3}{4}", True),
         ("是。", "是", True), ("“Paris”", "Paris", True), ("-x", "x", False), ("C#", "C", False),
         ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False),
-        ("5 trillion", "5", False), ("-1 1/2", "-3/2", True),
+        ("5 trillion", "5", False), ("3!", "3", False), ("5 days!", "5", True), ("-1 1/2", "-3/2", True),
     ],
 )  # fmt: skip
 def test_equality(answer, gold, right):

@@ -402,6 +402,7 @@ FORGED = {
         "    return None"
     ),
     "trace function": "sys.settrace(lambda *a: None)\ndef f(): raise SystemExit(0)",
+    "ends the test's map": "def f(): raise StopIteration",
     "raises the assertion": "def f(): raise AssertionError('passed')",
     "keyboard interrupt": "def f(): raise KeyboardInterrupt",
     "code of the tests": "def f(): return [o for o in gc.get_objects() if 'check' in str(type(o))]",

@@ -159,6 +159,12 @@ def test_an_exception_arrives_as_the_built_in_one_that_it_is(safe, program, test
     assert safe.check(program, CATCHING.format(*tests), "f").passed is passes
 
 
+def test_an_exception_that_ends_a_test_s_map_fails_the_program(safe):
+    tests = "def check(f):\n    assert all(a == b for a, b in zip(map(f, [1, 2]), [2, 3]))"
+    assert safe.check("def f(x): return x + 1", tests, "f").passed
+    assert safe.check("def f(x): raise StopIteration", tests, "f").status == "failed"
+
+
 SWALLOWING = "def check(f):\n    try: f()\n    except TypeError: pass"
 PROMPT = "def two(): return 2"
 
