@@ -109,6 +109,7 @@ MISTAKES = {
     f"{GSM8K}.kind=jsonl": "eval.benchmarks: gsm8k needs a path: a file or a hub id",
     f"{GSM8K}.mode=likelihood": "mode likelihood is for mmlu alone, got kind gsm8k",
     f"{GSM8K}={{limit: 3, limit: 4}}": "'limit' appears twice, in lines 1 and 1",
+    'rl.rewards_file="\\ud800"': "has half of a surrogate pair",
     "eval.benchmarks={train: {kind: demo}}": "eval.benchmarks: 'train' cannot be the name of a benchmark",
     "eval.benchmarks={a@b: {kind: demo}}": "eval.benchmarks: 'a@b' cannot be the name of a benchmark",
     "eval.targets=[sft3]": "eval.targets.0: ",

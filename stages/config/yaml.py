@@ -97,7 +97,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses duplicate keys (PyYAML would silently take the last one)."""
+    """PyYAML's safe loader, which also refuses duplicate keys (PyYAML would silently take the last one).
+
+    And texts with half of a surrogate pair, which no file can hold.
+    """
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)  # type: ignore[no-untyped-call]
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{ascii(value)} has half of a surrogate pair")
+        return value
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
