@@ -84,7 +84,6 @@ def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as
         launch.run(launcher, sys.argv[1:])
         return
     is_shown = distributed.is_main() and not quiet
-
     with TerminalProgress(None) if is_shown else Silence() as progress:
         make(settings, store, steps, force, progress, partial(report, as_json=as_json))
 

@@ -38,8 +38,9 @@ def sparsify(model: nn.Module, active: dict[str, Tensor]) -> None:
         raise ArtifactError(f"masks do not fit the adapter: {unmatched} is on one side only")
     masks = {name: full_mask(name, active[name], layer.weight) for name, layer in layers.items()}
     _refuse_what_masks_miss(model, layers)
-    for name, sparse in {name: SparseLinear(layer, masks[name]) for name, layer in layers.items()}.items():
-        _replace(model, name, sparse)
+    sparse = {name: SparseLinear(layer, masks[name]) for name, layer in layers.items()}
+    for name, layer in sparse.items():
+        _replace(model, name, layer)
 
 
 def _refuse_what_masks_miss(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
@@ -48,8 +49,9 @@ def _refuse_what_masks_miss(model: nn.Module, layers: dict[str, nn.Linear]) -> N
     Heads in `modules_to_save` are the caller's own and may train.
     """
     weights = {id(layer.weight) for layer in layers.values()}
-    places = [m for _, m in model.named_modules(remove_duplicate=False) if m in set(layers.values())]
-    if len(weights) < len(layers) or len(places) > len(layers):
+    modules = set(layers.values())
+    uses = sum(module in modules for _, module in model.named_modules(remove_duplicate=False))
+    if len(weights) < len(layers) or uses > len(layers):
         raise ArtifactError("two layers share LoRA weights, and each mask is for a layer of its own")
     for name, parameter in model.named_parameters():
         of_adapter = "lora_" in name or "trainable_tokens" in name
