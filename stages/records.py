@@ -31,6 +31,8 @@ class Example:
     """Other fields of the row, unchanged."""
     turns: list[list[str]] = field(default_factory=list)
     """Earlier turns of a conversation, each the user's text and the assistant's."""
+    thought: str = ""
+    """What the model thinks before its response, if the row says it."""
 
     @property
     def conversation(self) -> str:
@@ -178,9 +180,10 @@ def write_labels(path: Path, rows: Iterable[Labelled]) -> None:
 
 
 def _fields(example: Example) -> dict[str, Any]:
-    """The fields of an example, without turns if it has none."""
-    values = asdict(example)
-    return values if example.turns else {name: value for name, value in values.items() if name != "turns"}
+    """The fields of an example, without turns and thought if it has none."""
+    return {
+        name: value for name, value in asdict(example).items() if value or name not in ("turns", "thought")
+    }
 
 
 def read_labels(path: Path) -> list[Labelled]:

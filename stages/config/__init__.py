@@ -13,6 +13,7 @@ from stages.config.evaluation import (
     KEPT,
     REGIONS,
     ROUTED,
+    SYSTEMS,
     TRAINED,
     UNTRAINED_TARGETS,
     BenchmarkSection,
@@ -114,12 +115,6 @@ class Config(Section):
             yield (
                 "server.port: voters with devices have servers of their own, side by side, and these cannot "
                 "share a port; leave server.port out"
-            )
-        prompts = [benchmark.prompt or self.prompt for benchmark in self.eval.benchmarks.values()]
-        if ROUTED in self.eval.targets and any(prompt.by_system for prompt in prompts):
-            yield (
-                "eval.targets: auto must find the system of an item, and prompt.by_system tells it to the "
-                "model; leave out one of them, for example by a prompt of the benchmark's own"
             )
 
     def _conflicts_of_rescoring(self, reads_scores: bool, by_rollouts: bool) -> Iterator[str]:

@@ -31,6 +31,8 @@ ROUTED = "auto"
 """Target that answers each item in the mode that the base's vote on it chooses: as sft, or as rl or sft2."""
 TRAINED = {"sft": "sft", "sft2": SECOND_SFT, "rl": "rl"}
 """Targets with an adapter as training left it, and the step that trained it."""
+SYSTEMS = {"sft": 1, "sft2": 2, "rl": 2}
+"""Target → the system whose rows its adapter learned from last, and whose mode it therefore is."""
 KEPT = "rl-"
 """Beginning of targets with the adapter that RL had after some step, e.g. rl-20 (`rl.keep_steps`)."""
 KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]

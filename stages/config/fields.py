@@ -28,6 +28,7 @@ def setting(
     in_cache_key: bool = True,
     ignored_by: str | tuple[str, ...] = (),
     advanced: bool = False,
+    keyed_if_set: bool = False,
     **constraints: Any,
 ) -> Any:
     """Declare a setting with its default, its description and constraints such as `gt=0`.
@@ -35,9 +36,13 @@ def setting(
     in_cache_key: False if the setting changes no result, or if a digest of what it names is in the key.
     ignored_by: readers of the section that do not use this setting (see `cache_key_fields`).
     advanced: `lorapar config` prints the setting after those that most users set.
+    keyed_if_set: the default does not enter keys, as the setting is younger than artifacts that are in use.
     """
     ignoring = [ignored_by] if isinstance(ignored_by, str) else list(ignored_by)
-    marks: dict[str, Any] = {"in_cache_key": in_cache_key, "ignored_by": ignoring, "advanced": advanced}
+    marks: dict[str, Any] = {
+        "in_cache_key": in_cache_key, "ignored_by": ignoring, "advanced": advanced,
+        "keyed_if_set": keyed_if_set,
+    }  # fmt: skip
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
@@ -168,7 +173,8 @@ def cache_key_fields(value: Any, *readers: str) -> Any:
         keyed = {}
         for name, field in type(value).model_fields.items():
             marks = marks_of(field)
-            if marks["in_cache_key"] and not set(marks["ignored_by"]) & set(readers):
+            is_omitted = marks["keyed_if_set"] and getattr(value, name) == field.default
+            if marks["in_cache_key"] and not is_omitted and not set(marks["ignored_by"]) & set(readers):
                 keyed[name] = cache_key_fields(getattr(value, name), *readers)
         retired = type(value).retired.items()
         return keyed | {name: old for name, (old, ignoring) in retired if ignoring not in readers}

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from stages.config.fields import Section, advanced, advanced_unkeyed, registry_name, setting, unkeyed
+from stages.config.fields import (
+    JsonValue,
+    Section,
+    advanced,
+    advanced_unkeyed,
+    registry_name,
+    setting,
+    unkeyed,
+)
 
 ALL_LINEAR = "all-linear"
 """PEFT's value of target_modules for all linear layers but the head."""
@@ -85,11 +93,27 @@ class DataSection(SourceSection):
     )
 
 
+SystemNumber = Annotated[int, Field(ge=1, le=2)]
+TemplateArguments = Annotated[dict[str, Any], JsonValue]
+
+
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none: the default of the chat template, if any.")
-    by_system: dict[Annotated[int, Field(ge=1, le=2)], str] = advanced(
+    by_system: dict[SystemNumber, str] = advanced(
         {},
-        "System messages that replace `system` for rows labelled System 1 and System 2, e.g. {1: …, 2: …}.",
+        "System messages that replace `system` for rows labelled System 1 and System 2, e.g. {1: …, 2: …}. "
+        "Evaluation asks the fast mode (sft) everything with the first, the slow (rl, sft2) with the second.",
+    )
+    chat_template_kwargs: TemplateArguments = advanced(
+        {},
+        "Arguments of the chat template, such as {enable_thinking: false}.",
+        keyed_if_set=True,
+    )
+    chat_template_kwargs_by_system: dict[SystemNumber, TemplateArguments] = advanced(
+        {},
+        "Arguments of the chat template by system, as in by_system, beside the common ones, e.g. "
+        "{1: {enable_thinking: false}, 2: {enable_thinking: true}}.",
+        keyed_if_set=True,
     )
     template: Literal["chat", "plain", "bare"] = setting(
         "chat",
@@ -106,6 +130,22 @@ class PromptSection(Section):
             yield (
                 "template bare has no system message; leave out system and by_system, or choose chat or plain"
             )
+        if self.template != "chat" and (self.chat_template_kwargs or self.chat_template_kwargs_by_system):
+            yield f"template {self.template} takes no chat_template_kwargs; choose chat"
+
+    def system_message(self, system: int | None) -> str | None:
+        """The system message for rows labelled `system`, or for rows without a label."""
+        return self.system if system is None else self.by_system.get(system, self.system)
+
+    def template_arguments(self, system: int | None) -> dict[str, Any]:
+        """The arguments of the chat template for rows labelled `system`, or for rows without a label."""
+        own = {} if system is None else self.chat_template_kwargs_by_system.get(system, {})
+        return {**self.chat_template_kwargs, **own}
+
+    @property
+    def has_modes(self) -> bool:
+        """True if the two systems get different prompts."""
+        return bool(self.by_system or self.chat_template_kwargs_by_system)
 
 
 SUBTRACTED = ("pissa", "pissa_niter_16", "olora")

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from stages.errors import DataError
+from stages.prompts import thoughts
 from stages.prompts.answers import gold_from_response
 from stages.records import Example
 from stages.store.digests import id_of
@@ -35,6 +36,8 @@ ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "developer": "system"
 }  # fmt: skip
 """Roles of ShareGPT and of OpenAI's newer chats → those here."""
+THOUGHTS = ("reasoning_content", "thinking")
+"""Names of the field, of a row or of a message, with what the model thinks before its response."""
 PREFERENCES = {"chosen", "rejected"}
 RESPONSES = {"answer", "output", "completion"}
 VERIFYING = ("gold", "test")
@@ -113,13 +116,19 @@ def _example(
     if not isinstance(answer, str | bool | int | float):
         raise ValueError(f"the answer must be text, a number or a boolean, got {type(answer).__name__}")
     response = answer if isinstance(answer, str) else json.dumps(answer)
+    thought, response = thoughts.split(response)
+    for name in THOUGHTS:
+        if isinstance(row.get(name), str):
+            thought = thought or row[name].strip()
+            used = used | {name}
     if not prompt.strip() or not (response.strip() or may_lack):
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     # Without a response, two rows with one prompt are told apart by the answer that is right.
     named = [prompt, response, *([turns] if turns else []), *([] if response.strip() else [gold])]
-    return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns)
+    named += [thought] if thought else []
+    return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns, thought)
 
 
 def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:
@@ -217,7 +226,8 @@ def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
     if head.strip():
         texts[0] = f"{head}\n\n{texts[0]}"
     pairs = [texts[at : at + 2] for at in range(0, len(texts), 2)]
-    return [(prompt, pairs[:at], response) for at, (prompt, response) in enumerate(pairs)]
+    earlier = [[user, thoughts.split(assistant)[1]] for user, assistant in pairs]  # as templates show them
+    return [(prompt, earlier[:at], response) for at, (prompt, response) in enumerate(pairs)]
 
 
 def _turn(message: dict[str, Any]) -> tuple[str, str]:
@@ -228,8 +238,12 @@ def _turn(message: dict[str, Any]) -> tuple[str, str]:
         raise ValueError("messages: tool calls are not supported; keep the user's and the assistant's texts")
     content = message.get("content")
     if isinstance(content, list) and all(_is_text(part) for part in content):  # OpenAI's list of parts
-        return str(role), "".join(part["text"] for part in content)
-    return str(role), text_field(message, "content" if "content" in message else "value")
+        text = "".join(part["text"] for part in content)
+    else:
+        text = text_field(message, "content" if "content" in message else "value")
+    names = (*THOUGHTS, "reasoning")  # the last one is vLLM's
+    thought = next((message[name] for name in names if isinstance(message.get(name), str)), "")
+    return str(role), thoughts.tagged(thought) + text
 
 
 def _is_null(message: dict[str, Any]) -> bool:

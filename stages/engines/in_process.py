@@ -29,8 +29,8 @@ from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
-from stages.prompts.answers import THOUGHT
 from stages.prompts.renderer import chat, ids_to_continue
+from stages.prompts.thoughts import TAGS
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ PADDED_BATCH = 16
 """Prompts in a batch of choices where the architecture needs padding."""
 MIN_SHARED_PREFIX = 32
 """Length in tokens from which such batches share the KV cache of a common prefix."""
-THINKING_END = THOUGHT[1]
+THINKING_END = TAGS["<think>"]
 """Appended to thinking that was cut off by its length limit."""
 THINKING_BATCHES = 4
 """Choices are made after this many batches of thinking, so that a kill loses no more of them."""

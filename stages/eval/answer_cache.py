@@ -14,6 +14,7 @@ from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Samp
 from stages.engines.openai.replies import TokenId
 from stages.errors import AnswerError, ArtifactError
 from stages.evaluation.benchmarks import benchmarks
+from stages.prompts import thoughts
 from stages.prompts.renderer import RenderedPrompt
 from stages.records import Labelled, Sample
 from stages.runtime import resources
@@ -64,7 +65,7 @@ class CachedAnswer(BaseModel):
         if self.shares:
             shares = [round(share, 6) for share in self.shares]
             return prompt.words[self.best].strip(), True, {"shares": shares}
-        text = tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = thoughts.decode(tokenizer, self.ids, prompt.text)
         stops = [at for stop in prompt.stop if (at := text.find(stop)) >= 0]
         return text[: min(stops, default=None)], bool(stops) or self.complete, {"tokens": len(self.ids)}
 

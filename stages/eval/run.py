@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from stages.config import (
     KEPT,
     REGIONS,
     ROUTED,
+    SYSTEMS,
     UNTRAINED_TARGETS,
     BenchmarkSection,
     ClassifySection,
@@ -108,7 +109,11 @@ class Evaluation:
         """The cache of the target's answers to the benchmark."""
         limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
         rows = self.rows()[:limit]
-        renderer = Renderer(load_tokenizer(self.model), self.benchmark.prompt or self.prompt, rows)
+        prompt = self.benchmark.prompt or self.prompt
+        asked = rows
+        if prompt.has_modes and (system := SYSTEMS.get(self.target.partition("-")[0])):
+            asked = [replace(row, system=system) for row in rows]  # a mode asks everything in its own way
+        renderer = Renderer(load_tokenizer(self.model), prompt, asked)
         folder, force = self.context.journals / "answers", self.context.force
         return AnswerCache(rows, self.benchmark, renderer, self.identity(adapter), folder, force)
 

@@ -14,8 +14,8 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-THOUGHT = ("<think>", "</think>")
-"""Tags around the thought of a model that thinks before it answers."""
+from stages.prompts.thoughts import after_thought
+
 _ANSWER_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _OPENING_TAG, _CLOSING_TAG = "<answer>", "</answer>"
@@ -31,13 +31,6 @@ class Extracted:
     """The strict answer if it is a number. Otherwise the last number in or after it, because its `####` may
     have been a heading, or else the strict answer. Without a strict answer, the last number of the text or,
     if it has none, its last word."""
-
-
-def after_thought(text: str) -> str:
-    """Return the text after a model's thought: all if there is no thought, nothing if the thought is cut."""
-    opening, closing = THOUGHT
-    _, closed, remainder = text.rpartition(closing)
-    return "" if not closed and opening in text else remainder
 
 
 def extract(text: str, answer_format: str) -> Extracted:

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from stages.prompts.answers import after_thought
+from stages.prompts.thoughts import after_thought
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nassert ", "\n```", "\nfrom ", "\nimport ")
 """Texts that end a function: the HumanEval paper's five, and five more that a function's body cannot have."""

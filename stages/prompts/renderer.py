@@ -7,10 +7,12 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSection, PromptSection
+from stages.config.fields import cache_key_fields
 from stages.errors import ConfigError, DataError, is_out_of_memory
+from stages.prompts import thoughts
 from stages.prompts.answers import rewrite
 from stages.records import Example, Labelled, data_error
 
@@ -53,13 +55,18 @@ class RenderedPrompt:
     """If not empty, nothing is generated: the most likely of these words is the answer."""
 
 
-def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
-    """Render a chat, with the generation prompt if `ask`; ConfigError if the template refuses it."""
+def chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True, **arguments: Any
+) -> str:
+    """Render a chat, with the generation prompt if `ask`; ConfigError if the template refuses it.
+
+    arguments: of the template, such as `enable_thinking`.
+    """
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, strftime_now=DATE.strftime
+            messages, tokenize=False, add_generation_prompt=ask, strftime_now=DATE.strftime, **arguments
         )
         return str(text)
     except Exception as error:  # a template is a program: it may raise anything
@@ -106,10 +113,12 @@ class Renderer:
                 "prompt.template is chat, and the tokenizer has no chat template",
                 "--set prompt.template=plain",
             )
-        if section.template == "chat" and PROBE not in chat(tokenizer, [{"role": "user", "content": PROBE}]):
-            raise ConfigError(
-                "the chat template does not show what it is asked", "--set prompt.template=plain"
-            )
+        if section.template == "chat":
+            if PROBE not in chat(tokenizer, [{"role": "user", "content": PROBE}]):
+                raise ConfigError(
+                    "the chat template does not show what it is asked", "--set prompt.template=plain"
+                )
+            self._check_arguments()
         self.end = self._end()
         """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
         end_ids = tokenizer(self.end, add_special_tokens=False)["input_ids"]
@@ -118,17 +127,18 @@ class Renderer:
         if len(end_ids) == 1 or (end_ids and end_ids[0] in tokenizer.get_added_vocab().values()):
             stop_ids.add(end_ids[0])
         self.stop_ids = sorted(stop_ids)
+        self._probe = self.completion(Example("", PROBE, "@@", None))
+        """The completion of a row, so that a template whose rows cannot be rendered is refused early."""
 
-    def _system(self, example: Example | None) -> str | None:
-        """Return the system message for an example: that of its label, or else the common one."""
-        label = self.labels.get(example.id) if example else None
-        return (
-            self.section.system if label is None else self.section.by_system.get(label, self.section.system)
-        )
+    def _label(self, example: Example | None) -> int | None:
+        return self.labels.get(example.id) if example else None
+
+    def _chat(self, messages: list[dict[str, str]], example: Example | None, ask: bool = True) -> str:
+        return chat(self.tokenizer, messages, ask, **self.section.template_arguments(self._label(example)))
 
     def _messages(self, question: str, shots: Shots, example: Example | None) -> list[dict[str, str]]:
         """Return the messages of a chat: system message, worked examples as turns, and the question."""
-        system = self._system(example)
+        system = self.section.system_message(self._label(example))
         messages = [{"role": "system", "content": system}] if system else []
         for shot_question, shot_answer in shots:
             messages.append({"role": "user", "content": shot_question})
@@ -147,13 +157,13 @@ class Renderer:
         if example and example.turns:
             shots = [*shots, *((user, assistant) for user, assistant in example.turns)]
         if self.section.template == "chat":
-            return chat(self.tokenizer, self._messages(question, shots, example))
+            return self._chat(self._messages(question, shots, example), example)
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
         worked = "".join(
             f"Question: {shot_question}\nAnswer:\n{shot_answer}\n\n" for shot_question, shot_answer in shots
         )
-        return plain(question, self._system(example), worked)
+        return plain(question, self.section.system_message(self._label(example)), worked)
 
     def few_shot(self, head: str, shots: Shots, last: str, example: Example) -> tuple[str, list[int]]:
         """Return text and token ids of a benchmark's few-shot prompt, as plain text or as a chat.
@@ -163,10 +173,11 @@ class Renderer:
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
-            text = chat(self.tokenizer, self._messages(turns[-1][0], turns[:-1], example))
+            text = self._chat(self._messages(turns[-1][0], turns[:-1], example), example)
         else:
             worked = "".join(f"{shot_question} {shot_answer}\n\n" for shot_question, shot_answer in shots)
-            text = _plain_system(self._system(example)) + head + worked + last
+            message = self.section.system_message(self._label(example))
+            text = _plain_system(message) + head + worked + last
         return text, self.ids(text)
 
     def ids(self, prompt: str) -> list[int]:
@@ -180,11 +191,57 @@ class Renderer:
         return [*ids, self.tokenizer.eos_token_id] if prompt.endswith(self.end) else ids
 
     def row(self, example: Example) -> Row:
-        """Tokenise an example: its prompt, its response in the answer format, and the end marker."""
+        """Tokenise an example: its prompt, which has no label, and its completion."""
         prompt = self.ids(self.prompt(example.prompt, example=example))
-        response = rewrite(example.response, example.gold, self.section.answer_format)
-        answer = self.tokenizer(response + self.end, add_special_tokens=False)["input_ids"]
+        answer = self.tokenizer(self.completion(example), add_special_tokens=False)["input_ids"]
         return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
+
+    def completion(self, example: Example) -> str:
+        """Return the text that follows an example's prompt: thought, response in the answer format, end.
+
+        It is what the chat template writes for the whole conversation, if that begins as the prompt does. If
+        it does not, because the prompt opens a thought that the template leaves out of conversations, the
+        thought is closed as the template closes one. System 1 rows have no thought, and no row has one where
+        the prompt says that there is none. Raises ConfigError if the template writes answers in another way.
+        """
+        response = rewrite(example.response, example.gold, self.section.answer_format)
+        prompt = self.prompt(example.prompt, example=example)
+        thought = "" if self._label(example) == 1 or thoughts.is_closed(prompt) else example.thought
+        if self.section.template != "chat" or not response:
+            return f"{self._tagged(thought)}{response}{self.end}"
+        for own in [thought, ""] if thought else [""]:
+            text = self._conversation(example, response, own)
+            if text.startswith(prompt) and own in text and response.strip() in text:
+                text = text[len(prompt) :].rstrip()
+                # Some templates mark the end of an answer only where something follows.
+                return (
+                    self._tagged(thought if thought != own else "") + text.removesuffix(self.end) + self.end
+                )
+        if tag := thoughts.opened(prompt):
+            return thought + self._closing(example, tag) + response + self.end
+        raise ConfigError(
+            "the chat template writes an answer in a conversation otherwise than it asks for one, so rows "
+            f"would not be what the model sees: {text[-200:]!r} does not begin with {prompt[-100:]!r}",
+            "--set prompt.template=plain, or give the tokenizer another chat template",
+        )
+
+    def _conversation(self, example: Example, response: str, thought: str) -> str:
+        """Return an example as the chat template writes a conversation."""
+        # Templates disagree on the name of the field.
+        fields = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought) if thought else {}
+        answer = {"role": "assistant", "content": response, **fields}
+        shots = [(user, assistant) for user, assistant in example.turns]
+        return self._chat([*self._messages(example.prompt, shots, example), answer], example, ask=False)
+
+    def _tagged(self, thought: str) -> str:
+        """Return a thought as it stands before an answer, in the tags that the chat template knows."""
+        template = str(self.tokenizer.chat_template)
+        return thoughts.tagged(thought, next((tag for tag in thoughts.TAGS if tag in template), "<think>"))
+
+    def _closing(self, example: Example, tag: str) -> str:
+        """Return the text between a thought and an answer as the template writes it, or as is usual."""
+        _, seen, rest = self._conversation(example, "@answer@", "@thought@").rpartition("@thought@")
+        return rest.partition("@answer@")[0] if seen else f"\n{thoughts.TAGS[tag.rstrip()]}\n\n"
 
     def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
         """Return the rows of all examples, and how many exceeded max_length (see `data.too_long`)."""
@@ -216,7 +273,9 @@ class Renderer:
 
     def digest(self) -> str:
         """Return a digest of what determines the rendering: settings, template, a sample prompt, the end."""
-        text = repr((self.section.model_dump(), self.tokenizer.chat_template, self.prompt("?"), self.end))
+        probe = self._probe.removeprefix("@@").removesuffix(self.end)  # empty for most templates
+        parts = (cache_key_fields(self.section), self.tokenizer.chat_template, self.prompt("?"), self.end)
+        text = repr((*parts, probe) if probe else parts)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _end(self) -> str:
@@ -224,5 +283,16 @@ class Renderer:
         if self.section.template != "chat":
             return str(self.tokenizer.eos_token)
         turns = [*self._messages("?", (), None), {"role": "assistant", "content": "@@"}]
-        tail = chat(self.tokenizer, turns, ask=False).rpartition("@@")[2]
+        tail = self._chat(turns, None, ask=False).rpartition("@@")[2]
         return tail.strip() or str(self.tokenizer.eos_token)
+
+    def _check_arguments(self) -> None:
+        """Raise ConfigError if the chat template reads none of an argument's name; it would do nothing."""
+        known = thoughts.arguments_of(self.tokenizer.get_chat_template())
+        for system in (None, 1, 2):
+            for name in self.section.template_arguments(system):
+                if name not in known:
+                    raise ConfigError(
+                        f"prompt.chat_template_kwargs: the chat template reads no {name}",
+                        f"it reads {', '.join(sorted(known))}" if known else "leave it out",
+                    )

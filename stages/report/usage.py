@@ -51,6 +51,8 @@ def request(model: str, config: Config, view: View) -> str:
     template = prompt_of(config, view).template
     if template == "chat":
         path, content["messages"] = "chat/completions", _messages(config, view)
+        if arguments := prompt_of(config, view).template_arguments(view.system):
+            content["chat_template_kwargs"] = arguments
     else:
         path, content["prompt"] = "completions", _text(config, view)
     limit = config.rl.max_completion_length  # by default vLLM completes a text by 16 tokens
@@ -60,13 +62,8 @@ def request(model: str, config: Config, view: View) -> str:
     return f"{hint}curl {url} -H 'Content-Type: application/json' \\\n    -d {escaping.shell(body)}"
 
 
-def _system_message(config: Config, view: View) -> str | None:
-    prompt = prompt_of(config, view)
-    return prompt.by_system.get(view.system, prompt.system)
-
-
 def _messages(config: Config, view: View) -> list[dict[str, str]]:
-    message = _system_message(config, view)
+    message = prompt_of(config, view).system_message(view.system)
     system_message = [{"role": "system", "content": message}] if message else []
     return [*system_message, {"role": "user", "content": QUESTION}]
 
@@ -74,7 +71,7 @@ def _messages(config: Config, view: View) -> list[dict[str, str]]:
 def _text(config: Config, view: View) -> str:
     if prompt_of(config, view).template == "bare":
         return QUESTION + EOS
-    return plain(QUESTION, _system_message(config, view))
+    return plain(QUESTION, prompt_of(config, view).system_message(view.system))
 
 
 def code(artifact: Artifact, config: Config, folder: Path, load_adapter: str) -> str:
@@ -100,10 +97,15 @@ def code(artifact: Artifact, config: Config, folder: Path, load_adapter: str) ->
             f'    {{"role": "{message["role"]}", "content": {message["content"]!r}}},\n'
             for message in _messages(config, view)
         )
+        switches = "".join(
+            f", {name}={value!r}"
+            for name, value in prompt_of(config, view).template_arguments(view.system).items()
+        )
         inputs = (
             f"messages = [\n{messages}]\n"
             "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+            f"{switches}\n)"
         )
     else:
         text = repr(_text(config, view).removesuffix(EOS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.config import TRAINED, Config, PromptSection
+from stages.config import SYSTEMS, TRAINED, Config, PromptSection
 from stages.errors import ArtifactError
 from stages.store.artifacts import Artifact
 
@@ -15,11 +15,14 @@ class View:
 
     target: str
     """Target of the evaluation that has this adapter."""
-    system: int
-    """System whose rows the adapter learned from."""
     description: str
     method: str
     """Training method, as the card names it."""
+
+    @property
+    def system(self) -> int:
+        """System whose rows the adapter learned from."""
+        return SYSTEMS[self.target]
 
     @property
     def step(self) -> str:
@@ -32,9 +35,9 @@ class View:
 
 
 VIEWS = (
-    View("sft", 1, "answers at once", "SFT"),
-    View("sft2", 2, "works it out", "SFT"),
-    View("rl", 2, "works it out", "GRPO"),
+    View("sft", "answers at once", "SFT"),
+    View("sft2", "works it out", "SFT"),
+    View("rl", "works it out", "GRPO"),
 )
 
 

@@ -16,7 +16,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from stages.prompts.answers import (
-    after_thought,
     extract,
     extract_letter,
     gold_letter,
@@ -24,6 +23,7 @@ from stages.prompts.answers import (
     parse_number,
 )
 from stages.prompts.code import code_block
+from stages.prompts.thoughts import after_thought
 from stages.registry import Registry
 from stages.runtime import resources
 

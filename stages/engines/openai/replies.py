@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stages.engines import Completion
-from stages.prompts.answers import after_thought
+from stages.prompts.thoughts import after_thought
 
 MAX_LOGPROB = 1e-4
 """Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""

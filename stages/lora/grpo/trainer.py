@@ -24,6 +24,7 @@ from stages.lora.grpo.zero_signal import (
 )
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
+from stages.prompts import thoughts
 from stages.runtime import distributed
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         if self._completions is not None:
             (*_, rewards), self._completions = self._completions, None
         else:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            texts = self._texts(prompts, completion_ids_list)
+            rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
         totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
         if self.rl.replay_prompts and self.model.training:
@@ -166,8 +168,15 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     def score(self, inputs: list[dict[str, Any]], ids: list[Any]) -> Tensor:
         """Rewards of completions, of all processes: (completions, functions)."""
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        return super()._calculate_rewards(inputs, [row["prompt"] for row in inputs], texts, ids)
+        prompts = [row["prompt"] for row in inputs]
+        return super()._calculate_rewards(inputs, prompts, self._texts(prompts, ids), ids)
+
+    def _texts(self, prompts: list[str], ids: list[Any]) -> list[str]:
+        """Completions as rewards read them; TRL's own texts lack the tags of some thoughts."""
+        return [
+            thoughts.decode(self.processing_class, list(own), prompt)
+            for prompt, own in zip(prompts, ids, strict=True)
+        ]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss, from the completions with an advantage alone.

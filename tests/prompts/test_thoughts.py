@@ -1,0 +1,145 @@
+"""Templates of models that can think: what a row, a prompt and an answer are with them."""
+
+from pathlib import Path
+
+import pytest
+import trl
+from tokenizers import AddedToken
+
+from stages.config import ModelSection, PromptSection
+from stages.errors import ConfigError
+from stages.models.tokenizer import load_tokenizer
+from stages.prompts import thoughts
+from stages.prompts.answers import extract
+from stages.prompts.renderer import DATE, IGNORED, Renderer
+from stages.records import Example, Labelled
+
+TEMPLATES = {
+    path.stem: path
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    if not path.stem.endswith("_training")  # changed ones, for a trainer that masks by them
+}
+REFUSED = {"idefics3", "llava_next", "smolvlm"}
+"""Templates that take no text as content."""
+WITHOUT_END = {"glm4moe"}
+"""Templates that write nothing after the last answer."""
+OWN_THOUGHT = {"deepseek_r1_distill", "deepseekv3"}
+"""Templates that open a thought in the prompt, and leave it out of conversations."""
+EMPTY = {"nemotron_3_5_lightning": "</think>", "nemotron_3_nano": "\n</think>\n"}
+EMPTY |= {"nemotron_3_super": "\n</think>\n", "nemotron_3_ultra": "</think>"}
+"""Templates that open a thought in one way in the prompt and in another in conversations → how one ends."""
+QUESTION, ANSWER, THOUGHT = "2 + 2?", "It is 4.\n#### 4", "Two and two."
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return load_tokenizer(ModelSection(name=str(tiny)))
+
+
+def _conversation(tokenizer, thought: str, **arguments) -> str:
+    """What the template itself writes."""
+    fields = {"reasoning_content": thought, "thinking": thought} if thought else {}
+    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER, **fields}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=DATE.strftime, **arguments)
+
+
+def _switches(tokenizer) -> list[dict]:
+    known = thoughts.arguments_of(tokenizer.get_chat_template())
+    boolean = [{name: value} for name in ("enable_thinking", "thinking") if name in known for value in (0, 1)]
+    return [{}, *boolean, *([{"reasoning_effort": "low"}] if "reasoning_effort" in known else [])]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_row_is_what_the_template_writes(tokenizer, name):
+    """Without a switch, off and on; with and without a thought."""
+    tokenizer.chat_template = TEMPLATES[name].read_text(encoding="utf-8")
+    for arguments in _switches(tokenizer):
+        section = PromptSection(chat_template_kwargs=arguments)
+        if name in REFUSED:
+            with pytest.raises(ConfigError, match="does not show what it is asked"):
+                Renderer(tokenizer, section)
+            continue
+        renderer = Renderer(tokenizer, section)
+        for thought in ("", THOUGHT):
+            example = Example("id", QUESTION, ANSWER, "4", thought=thought)
+            prompt, completion = renderer.prompt(QUESTION, example=example), renderer.completion(example)
+            row = renderer.row(example)
+            assert tokenizer.decode([token for token in row.labels if token != IGNORED]) == completion
+            assert completion.endswith(renderer.end) and completion.count(ANSWER) == 1
+            if name in OWN_THOUGHT:
+                assert completion == f"{thought}\n</think>\n\n{ANSWER}{renderer.end}"
+            elif name in EMPTY and thoughts.opened(prompt):
+                assert completion == f"{thought}{EMPTY[name]}{ANSWER}{renderer.end}"
+            elif thoughts.is_closed(prompt):  # thinking is off
+                assert f"{prompt}{completion}".startswith(_conversation(tokenizer, "", **arguments).rstrip())
+            else:
+                written = _conversation(tokenizer, thought, **arguments).rstrip()
+                if thought and thought not in written:  # it knows no thoughts in its last turn
+                    before, _, rest = completion.partition(THOUGHT)
+                    assert before.strip() in thoughts.TAGS
+                    completion = rest.partition(thoughts.TAGS[before.strip()])[2].lstrip()
+                    written = _conversation(tokenizer, "", **arguments).rstrip()
+                assert prompt + completion == written + (renderer.end if name in WITHOUT_END else "")
+
+
+def test_another_way_to_write_answers_is_refused(tokenizer):
+    """Such as a summary in place of the answer; before anything is asked of a model."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}bot: {% endif %}"
+    )
+    with pytest.raises(ConfigError, match="otherwise than it asks for one") as caught:
+        Renderer(tokenizer, PromptSection())
+    assert "prompt.template=plain" in caught.value.hint
+    tokenizer.chat_template = tokenizer.chat_template.replace("bot: ", "assistant: ")
+    assert Renderer(tokenizer, PromptSection()).completion(Example("", "?", "Yes.", None)) == "Yes.<|im_end|>"
+
+
+def test_a_switch_for_each_system(tokenizer):
+    """A System 1 row has no thought, whatever the template's switch."""
+    tokenizer.chat_template = TEMPLATES["qwen3"].read_text(encoding="utf-8")
+    section = PromptSection(
+        chat_template_kwargs_by_system={1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
+    )
+    rows = {system: Example(f"{system}", QUESTION, ANSWER, "4", thought=THOUGHT) for system in (1, 2)}
+    renderer = Renderer(tokenizer, section, [Labelled(row, system, {}) for system, row in rows.items()])
+    texts = {system: tokenizer.decode(renderer.row(row).input_ids) for system, row in rows.items()}
+    assert texts[1].endswith(f"assistant\n<think>\n\n</think>\n\n{ANSWER}<|im_end|>")
+    assert texts[2].endswith(f"assistant\n<think>\n{THOUGHT}\n</think>\n\n{ANSWER}<|im_end|>")
+    plain = Renderer(tokenizer, PromptSection(template="plain"), [Labelled(rows[1], 1, {})])
+    assert THOUGHT not in plain.completion(rows[1]) and plain.completion(rows[2]).startswith("<think>\nTwo")
+    with pytest.raises(ConfigError, match="chat_template_kwargs: the chat template reads no enable_thnking"):
+        Renderer(tokenizer, PromptSection(chat_template_kwargs={"enable_thnking": False}))
+
+
+CUT = [
+    *(f"{tag}so 2+2 is 5? #### 5\nno. keep" for tag in thoughts.TAGS),
+    *(f"{tag}\n\\boxed{{5}} <answer>5</answer>" for tag in thoughts.TAGS),
+    *(f"#### 4 {tag} or 5? #### 5" for tag in thoughts.TAGS),
+    *(f"{tag}a{closing}#### 4\n{tag}or is it 5?" for tag, closing in thoughts.TAGS.items()),
+    *(f"{tag} {tag} 5 #### 5" for tag in thoughts.TAGS),
+]
+
+
+@pytest.mark.parametrize("text", CUT)
+def test_a_cut_thought_is_no_answer(text):
+    for style in ("hash", "xml"):
+        answer = extract(text, style)
+        assert (answer.strict, answer.flexible) == (None, None)
+
+
+@pytest.mark.parametrize(("tag", "closing"), thoughts.TAGS.items())
+def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing):
+    """Also where the prompt opens it, and where its tags are special tokens, which texts are without."""
+    answer = f"{closing}\n#### 4"
+    assert extract(f"{tag} 5? #### 5 {answer}", "hash").strict == "4"
+    assert thoughts.split(f"{tag}\n5?\n{answer}") == ("5?", "#### 4")
+    assert thoughts.split(f"{tag}\n5? #### 5") == ("", f"{tag}\n5? #### 5")
+    for special in (False, True):
+        tokenizer.add_tokens([AddedToken(text, special=special) for text in (tag, closing)], special)
+        ids = tokenizer(f"5? #### 5 {answer}<|im_end|>", add_special_tokens=False)["input_ids"]
+        for prompt, strict in ((f"user: 2 + 2?\nassistant: {tag}\n", "4"), ("user: 2 + 2?", "4")):
+            assert extract(thoughts.decode(tokenizer, ids, prompt), "hash").strict == strict
+        cut = tokenizer("5? #### 5", add_special_tokens=False)["input_ids"]
+        assert extract(thoughts.decode(tokenizer, cut, f"assistant: {tag}\n"), "hash").strict is None
+        thoughts._special_ids.cache_clear()
