@@ -24,7 +24,7 @@ import aiohttp
 import uvicorn
 from aiohttp import web
 
-from stages.engines.chats import CHAT
+from stages.engines.chats import CHAT, ModePrompt
 from stages.engines.gateway import Gateway
 from stages.serve import listener
 
@@ -57,7 +57,7 @@ def gateway(port: int, behind: int) -> None:
         reply = await post("completions", {"prompt": example.prompt})
         return float(reply["vote"])
 
-    modes = {"fast": None, "slow": "Think."}
+    modes = {"fast": ModePrompt(), "slow": ModePrompt("Think.")}
     one = Gateway(f"http://127.0.0.1:{behind}", modes, vote, lambda vote: "slow", lambda: None)
     with listener("127.0.0.1", port) as bound:
         one.run(bound, lambda: None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config import Config
+from stages.engines.chats import ModePrompt
 from stages.engines.gateway import Gateway, Post
 from stages.errors import ConfigError, ServerError
 from stages.labelling.router import Router
@@ -87,7 +88,7 @@ def open_gateway(
             progress.say(router.summary())
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
-                {mode: _system_message(config, mode) for mode in adapters},
+                {mode: _mode_prompt(config, mode) for mode in adapters},
                 partial(_vote, router, voter),
                 router.mode,
                 voter.transport.exit_error,
@@ -110,11 +111,11 @@ def _check(config: Config) -> None:
             )
 
 
-def _system_message(config: Config, mode: str) -> str | None:
-    """The system message with which a mode was trained."""
+def _mode_prompt(config: Config, mode: str) -> ModePrompt:
+    """The prompt with which a mode was trained."""
     view = views_of(config)[mode]
     section = prompt_of(config, view)
-    return section.by_system.get(int(view.system), section.system)
+    return ModePrompt(section.system_message(view.system), section.template_arguments(view.system))
 
 
 async def _vote(router: Router, voter: Client, example: Example, post: Post) -> float:

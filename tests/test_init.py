@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import trl
 import yaml
 from transformers import GPT2Config
 
@@ -160,6 +161,28 @@ def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
     )
     found, said = written(rows(300), model=folder)
     assert "prompt" not in found and "its chat template takes no system message" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "modes"),
+    [
+        ("qwen3", {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}),
+        ("qwen3_8", {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}),
+        ("gptoss", {1: {"reasoning_effort": "low"}, 2: {"reasoning_effort": "high"}}),
+        ("deepseek_r1_distill", None),
+    ],
+)
+def test_the_switch_of_a_template_makes_the_two_modes(written, tiny, tmp_path, template, modes):
+    """Completions are long enough for a thought, also where the template has no switch and always thinks."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    shutil.copy(
+        Path(trl.__file__).parent / f"chat_templates/{template}.jinja", folder / "chat_template.jinja"
+    )
+    found, said = written(rows(40), model=folder)
+    assert found["prompt"].get("chat_template_kwargs_by_system") == modes
+    assert (
+        found["rl"]["max_completion_length"] == 1280 and "how the model thinks: no row has a thought" in said
+    )
 
 
 def test_a_model_without_template_and_with_other_modules(written, tmp_path):

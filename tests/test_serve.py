@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from stages import serve
 from stages.config import LoraSection, ModelSection
+from stages.engines.chats import ModePrompt
 from stages.errors import ConfigError, ServerError
 from stages.lora.adapter import adapter
 from stages.models.base import load_adapted, load_base
@@ -36,9 +37,15 @@ def test_the_adapter_of_zeros_is_the_base(tiny, tmp_path, init):
     assert names[0] == names[1]
 
 
-def test_each_mode_has_its_system_message_and_what_no_server_can_offer_is_refused(smoke):
-    config = smoke("prompt.system=Both.", "prompt.by_system={2: Think.}", "sft.prompt={system: Be quick.}")
-    assert [serve._system_message(config, mode) for mode in ("fast", "slow")] == ["Be quick.", "Think."]
+def test_each_mode_has_its_prompt_and_what_no_server_can_offer_is_refused(smoke):
+    off, on = {"enable_thinking": False}, {"enable_thinking": True}
+    config = smoke(
+        "prompt.system=Both.", "prompt.by_system={2: Think.}",
+        f"prompt.chat_template_kwargs_by_system={json.dumps({2: on})}",
+        f"sft.prompt={{system: Be quick., chat_template_kwargs: {json.dumps(off)}}}",
+    )  # fmt: skip
+    fast, slow = (serve._mode_prompt(config, mode) for mode in ("fast", "slow"))
+    assert (fast, slow) == (ModePrompt("Be quick.", off), ModePrompt("Think.", on))
     with pytest.raises(ConfigError, match="a server takes chats, and sft learned prompts of template plain"):
         serve._check(smoke("prompt.template=plain"))
     with pytest.raises(ConfigError, match="vLLM cannot serve adapters of a 4-bit base"):

@@ -1,19 +1,21 @@
 import datetime
 import gzip
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
 from conftest import make_step
 
 from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
+from stages.data import formats
 from stages.data import rows as data
 from stages.engines import EngineCache
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.evaluation.benchmarks import humaneval, jsonl, mmlu
 from stages.evaluation.grading import Context
 from stages.pipeline.external_key import of_voters
-from stages.records import read_jsonl
+from stages.records import Labelled, read_jsonl, read_labels, write_labels
 from stages.store.digests import DigestCache
 
 
@@ -218,3 +220,24 @@ def test_what_other_benchmarks_want_of_worked_examples(tmp_path):
     program = dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point", "task_id"), "def f(): 1")
     with pytest.raises(DataError, match="duplicate id"):
         humaneval.load(BenchmarkSection(kind="humaneval", path=written(tmp_path, program, program).path))
+
+
+def test_thoughts_of_rows_and_of_messages(tmp_path):
+    """By a field or by tags; earlier turns are shown without theirs, and other rows keep their ids."""
+    rows = [
+        {"question": "2 + 2?", "answer": "It is 4.\n#### 4", "reasoning_content": "Two and two."},
+        {"question": "2 + 2?", "answer": "<think>\nTwo and two.\n</think>\n\nIt is 4.\n#### 4"},
+        {"question": "2 + 2?", "answer": "It is 4.\n#### 4"},
+    ]
+    field, tags, without = (formats.examples("gsm8k", row)[0] for row in rows)
+    assert (field.response, field.thought, field.extra) == ("It is 4.\n#### 4", "Two and two.", {})
+    assert replace(tags, id="") == replace(field, id="") and without.thought == ""
+    assert tags.id == field.id != without.id
+    said = [("user", "a?", {}), ("assistant", "<think>x</think>A", {}), ("user", "b?", {})]
+    said.append(("assistant", "B", {"reasoning": "Hm."}))
+    messages = [{"role": role, "content": text, **more} for role, text, more in said]
+    (last,) = formats.examples("messages", {"messages": messages})
+    assert (last.turns, last.response, last.thought) == ([["a?", "A"]], "B", "Hm.")
+    write_labels(tmp_path / "labels.jsonl", [Labelled(one, 1, {}) for one in (last, without)])
+    assert [row.example for row in read_labels(tmp_path / "labels.jsonl")] == [last, without]
+    assert (tmp_path / "labels.jsonl").read_text().count('"thought"') == 1

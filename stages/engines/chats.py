@@ -1,8 +1,9 @@
-"""Chats in requests to OpenAI's and Anthropic's endpoints: their question, and their system message."""
+"""Chats in requests to OpenAI's and Anthropic's endpoints: their question, and the prompt of their mode."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 from stages.config import ROUTED as AUTO
@@ -19,11 +20,28 @@ class Refusal(Exception):
         self.status = status
 
 
-def with_system(content: dict[str, Any], path: str, system: str | None) -> dict[str, Any]:
-    """The request with the system message, where its endpoint takes one and it has none of its own.
+@dataclass(frozen=True)
+class ModePrompt:
+    """The prompt of a mode in training, apart from the question."""
 
-    Completions of bare texts take none.
+    system: str | None = None
+    """System message."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
+
+
+def in_mode(content: dict[str, Any], path: str, prompt: ModePrompt) -> dict[str, Any]:
+    """The request with the prompt of its mode, where its endpoint takes chats.
+
+    What the request says itself counts: its system message, and each argument of the template.
     """
+    if path in (CHAT, RESPONSES, MESSAGES) and prompt.template_arguments:
+        own = content.get("chat_template_kwargs") or {}
+        content = {**content, "chat_template_kwargs": {**prompt.template_arguments, **own}}
+    return _with_system(content, path, prompt.system)
+
+
+def _with_system(content: dict[str, Any], path: str, system: str | None) -> dict[str, Any]:
     messages = content.get("messages")
     if not system:
         return content

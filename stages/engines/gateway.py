@@ -1,8 +1,8 @@
 """Gateway before a vLLM server: one OpenAI-compatible address for modes of a model, and `auto` among them.
 
-A request names a mode, or `auto`, for which a vote chooses one. If it has no system message of its own, it
-gets the one of its mode's training. All else passes through unchanged, in both directions. The header
-MODE_HEADER of a response names the mode.
+A request names a mode, or `auto`, for which a vote chooses one. It gets the system message of its mode's
+training, if it has none of its own, and the arguments of the chat template. All else passes through
+unchanged, in both directions. The header MODE_HEADER of a response names the mode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.config import ROUTED as AUTO
-from stages.engines.chats import CHAT, MESSAGES, RESPONSES, Refusal, json_object, question, with_system
+from stages.engines.chats import (
+    CHAT,
+    MESSAGES,
+    RESPONSES,
+    ModePrompt,
+    Refusal,
+    in_mode,
+    json_object,
+    question,
+)
 from stages.engines.connections import Connections, limits
 from stages.errors import ServerError
 from stages.records import Example
@@ -66,8 +75,8 @@ class Gateway:
 
     upstream: str
     """Address of the server, without `/v1`."""
-    system_messages: dict[str, str | None]
-    """The modes, each with the system message of its training."""
+    modes: dict[str, ModePrompt]
+    """The modes, each with the prompt of its training."""
     vote: Callable[[Example, Post], Awaitable[float]]
     """The probability that a question is of System 2."""
     mode_of: Callable[[float | None], str]
@@ -209,8 +218,8 @@ class Gateway:
             return await self._models(request)
         if path in ANSWERED:
             content = json_object(body)
-            in_mode = await self._with_mode(path, content, headers, request.app.state.client)
-            body = body if in_mode == content else json.dumps(in_mode).encode()
+            changed = await self._with_mode(path, content, headers, request.app.state.client)
+            body = body if changed == content else json.dumps(changed).encode()
         return await self._forward(request, body, headers, gone)
 
     async def _with_mode(
@@ -222,12 +231,12 @@ class Gateway:
             vote = await self._vote(question(path, content), client)
             mode = self.mode_of(vote)
             headers[VOTE_HEADER] = "none" if vote is None else f"{vote:.4f}"
-        if not isinstance(mode, str) or mode not in self.system_messages:
-            choices = ", ".join([*self.system_messages, AUTO])
+        if not isinstance(mode, str) or mode not in self.modes:
+            choices = ", ".join([*self.modes, AUTO])
             name = "no model is named" if mode is None else f"unknown model {mode!r}"
             raise Refusal(400, f"{name}; choose from {choices}")
         headers[MODE_HEADER] = mode
-        return with_system({**content, "model": mode}, path, self.system_messages[mode])
+        return in_mode({**content, "model": mode}, path, self.modes[mode])
 
     async def _vote(self, example: Example, client: aiohttp.ClientSession) -> float | None:
         """The vote on a question; None if there is none in time, which the log tells once."""
@@ -262,7 +271,7 @@ class Gateway:
 
         async with request.app.state.client.get(f"{self.upstream}{MODELS}") as reply:
             listing = json.loads(await reply.read())
-        modes = [model for model in listing["data"] if model["id"] in self.system_messages]
+        modes = [model for model in listing["data"] if model["id"] in self.modes]
         listing["data"] = [*modes, {**modes[0], "id": AUTO, "root": AUTO}]
         return JSONResponse(listing)
 

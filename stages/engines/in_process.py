@@ -30,7 +30,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
 from stages.prompts.renderer import chat, ids_to_continue
-from stages.prompts.thoughts import TAGS
+from stages.prompts.thoughts import TAGS, opened
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -215,6 +215,8 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
             raise
         system, user, *later = messages
         text = chat(tokenizer, [user | {"content": f"{system['content']}\n\n{user['content']}"}, *later])
+    if not request.max_thinking_tokens and (tag := opened(text)):
+        text += f"\n{TAGS[tag.rstrip()]}\n\n"  # else the vote would be the first word of the thought
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -67,7 +67,11 @@ class CachedAnswer(BaseModel):
             return prompt.words[self.best].strip(), True, {"shares": shares}
         text = thoughts.decode(tokenizer, self.ids, prompt.text)
         stops = [at for stop in prompt.stop if (at := text.find(stop)) >= 0]
-        return text[: min(stops, default=None)], bool(stops) or self.complete, {"tokens": len(self.ids)}
+        extra = {"tokens": len(self.ids)}
+        if (answer := thoughts.after_thought(text)) != text:
+            answer_tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+            extra["thought_tokens"] = max(0, len(self.ids) - answer_tokens)
+        return text[: min(stops, default=None)], bool(stops) or self.complete, extra
 
 
 class AnswerCache:

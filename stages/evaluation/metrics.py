@@ -37,7 +37,7 @@ def accuracy_metrics(samples: list[Sample]) -> dict[str, Any]:
     """Accuracy by both readings with 95 % intervals over items, outcome counts, and pass@k where it exists.
 
     `n`, accuracies, intervals and pass@k count the items that `graded` keeps; outcomes count all answers, and
-    `tokens` is their mean length. Choices have no length.
+    `tokens` is their mean length. Choices have no length. `thought_tokens` is the part that is a thought.
     """
     outcomes = Counter(sample.outcome for sample in samples)
     items = answers_by_item(samples)
@@ -47,9 +47,9 @@ def accuracy_metrics(samples: list[Sample]) -> dict[str, Any]:
         accuracies = list(accuracy_by_item(items, reading).values())
         result[f"accuracy{suffix}"] = sum(accuracies) / len(accuracies) if accuracies else None
         result[f"interval{suffix}"] = interval(accuracies) if accuracies else None
-    lengths = [sample.extra["tokens"] for sample in samples if "tokens" in sample.extra]
-    if lengths:
-        result["tokens"] = sum(lengths) / len(lengths)
+    for name in ("tokens", "thought_tokens"):
+        if lengths := [sample.extra[name] for sample in samples if name in sample.extra]:
+            result[name] = sum(lengths) / len(lengths)
     counts = [(len(answers), sum(s.correct for s in answers)) for answers in items.values()]
     # pass@k exists only if every item has at least k answers; of single answers it is the accuracy.
     fewest = min((n for n, _ in counts), default=1)

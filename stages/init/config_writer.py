@@ -26,6 +26,8 @@ ROLE_PLAY = 3e9
 """Parameters from which on a base is asked to play a role, as the paper's voters are."""
 STEP = 16
 """Lengths are rounded up to multiples of this."""
+THOUGHT = 1024
+"""Tokens of a thought and its answer, where the rows do not show any."""
 MIN_RL_STEPS = 4
 """Steps of RL that the System 2 rows (those labelled so, or half of all) should suffice for, at the least."""
 
@@ -87,6 +89,9 @@ def choices(
         chosen += _voters(profile, model)
     if profile.section.system:
         chosen.append(Choice("prompt.system", profile.section.system, "so that answers can be verified"))
+    if modes := profile.section.chat_template_kwargs_by_system:
+        why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
+        chosen.append(Choice("prompt.chat_template_kwargs_by_system", modes, why))
     if missing := sorted(set(LoraSection().target_modules) - profile.linear):
         why = f"{', '.join(sorted(profile.linear))}: the model has no {', '.join(missing)}"
         chosen.append(Choice("lora.target_modules", ALL_LINEAR, why))
@@ -179,6 +184,8 @@ def _rl(profile: DataProfile) -> list[Choice]:
     elif profile.bare and response < default:
         response = default
         response_why = f"{profile.bare} rows have an answer without its working, so {default} is a guess"
+    if profile.thinks and not profile.thoughts and response < THOUGHT:
+        response, response_why = THOUGHT, f"the rows show no thoughts, so {THOUGHT} for one is a guess"
     completion = -(-round(response * ROOM) // STEP) * STEP
     if profile.positions is not None and prompt + completion > profile.positions:
         completion = max(profile.positions - prompt, profile.positions // 4)

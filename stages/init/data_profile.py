@@ -10,11 +10,14 @@ from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSec
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
+from stages.init.modes import modes_of
 from stages.labelling.known import system_of
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.lengths import Lengths
 from stages.prompts.answers import extract_letter, parse_number
 from stages.prompts.renderer import IGNORED, Renderer
+from stages.prompts.thoughts import opened
+from stages.records import Labelled
 
 if TYPE_CHECKING:
     from stages.records import Example
@@ -50,6 +53,10 @@ class DataProfile:
     """The stop tokens, as texts."""
     sample: tuple[str, str]
     """Prompt and trained text, as the model sees them, of the first row with a response, or of the first."""
+    thinks: bool
+    """True if the model thinks before it answers, in one mode at least."""
+    thoughts: int
+    """Number of rows with a thought."""
     section: PromptSection
     """The prompt settings with which the rows were rendered."""
     refuses_system: bool
@@ -98,7 +105,7 @@ def survey(
         template="chat" if tokenizer.chat_template else "plain",
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
     )
-    renderer = _renderer(tokenizer, section)
+    renderer = _renderer(tokenizer, section, rows.examples)
     rendered = [renderer.row(example) for example in rows.examples]
     prompts = [sum(label == IGNORED for label in row.labels) for row in rendered]
     triples = zip(rows.examples, rendered, prompts, strict=True)
@@ -123,6 +130,8 @@ def survey(
         never_stops=renderer.rows_without_stop([row for row, _ in answered]),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=(tokenizer.decode(shown.input_ids[:prompt_length]), tokenizer.decode(trained)),
+        thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
+        thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,
         refuses_system=renderer.section.system != section.system,
         positions=getattr(base.config, "max_position_embeddings", None),
@@ -130,14 +139,21 @@ def survey(
     )
 
 
-def _renderer(tokenizer: Any, section: PromptSection) -> Renderer:
-    """Render as the section says, without its system message if the chat template takes none."""
+def _renderer(tokenizer: Any, section: PromptSection, examples: list[Example]) -> Renderer:
+    """Render as the section says, without its system message if the chat template takes none.
+
+    If the template has two modes, examples are shown and measured in the slow one, whose rows are longer.
+    """
     try:
-        return Renderer(tokenizer, section)
+        renderer = Renderer(tokenizer, section)
     except ConfigError:
         if section.system is None:
             raise
-        return Renderer(tokenizer, section.model_copy(update={"system": None}))
+        renderer = Renderer(tokenizer, section.model_copy(update={"system": None}))
+    if not (modes := modes_of(tokenizer, renderer.section)):
+        return renderer
+    section = renderer.section.model_copy(update={"chat_template_kwargs_by_system": modes})
+    return Renderer(tokenizer, section, [Labelled(example, 2, {}) for example in examples])
 
 
 def benchmark_of(path: str) -> BenchmarkSection:

@@ -106,7 +106,12 @@ def _about_learning(profile: DataProfile, labels: str | None) -> list[str]:
             f"classify.voters: [{{model: NAME}}]; the {mib / 1024:.0f} GiB here hold one of {billions:.0f} "
             "billion parameters. Or bring labels: --labels FILE"
         )
-    if profile.imitable and not profile.unverifiable:
+    if profile.thinks and profile.imitable and not profile.thoughts:
+        questions.append(
+            "how the model thinks: no row has a thought (reasoning_content, or <think>…</think> in the "
+            "response), so what SFT learns of System 2 rows is not to think; leave sft.system2_share at 0"
+        )
+    elif profile.imitable and not profile.unverifiable:
         questions.append(
             "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
             "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold "

@@ -89,6 +89,7 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
                 "high": high,
                 "flexible": measures["accuracy_flexible"],
                 "tokens": measures.get("tokens"),
+                "thought_tokens": measures.get("thought_tokens"),
                 **{name: measures[name] for name in OUTCOMES},
                 "against": against,
                 **_paired_test(reference, answers[group]),
@@ -144,10 +145,11 @@ def table(
         n = max(row["n"] for row in by_target.values())
         texts = ("–" if value is None else value.text(to, before_p) for value in values)
         rows.append([group, str(n), *texts])
-    for group, by_target in groups.items():
-        lengths = [by_target.get(target, {}).get("tokens") for target in overall]
-        if any(length is not None for length in lengths):
-            rows.append([f"tokens, {group}", "", *("–" if n is None else f"{n:.0f}" for n in lengths)])
+    for title, measure in (("tokens", "tokens"), ("tokens of thought", "thought_tokens")):
+        for group, by_target in groups.items():
+            lengths = [by_target.get(target, {}).get(measure) for target in overall]
+            if any(length is not None for length in lengths):
+                rows.append([f"{title}, {group}", "", *("–" if n is None else f"{n:.0f}" for n in lengths)])
     if any(row["flexible"] != row["accuracy"] for row in overall.values()):
         rows.append(["all, flexible", "", *(percent(row["flexible"]) for row in overall.values())])
     for outcome in ("unparsed", "truncated", "refused"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -84,6 +85,14 @@ class Details:
     kind: ClassVar[str] = "details"
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Figures to see first, side by side."""
+
+    tiles: list[tuple[str, str, str]]
+    """Title, figure and what belongs to it, of each."""
+
+
 Block = Text | Grid | Pictures | Items | Details
 
 
@@ -94,7 +103,7 @@ class PageSection:
     blocks: list[Block] = field(default_factory=list)
 
 
-def render(title: str, lead: list[str], sections: list[PageSection]) -> str:
+def render(title: str, lead: Sequence[str | Tiles], sections: list[PageSection]) -> str:
     """Render the page as HTML, without empty sections.
 
     Every text is escaped, because questions and answers are not trusted.

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from stages.config import SECOND_SFT, TRAINED, Config
+from stages.config import ROUTED, SECOND_SFT, TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
@@ -27,6 +27,7 @@ from stages.report.page import (
     Picture,
     Pictures,
     Text,
+    Tiles,
     render,
 )
 from stages.report.views import prompt_of, views_of
@@ -56,8 +57,8 @@ def page(config: Config, steps: dict[str, Step], run: str, serve: str) -> str:
 
 def build(
     config: Config, steps: dict[str, Step], store: Store
-) -> tuple[list[str], list[PageSection], list[str]]:
-    """Build the sentences of the lead, all sections, and the names of the steps that are not current."""
+) -> tuple[list[str | Tiles], list[PageSection], list[str]]:
+    """Build the lead, all sections, and the names of the steps that are not current."""
     states = {name: state(store, step) for name, step in steps.items()}
     current = {name: now.artifact for name, now in states.items() if now.state == "current"}
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
@@ -76,7 +77,36 @@ def build(
         PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
         PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
-    return _verdicts(tables), sections, missing
+    return [*_tiles(config, tables), *_verdicts(tables)], sections, missing
+
+
+def _tiles(config: Config, tables: dict[str, list[dict[str, Any]]]) -> list[Tiles]:
+    """Show accuracy and mean tokens of the base and the modes on each benchmark."""
+    titles = {
+        "base": "Base",
+        config.eval.modes["fast"]: "Fast",
+        config.eval.modes["slow"]: "Slow",
+        ROUTED: "Auto",
+    }
+    rows_of_tiles = []
+    for name, rows in tables.items():
+        overall = {
+            row["target"]: row for row in rows if row["group"] == "all" and row["accuracy"] is not None
+        }
+        tiles = [
+            (f"{title} on {name}", _accuracy(overall[target]), _tokens(overall[target]))
+            for target, title in titles.items()
+            if target in overall
+        ]
+        rows_of_tiles += [Tiles(tiles)] if len(tiles) > 1 else []
+    return rows_of_tiles
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    if row["tokens"] is None:
+        return ""
+    thought = f", {row['thought_tokens']:.0f} of them thought" if row["thought_tokens"] else ""
+    return f"{row['tokens']:.0f} tokens{thought}"
 
 
 def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -136,7 +166,16 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
                 series[row["target"]][row["group"]] = value
         svg = figures.svg(figures.dot_plot(list(groups), series, {}))
         text = f"Accuracies on {name} with intervals, as in the table above."
-        blocks.append(Pictures([Picture(svg, text)]))
+        pictures = [Picture(svg, text)]
+        points = {
+            row["target"]: [(row["tokens"], value)]
+            for row in measurements
+            if row["group"] == "all" and row["tokens"] and (value := comparison.value_of(row))
+        }
+        if len(points) > 1:
+            svg = figures.svg(figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %"))
+            pictures.append(Picture(svg, f"Accuracy on {name} by the mean tokens of an answer."))
+        blocks.append(Pictures(pictures))
     return blocks
 
 

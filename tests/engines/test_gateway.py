@@ -15,7 +15,7 @@ from conftest import wait_for
 from mock_server import Mock, serve
 
 from stages import serve as serve_
-from stages.engines.chats import CHAT, question, with_system
+from stages.engines.chats import CHAT, ModePrompt, in_mode, question
 from stages.engines.connections import Connections
 from stages.engines.gateway import MAX_BODY, Gateway
 from stages.errors import ServerError
@@ -40,7 +40,7 @@ def _mode_of(vote):
 
 
 def _gateway(upstream: str, key: str = "", exit_error=lambda: None, origins=()) -> Gateway:
-    modes = {"fast": None, "slow": "Think."}
+    modes = {"fast": ModePrompt(), "slow": ModePrompt("Think.")}
     return Gateway(upstream, modes, _vote, _mode_of, exit_error, key, "server's own", origins)
 
 
@@ -105,13 +105,16 @@ def test_a_chat_gets_the_system_message_of_its_mode_unless_it_has_one(served):
     ],
 )
 def test_other_chats_get_it_too(path, content, field):
-    assert with_system(content, path, "Think.")[field] == "Think."
-    assert with_system({**content, field: "Be brief."}, path, "Think.")[field] == "Be brief."
+    changed = in_mode(content, path, ModePrompt("Think.", {"enable_thinking": True}))
+    assert (changed[field], changed["chat_template_kwargs"]) == ("Think.", {"enable_thinking": True})
+    own = in_mode({**content, "chat_template_kwargs": {"a": 1}}, path, ModePrompt(None, {"a": 0, "b": 2}))
+    assert own["chat_template_kwargs"] == {"a": 1, "b": 2}
+    assert in_mode({**content, field: "Be brief."}, path, ModePrompt("Think."))[field] == "Be brief."
 
 
 def test_a_system_message_among_the_inputs_is_one():
     content = {"input": [{"role": "developer", "content": "Be brief."}, _user("a")]}
-    assert with_system(content, "/v1/responses", "Think.") == content
+    assert in_mode(content, "/v1/responses", ModePrompt("Think.")) == content
 
 
 def test_other_requests_pass_unchanged(served):
@@ -311,13 +314,14 @@ def test_connections_wait_for_nothing():
 
 ENDING = """
 import sys
+from stages.engines.chats import ModePrompt
 from stages.engines.gateway import Gateway
 from stages.serve import listener
 
 async def vote(example, post):
     return 0.9
 
-gateway = Gateway(sys.argv[1], {"slow": None}, vote, lambda vote: "slow", lambda: None)
+gateway = Gateway(sys.argv[1], {"slow": ModePrompt()}, vote, lambda vote: "slow", lambda: None)
 with listener("127.0.0.1", 0) as bound:
     gateway.run(bound, lambda: print(bound.getsockname()[1], flush=True))
 """
@@ -328,6 +332,7 @@ with listener("127.0.0.1", 0) as bound:
 )
 def test_a_signal_ends_it_with_a_stream_open_and_without_a_traceback(name):
     with socket.create_server(("127.0.0.1", 0)) as upstream:
+        upstream.settimeout(60)
         url = f"http://127.0.0.1:{upstream.getsockname()[1]}"
         child = subprocess.Popen(
             [sys.executable, "-c", ENDING, url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -52,6 +52,17 @@ def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
     assert given == ("#### 5", True, {"tokens": len(written)})
 
 
+def test_the_tokens_of_a_thought_are_counted_apart(tokenizer):
+    """Also of one that the prompt opens; a cut one is all thought."""
+    thought, answer = ids(tokenizer, "2 and 2.\n</think>"), ids(tokenizer, "#### 4")
+    asked = RenderedPrompt("Q<think>\n", [])
+    text, _, extra = CachedAnswer(ids=thought + answer).text(tokenizer, asked)
+    assert text == "<think>\n2 and 2.\n</think>#### 4"
+    assert extra == {"tokens": len(thought + answer), "thought_tokens": len(thought)}
+    extra = CachedAnswer(ids=answer, complete=False).text(tokenizer, asked)[2]
+    assert extra == {"tokens": len(answer), "thought_tokens": len(answer)}
+
+
 def test_each_answer_is_graded_against_its_own_item(tokenizer, tmp_path):
     golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
     rows = [Labelled(Example(gold, "Q", "", gold, {"tokens": 99, "part": "a"}), 1, {}) for gold in golds]

@@ -91,6 +91,19 @@ def test_another_question_to_the_base_makes_auto_stale_whatever_gave_the_labels(
     assert len({auto for auto, _ in keys}) == 6 and len({rl for n, (_, rl) in enumerate(keys) if n != 1}) == 1
 
 
+def test_a_mode_asks_everything_in_its_own_way(smoke, begun):
+    """Whatever the items' labels, which the base's prompts follow. Other runs keep their keys."""
+    says = "prompt.by_system={1: Be quick., 2: Think.}"
+    keys = [plan_steps(resolved(smoke(*more)))["eval:sft@demo"].identity for more in ((), (says,))]
+    assert [identity["outside"].get("asked") for identity in keys] == [None, "by mode"]
+    config = resolved(begun(says, "eval.targets=[base, sft, rl]", "eval.untrained_items=16"))
+    systems = {1: "Be quick.", 2: "Think."}
+    made = make_steps(config, "score", "partition", "sft", "rl", "eval")
+    for target, system in (("base", None), ("sft", 1), ("rl", 2)):
+        for sample in read_samples(made[f"eval:{target}@demo"][0].path / "samples.jsonl"):
+            assert systems[system or sample.system] in sample.prompt
+
+
 def test_auto_needs_both_modes(smoke):
     with pytest.raises(ConfigError, match="auto chooses between the answers of sft and rl; name both, too"):
         smoke("eval.targets=[base, rl, auto]")

@@ -142,9 +142,13 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     page = (tmp_path / "report.html").read_text()
     for title in ("Results", "Won and lost", "Training", "Elements", "Labels", "Cost", "Settings and"):
         assert f">{title}" in page
+    tiles = re.findall(
+        r"<p>(\w+) on demo</p><p class=\"figure\">[\d.]+.%</p><p class=\"quiet\">\d+ tokens</p>", page
+    )
+    assert tiles == ["Base", "Fast"] and page.index('class="tiles"') < page.index("demo: sft answers")
     assert ">Missing<" not in page and '<th scope="row">tokens, system 2</th>' in page
     assert "demo: sft answers" in page and "points against base" in page
-    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 8
+    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 9
     assert page.count("% of all</text>") == 3 and "How to read the maps" in page and ">joules<" in page
     assert "lorapar serve" not in page  # it has no adapter of RL
     assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
