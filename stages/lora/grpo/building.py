@@ -104,7 +104,7 @@ class Grpo(Training):
         return self.rl.kl_reference == "base"
 
     def build(self) -> GrpoTrainer:
-        """Load the model with the adapter of `start` and build its trainer; no element is packed yet."""
+        """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""
         rl, prompts, stop_ids = self.rl, self.prompts, self.renderer.stop_ids
         steps = optimizer_steps(prompts, rl)
         model, copy = self._model()

@@ -95,7 +95,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
                 # TRL's method below calls `_generate_single_turn`, then `_calculate_rewards`: they return
                 # these completions and rewards instead of new ones, and the second clears them.
                 inputs, self._completions = replace_zero_signal_groups(self, list(inputs))
-            batch = super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)  # here TRL computes the advantages
         if self.model.training:
             metrics = self._metrics["train"]
             # TRL logs where the standard deviation that it divides by is 0. With scale_rewards "batch" that

@@ -1,5 +1,6 @@
-"""Partition strategies: which elements are S1-only, S2-only or shared, and which of them each stage trains.
+"""Partition strategies: which elements are S1-only, S2-only or shared, and which of them each stage may train.
 
+`stages/partition/run.py` takes away those that protected rows need, and writes the masks of what is trained.
 Selection is exact and independent of the machine. A float32 is an integer times a power of two, so sums are
 computed as integers and do not depend on the order of additions, on threads or on the device. Ties are
 broken by position: by parameter name, then by the flat index in the weight. Shares like θ are the decimals

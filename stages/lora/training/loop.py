@@ -140,7 +140,7 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
 
 
 def train(trainer: Any, run: Training) -> dict[str, Any]:
-    """Pack, train from the newest checkpoint or else from `run.start`, and write the results below its `out`.
+    """Make the adapter sparse, train from the newest checkpoint or else from `run.start`, and write the results below its `out`.
 
     Writes `adapter/`, `history.json` and `curves.png`. Of several processes only the first writes, and the
     others return an empty dict; an assertion checks that all hold the same adapter. Returns the steps, and
