@@ -28,7 +28,7 @@ import torch
 import yaml
 from measure import now, timed
 
-from stages.config.yaml import read_with_extends
+from stages.config.loading import read_with_extends
 from stages.models import base
 from stages.models.bundled import fetch
 from stages.pipeline.resolve import load, resolved

@@ -5,7 +5,7 @@ import sys
 from typing import Annotated
 
 from lorapar_cli.options import flag
-from stages.config.yaml import annotated, json_schema
+from stages.config.listing import annotated, json_schema
 
 
 def command(

@@ -17,7 +17,7 @@ from lorapar_cli.commands import COMMANDS
 from lorapar_cli.list import kinds
 from stages.config import Config, Section
 from stages.config.fields import marks_of
-from stages.config.yaml import describe, json_schema, section_type
+from stages.config.listing import describe, json_schema, section_type
 from stages.pipeline.stage import all_stages
 from stages.runtime import libraries
 from stages.sweep.file import TableFile

@@ -7,7 +7,8 @@ from conftest import CONFIGS
 
 from stages.config import BenchmarkSection, Config, SftSection
 from stages.config.fields import cache_key_fields
-from stages.config.yaml import annotated, on_one_line
+from stages.config.listing import annotated
+from stages.config.yaml import on_one_line
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.resolve import load
 

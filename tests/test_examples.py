@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.config.yaml import read_with_extends
+from stages.config.loading import read_with_extends
 from stages.init import examples
 from stages.pipeline.resolve import load
 from stages.sweep import file

@@ -2,7 +2,7 @@
 
 The description of a field is its only documentation; `lorapar config` prints it. A setting declared with
 `in_cache_key=False` does not enter the keys of artifacts: it changes no result, or a digest of what it names
-is in the key. `yaml.py` reads YAML into these models.
+is in the key. `loading.py` reads files into these models.
 """
 
 from collections.abc import Iterator, Mapping

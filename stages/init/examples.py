@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from stages import escaping
-from stages.config.yaml import read_with_extends, read_yaml
+from stages.config.loading import read_with_extends
+from stages.config.yaml import read_yaml
 from stages.errors import ConfigError, OutputError
 from stages.models.bundled import MAKERS
 from stages.store.artifacts import refuse_store

@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from stages.config import UNVOTED, Config, ModelSection, Voter, yaml
+from stages.config import UNVOTED, Config, ModelSection, Voter
+from stages.config import loading as configs
 from stages.engines import engines
 from stages.errors import ConfigError
 from stages.evaluation.benchmarks import benchmarks
@@ -45,7 +46,7 @@ def registries() -> dict[str, Any]:
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """The config in a file, with `section.key=value` overrides; one ConfigError lists every mistake."""
-    return yaml.load(path, overrides, registries(), config_class())
+    return configs.load(path, overrides, registries(), config_class())
 
 
 def _is_large(model: ModelSection) -> bool:

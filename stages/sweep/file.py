@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from stages.config.fields import Section, WithoutFalse, setting
-from stages.config.yaml import read_with_extends
+from stages.config.loading import read_with_extends
 from stages.errors import ConfigError, LoraparError, MissingInputError, validation_messages
 
 ROW_KEYS = ("base", "columns")

@@ -14,7 +14,7 @@ from conftest import CONFIGS, ROOT, TABLES, Small, labels_of, make_steps, paths
 from guide import PAGES, README, anchors, blocks, commands, own_reward, sentences
 
 from stages.config import Config
-from stages.config.yaml import json_schema, setting_names
+from stages.config.listing import json_schema, setting_names
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks, flatten_weights
 from stages.pipeline.resolve import load

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tally import FULL, SEED, Tally
 
 from stages.config import Config
-from stages.config.yaml import setting_names
+from stages.config.listing import setting_names
 from stages.data.rows import read
 from stages.errors import LoraparError
 from stages.eval.answer_cache import CachedAnswer

@@ -1,4 +1,4 @@
-"""Partition strategies: which elements are S1-only, S2-only or shared, and which of them each stage may train.
+"""Partition strategies: which elements are S1-only, S2-only or shared, and which each stage may train.
 
 `stages/partition/run.py` takes away those that protected rows need, and writes the masks of what is trained.
 Selection is exact and independent of the machine. A float32 is an integer times a power of two, so sums are

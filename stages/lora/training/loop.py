@@ -140,11 +140,11 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
 
 
 def train(trainer: Any, run: Training) -> dict[str, Any]:
-    """Make the adapter sparse, train from the newest checkpoint or else from `run.start`, and write the results below its `out`.
+    """Train the active elements from the newest checkpoint, or else from `run.start`.
 
-    Writes `adapter/`, `history.json` and `curves.png`. Of several processes only the first writes, and the
-    others return an empty dict; an assertion checks that all hold the same adapter. Returns the steps, and
-    the counts of `StartingAdapter.verify`.
+    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Of several processes only
+    the first writes, and the others return an empty dict; an assertion checks that all hold the same adapter.
+    Returns the steps, and the counts of `StartingAdapter.verify`.
     """
     refuse_untested(trainer)
     model, checkpoints, out = trainer.model, run.context.checkpoints, run.context.out
