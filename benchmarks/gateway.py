@@ -1,8 +1,8 @@
 """Time that the gateway of `serve` adds, beside the server asked directly and nginx where it is installed.
 
-python benchmarks/gateway.py [SECONDS]
+python benchmarks/gateway.py [SECONDS] [ANSWER_MS]
 
-A server that answers at once stands in for vLLM; votes are answered by it, too. For each way and number of
+A server that answers at once, or after ANSWER_MS, stands in for vLLM; votes are answered at once. For each way and number of
 clients, which keep their connections: the median and the 99th percentile of a request, in milliseconds.
 """
 
@@ -38,11 +38,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def upstream(port: int) -> None:
+def upstream(port: int, answer_ms: int) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             while (await receive()).get("more_body"):
                 pass
+            if scope["path"] == CHAT:
+                await asyncio.sleep(answer_ms / 1000)
             response = web.json_response(REPLY)
             headers = [(b"content-type", b"application/json")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -107,8 +109,9 @@ def started(target: Callable[..., None], *arguments: int) -> BaseProcess:
 
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
+    answer_ms = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     server, ours, other = free_port(), free_port(), free_port()
-    processes = [started(upstream, server), started(gateway, ours, server)]
+    processes = [started(upstream, server, answer_ms), started(gateway, ours, server)]
     ways = {"direct": (server, "slow"), "gateway, slow": (ours, "slow"), "gateway, auto": (ours, "auto")}
     if shutil.which("nginx"):
         processes.append(started(nginx, other, server))
