@@ -8,6 +8,7 @@ import trl
 from datasets import Dataset
 from guide import blocks
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 
 from stages.errors import ArtifactError
 from stages.lora.adapter.adapter import lora_layers
@@ -111,7 +112,36 @@ def test_masks_of_other_weights_are_refused(page):
     page["masks"][name] = mask[: len(mask) // 4]
     with pytest.raises(ArtifactError, match=r"masks do not fit the adapter: .* has a mask of shape \("):
         page["sparsify"](model, page["masks"])
+    # Of half the rank, as a compensated run's are: of an adapter of this very rank they are another run's.
+    halves = {
+        n: torch.ones_like(w[:4] if "lora_A" in n else w[:, :4]) > 0 for n, w in _weights(model).items()
+    }
+    with pytest.raises(
+        ArtifactError, match=r"has a mask of shape \(4, 64\) and a weight of \(8, 64\)"
+    ) as caught:
+        page["sparsify"](model, halves)
+    assert "compensated=True" in caught.value.hint
     assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())
+    page["sparsify"](model, halves, compensated=True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == sum(half.numel() for half in halves.values())
+
+
+def test_an_optimizer_made_before_trains_the_chosen_elements_at_its_rates(page):
+    """PEFT's LoRA+ tells A from B by their shape, which is that of a vector afterwards."""
+    model, masks = page["model"], page["masks"]
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.weight)  # with B = 0 no element of A has a gradient
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    page["sparsify"](model, masks)
+    start, ids = _weights(model), torch.arange(3, 30)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, weight in _weights(model).items():
+        moved = (weight - start[name]).abs()
+        rate = 1e-3 if "lora_A" in name else 16e-3
+        assert float(moved[masks[name]].median()) == pytest.approx(rate, rel=1e-2), name
+        assert not moved[~masks[name]].any(), name
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def trainable_part(name: str, weight: Tensor, lora: LoraSection) -> Tensor:
     return weight[:rows, :columns]
 
 
-def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+def full_mask(name: str, mask: Tensor, weight: Tensor, compensated: bool = True) -> Tensor:
     """Extend a mask of the trainable part to the shape of the full weight, with False elsewhere.
 
-    ArtifactError unless it is of bools, with the shape of the weight or, as if compensated, of half its rank.
+    ArtifactError unless it is of bools, with the shape of the weight or, if `compensated`, of half its rank.
     """
     mask = torch.as_tensor(mask)
     if mask.dtype != torch.bool:  # regions of elements, say, would be taken for true
@@ -174,9 +174,11 @@ def full_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
         raise ArtifactError(f"masks do not fit the adapter: {name} has {mask.dtype} in place of bool", hint)
     rows, columns = weight.shape
     halved = (rows // 2, columns) if _is_a(name) else (rows, columns // 2)
-    if tuple(mask.shape) not in ((rows, columns), halved):
+    if tuple(mask.shape) not in ((rows, columns), *([halved] if compensated else [])):
         shapes = f"a mask of shape {tuple(mask.shape)} and a weight of {(rows, columns)}"
-        raise ArtifactError(f"masks do not fit the adapter: {name} has {shapes}")
+        half = "masks of half its rank need an adapter that was compensated: sparsify(…, compensated=True)"
+        hint = half if tuple(mask.shape) == halved else None
+        raise ArtifactError(f"masks do not fit the adapter: {name} has {shapes}", hint)
     full = torch.zeros(weight.shape, dtype=torch.bool)
     full[: mask.shape[0], : mask.shape[1]] = mask
     return full

@@ -23,12 +23,13 @@ ADAPTER_NAME = "default"
 """PEFT's name of an adapter that was given none."""
 
 
-def sparsify(model: nn.Module, active: dict[str, Tensor]) -> None:
+def sparsify(model: nn.Module, active: dict[str, Tensor], compensated: bool = False) -> None:
     """Replace every LoRA layer of a PEFT model by one in which only the active elements are parameters.
 
-    active: bool masks by the names of an adapter file (`lora_layers` lists them), each of the weight's shape
-    or, for a compensated adapter, of its trainable part, the first half of the rank. Call it after building a
-    trainer and before training: while it is built, TRL copies `default` to `ref` by plain parameter names.
+    active: bool masks by the names of an adapter file (`lora_layers` lists them), each of the weight's shape.
+    compensated: masks may be of the trainable part of a compensated adapter, the first half of its rank. Call
+    it after building a trainer and before training: while it is built, TRL copies `default` to `ref` by plain
+    parameter names. An optimizer that was made before, and made no step yet, trains the active elements.
     ArtifactError, with the model as it was, unless the masks are for these very weights and no other part of
     an adapter trains.
     """
@@ -36,10 +37,11 @@ def sparsify(model: nn.Module, active: dict[str, Tensor]) -> None:
     if layers.keys() != active.keys():
         unmatched = sorted(layers.keys() ^ active.keys())[0]
         raise ArtifactError(f"masks do not fit the adapter: {unmatched} is on one side only")
-    masks = {name: full_mask(name, active[name], layer.weight) for name, layer in layers.items()}
+    masks = {name: full_mask(name, active[name], layer.weight, compensated) for name, layer in layers.items()}
     _refuse_what_masks_miss(model, layers)
     sparse = {name: SparseLinear(layer, masks[name]) for name, layer in layers.items()}
     for name, layer in sparse.items():
+        layer.take_over(layers[name].weight)
         _replace(model, name, layer)
 
 
@@ -112,6 +114,12 @@ class SparseLinear(nn.Linear):
             self.register_buffer("values", values, persistent=False)
         # The active elements of `_dense` go stale. While `_fixed`, none is stale and it is used as it is.
         self._fixed = not len(values)
+
+    def take_over(self, parameter: nn.Parameter) -> None:
+        """Make `parameter` that of `values`: an optimizer that has it would else train nothing, silently."""
+        if isinstance(self.values, nn.Parameter):
+            parameter.grad, parameter.data = None, self.values.data
+            self.values = parameter.requires_grad_(True)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -48,7 +48,8 @@ class StartingAdapter:
             self.untrained.update({name: p.detach().cpu().clone() for name, p in parameters})
             return
         self.restore(model)
-        elements.sparsify(model, self.active)
+        # Masks and adapter are of one run: halves are those of a compensated one.
+        elements.sparsify(model, self.active, compensated=True)
         trainable = sum(p.numel() for p in adapter.trained_parameters(model).values())
         assert trainable == sum(int(mask.sum()) for mask in self.active.values())
 
