@@ -167,6 +167,11 @@ def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_pat
     (tmp_path / "file").write_text("")
     known = ("classify.strategy=known", "classify.known=intended", f"data.path={tmp_path / 'fast.jsonl'}")
     [one_system] = certain(*known)
+    bare = [{"question": f"What is {i}?", "gold": i, "intended": 2} for i in range(40)]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*fast, *bare)))
+    unscored = ("partition.strategy=all", "sft.system2_share=0", "sft.rounds=2")
+    [second_round] = certain(*known[:2], f"data.path={tmp_path / 'bare.jsonl'}", "data.limit=null", *unscored)
+    assert second_round.startswith("sft:system2: none of 40 rows labelled System 2 has a response")
     assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
     [no_folder] = certain(f"runs_dir={tmp_path / 'file'}")
     assert no_folder.startswith("classify: runs_dir: ") and "is no folder to write in" in no_folder

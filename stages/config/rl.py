@@ -76,7 +76,8 @@ class RlSection(TrainSection):
     rescore: Annotated[str, registry_name("scorers")] | None = advanced_unkeyed(
         None,
         "Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): "
-        "e.g. taylor2, or grpo_sign, which scores System 2's by RL's own gradients; none: no second scores.",
+        "e.g. taylor2, or grpo_sign, which scores System 2's by RL's own gradients on its first eight "
+        "batches of prompts; none: no second scores.",
     )
     data: Literal["system2", "all"] = setting(
         "system2", "Rows to train on: System 2 or all. Undecided rows are never used."
