@@ -26,6 +26,8 @@ REGION_TITLES = {
     "s1_only": "System 1 only", "s2_only": "System 2 only", "shared": "shared by both", "none": "of neither"
 }  # fmt: skip
 """Name of a region in a summary → its title."""
+BY_WEIGHT, BY_FEATURE = "Gaussians by weight", "Gaussians by feature"
+"""Names of what chance gives for the importance of elements, see `gaussian_null`."""
 CODES = {"s1_only": S1_ONLY, "s2_only": S2_ONLY, "shared": SHARED}
 """Name of a region that a system needs → its code in the masks."""
 
@@ -85,17 +87,28 @@ def cumulative_importance(config: Config, score: Artifact, title: str = "") -> P
     scores = read_importance(score.path / "importance.safetensors")
     curves = {f"System {system}": _cumulative(flatten_weights(tensors)) for system, tensors in scores.items()}
     products = _products(config, score)
-    draws = gaussian_null(products) if products else {}
-    nulls = {f"System {system}": _cumulative(draw) for system, draw in draws.items()}
-    shares = [
-        f"{_share_reaching(theta, curve)} of the elements for {name}"
-        + (f" ({_share_reaching(theta, nulls[name])} for {figures.NULL})" if name in nulls else "")
-        for name, curve in curves.items()
-    ]
+    nulls = {
+        null: {f"System {system}": _cumulative(draw) for system, draw in draws.items()}
+        for null in (BY_WEIGHT, BY_FEATURE)
+        if products and (draws := gaussian_null(products, by_feature=null == BY_FEATURE))
+    }
+    shares = []
+    for name, curve in curves.items():
+        chance = [
+            f"{_share_reaching(theta, drawn[name])} for {null}"
+            for null, drawn in nulls.items()
+            if name in drawn
+        ]
+        beside = f" ({', '.join(chance)})" if chance else ""
+        shares.append(f"{_share_reaching(theta, curve)} of the elements for {name}{beside}")
     text = f"{title}: cumulative" if title else "Cumulative"
     text += f" importance; {100 * theta:g} % of it is reached by about {', '.join(shares)}."
     if nulls:
-        text += " Independent Gaussians are products of two random numbers, with the mean of each weight."
+        text += (
+            " Gaussians are products of two random numbers, with the mean of each weight, or of each feature "
+            "(a column of A, a row of B). No more concentrated than the latter, importance tells features "
+            "apart, not their elements."
+        )
     return Picture(figures.svg(figures.cumulative_curves(curves, nulls, theta)), text, text)
 
 
@@ -135,7 +148,7 @@ def _expected_jaccard(config: Config, score: Artifact) -> str:
     products = _products(config, score)
     if config.partition.strategy != "importance" or len(products) < 2:
         return ""
-    return f" ({null_jaccard(products, config.partition.theta):.3f} for {figures.NULL})"
+    return f" ({null_jaccard(products, config.partition.theta):.3f} for {BY_WEIGHT})"
 
 
 def _share_reaching(theta: float, curve: figures.Curve) -> str:
@@ -207,13 +220,15 @@ def _short_names(modules: list[str]) -> list[str]:
     return [name.removesuffix("_proj") for name in names]
 
 
-def gaussian_null(importance: dict[int, dict[str, Tensor]]) -> dict[int, Tensor]:
+def gaussian_null(importance: dict[int, dict[str, Tensor]], by_feature: bool = False) -> dict[int, Tensor]:
     """Draw |g·φ| with independent Gaussian g and φ for each element, scaled to its weight's mean importance.
 
     Such products are concentrated by themselves: small for most elements, large for a few. Only what goes
-    beyond this null says something about the model. importance: system → parameter name → scores. Each system
-    has its own g; φ is shared, as the systems score the same values. Returns (elements,) for each system, or
-    a sample of at most about SAMPLE elements of a larger model. The seed is fixed: repeated calls agree.
+    beyond this null says something about the model. by_feature: scaled to the mean of the element's feature,
+    so that only what goes beyond it says something about single elements. importance: system → parameter
+    name → scores. Each system has its own g; φ is shared, as the systems score the same values. Returns
+    (elements,) for each system, or a sample of at most about SAMPLE elements of a larger model. The seed is
+    fixed: repeated calls agree.
     """
     generator = torch.Generator().manual_seed(0)
     weights = next(iter(importance.values()))
@@ -223,12 +238,30 @@ def gaussian_null(importance: dict[int, dict[str, Tensor]]) -> dict[int, Tensor]
         size = math.ceil(weights[name].numel() * share)
         value, *gradients = torch.randn(1 + len(importance), size, generator=generator)
         for (system, scores), gradient in zip(importance.items(), gradients, strict=True):
+            means = _feature_means(name, scores[name]) if by_feature else scores[name].double().mean()[None]
+            means = means[torch.arange(size) * len(means) // size]  # as many elements of each, in its order
             # For standard normals E|g·φ| = E|g| · E|φ| = √(2/π)² = 2/π, so π/2 scales the mean to 1.
-            draws[system].append((gradient * value).abs() * (scores[name].double().mean() * math.pi / 2))
+            draws[system].append((gradient * value).abs() * (means * math.pi / 2))
     return {system: torch.cat(products).float() for system, products in draws.items()}
 
 
+def _feature_means(name: str, scores: Tensor) -> Tensor:
+    """Estimate the expected importance in each feature, a column of A or a row of B: (features,).
+
+    A feature has an element for each rank, so its mean varies by chance, too. So the means are drawn together
+    around their own mean until their variance is that of the expected values alone.
+    """
+    features = scores.double().T if ".lora_A." in name else scores.double()  # (features, ranks)
+    means = features.mean(1)
+    center, variance = means.mean(), means.var(correction=0)
+    # Var |g·φ| is π²/4 − 1 times the squared mean, because E(g·φ)² = 1 and E|g·φ| = 2/π. So for expected
+    # values x, E mean² = E x² · (1 + by_chance).
+    by_chance = (math.pi**2 / 4 - 1) / features.shape[1]
+    of_expected = (center.square() + variance) / (1 + by_chance) - center.square()
+    return center + (of_expected.clamp(min=0) / variance.clamp(min=1e-300)).sqrt() * (means - center)
+
+
 def null_jaccard(importance: dict[int, dict[str, Tensor]], theta: float) -> float:
-    """Compute the Jaccard index of both systems' sets at θ under the null."""
+    """Compute the Jaccard index of both systems' sets at θ under the null by weight."""
     first, second = (needed_set(draw, theta, "the null") for draw in gaussian_null(importance).values())
     return int((first & second).sum()) / int((first | second).sum())

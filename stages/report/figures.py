@@ -166,21 +166,23 @@ def heat_map(rows: list[str], columns: list[str], shares: list[list[float]], tit
     return figure
 
 
-NULL = "independent Gaussians"
-"""Name of what chance gives for the importance of elements."""
 Curve = tuple[list[float], list[float]]
 """Shares of the elements, and shares of the importance that they hold, both from 0 to 1."""
 
 
 @rc_context(STYLE)
-def cumulative_curves(curves: dict[str, Curve], nulls: dict[str, Curve], theta: float) -> Figure:
+def cumulative_curves(curves: dict[str, Curve], nulls: dict[str, dict[str, Curve]], theta: float) -> Figure:
     """Plot the share of the importance that the most important elements hold over their share of all.
 
-    curves: by name. nulls: what chance gives for some of them, as dashed lines of the same colours.
+    curves: by name. nulls: what chance gives for some of them by each of two nulls, in the same colours.
     """
     figure, axes = _new(4.4, 3.4)
     for colour, (name, curve) in zip(PALETTE, curves.items(), strict=False):
-        chance = [(f"{name}, {NULL}", "--", nulls[name])] if name in nulls else []
+        chance = [
+            (f"{name}, {null}", style, drawn[name])
+            for style, (null, drawn) in zip(("--", ":"), nulls.items(), strict=False)
+            if name in drawn
+        ]
         for label, style, shares in ((name, "-", curve), *chance):
             elements, importance = ([100 * share for share in axis] for axis in shares)
             axes.plot(elements, importance, color=colour, label=label, linewidth=1.4, linestyle=style)

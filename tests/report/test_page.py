@@ -386,9 +386,11 @@ def test_a_map_has_the_share_of_both_matrices_from_zero_on():
 
 def test_curves_and_dots_have_their_axes():
     curve = ([0.25, 1.0], [0.9, 1.0])
-    (axes,) = figures.cumulative_curves({"System 1": curve}, {"System 1": ([1.0], [0.5])}, 0.9).axes
+    nulls = {"by weight": {"System 1": ([1.0], [0.5])}, "by feature": {"System 1": ([0.5], [0.25])}}
+    (axes,) = figures.cumulative_curves({"System 1": curve, "System 2": curve}, nulls, 0.9).axes
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
-    assert lines == [([25, 100], [90, 100]), ([100], [50]), ([0, 1], [90, 90])]
+    measured = ([25, 100], [90, 100])
+    assert lines == [measured, ([100], [50]), ([50], [25]), measured, ([0, 1], [90, 90])]
     assert elements._share_reaching(0.9, curve) == "25 %"
     (dots, _) = figures.scatter({"a": ([0.1], [0.2])}, ["red"], "t").axes[0].collections
     assert dots.get_offsets().tolist() == [[0.1, 0.2]]  # System 1 to the right, System 2 up

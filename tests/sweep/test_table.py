@@ -570,10 +570,10 @@ def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
         alone = 100 * masks[f"s{system}_only_share"]
         assert f"{alone:.1f} % of System {system}'s set belong to it alone" in captions[0]
     assert len(captions) == 4 and captions[2].startswith("β 0: ")
-    assert re.search(r"Jaccard index 0\.\d{3} \(0\.\d{3} for independent Gaussians\)\.$", captions[2])
+    assert re.search(r"Jaccard index 0\.\d{3} \(0\.\d{3} for Gaussians by weight\)\.$", captions[2])
     assert captions[3].startswith("β 0: cumulative importance; 90 % of it is reached by about ")
     for system in (1, 2):
-        assert re.search(rf"System {system} \(\d+ % for independent Gaussians\)[,.]", captions[3])
+        assert re.search(rf"System {system} \(\d+ % for Gaussians by weight, \d+ % for ", captions[3])
 
 
 class Instant:

@@ -177,8 +177,8 @@ def full_mask(name: str, mask: Tensor, weight: Tensor, compensated: bool = True)
     if tuple(mask.shape) not in ((rows, columns), *([halved] if compensated else [])):
         shapes = f"a mask of shape {tuple(mask.shape)} and a weight of {(rows, columns)}"
         half = "masks of half its rank need an adapter that was compensated: sparsify(…, compensated=True)"
-        hint = half if tuple(mask.shape) == halved else None
-        raise ArtifactError(f"masks do not fit the adapter: {name} has {shapes}", hint)
+        is_half = tuple(mask.shape) == halved
+        raise ArtifactError(f"masks do not fit the adapter: {name} has {shapes}", half if is_half else None)
     full = torch.zeros(weight.shape, dtype=torch.bool)
     full[: mask.shape[0], : mask.shape[1]] = mask
     return full
