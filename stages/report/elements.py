@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,7 +154,8 @@ def _expected_jaccard(config: Config, score: Artifact) -> str:
 
 def _share_reaching(theta: float, curve: figures.Curve) -> str:
     """Return the share of the elements that hold θ of the importance, in per cent."""
-    return f"{100 * next((x for x, y in zip(*curve, strict=True) if y >= theta), 1.0):.0f} %"
+    elements, importance = curve
+    return f"{100 * np.interp(theta, importance, elements):.0f} %"
 
 
 def _cumulative(scores: Tensor) -> figures.Curve:

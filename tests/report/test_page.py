@@ -391,7 +391,7 @@ def test_curves_and_dots_have_their_axes():
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     measured = ([25, 100], [90, 100])
     assert lines == [measured, ([100], [50]), ([50], [25]), measured, ([0, 1], [90, 90])]
-    assert elements._share_reaching(0.9, curve) == "25 %"
+    assert [elements._share_reaching(theta, curve) for theta in (0.9, 0.94)] == ["25 %", "55 %"]
     (dots, _) = figures.scatter({"a": ([0.1], [0.2])}, ["red"], "t").axes[0].collections
     assert dots.get_offsets().tolist() == [[0.1, 0.2]]  # System 1 to the right, System 2 up
 

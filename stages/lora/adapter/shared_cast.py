@@ -6,6 +6,8 @@ gradient of A. Of the three casts for q, k and v two are redundant; of the two f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
@@ -18,15 +20,16 @@ class SharedCast:
     """
 
     def __init__(self) -> None:
-        self._input: TensorWeakRef | None = None
-        self._cast: TensorWeakRef | None = None
+        self._input: Callable[[], Tensor | None] = lambda: None
+        self._cast = self._input
 
     def __call__(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if x is None or x.dtype == dtype:
             return x
-        last = self._last(x)
+        last = self._cast() if self._input() is x else None
         # Reuse a cast only if it serves autograd alike: one that was made without a gradient passes none on.
-        if last is not None and last.dtype == dtype and last.requires_grad == self._needs_grad(x):
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        if last is not None and last.dtype == dtype and last.requires_grad == needs_grad:
             return last
         cast = x.to(dtype)
         self._input, self._cast = TensorWeakRef(x), TensorWeakRef(cast)
@@ -34,15 +37,6 @@ class SharedCast:
 
     def __reduce__(self) -> tuple[type[SharedCast], tuple[()]]:
         return SharedCast, ()  # weak references cannot be copied
-
-    def _last(self, x: Tensor) -> Tensor | None:
-        if self._input is None or self._cast is None or self._input() is not x:
-            return None
-        return self._cast()  # type: ignore[no-any-return]
-
-    @staticmethod
-    def _needs_grad(x: Tensor) -> bool:
-        return x.requires_grad and torch.is_grad_enabled()
 
 
 def share_casts(model: nn.Module) -> None:
