@@ -1,8 +1,10 @@
 """Back ends that start `inside.py`: one function each gives the command, environment and open files.
 
-- bubblewrap: a separate root of read-only system folders, no network, no other processes, a seccomp filter.
+- bubblewrap: a separate root of read-only system folders, no network, no other processes.
 - landlock: the user's file system and processes, but without any rights to them.
 - none: resource limits only, for users who chose `unsafe-no-sandbox`.
+
+With the first two, a seccomp filter allows only the system calls that a program needs to compute.
 """
 
 import json
@@ -52,9 +54,9 @@ def _python() -> tuple[str, list[str]]:
     return python, [] if prefix.startswith("/usr") else [prefix]
 
 
-def _seccomp_filter(kind: str) -> Path:
+def _seccomp_filter() -> Path:
     machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine())
-    path = HERE / "filters" / f"{kind}-{machine}.bpf"
+    path = HERE / "filters" / f"{machine}.bpf"
     if not path.is_file():
         raise OSError(f"no seccomp filter for {machine}")
     return path
@@ -79,19 +81,15 @@ ENVIRONMENT = (
 
 @contextmanager
 def bubblewrap(role: str, limits: Limits) -> Iterator[ChildProcess]:
-    """Run in hardened namespaces of bubblewrap (package `bubblewrap` in Debian and other distributions).
-
-    The seccomp filter refuses new processes and threads, because RLIMIT_NPROC is never enforced for root.
-    """
+    """Run in hardened namespaces of bubblewrap (package `bubblewrap` in Debian and other distributions)."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise OSError("bwrap is not installed (package bubblewrap)")
     python, folders = _python()
-    rlimits = {**limits.rlimits(), "NPROC": 64}
-    with _seccomp_filter("namespaces").open("rb") as rules:
+    with _seccomp_filter().open("rb") as rules:
         descriptor = rules.fileno()
         command = [bwrap, *ISOLATION, *ENVIRONMENT, *_root_mounts(folders), "--seccomp", str(descriptor)]
-        command += _inside_command(python, "/inside.py", role, rlimits)
+        command += _inside_command(python, "/inside.py", role, limits.rlimits())
         yield ChildProcess(command, {"PATH": "/usr/bin:/bin"}, (descriptor,))
 
 
@@ -109,22 +107,23 @@ def _root_mounts(folders: list[str]) -> list[str]:
             arguments += ["--ro-bind", path, path]
     for folder in folders:
         arguments += ["--ro-bind", folder, folder]
-    arguments += ["--dev", "/dev"]
+    for device in ("/dev/null", "/dev/urandom"):
+        arguments += ["--dev-bind", device, device]
     arguments += ["--ro-bind", str(HERE / "inside.py"), "/inside.py"]
     arguments += ["--dir", "/tmp", "--chdir", "/tmp", "--hostname", "sandbox"]
-    return [*arguments, "--remount-ro", "/", "--remount-ro", "/dev"]
+    return [*arguments, "--remount-ro", "/"]
 
 
 @contextmanager
 def landlock(role: str, limits: Limits) -> Iterator[ChildProcess]:
-    """Run under Landlock and a stricter seccomp filter, without namespaces. Programs cannot write files."""
+    """Run under Landlock and the seccomp filter, without namespaces. Programs cannot write files."""
     if abi() < MIN_ABI:
         raise OSError(f"Landlock is at version {abi()}, {MIN_ABI} is needed (kernel 6.2)")
     python, folders = _python()
     script = str(HERE / "inside.py")
     readable = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *folders, script]
     rlimits = json.dumps(limits.rlimits())
-    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_seccomp_filter("landlock")), rlimits]
+    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_seccomp_filter()), rlimits]
     command = [*launch, *readable, "--", *_inside_command(python, script, role, {})]
     yield ChildProcess(command, {"PATH": "/usr/bin:/bin"})
 

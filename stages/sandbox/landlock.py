@@ -1,9 +1,10 @@
 """Drops rights irrevocably, then executes a command: `landlock.py FILTER LIMITS READABLE… -- COMMAND…`.
 
 For machines where namespaces are not available. Landlock
-(https://docs.kernel.org/userspace-api/landlock.html) denies the file system and TCP; a seccomp filter denies
-sockets, processes, signals and changes of file modes. No path stays writable. It fails closed: an error here
-ends the process before the command runs. This file runs as a script and imports only the standard library.
+(https://docs.kernel.org/userspace-api/landlock.html) denies the content of files and TCP, and the seccomp
+filter allows no sockets of others, processes, signals or changes of file modes. No path stays writable. It
+fails closed: an error here ends the process before the command runs. This file runs as a script and imports
+only the standard library.
 """
 
 import ctypes

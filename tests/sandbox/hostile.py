@@ -144,6 +144,12 @@ PROCESSES = {
     ),
     "trace the parent": "show(libc.ptrace(16, $PARENT, 0, 0))",
     "trace pid 1": "show(libc.ptrace(16, 1, 0, 0))",
+    "descriptors of others": (
+        "for path in (f'/proc/{p}/fd/{n}' for p in range(1, 2**15) for n in range(5)):\n"
+        "    if int(path.split('/')[2]) != os.getpid():\n"
+        "        try: os.open(path, os.O_RDWR | os.O_NONBLOCK); show('secret-7f3a')\n"
+        "        except OSError: pass"
+    ),
     "memory of pid 1": 'open("/proc/1/mem", "r+b").write(b"x")',
     "memory of the parent": 'open("/proc/$PARENT/mem", "r+b").write(b"x")',
     "process_vm_writev": "libc.process_vm_writev($PARENT, 0, 0, 0, 0, 0)",
@@ -190,11 +196,11 @@ KERNEL = {
     "System V messages": "show(libc.msgget(1234, 0o1666))",
     "System V messages of others": (
         "libc.msgrcv(0, ctypes.create_string_buffer(64), ctypes.c_size_t(8), ctypes.c_long(0), 0o4000)\n"
-        "show(ctypes.get_errno() != 1 and 'secret-7f3a')"
+        "show(ctypes.get_errno() != 38 and 'secret-7f3a')"
     ),
     "System V semaphores of others": (
         "libc.semtimedop(0, struct.pack('Hhh', 0, 1, 0o4000), ctypes.c_size_t(1), 0)\n"
-        "show(ctypes.get_errno() != 1 and 'secret-7f3a')"
+        "show(ctypes.get_errno() != 38 and 'secret-7f3a')"
     ),
     "quota of asynchronous requests": (
         "show(libc.syscall(206, 60000, ctypes.byref(ctypes.c_ulong(0))) == 0 and 'secret-7f3a')"
@@ -203,6 +209,13 @@ KERNEL = {
         "signal.pthread_sigmask(signal.SIG_BLOCK, [40])\n"
         "show(libc.sigqueue(os.getpid(), 40, None) == 0 and 'secret-7f3a')"
     ),
+    "quota of timers": (
+        "show(libc.timer_create(0, 0, ctypes.byref(ctypes.c_void_p())) == 0 and 'secret-7f3a')"
+    ),
+    "pseudo-terminal": "os.open('/dev/ptmx', os.O_RDWR); show('secret-7f3a')",
+    "disks flushed": "show(libc.syscall(162) == 0 and 'secret-7f3a')",
+    "page cache of others": "os.posix_fadvise(os.open(os.__file__, 0), 0, 0, 4); show('secret-7f3a')",
+    "urgent data": "socket.socketpair()[0].send(b'x', socket.MSG_OOB); show('secret-7f3a')",
     "POSIX queue": 'libc.mq_open(b"/evil", 0o102, 0o666, 0)',
     "bpf": "libc.syscall(321, 0, 0, 0)",
     "io_uring": "libc.syscall(425, 8, ctypes.create_string_buffer(120))",
@@ -227,7 +240,7 @@ KERNEL = {
     ),
     "attributes of a file": (
         "r = libc.syscall(469, -100, os.__file__.encode(), ctypes.create_string_buffer(24), 24, 0)\n"
-        "show((r == 0 or ctypes.get_errno() != 1) and 'secret-7f3a')"
+        "show((r == 0 or ctypes.get_errno() != 38) and 'secret-7f3a')"
     ),
     "reboot": "libc.reboot(0x1234567)",
 }
@@ -269,7 +282,7 @@ RESOURCES = {
     "memory in attributes, by number": (
         "f = os.open('/tmp', 0)\nfor call in (188, 189, 463):\n"
         "    r = libc.syscall(call, b'/tmp', b'user.x', b'1', 1, 0)\n"
-        "    if r == 0 or ctypes.get_errno() not in (1, 38): show('secret-7f3a')"
+        "    if r == 0 or ctypes.get_errno() != 38: show('secret-7f3a')"
     ),
     "memory in connections": (
         "s = socket.socket(socket.AF_UNIX); s.bind('\\0x'); s.listen(4096); show('secret-7f3a')"
@@ -290,7 +303,7 @@ RESOURCES = {
         "stack = ctypes.create_string_buffer(2**16)\n"
         "top = ctypes.c_void_p(ctypes.addressof(stack) + 2**15)\n"
         "r = libc.syscall(56, 0x50f00, top, 0, 0, 0)\n"
-        "show((r > 0 or ctypes.get_errno() != 1) and 'secret-7f3a')"
+        "show((r > 0 or ctypes.get_errno() != 38) and 'secret-7f3a')"
     ),
     "parent-death signal": "show(libc.prctl(1, 0, 0, 0, 0) == 0 and 'secret-7f3a')",
     "threads": "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
@@ -364,6 +377,7 @@ def _tell(line: str, end: str = "") -> str:
     return "def f():\n" + textwrap.indent(lines, "    ") if end else lines
 
 
+_VERDICT = "json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'"
 FORGED = {
     "always equal": _EQUAL.format(base="") + "def f(): return E()",
     "always equal number": _EQUAL.format(base="(int)") + "def f(): return E()",
@@ -381,11 +395,38 @@ FORGED = {
     "exit with success": "def f(): os._exit(0)",
     "sys.exit": "def f(): sys.exit(0)",
     "exit while loading": "os._exit(0)\ndef f(): return 1",
-    "forged verdict": _tell("json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'")
-    + "def f(): return 0",
-    "forged verdict while called": _tell(
-        "json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'", "os._exit(0)"
+    "forged verdict": _tell(_VERDICT) + "def f(): return 0",
+    "forged verdict while called": _tell(_VERDICT, "os._exit(0)"),
+    "verdict in the pipe of another process": (
+        "def f():\n    for p, n in itertools.product(range(-50, 50), (1, 4)):\n"
+        "        path = f'/proc/{os.getpid() + p}/fd/{n}'\n"
+        f"        try: os.write(os.open(path, 1), {_VERDICT})\n        except OSError: pass"
     ),
+    "another interpreter with the channels": (
+        "def f():\n    for n in range(3, 20):\n        try: os.set_inheritable(n, True)\n"
+        "        except OSError: pass\n"
+        "    os.execv(sys.executable, [sys.executable, '-c', 'import os; os.write(4, b\"{}\\\\n\")'])"
+    ),
+    "verdict and value and error": _tell(
+        'b\'{"verdict": "passed", "why": "", "raised": ["SystemExit", []]}\\n\'', "return 0"
+    ),
+    "arguments that were not given": _tell(
+        'b\'{"value": ["int", "29"], "changed": [[], {"x": 1}]}\\n\'', "return 0"
+    ),
+    "hashes that collide": "def f(): return {n * (2**61 - 1): 0 for n in range(60000)}",
+    "small lists without end": _tell(
+        "b'{\"value\": [\"list\", [' + b'[\"list\",[]],' * 340000 + b'0]]}\\n'", "return 0"
+    ),
+    "byte by byte": "def f():\n    while os.write(4, b' '): time.sleep(0.01)",
+    "error without a text": (
+        "class E(Exception):\n    def __str__(s): raise SystemExit\n    args = property(lambda s: 1 / 0)\n"
+        "def f(): raise E"
+    ),
+    "class without a base": (
+        "class M(type): __mro__ = property(lambda s: ())\nclass E(Exception, metaclass=M): pass\n"
+        "def f(): raise E"
+    ),
+    "replaced module": 'json.dumps = lambda *a: \'{"verdict": "passed"}\'\ndef f(): return 0',
     "ready again": _tell('b\'"ready"\\n"loaded"\\n\'', "return 0"),
     "patched tests": (
         "import builtins\n"

@@ -76,6 +76,7 @@ def test_a_program_that_reads_its_own_answers_ends_nothing_but_itself(each):
         ("def add(a, b):\n    print('x' * 2**22)\n    return a + b\n", "flooded"),
         ("from unittest.mock import ANY\ndef add(a, b):\n    return ANY\n", "suspicious"),
         ("class I(int): pass\ndef add(a, b):\n    return I(3)\n", "suspicious"),
+        (f"import asyncio\nasync def one(): return 1\n{ADD}asyncio.run(one())", "passed"),
         (f"print('fine')\n{ADD}if __name__ == '__main__':\n    1 / 0\n", "passed"),
     ],
 )
@@ -268,9 +269,7 @@ def _action(program, arch, call, arguments=()):
             compare = {0x15: operator.eq, 0x25: operator.gt, 0x35: operator.ge, 0x45: operator.and_}[code]
             at += yes if compare(accumulator, k) else no
         elif code == 0x06:  # return
-            return {0x7FFF0000: "allow", 0x00050001: "EPERM", 0x00050026: "ENOSYS"}.get(
-                k, "kill" if k < 0x30000 else hex(k)
-            )
+            return {0x7FFF0000: "allow", 0x00050026: "ENOSYS"}.get(k, "kill" if k < 0x30000 else hex(k))
         else:
             raise AssertionError(f"instruction {code:#x}")
 
@@ -278,45 +277,44 @@ def _action(program, arch, call, arguments=()):
 X86, ARM = 0xC000003E, 0xC00000B7
 
 
-CALLS = {  # numbers on x86_64 and aarch64, arguments, and what each of the filters answers
-    "read": (0, 63, [], "allow", "allow"),
-    "clone": (56, 220, [17], "EPERM", "EPERM"),
-    "a thread": (56, 220, [0x10000 | 0x100], "EPERM", "EPERM"),
-    "clone3": (435, 435, [], "ENOSYS", "ENOSYS"),
-    "prlimit64 to read": (302, 261, [0, 7, 0], "allow", "allow"),
-    "prlimit64 to write": (302, 261, [0, 7, 4096], "allow", "EPERM"),
-    **{call: (x86, arm, [], "allow", "EPERM") for call, x86, arm in
-       (("socketpair", 53, 199), ("kill", 62, 129), ("fchmod", 91, 52), ("getxattr", 191, 8))},
-    **{call: (x86, arm, [], "EPERM", "EPERM") for call, x86, arm in (
-        ("ptrace", 101, 117), ("memfd_create", 319, 279), ("flock", 73, 32), ("vmsplice", 278, 75),
-        ("setxattr", 188, 5), ("socket", 41, 198), ("listen", 50, 201), ("sendmsg", 46, 211),
-        ("file_setattr", 469, 469), ("msgrcv", 70, 188), ("semtimedop", 220, 192), ("io_setup", 206, 0),
-        ("pidfd_getfd", 438, 438), ("rt_sigqueueinfo", 129, 138), ("rt_tgsigqueueinfo", 297, 240))},
-    **{f"mmap {flags:#x}": (9, 222, [0, 4096, 3, flags], *2 * ["EPERM" if flags & 1 else "allow"])
+CALLS = {  # numbers on x86_64 and aarch64, arguments, and whether the filter allows the call
+    "read": (0, 63, [], True),
+    "sendto": (44, 206, [3, 4096, 1, 0, 0, 0], True),
+    "sendto with a flag": (44, 206, [3, 4096, 1, 1, 0, 0], False),
+    "sendto an address": (44, 206, [3, 4096, 1, 0, 4096 << 32, 110], False),
+    "socketpair": (53, 199, [1, 2], True),
+    "socketpair of TIPC": (53, 199, [30, 1], False),
+    "prlimit64 of itself": (302, 261, [0, 7, 4096], True),
+    "prlimit64 of another": (302, 261, [77, 7], False),
+    **{call: (x86, arm, [17], False) for call, x86, arm in (
+        ("clone", 56, 220), ("clone3", 435, 435), ("ptrace", 101, 117), ("memfd_create", 319, 279),
+        ("flock", 73, 32), ("vmsplice", 278, 75), ("setxattr", 188, 5), ("getxattr", 191, 8),
+        ("socket", 41, 198), ("listen", 50, 201), ("sendmsg", 46, 211), ("file_setattr", 469, 469),
+        ("msgrcv", 70, 188), ("semtimedop", 220, 192), ("io_setup", 206, 0), ("pidfd_getfd", 438, 438),
+        ("rt_sigqueueinfo", 129, 138), ("rt_tgsigqueueinfo", 297, 240), ("timer_create", 222, 107),
+        ("kill", 62, 129), ("fchmod", 91, 52), ("prctl", 157, 167), ("sync", 162, 81), ("new", 999, 999))},
+    **{f"mmap {flags:#x}": (9, 222, [0, 4096, 3, flags], not flags & 1)
        for flags in (0x02, 0x22, 0x01, 0x21, 0x03, 0x23)},
-    **{f"fcntl {command} {value:#x}": (72, 25, [3, command, value], answer, answer)
-       for command, value, answer in (
-        (1, 0, "allow"), (4, 0x800, "allow"), (4, 0x2000, "EPERM"), (8 | 1 << 40, 0, "EPERM"),
-        *((command, 0, "EPERM") for command in (6, 8, 10, 15, 1024, 1031)))},
-    **{f"ioctl {command:#x}": (16, 29, [3, command], *2 * ["allow" if command == 0x5401 else "EPERM"])
+    **{f"fcntl {command} {value:#x}": (72, 25, [3, command, value], allowed)
+       for command, value, allowed in (
+        (1, 0, True), (4, 0x800, True), (4, 0x2000, False), (8 | 1 << 40, 0, False),
+        *((command, 0, False) for command in (6, 8, 10, 15, 1024, 1031)))},
+    **{f"ioctl {command:#x}": (16, 29, [3, command], command == 0x5401)
        for command in (0x5401, 0x5423, 0x8901, 0x5452, 0x40086602, 0x401C5820)},
-    **{f"prctl {option}": (157, 167, [option], *2 * ["allow" if option == 15 else "EPERM"])
-       for option in (1, 1 | 1 << 40, 15)},
 }  # fmt: skip
-"""The kernel looks at 32 bits of commands and options."""
+"""The kernel looks at 32 bits of commands, flags and process ids, and at 64 of an address."""
 
 
 @pytest.mark.parametrize(("arch", "machine"), [(X86, "x86_64"), (ARM, "aarch64")])
-@pytest.mark.parametrize("kind", ["namespaces", "landlock"])
-def test_filters(arch, machine, kind):
-    program = (backends.HERE / "filters" / f"{kind}-{machine}.bpf").read_bytes()
-    for title, (x86, arm, arguments, namespaces, landlock) in CALLS.items():
+def test_filters(arch, machine):
+    program = (backends.HERE / "filters" / f"{machine}.bpf").read_bytes()
+    for title, (x86, arm, arguments, allowed) in CALLS.items():
         answer = _action(program, arch, x86 if arch == X86 else arm, arguments)
-        assert answer == (landlock if kind == "landlock" else namespaces), title
+        assert answer == ("allow" if allowed else "ENOSYS"), title
     # Calls of another processor, and 32-bit and x32 ones of the same.
     assert _action(program, ARM if arch == X86 else X86, 0) == _action(program, 0x40000003, 0) == "kill"
     if arch == X86:
-        assert _action(program, arch, 57) == "EPERM"  # fork
+        assert _action(program, arch, 57) == "ENOSYS"  # fork
         assert _action(program, arch, 0x40000000) == "kill"
 
 
