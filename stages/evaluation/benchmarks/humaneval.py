@@ -2,7 +2,8 @@
 
 With the template `chat` the prompt asks for the whole function in a code block; with any other, the model
 completes the function. The strict verdict accepts only results of built-in types. The flexible verdict is the
-benchmark's own: program and tests run in one process, where an object that claims to equal everything passes.
+benchmark's own: program and tests run in one process, where an object that claims to equal everything passes,
+and so does a program that writes the verdict itself.
 """
 
 from __future__ import annotations
