@@ -10,6 +10,7 @@ from stages.evaluation.benchmarks import jsonl, mmlu
 from stages.evaluation.grading import Context, grade_final_answer
 from stages.evaluation.metrics import accuracy_metrics, compute_metrics, headline
 from stages.evaluation.statistics import interval, wilson
+from stages.prompts.answers import matches_gold, same_text
 from stages.records import Example, Sample
 from stages.report.comparison import compared
 
@@ -113,6 +114,14 @@ def test_both_readings_have_their_own_accuracy():
     guessed = grade_final_answer(Example("a", "Q", "", "18"), "The answer is 18", Context("hash", False))
     assert (guessed.strict, guessed.flexible) == (None, "18")
     assert (guessed.correct, guessed.correct_flexible) == (False, True)
+    # Where gold is a letter, the answer in the format is asked first for one, unless texts are compared.
+    for said, equal, flexible in (
+        ("The answer is B.\n#### done", matches_gold, "B"),
+        ("The answer is B.\n#### C", matches_gold, "C"),
+        ("The answer is B. Done", same_text, "Done"),
+    ):
+        guessed = grade_final_answer(Example("a", "Q", "", "B"), said, Context("hash", False), equal)
+        assert (guessed.flexible, guessed.correct_flexible) == (flexible, flexible == "B")
 
 
 def test_pass_at_k_and_tokens_by_hand():
