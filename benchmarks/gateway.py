@@ -2,8 +2,9 @@
 
 python benchmarks/gateway.py [SECONDS] [ANSWER_MS]
 
-A server that answers at once, or after ANSWER_MS, stands in for vLLM; votes are answered at once. For each way and number of
-clients, which keep their connections: the median and the 99th percentile of a request, in milliseconds.
+A server that answers at once, or after ANSWER_MS, stands in for vLLM; votes are answered at once. For each
+way and number of clients, which keep their connections: the median and the 99th percentile of a request, in
+milliseconds.
 """
 
 import asyncio
