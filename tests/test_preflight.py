@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import make_steps
+from safetensors.torch import load_file, save_file
 
 from stages.errors import DataError
+from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
@@ -64,7 +67,7 @@ TOO_FEW = "3 processes with micro batches of"
              "sft.launch={backend: ddp, processes: 3}", "score.launch={backend: zero2}",
              "lora.target_modules=[q_proj, query]", "eval.sandbox.backend=refuse",
              "eval.benchmarks.code={kind: humaneval, path: HERE/items.jsonl, label: false}"],
-            ["score: lora.target_modules: no query in Llama", "score: launch.backend: zero2 divides",
+            ["score, rl: lora.target_modules: no query in Llama", "score: launch.backend: zero2 divides",
              "score, sft: .* longer than data.max_length 150, such as ", f"sft: {TOO_FEW}",
              "rl: report_to: mlflow is not installed", "rl: .* longer than rl.max_prompt_length 60",
              "eval: .*sandbox.backend is refuse"],
@@ -100,6 +103,87 @@ def test_certain_failures_are_found_all_at_once(smoke, tmp_path, settings, found
     assert head == f"{number} certain to stop this run"
     lines = [line.strip() for line in lines if not line.startswith("    ")]
     assert all(any(re.match(text, line) for line in lines) for text in found), lines
+
+
+def add_token(model, use="chat_template"):
+    """A token that the model has no embedding of: in its chat template, or as its pad token."""
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 259, "content": "<|new|>"})
+    file.write_text(json.dumps(tokenizer))
+    if use == "chat_template":
+        file = model / "chat_template.jinja"
+        file.write_text(file.read_text().replace("assistant", "<|new|>assistant"))
+    else:
+        file = model / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), use: "<|new|>"}))
+
+
+def cut_weights(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def weights(change):
+    """Returns what changes the weights of a model."""
+
+    def damage(model):
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+NORM = "model.norm.weight"
+OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "settings", "found"),
+    [
+        (add_token, [], r"score, sft, rl, eval:.*: .* writes <\|new\|> as token 259, and .* 259 embeddings"),
+        (lambda model: (model / "model.safetensors").unlink(), [], "score, .*: cannot load model .* no file"),
+        (cut_weights, [], "score, .*: cannot load model .*not fully covered"),
+        (weights(lambda w: w.update({NORM: w[NORM][:-1]})), [], "score, .* other shapes than its config"),
+        (weights(lambda w: w.pop(NORM)), [], f"score, .* no weights for 1 parameter, such as {NORM}"),
+        (None, ["model.attention=flash_attention_2"], "score, sft, rl, eval:.* flash_attention_2 is not"),
+        (None, OWN, r"rl: reward bare\(completions\) cannot be called: .* unexpected keyword"),
+        (None, ["sft.launch.config=HERE/none.yaml"], "sft: launch.config .* is not a file"),
+        (None, ["partition.strategy=topk", "partition.density=1.5e-4"],
+         "partition:sft, partition:rl: partition.density 0.00015 of 6400 elements is none"),
+        (None, ["partition.strategy=topk_within", "partition.density=2.6e-3"],
+         "partition:sft, partition:rl: partition.density 0.0026 of 384 elements is none"),
+        (None, ["partition.rl_density=1e-5"], "partition:rl: partition.rl_density 1e-05 of 6400"),
+        (None, ["lora.r=4294967295"], "rl: runs_dir: .* MiB are free, and the adapters alone take 52428799"),
+        (None, ["classify.voters=[{base_url: http://127.0.0.1:1/v1, model: x}]"],
+         "classify:train, classify:demo: base_url http://127.0.0.1:1/v1 cannot be reached"),
+    ],
+)  # fmt: skip
+def test_each_certain_failure_is_found_without_loading_anything(
+    certain, tiny, tmp_path, monkeypatch, damage, settings, found
+):
+    monkeypatch.setattr(preflight.base, "_run_once", lambda _: pytest.fail("loaded"))
+    (tmp_path / "own.py").write_text("def bare(completions):\n    return [0.0 for _ in completions]\n")
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    if damage:
+        damage(model)
+    few = [f"model.name={model}", "data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]"]
+    [problem] = certain(*few, *(text.replace("HERE", str(tmp_path)) for text in settings))
+    assert re.match(found, problem), problem
+
+
+def test_what_may_go_well_is_not_refused(certain, smoke, tiny, tmp_path):
+    """A pad token without an embedding, which is not needed; a server whose votes may all be here."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    add_token(model, "pad_token")
+    assert certain(f"model.name={model}", "partition.strategy=topk", "partition.density=1.6e-4") == []
+    assert load_tokenizer(smoke(f"model.name={model}").model).pad_token == "<|im_end|>"
+    (tmp_path / "runs/votes").mkdir(parents=True)
+    (tmp_path / "runs/votes/x-steps-0123456789ab.jsonl").touch()
+    assert certain("classify.voters=[{base_url: http://127.0.0.1:1/v1, model: me/x, persona: steps}]") == []
 
 
 def test_labels_tell_of_more(smoke):
@@ -173,6 +257,9 @@ def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_pat
     [second_round] = certain(*known[:2], f"data.path={tmp_path / 'bare.jsonl'}", "data.limit=null", *unscored)
     assert second_round.startswith("sft:system2: none of 40 rows labelled System 2 has a response")
     assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
+    few = [{**row, "intended": row["intended"] if row is fast[0] else None} for row in fast]
+    (tmp_path / "fast.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    assert "no example is labelled System 2 (1 System 1, 0 System 2, 39 undecided)" in certain(*known)[0]
     [no_folder] = certain(f"runs_dir={tmp_path / 'file'}")
     assert no_folder.startswith("classify: runs_dir: ") and "is no folder to write in" in no_folder
 

@@ -41,9 +41,24 @@ def _variants(config: Config) -> tuple[str, ...]:
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     from stages.plan import preflight
 
-    if texts.config.labelling_strategy(step.variant) == "known":
+    strategy = texts.config.labelling_strategy(step.variant)
+    if strategy == "known":
         yield partial(_check_known_labels, texts, step.variant)
+    elif strategy not in UNVOTED:
+        yield from _server_checks(texts.config)
     yield partial(preflight.check_prompts, texts, step)
+
+
+def _server_checks(config: Config) -> Iterator[Check]:
+    """A connection to each server that must be asked, because no run has votes of its model."""
+    from stages.engines.openai.transport import check_reachable
+    from stages.labelling.votes import journal_path
+
+    votes = Path(config.runs_dir) / "votes"
+    for voter in config.classify.voters:
+        pattern = journal_path(votes, voter.voting_model(config.model).title, voter.persona, "*").name
+        if not any(votes.glob(pattern)):  # else the votes may all be there
+            yield from (partial(check_reachable, url) for url in voter.urls)
 
 
 def _check_known_labels(texts: Texts, variant: str) -> None:

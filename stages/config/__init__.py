@@ -82,6 +82,12 @@ class Config(Section):
                 "lora.init default has B = 0, so every importance is zero; "
                 "choose normal, pissa, olora or orthogonal"
             )
+        partition = self.partition
+        if not reads_scores and (partition.alpha, partition.beta) != (1, 1):
+            yield (  # without scores there are no top shared elements to choose
+                f"partition.strategy {partition.strategy} trains all shared elements, got alpha "
+                f"{partition.alpha}, beta {partition.beta}; set both to 1"
+            )
         if self.sft.start_from == "rl" and self.rl.start_from == "sft":
             yield (
                 "sft and rl start from each other; "

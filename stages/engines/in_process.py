@@ -29,7 +29,7 @@ from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
-from stages.prompts.renderer import chat, ids_to_continue
+from stages.prompts.renderer import chat, ids_to_continue, tokenise
 from stages.prompts.thoughts import TAGS, opened
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
         text = chat(tokenizer, [user | {"content": f"{system['content']}\n\n{user['content']}"}, *later])
     if not request.max_thinking_tokens and (tag := opened(text)):
         text += f"\n{TAGS[tag.rstrip()]}\n\n"  # else the vote would be the first word of the thought
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokenise(tokenizer, text)
 
 
 def batch_sizes(prompts: list[list[int]]) -> Iterator[int]:

@@ -39,6 +39,12 @@ def tolerated(total: int, share: float) -> float:
     return max(1, share * total) if share else 0
 
 
+def journal_path(folder: Path, model_title: str, persona: str, key: str) -> Path:
+    """The file of a voter's journal. key: of all that changes its answers, or `*` for a pattern."""
+    model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
+    return folder / f"{model_name}-{persona}-{key}.jsonl"
+
+
 class VoteJournal:
     """One voter's answers, journalled by prompt and sample; no request in the journal is repeated.
 
@@ -67,8 +73,7 @@ class VoteJournal:
             "seed": f"seed {seed}" if voter.temperature else None,
         }
         key = key_of({"voter": identity, "engine": voter.engine, **{k: v for k, v in sampling.items() if v}})
-        model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
-        self._journal = Journal(folder / f"{model_name}-{voter.persona}-{key}.jsonl", Vote)
+        self._journal = Journal(journal_path(folder, model_title, voter.persona, key), Vote)
         self._keys: dict[str, str] = {}
         self.examples: list[Example] = []
         """The examples to vote on."""

@@ -39,15 +39,11 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
 
     target: by default this process's device, where a 4-bit model always goes.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     dtype = resolve(model)
     warn_if_slow(dtype)
     if device().type == "cpu":
         _keep_freed_memory()
-    options: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    options: dict[str, Any] = {"dtype": dtype}
     check_machine(model)
     target = target or device()
     if model.load_in_4bit:
@@ -55,11 +51,7 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
     elif target.type != "cpu":
         # Without a map all weights are read into main memory first, by each of several processes.
         options["device_map"] = {"": target}
-    with load_errors("model", model):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model.name, revision=model.revision, dtype=dtype, output_loading_info=True, **options
-        )
-        check_no_missing_weights(model, report["missing_keys"])
+    loaded = _from_files(model, **options)
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
         # With `logits_to_keep` the head gets a strided slice, and for that torch on CPU copies the
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
@@ -74,6 +66,33 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
         with load_errors("model", model):
             _run_once(loaded)
     return loaded.eval()
+
+
+def _from_files(model: ModelSection, **options: Any) -> PreTrainedModel:
+    """Have transformers load the base; DataError if the files lack weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with load_errors("model", model):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.name, revision=model.revision, output_loading_info=True, **_attention(model), **options
+        )
+        check_no_missing_weights(model, report["missing_keys"])
+    return loaded  # type: ignore[no-any-return]
+
+
+def _attention(model: ModelSection) -> dict[str, str]:
+    """The argument that chooses the attention, if any; ConfigError if its package is not installed."""
+    if model.attention == "auto":
+        return {}
+    packages = ("flash_attn", "kernels")  # transformers takes either
+    if model.attention == "flash_attention_2" and not any(map(importlib.util.find_spec, packages)):
+        raise ConfigError(
+            "model.attention: flash_attention_2 is not installed",
+            "pip install flash-attn, or --set model.attention=auto",
+        )
+    return {"attn_implementation": model.attention}
 
 
 def check_machine(model: ModelSection) -> None:
@@ -96,13 +115,24 @@ def check_trainable(model: ModelSection) -> None:
         )
 
 
+def headers_only(model: ModelSection) -> PreTrainedModel:
+    """Build the base model on the device `meta`; raises the error that loading its files would raise.
+
+    It reads names and shapes: .5 s for 7 billion parameters. A hub's files may not be here yet, and quantized
+    ones need their own packages: of these the config alone is read.
+    """
+    if Path(model.name).is_dir() and not is_quantized(model):
+        return _from_files(model, device_map={"": "meta"})
+    return without_weights(model)
+
+
 def without_weights(model: ModelSection) -> PreTrainedModel:
     """Build the base model from its config alone, on the device `meta`, where tensors have no memory."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(model)
     with load_errors("model", model), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config, **_attention(model))  # type: ignore[no-any-return]
 
 
 def weights_mib(model: ModelSection) -> float:

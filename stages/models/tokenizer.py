@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from stages.config import ModelSection
-from stages.errors import DataError
-from stages.models.load_errors import load_errors
+from stages.errors import DataError, LoraparError
+from stages.models.load_errors import load_config, load_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,7 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; DataError if it has no EOS token."""
+    """Load the tokenizer; DataError if it has no EOS token.
+
+    Its `embedded` is the number of tokens that the model has embeddings of, if that is known.
+    """
     from transformers import AutoTokenizer
 
     with load_errors("the tokenizer of", model):
@@ -26,9 +31,13 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
             f"the tokenizer of {model.name} has no EOS token, so that no answer would end",
             "name it in tokenizer_config.json: eos_token",
         )
-    if tokenizer.pad_token_id is None:
+    tokenizer.embedded = None
+    with suppress(LoraparError):  # a server may know an architecture that transformers does not
+        tokenizer.embedded = getattr(load_config(model).get_text_config(), "vocab_size", None)
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= (tokenizer.embedded or math.inf):
         # Padding is masked by length, never by id, so the real EOS is still trained.
         tokenizer.pad_token = tokenizer.eos_token
-        log.info("the tokenizer of %s has no pad token: padding uses EOS", model.name)
+        log.info("the tokenizer of %s has no pad token for the model: padding uses EOS", model.name)
     tokenizer.padding_side = "left"
     return tokenizer

@@ -5,14 +5,21 @@ Each variant has the elements that one stage trains: `sft` or `rl`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.config import Config
-from stages.pipeline.stage import WEIGHTS, Stage, protected_step
+from stages.config.training import BY_DENSITY
+from stages.errors import UnusableResult
+from stages.lora.importance.strategies import number_of
+from stages.pipeline.stage import WEIGHTS, Check, Stage, protected_step
 
 if TYPE_CHECKING:
+    from stages.pipeline.steps import Step
     from stages.plan.cost_model import CostModel
     from stages.plan.estimate import Cost
+    from stages.plan.prompt_lengths import Texts
     from stages.store.digests import DigestCache
 
 
@@ -24,6 +31,30 @@ def _inputs(config: Config, trained: str) -> tuple[str, ...]:
 def _external_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
     section = config.partition
     return {"protect_theta": section.protect_theta} if section.protect else {}
+
+
+def _checks(texts: Texts, step: Step) -> Iterator[Check]:
+    yield partial(_check_density, texts, step.variant)
+
+
+def _check_density(texts: Texts, trained: str) -> None:
+    """Raise UnusableResult if the density selects no element."""
+    from stages.lora.adapter import adapter
+
+    section = texts.config.partition
+    if trained == "rl" and section.rl_elements in ("all", "not_system1"):
+        return
+    name, share, per_weight = "density", section.density, section.strategy == "topk_within"
+    if trained == "rl" and section.rl_density is not None:
+        name, share, per_weight = "rl_density", section.rl_density, False
+    elif section.strategy not in BY_DENSITY:
+        return
+    sizes = adapter.weight_sizes(texts.base, texts.config.lora)
+    elements = max(sizes) if per_weight else sum(sizes)
+    if not number_of(share, elements):
+        raise UnusableResult(
+            f"partition.{name} {share:g} of {elements} elements is none", f"raise partition.{name}"
+        )
 
 
 def _cost(model: CostModel, _: str) -> Cost:
@@ -44,6 +75,7 @@ STAGE = Stage(
         "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains; a second round of "
         f"SFT trains RL's. All {WEIGHTS}.",
     },
+    checks=_checks,
     cost=_cost,
     version=2,
 )

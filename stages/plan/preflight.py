@@ -8,6 +8,7 @@ stage are in its description; here are those that several stages make.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from stages import sandbox as sandboxes
 from stages.config import Config, LaunchSection, RlSection, SftSection
-from stages.config.sources import ALL_LINEAR
 from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
@@ -29,6 +29,7 @@ from stages.pipeline.steps import Step
 from stages.plan.lengths import sampled
 from stages.plan.prompt_lengths import TRAINING_SAMPLE, Texts, spans
 from stages.records import Example, Labelled, read_labels
+from stages.runtime import resources
 from stages.store.artifacts import Store
 
 
@@ -71,10 +72,15 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
     texts.labels = _labels(texts, steps)
     yield steps[0].stage.name, partial(_check_folder, Path(config.runs_dir))
     for step in steps:
+        if step.stage.holds_base(config):
+            yield step.name, lambda: texts.base
         if "model" in step.stage.sections(config, step.variant):
             yield step.name, partial(base.check_machine, config.model)
         for check in step.stage.checks(texts, step):
             yield step.name, check
+    trained = [step for step in steps if "adapter/" in step.stage.files]
+    if trained and config.baseline is None:
+        yield trained[-1].name, partial(_check_room, texts, len(trained))
     sections = {path: step.stage.name for step in steps for path in step.stage.sections(config, step.variant)}
     for path, stage in sections.items():
         if path.endswith(".sandbox"):
@@ -126,10 +132,28 @@ def check_prompts(texts: Texts, step: Step) -> None:
 
 def _check_folder(runs: Path) -> None:
     """Raise OutputError if artifacts cannot be written there."""
-    while not runs.exists() and runs != runs.parent:
-        runs = runs.parent
+    runs = _existing(runs)
     if not runs.is_dir() or not os.access(runs, os.W_OK):
         raise OutputError(f"runs_dir: {runs} is no folder to write in", "name another one")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _check_room(texts: Texts, trained: int) -> None:
+    """Raise OutputError if the disk has no room for an adapter of each of so many steps, float32."""
+    config = texts.config
+    needed = trained * 4 * sum(adapter.weight_sizes(texts.base, config.lora)) // resources.MIB
+    free = shutil.disk_usage(_existing(Path(config.runs_dir))).free // resources.MIB
+    if free < needed:
+        raise OutputError(
+            f"runs_dir: {free} MiB are free, and the adapters alone take {needed}",
+            "lorapar clean, or name another one",
+        )
 
 
 def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
@@ -149,7 +173,6 @@ def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     return []
 
 
-def check_targets(config: Config) -> None:
+def check_targets(texts: Texts) -> None:
     """Raise ConfigError unless the base, whose weights are not loaded, has the target modules."""
-    if config.lora.target_modules != [ALL_LINEAR]:
-        adapter.with_targets(base.without_weights(config.model), config.lora)
+    adapter.with_targets(texts.base, texts.config.lora)

@@ -12,10 +12,11 @@ from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
 from stages.engines.openai.requests import max_reply_tokens
-from stages.errors import DataError
+from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import held_out, persona_context, personas
 from stages.labelling.votes import tolerated
+from stages.models.base import headers_only
 from stages.models.load_errors import load_config, max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.steps import Step
@@ -24,7 +25,7 @@ from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example, Labelled
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
 """Random rows that are tokenised; prompts with worked examples may have a thousand tokens each."""
@@ -44,6 +45,20 @@ class Texts:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.config.model)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model without its weights; raises the error that loading it would raise."""
+        if isinstance(self._base, LoraparError):
+            raise self._base
+        return self._base
+
+    @cached_property
+    def _base(self) -> PreTrainedModel | LoraparError:
+        try:
+            return headers_only(self.config.model)
+        except LoraparError as error:
+            return error
 
     def renderer(self, stage: str, labels: list[Labelled]) -> Renderer:
         """The renderer of the rows of score, sft or rl."""

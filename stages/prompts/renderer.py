@@ -80,9 +80,26 @@ def chat(
         ) from None
 
 
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """Tokenise a text; DataError if the model has no embedding of one of the tokens.
+
+    special: with the tokens that the tokenizer puts around a text.
+    """
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    embedded, highest = getattr(tokenizer, "embedded", None), max(ids, default=0)
+    if embedded and highest >= embedded:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"the tokenizer writes {token} as token {highest}, and the model has {embedded} embeddings",
+            "take the tokenizer that the model came with, or save the model after "
+            "resize_token_embeddings(len(tokenizer))",
+        )
+    return ids
+
+
 def ids_to_continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise a text that the model continues: with what goes before it, and no EOS after it."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = tokenise(tokenizer, text, special=True)
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -185,7 +202,7 @@ class Renderer:
         # A chat template writes BOS itself. Other prompts keep the tokens that the tokenizer puts before the
         # text, but not an EOS after it, because the answer follows.
         if self.section.template == "chat":
-            return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            return tokenise(self.tokenizer, prompt)
         ids = ids_to_continue(self.tokenizer, prompt)
         # The template `bare` writes an EOS after the question, which was taken away, too.
         return [*ids, self.tokenizer.eos_token_id] if prompt.endswith(self.end) else ids
@@ -193,7 +210,7 @@ class Renderer:
     def row(self, example: Example) -> Row:
         """Tokenise an example: its prompt, which has no label, and its completion."""
         prompt = self.ids(self.prompt(example.prompt, example=example))
-        answer = self.tokenizer(self.completion(example), add_special_tokens=False)["input_ids"]
+        answer = tokenise(self.tokenizer, self.completion(example))
         return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
 
     def completion(self, example: Example) -> str:

@@ -66,6 +66,21 @@ def required_fields(name: str, function: Reward) -> list[str]:
     return [name for name in required if name not in PASSED]
 
 
+def check_signature(name: str, function: Reward, columns: Iterable[str]) -> None:
+    """Raise ConfigError unless a reward takes all that it is called with. columns: of the rows."""
+    signature = inspect.signature(function)
+    passed = {*PASSED, *columns} - (TAKEN - PASSED)
+    if "sandbox" not in signature.parameters:
+        passed.discard("sandbox")
+    try:
+        signature.bind(**dict.fromkeys(passed))
+    except TypeError as error:
+        raise ConfigError(
+            f"reward {name}{signature} cannot be called: {error}",
+            f"let it take what it does not read: def {name}(completions, …, **_)",
+        ) from None
+
+
 def parameter_names(function: Reward) -> set[str]:
     """Return the fields that a reward has a parameter for, with or without a default."""
     return set(inspect.signature(function).parameters) - TAKEN

@@ -70,7 +70,7 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
 
     config = texts.config
     if step.variant == "":
-        yield partial(preflight.check_targets, config)
+        yield partial(preflight.check_targets, texts)
     if step.variant == PROTECTED:
         yield partial(_check_protected, texts)
     if step.variant == "rl" and rescored_by_rollouts(config):

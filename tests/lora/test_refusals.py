@@ -25,6 +25,8 @@ REFUSED = [
     ("partition.rl_density=0.1;partition.strategy=random_half", "rl_density takes"),
     ("partition.rl_density=0.1;partition.strategy=swapped", "rl_density takes"),
     ("lora.init=default", "lora.init default has B = 0, so every importance is zero"),
+    ("partition.strategy=all;partition.alpha=0.5", "strategy all trains all shared elements, got alpha 0.5"),
+    ("partition.strategy=random_half;partition.beta=0.5", "random_half trains all shared .* beta 0.5"),
     ("lora.init=orthogonal;lora.r=3", "init orthogonal needs an even r, got 3"),
     (f"{PROTECT};partition.strategy=random", "protect it would train more"),
     (f"{PROTECT};partition.rl_elements=random_within", "protect it would train more"),

@@ -21,7 +21,7 @@ import httpx
 
 from stages.config import ServerSection
 from stages.engines import Failure
-from stages.engines.openai.session import ItemFailed, Session
+from stages.engines.openai.session import ALIVE_TIMEOUT_S, ItemFailed, Session
 from stages.errors import AnswerError, ConfigError, ServerError
 
 SKIP_S = 15
@@ -50,6 +50,16 @@ def uses_proxy(*urls: str) -> bool:
 def _certificates(trust_env: bool) -> ssl.SSLContext:
     """The certificates that servers are checked by; to read them takes longer than a request."""
     return httpx.create_ssl_context(trust_env=trust_env)
+
+
+def check_reachable(url: str) -> None:
+    """Raise ServerError if nothing takes connections at this address of a server."""
+    try:
+        httpx.get(f"{url.rstrip('/')}/models", timeout=ALIVE_TIMEOUT_S, trust_env=uses_proxy(url))
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ServerError(f"base_url {url} cannot be reached: {error}", "start that server") from None
+    except (httpx.HTTPError, ValueError, ImportError):
+        return  # it may be busy; of a proxy that cannot be used the stage speaks
 
 
 class Transport:

@@ -69,6 +69,17 @@ def linear_modules(base: PreTrainedModel) -> set[str]:
     return {path.rpartition(".")[2] for path in paths}
 
 
+def weight_sizes(base: PreTrainedModel, lora: LoraSection) -> list[int]:
+    """Elements of each LoRA weight, A and B of every target module; ConfigError as in `with_targets`."""
+    targets, path = with_targets(base, lora).target_modules, language_model_path(base)
+    modules = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(path) and name.rpartition(".")[2] in targets
+    ]
+    return [lora.r * features for m in modules for features in (m.in_features, m.out_features)]
+
+
 def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | str) -> LoraConfig:
     alpha = lora.lora_alpha * ((math.sqrt(2) if lora.use_rslora else 2) if doubled else 1)
     return LoraConfig(

@@ -98,6 +98,8 @@ class RlPrompts:
         replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
         _check_enough(fitting, replayed, rl, too_long)
         rows, as_json = _dataset_rows(fitting + replayed, columns, functions)
+        for name, function in functions.items():
+            loading.check_signature(name, function, rows[0])
         return cls(
             rows=Dataset.from_list(rows),
             tokens=tokens,

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from stages.config.fields import as_decimal_fraction
-from stages.errors import ConfigError, UnusableResult
+from stages.errors import UnusableResult
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -42,7 +42,12 @@ class Split:
 
 def top_share(scores: Tensor, share: float) -> Tensor:
     """Select the ⌊share · n⌋ highest of n scores, as a bool mask; see `_descending`."""
-    return _chosen(_descending(scores)[: int(as_decimal_fraction(share) * len(scores))], len(scores))
+    return _chosen(_descending(scores)[: number_of(share, len(scores))], len(scores))
+
+
+def number_of(share: float, elements: int) -> int:
+    """⌊share · elements⌋"""
+    return int(as_decimal_fraction(share) * elements)
 
 
 def _chosen(indices: Tensor | slice, elements: int) -> Tensor:
@@ -217,25 +222,16 @@ def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int,
     Source: LoRA-SP, arXiv 2403.08822, which freezes a random half.
     """
     elements = sum(sizes)
-    size = int(as_decimal_fraction(section.density) * elements)
-    return _same_in_both_stages(_chosen(order_within([elements], seed)[:size], elements), section)
+    size = number_of(section.density, elements)
+    return _same_in_both_stages(_chosen(order_within([elements], seed)[:size], elements))
 
 
 @strategies.add("unscored", name="all")
 def every_element(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Plain LoRA: every element is shared and trained in both stages; no scores are needed."""
-    return _same_in_both_stages(_chosen(slice(None), sum(sizes)), section)
+    return _same_in_both_stages(_chosen(slice(None), sum(sizes)))
 
 
-def _same_in_both_stages(chosen: Tensor, section: PartitionSection) -> Split:
-    """The chosen elements are shared and trained by both stages.
-
-    ConfigError unless alpha and beta are 1: without scores there are no top shared elements to choose.
-    """
-    if section.alpha != 1 or section.beta != 1:
-        raise ConfigError(
-            f"strategy {section.strategy} trains all shared elements, got alpha {section.alpha}, "
-            f"beta {section.beta}",
-            "set both to 1",
-        )
+def _same_in_both_stages(chosen: Tensor) -> Split:
+    """The chosen elements are shared and trained by both stages."""
     return Split(SHARED * chosen.byte(), {"sft": chosen, "rl": chosen.clone()})
