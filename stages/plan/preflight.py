@@ -171,8 +171,3 @@ def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
             file = Path(classify.labels_file) if classify.labels_file else None
             return with_known_labels(texts.rows["train"], classify.known, file, True)
     return []
-
-
-def check_targets(texts: Texts) -> None:
-    """Raise ConfigError unless the base, whose weights are not loaded, has the target modules."""
-    adapter.with_targets(texts.base, texts.config.lora)

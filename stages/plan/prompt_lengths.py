@@ -141,14 +141,13 @@ class _Rows(dict[str, list[Example]]):
         self._config = config
 
     def __missing__(self, name: str) -> list[Example]:
-        data, benchmarks = self._config.data, self._config.eval.benchmarks
-        rows = _load(benchmarks[name]) if name != "train" else read(data) if data.path else []
-        self[name] = rows
-        return rows
-
-
-def _load(section: BenchmarkSection) -> list[Example]:
-    return list(benchmarks.pick(section.kind).load(section))
+        data = self._config.data
+        if name == "train":
+            self[name] = read(data) if data.path else []
+        else:
+            section = self._config.eval.benchmarks[name]
+            self[name] = list(benchmarks.pick(section.kind).load(section))
+        return self[name]
 
 
 def _cut(row: Row, length: int) -> Row:

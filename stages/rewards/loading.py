@@ -69,11 +69,11 @@ def required_fields(name: str, function: Reward) -> list[str]:
 def check_signature(name: str, function: Reward, columns: Iterable[str]) -> None:
     """Raise ConfigError unless a reward takes all that it is called with. columns: of the rows."""
     signature = inspect.signature(function)
-    passed = {*PASSED, *columns} - (TAKEN - PASSED)
+    passed = PASSED | (set(columns) - TAKEN)
     if "sandbox" not in signature.parameters:
         passed.discard("sandbox")
     try:
-        signature.bind(**dict.fromkeys(passed))
+        signature.bind(**dict.fromkeys(sorted(passed)))
     except TypeError as error:
         raise ConfigError(
             f"reward {name}{signature} cannot be called: {error}",

@@ -64,13 +64,14 @@ def _variants(config: Config) -> tuple[str, ...]:
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
+    from stages.lora.adapter import adapter
     from stages.lora.training import loop
     from stages.plan import preflight
     from stages.score import gradients
 
     config = texts.config
     if step.variant == "":
-        yield partial(preflight.check_targets, texts)
+        yield lambda: adapter.with_targets(texts.base, config.lora)
     if step.variant == PROTECTED:
         yield partial(_check_protected, texts)
     if step.variant == "rl" and rescored_by_rollouts(config):
