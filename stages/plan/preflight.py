@@ -147,11 +147,12 @@ def _existing(folder: Path) -> Path:
 def _check_room(texts: Texts, trained: int) -> None:
     """Raise OutputError if the disk has no room for an adapter of each of so many steps, float32."""
     config = texts.config
-    needed = trained * 4 * sum(adapter.weight_sizes(texts.base, config.lora)) // resources.MIB
-    free = shutil.disk_usage(_existing(Path(config.runs_dir))).free // resources.MIB
+    needed = trained * 4 * sum(adapter.weight_sizes(texts.base, config.lora))
+    free = shutil.disk_usage(_existing(Path(config.runs_dir))).free
     if free < needed:
         raise OutputError(
-            f"runs_dir: {free} MiB are free, and the adapters alone take {needed}",
+            f"runs_dir: {free / resources.MIB:.1f} MiB are free, and the adapters alone take "
+            f"{needed / resources.MIB:.1f}",
             "lorapar clean, or name another one",
         )
 
