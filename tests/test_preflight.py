@@ -155,7 +155,7 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
         (None, ["partition.strategy=topk_within", "partition.density=2.6e-3"],
          "partition:sft, partition:rl: partition.density 0.0026 of 384 elements is none"),
         (None, ["partition.rl_density=1e-5"], "partition:rl: partition.rl_density 1e-05 of 6400"),
-        (None, ["lora.r=4294967295"], "rl: runs_dir: .* MiB are free, and the adapters alone take 52428800.0"),
+        (None, ["lora.r=4294967295"], "rl: runs_dir: .* MiB are free, and .* take 52428800.0"),
         (None, ["classify.voters=[{base_url: http://127.0.0.1:1/v1, model: x}]"],
          "classify:train, classify:demo: base_url http://127.0.0.1:1/v1 cannot be reached"),
     ],
