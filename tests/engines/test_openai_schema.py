@@ -7,7 +7,7 @@ import math
 import pytest
 
 from stages.engines.openai.client import Client
-from stages.engines.openai.replies import ReplyChoice, TokenCount, parse_models
+from stages.engines.openai.replies import ReplyChoice, TokenCount, choice_probabilities, parse_models
 
 CHAT = {
     "model": "m",
@@ -46,7 +46,7 @@ def read(reply: object) -> ReplyChoice:
 def test_both_kinds_are_read():
     for reply in (CHAT, TEXT):
         choice = read(reply)
-        assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1]["A"] == -0.1
+        assert choice.content == "A" and choice.tokens[0][0] == "A" and choice.tokens[0][1][0] == ("A", -0.1)
     assert read(TEXT).completion.ids == [5, 7] and read(TEXT | {"model": None}) == read(TEXT)
     assert TokenCount.model_validate({"count": 7}).count == 7
     listed = [{"id": "m", "max_model_len": 9}, {"id": "n"}]
@@ -83,7 +83,16 @@ ODD = [
     *((reply, "choices.0.finish_reason", "abort") for reply in (CHAT, TEXT)),  # vLLM's, when it shuts down
     *((TEXT, "choices.0.finish_reason", value) for value in ("ABORT", "aborted", "cancelled", "timeout")),
     *((reply, "error", {"message": "overloaded"}) for reply in (CHAT, TEXT)),
-    (CHAT, "object", "chat.completion.chunk"),
+    *((CHAT, "object", value) for value in ("chat.completion.chunk", "error")),
+    *((TEXT, "choices.0.finish_reason", value) for value in ("content_filter", "FAILED")),
+    (TEXT, "usage", {"prompt_tokens": 0, "completion_tokens": 0}),
+    *((CHAT, "choices.0.message.refusal", value) for value in ("I cannot", ["no"])),
+    (CHAT, "choices.0.message.role", "user"),
+    (CHAT, "choices.0.message.tool_calls", [{"function": {}}]),
+    *((reply, path, "B") for reply, path in ((CHAT, "choices.0.message.content"), (TEXT, "choices.0.text"))),
+    (CHAT, "choices.0.logprobs.content.0.logprob", -0.7),  # and -0.1 among its alternatives
+    *((TEXT, "choices.0.logprobs.token_logprobs", value) for value in ([-0.7], [-0.1, -0.1])),
+    (TEXT, "choices.0.logprobs.top_logprobs.0", {"A": math.log(0.71), "B": math.log(0.3)}),
     (TEXT, "choices.0.logprobs.top_logprobs.0", {"A": -2.0, "B": -0.2}),  # greedy, it would have taken B
     *((CHAT, "choices.0.message", value) for value in (None, [], "A", {"content": 7}, {"content": ["A"]})),
     (CHAT, "choices.0.message.content", "because \ud800"),  # no file could hold it
@@ -143,6 +152,48 @@ def test_a_listed_name_may_stand_for_the_model(listed, taken):
 
 def test_two_tokens_of_one_text_count_together():
     """A letter and the byte that writes it, as in vocabularies with a fallback to bytes."""
-    top = [{"token": "A", "logprob": math.log(p)} for p in (0.5, 0.25)] + [{"token": "B", "logprob": -2.0}]
-    ((_, alternatives),) = read(changed(CHAT, "choices.0.logprobs.content.0.top_logprobs", top)).tokens
-    assert alternatives == {"A": pytest.approx(math.log(0.75)), "B": -2.0}
+    top = [{"token": t, "logprob": math.log(p)} for t, p in (("A", 0.5), ("A", 0.3), ("B", 0.2))]
+    choice = read(changed(CHAT, "choices.0.logprobs.content.0.top_logprobs", top))
+    assert choice_probabilities(choice, ("A", "B"), 1) == pytest.approx((0.8, 0.2))
+
+
+BEHIND = [("A", 0.7), ("A", 0.1), ("A.", 0.1), ("A!", 0.05), ("A?", 0.03)]
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "found"),
+    [
+        ([("A", 0.7), ("B", 0.3)], (0.7, 0.3)),
+        ([("A", 1.0), ("B", 1e-9), ("!", 0.0)], (1.0, 1e-9)),
+        ([("A", 0.03), ("B", 0.01), *((text, 0.02) for text in "xyz")], (0.75, 0.25)),  # no constraint
+        (BEHIND, (0.98, 0.02)),  # B has what is left
+        ([(text, share / 2) for text, share in BEHIND], (0.49 / 0.505, 0.015 / 0.505)),  # or what "A?" has
+        ([("A", 1.0)], None),
+        ([("A", 0.7)], None),
+        ([("A", 1.0), ("B", 0.0), ("!", 0.0)], None),  # masked, though the constraint allows it
+        ([("A", 0.7), ("Β", 0.3)], None),  # a Greek letter
+        ([("Β", 0.7), ("B", 0.3)], None),
+        ([("A", 0.6), *((text, 0.1) for text in "xyzv")], None),
+        ([("A", 0.7**1.44), ("B", 0.3**1.44), ("!", 0.0)], None),  # of logarithms to base 2
+        ([("A", 0.99**1.44), ("B", 0.01**1.44)], None),
+    ],
+)  # fmt: skip
+def test_a_probability_that_is_missing_is_none(likeliest, found):
+    """vLLM gives at least five alternatives, those that the constraint forbids with -9999."""
+    top = [{"token": text, "logprob": math.log(share) if share else -9999.0} for text, share in likeliest]
+    tokens = [{"token": likeliest[0][0], "top_logprobs": top}]
+    choice = ReplyChoice.model_validate({"logprobs": {"content": tokens}})
+    if found is None:
+        with pytest.raises(ValueError):
+            choice_probabilities(choice, ("A", "B"), 1)
+    else:
+        assert choice_probabilities(choice, ("A", "B"), 1) == pytest.approx(found)
+
+
+def test_a_token_that_fits_both_words_decides_nothing():
+    """And a letter and its byte, which a completion names once, may miss some probability."""
+    first = {"on": math.log(0.9), "onl": math.log(0.1)}
+    then = {"e": math.log(0.6), "ly": math.log(0.3)}  # and 0.1 for another token of the text "e"
+    logprobs = {"tokens": ["on", "e"], "top_logprobs": [first, then]}
+    choice = ReplyChoice.model_validate({"text": "one", "logprobs": logprobs})
+    assert choice_probabilities(choice, ("one", "only"), 2) == pytest.approx((2 / 3, 1 / 3))

@@ -8,6 +8,7 @@ output is asked for one word, and its reply is read strictly; so is the reply of
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -50,6 +51,8 @@ from stages.engines.openai.requests import (
 from stages.engines.openai.session import ItemFailed, RequestRefused, Session
 from stages.engines.openai.transport import Transport
 from stages.errors import AnswerError, ConfigError
+
+log = logging.getLogger(__name__)
 
 TOP_LOGPROBS = 20
 """The most alternatives that a vLLM server gives per token."""
@@ -204,7 +207,9 @@ class Client:
         body = {"model": self.model, "max_tokens": 4, "temperature": 0}
         try:
             return await self._post(session, "completions", {**body, "prompt": text}, _content)
-        except (ConfigError, ItemFailed):
+        except (ConfigError, ItemFailed) as error:
+            if isinstance(error, ItemFailed) and error.busy:
+                raise  # a chat's text would be another model's
             body["messages"] = [{"role": "user", "content": f"Continue: {text}"}]
             return await self._post(session, "chat/completions", body, _content)
 
@@ -239,9 +244,13 @@ class Client:
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
             ((_, alternatives),) = self._reply_choice(reply).tokens
-            fitting = [text for text in alternatives if any(word.startswith(text) for word in request.words)]
             # An empty token or a lone space begins a word, but any other text as well.
-            return min(1.0, sum(math.exp(alternatives[text]) for text in fitting if text.strip()))
+            fitting = [
+                math.exp(logprob)
+                for text, logprob in alternatives
+                if text.strip() and any(word.startswith(text) for word in request.words)
+            ]
+            return min(1.0, sum(fitting))
         except ValueError:
             return -1.0
 
@@ -255,6 +264,8 @@ class Client:
             obeys = await self._obeys(session, path, body) or await self._obeys(session, path, body)
             # Requests run at the same time: another one's success counts, too.
             self._can_constrain[path] = obeys or self._can_constrain.get(path, False)
+            if not self._can_constrain[path]:
+                log.warning("%s gives no log-probabilities of given words: votes are 0 or 1", self.model)
         return self._can_constrain[path]
 
     async def _obeys(self, session: Session, path: str, body: dict[str, Any]) -> bool:

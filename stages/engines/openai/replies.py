@@ -16,19 +16,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stages.engines import Completion
+from stages.engines.openai.requests import ALTERNATIVES
 from stages.prompts.thoughts import after_thought
 
 MAX_LOGPROB = 1e-4
 """Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""
 MAX_BEHIND = 0.05
 """How far the log-probability of a greedy token may be behind another one, for rounding."""
-MAX_SUM = 1.01
-"""Largest sum of the alternatives' probabilities: 1, and what rounding to the 8 bits of bfloat16 may add."""
+ROUNDING, BITS = 5e-4, 2**-8
+"""How far log-probabilities may be off: by three decimals, and as a share by the 8 bits of bfloat16."""
 
-BROKEN_OFF = ("abort", "error", "cancel", "timeout")
+BROKEN_OFF = ("abort", "error", "cancel", "content_filter", "fail", "timeout")
 """How reasons begin for which servers end an answer before its end, such as `cancelled`."""
 
 LogProb = Annotated[float, Field(le=MAX_LOGPROB, allow_inf_nan=False, strict=True)]
+AnyLogProb = Annotated[float, Field(allow_inf_nan=False, strict=True)] | None
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -43,6 +45,7 @@ class _Alternative(_Lenient):
 
 class _Token(_Lenient):
     token: str
+    logprob: AnyLogProb = None
     top_logprobs: list[_Alternative]
 
 
@@ -51,14 +54,17 @@ class _LogProbs(_Lenient):
 
     content: list[_Token] | None = None
     tokens: list[str] = []
+    token_logprobs: list[AnyLogProb] = []
     top_logprobs: list[dict[str, LogProb]] = []
 
     @model_validator(mode="after")
     def _check(self) -> _LogProbs:
         if self.content is None and len(self.tokens) != len(self.top_logprobs):
             raise ValueError(f"{len(self.tokens)} tokens with {len(self.top_logprobs)} log-probabilities")
-        for token, alternatives in self.per_token():
-            _check_alternatives(token, alternatives)
+        stated = self.token_logprobs if self.content is None else [t.logprob for t in self.content]
+        tokens = self.per_token()
+        for (token, alternatives), logprob in zip(tokens, stated or [None] * len(tokens), strict=True):
+            _check_alternatives(token, alternatives, logprob)
         return self
 
     def per_token(self) -> list[tuple[str, list[tuple[str, float]]]]:
@@ -68,15 +74,15 @@ class _LogProbs(_Lenient):
         return [(t, list(a.items())) for t, a in zip(self.tokens, self.top_logprobs, strict=True)]
 
 
-def _check_alternatives(token: str, alternatives: list[tuple[str, float]]) -> None:
+def _check_alternatives(token: str, alternatives: list[tuple[str, float]], stated: float | None) -> None:
     """Raise ValueError unless the alternatives can be the likeliest tokens of one distribution.
 
     Their probabilities sum to at most one, and the token itself is among them: requests for a choice are
     greedy, and vLLM always adds the token that it took. A text may stand twice: a letter and the byte that
-    writes it are two tokens.
+    writes it are two tokens. stated: the token's log-probability beside them, if there is one.
     """
     total = sum(math.exp(logprob) for _, logprob in alternatives)
-    if total > MAX_SUM:
+    if total > 1 + _rounding(alternatives):
         raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
     taken = [logprob for text, logprob in alternatives if text == token]
     if alternatives and not taken:
@@ -84,21 +90,20 @@ def _check_alternatives(token: str, alternatives: list[tuple[str, float]]) -> No
     likeliest = max((logprob for _, logprob in alternatives), default=0.0)
     if taken and max(taken) < likeliest - MAX_BEHIND:
         raise ValueError(f"{token[:40]!r} was taken, and is not the likeliest of its alternatives")
+    if taken and stated is not None and abs(stated - max(taken)) > MAX_BEHIND:
+        raise ValueError(f"{token[:40]!r} has two log-probabilities, {stated:.4g} and {max(taken):.4g}")
 
 
-def _logprob_by_text(alternatives: list[tuple[str, float]]) -> dict[str, float]:
-    """Return the log-probability of each text, the log of the sum of the probabilities of its tokens."""
-    logprobs: dict[str, float] = {}
-    for text, logprob in alternatives:
-        if text in logprobs:
-            low, high = sorted((logprob, logprobs[text]))
-            logprob = high + math.log1p(math.exp(low - high))  # log(exp(low) + exp(high))
-        logprobs[text] = logprob
-    return logprobs
+def _rounding(alternatives: list[tuple[str, float]]) -> float:
+    """Return by how much the sum of the alternatives' probabilities may be off."""
+    return ROUNDING - BITS * sum(math.exp(logprob) * logprob for _, logprob in alternatives)
 
 
 class _Message(_Lenient):
     content: str | None = None
+    refusal: Literal["", None] = None
+    role: Literal["assistant", None] = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ReplyChoice(_Lenient):
@@ -124,9 +129,12 @@ class ReplyChoice(_Lenient):
         """The text of a chat or a completion; empty if thinking used up all tokens."""
         if self.message is None and self.text is None:
             raise ValueError("the reply has no text")
-        text = (self.text if self.message is None else self.message.content) or ""
-        text.encode()  # ValueError for a lone surrogate, which no file could hold
-        return text
+        self._said.encode()  # ValueError for a lone surrogate, which no file could hold
+        return self._said
+
+    @property
+    def _said(self) -> str:
+        return (self.text if self.message is None else self.message.content) or ""
 
     @property
     def completion(self) -> Completion:
@@ -135,11 +143,22 @@ class ReplyChoice(_Lenient):
         return Completion(self.token_ids, self.finish_reason == "stop")
 
     @property
-    def tokens(self) -> list[tuple[str, dict[str, float]]]:
-        """For each token: its text and the log-probability of each alternative, of equal texts together."""
+    def tokens(self) -> list[tuple[str, list[tuple[str, float]]]]:
+        """For each token: its text, and the text and log-probability of each alternative.
+
+        ValueError if the reply's text, where it has one, is not what these tokens write.
+        """
         if self.logprobs is None:
             raise ValueError("the reply has no log-probabilities")
-        return [(token, _logprob_by_text(alternatives)) for token, alternatives in self.logprobs.per_token()]
+        tokens = self.logprobs.per_token()
+        said, written = ("".join(text.split()) for text in (self._said, "".join(text for text, _ in tokens)))
+        if not written.startswith(said):
+            raise ValueError(f"the text is {said[:40]!r}, and the tokens write {written[:40]!r}")
+        return tokens
+
+
+class _Usage(_Lenient):
+    completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class Reply(_Lenient):
@@ -148,12 +167,13 @@ class Reply(_Lenient):
     error: None = None
     """An error beside an answer contradicts it."""
     object: str | None = None
+    usage: _Usage | None = None
 
     @field_validator("object")
     @classmethod
     def _refuse_part(cls, kind: str | None) -> str | None:
-        if kind is not None and kind.endswith(".chunk"):
-            raise ValueError("the reply is a part of a stream")
+        if kind is not None and (kind.endswith(".chunk") or kind == "error"):
+            raise ValueError(f"the reply is a part of a stream, or an error: {kind[:40]}")
         return kind
 
 
@@ -226,24 +246,55 @@ def _plain(text: str) -> str:
 def choice_probabilities(choice: ReplyChoice, words: tuple[str, ...], asked: int) -> tuple[float, ...] | None:
     """Return the words' probabilities relative to each other, or None if the words agree in all tokens.
 
-    They are read at the first token at which an alternative fits exactly one word. ValueError if at a token
-    no alternative fits any word, or if the reply has fewer tokens than `asked` and tells no words apart.
+    They are read at the first token at which an alternative fits exactly one word. ValueError if a token
+    begins no word, if the probability of a word is missing, or if the reply has fewer tokens than `asked` and
+    tells no words apart.
     """
     prefix = ""  # the reply's text before the current token
     for token, alternatives in choice.tokens:
+        is_whole = _lists_all(token, alternatives, choice.logprobs)
+        fits = [_fitting(prefix + text, words) for text, _ in alternatives]
         masses = [0.0] * len(words)
-        any_fits = False
-        for text, logprob in alternatives.items():
-            # An alternative fits a word if one of the two texts begins with the other.
-            fits = [word.startswith(prefix + text) or (prefix + text).startswith(word) for word in words]
-            any_fits |= any(fits) and bool(text) and math.exp(logprob) > 0
-            if sum(fits) == 1:
-                masses[fits.index(True)] += math.exp(logprob)
-        if sum(masses) > 0:
-            return tuple(mass / sum(masses) for mass in masses)
-        if not any_fits:
-            raise ValueError(f"none of the alternatives after {prefix!r} begins one of {words}")
+        for indices, (_, logprob) in zip(fits, alternatives, strict=True):
+            if len(indices) == 1:
+                masses[indices[0]] += math.exp(logprob)
         prefix += token
+        fitting = _fitting(prefix, words) if token else []
+        if not fitting:
+            raise ValueError(f"{prefix[:40]!r} begins none of {words}")
+        if not any(masses) or (0 in masses and len(fitting) > 1):
+            continue
+        # Where all words are possible, none has a probability of 0.
+        if 0 in masses and (is_whole or not all(fits)):
+            raise ValueError(f"the reply has no probability of {words[masses.index(0)]!r}")
+        # A word behind the likeliest tokens has at most what they leave, and no more than the last of them.
+        listed = [math.exp(logprob) for _, logprob in alternatives]
+        behind = max(0.0, min(1 - sum(listed), *listed))
+        masses = [mass or behind for mass in masses]
+        return tuple(mass / sum(masses) for mass in masses)
     if len(choice.tokens) < asked:
         raise ValueError(f"{len(choice.tokens)} tokens of {asked}, and no word yet")
     return None
+
+
+def _fitting(text: str, words: tuple[str, ...]) -> list[int]:
+    """The indices of the words that a text begins, or that begin it."""
+    return [i for i, word in enumerate(words) if word.startswith(text) or text.startswith(word)]
+
+
+def _lists_all(token: str, alternatives: list[tuple[str, float]], logprobs: _LogProbs | None) -> bool:
+    """True if no other token is possible: there are fewer than were asked for, or one has no probability.
+
+    ValueError if their probabilities do not sum to one then. In a completion two tokens of one text, a letter
+    and its byte, are one entry, so that the probability of one of them is missing.
+    """
+    probabilities = [math.exp(logprob) for _, logprob in alternatives]
+    if len(alternatives) >= ALTERNATIVES and all(probabilities):
+        return False
+    is_chat = logprobs is not None and logprobs.content is not None
+    may_miss_one = not is_chat and any(len(text) == 1 for text, _ in alternatives)
+    if (total := sum(probabilities)) < 1 - _rounding(alternatives) and not may_miss_one:
+        raise ValueError(
+            f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together: some are missing"
+        )
+    return True
