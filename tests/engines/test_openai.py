@@ -1,7 +1,9 @@
 """The client against a mock server: what it reads, what it asks, and how it fails."""
 
 import asyncio
+import gzip
 import json
+import math
 import re
 import signal
 import threading
@@ -188,17 +190,25 @@ def test_one_odd_reply_to_the_first_question_does_not_change_how_all_are_asked()
 
 
 def test_failures_of_a_while_are_tried_again(no_waiting):
-    busy = ("status", (503, {"Retry-After": "0.5"}, "busy"))
+    """And no cookie is kept of a server that gives one."""
+    busy = ("status", (503, {"Retry-After": "0.5", "Set-Cookie": "a=b"}, "busy"))
     faults = iter([busy, ("reset", None), ("truncated", None), ("body", "<html>")])
     with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
         client = connect(mock)
         assert isinstance(dict(client.choose_words([TEXT]))[0], ChoiceResult)
     assert client.transport.retried == 4 and no_waiting[1] == pytest.approx(0.5, abs=0.1)
+    assert "cookie" not in mock.headers and mock.headers["accept-encoding"] == "identity"
+
+
+SURE = json.dumps(of_tokens((" one", {" one": math.log(0.99), " many": math.log(0.01)}))[1])
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
+        *((("status", (code, {}, SURE)), "unreadable") for code in (202, 203, 206, 302, 399)),
+        (("status", (200, {"Content-Encoding": "gzip"}, gzip.compress(SURE.encode()))), "unreadable"),
+        (("body", " " * session.MAX_REPLY + SURE), "unreadable"),
         (("status", (500, {}, "boom")), "server_error"),
         (("body", "<html>"), "unreadable"),
         (("body", {"choices": [{"logprobs": None}]}), "unreadable"),
@@ -206,7 +216,21 @@ def test_failures_of_a_while_are_tried_again(no_waiting):
         (("status", (400, {}, "filtered")), "refused"),
         (("drip", 0.05), "timeout"),
     ],
-    ids=["500", "html", "null", "length", "filter", "drip"],
+    ids=[
+        "202",
+        "203",
+        "206",
+        "302",
+        "399",
+        "gzip",
+        "long",
+        "500",
+        "html",
+        "null",
+        "length",
+        "filter",
+        "drip",
+    ],
 )
 def test_one_bad_question_stops_no_other(fault, reason, monkeypatch):
     """Others must be answered all the while that one runs out of time."""
@@ -326,6 +350,29 @@ def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
     with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
         client.open_engine(served, QUICK, print).__enter__()
     assert "secret" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(monkeypatch):
+    """In a list of models, in refusals, and in answers, which are kept; also as JSON may write it."""
+    monkeypatch.setattr(session, "TRIES", 1)
+    key, said = "sk-s3/cr+t", []
+    with serve(Mock(constrains=False, say=f"{key} is wrong")) as mock:
+        listed, transport = mock.models, Transport((mock.url,), key, QUICK)
+        ((_, choice),) = Client(transport, None).choose_words([CHAT])
+        said.append(choice.text)
+        mock.models = [{"id": f"judge {key}"}]
+        with pytest.raises(ConfigError, match="serves judge [*]{3}, not judge"):
+            Client(transport, "judge")
+        mock.models = listed
+        for echo in (key, r"sk-s3\/cr\u002Bt"):
+            for fault in (("status", (401, {}, echo)), ("body", f'{{"choices": "{echo}"}}')):
+                mock.fault = lambda n, path, body, fault=fault: fault
+                try:
+                    said += dict(Client(transport, "judge").choose_words([TEXT])).values()
+                except ConfigError as error:
+                    said.append(error)
+    assert len(said) == 5 and all("***" in str(text) and "s3" not in str(text) for text in said), said
+    assert mock.headers["authorization"] == f"Bearer {key}"
 
 
 def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch):

@@ -11,9 +11,10 @@ it; and it does not check the types in a reply.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
     from stages.engines.openai.transport import Transport
 
 TRIES = 6
+ANSWERED = (200, 201)
+"""Status codes of answers. Others below 400 are of caches, proxies and redirects."""
 MAX_RETRY_AFTER_S = 60
 """Longest wait that a server may ask for by Retry-After."""
 ALIVE_TIMEOUT_S = 5
 """Time that a server has to list its models when all tries of a request have failed."""
+MAX_REPLY = 8 * 2**20
+"""Bytes of a reply: many times those of the longest answer."""
+MIN_KEY = 7
+"""Characters of a key that is secret; a shorter one is a placeholder, such as EMPTY or ollama."""
 QUICK = 0.05
 """Share of `server.timeout_s` in which a server answers that is sent more requests at a time.
 
@@ -72,6 +79,10 @@ class Session:
         self.transport, self.http = transport, http
         self.workers = 0
         """Items that are asked for at the same time."""
+        key = transport.key if len(transport.key) >= MIN_KEY else ""
+        # JSON may have a backslash before a character, or its number.
+        letters = (rf"(?:\\?{re.escape(letter)}|\\u{ord(letter):04x})" for letter in key)
+        self._key = re.compile(("".join(letters) or "(?!)").encode(), re.IGNORECASE)
 
     def may_grow(self, seconds: float) -> bool:
         """Whether one more worker may start after an answer that took so long."""
@@ -113,11 +124,11 @@ class Session:
         """Send a request that a server need not understand, once; None if there is no readable reply."""
         try:
             async with asyncio.timeout(self.transport.server.timeout_s):
-                response = await self.http.post(url, json=body)
-            reply = parse_json(response.content)
-        except (httpx.HTTPError, ValueError, RecursionError, TimeoutError):
+                code, _, received = await self._receive(url, body)
+            reply = parse_json(received)
+        except (httpx.HTTPError, ItemFailed, ValueError, RecursionError, TimeoutError):
             return None
-        return reply if response.status_code < 400 and isinstance(reply, dict) else None
+        return reply if code in ANSWERED and isinstance(reply, dict) else None
 
     def _count_retry(self, _: object) -> None:
         self.transport.retried += 1
@@ -125,11 +136,30 @@ class Session:
     async def _alive(self) -> bool:
         """True if any of the servers lists its models."""
         for url in self.transport.urls:
-            with suppress(httpx.HTTPError, TimeoutError):
+            with suppress(httpx.HTTPError, ItemFailed, TimeoutError):
                 async with asyncio.timeout(ALIVE_TIMEOUT_S):
-                    if (await self.http.get(f"{url}/models")).status_code < 400:
+                    code, _, _ = await self._receive(f"{url}/models", None)
+                    if code in ANSWERED:
                         return True
         return False
+
+    async def _receive(self, url: str, body: dict[str, Any] | None) -> tuple[int, httpx.Headers, bytes]:
+        """Send a request, and return the status, headers and text of its response.
+
+        The text does not have the key, which a server may echo. RetryableError if it is compressed, although
+        that was not asked for, or too long, of which no more than the limit is read.
+        """
+        received = bytearray()
+        async with self.http.stream("POST" if body else "GET", url, json=body) as response:
+            encoding = response.headers.get("content-encoding", "identity")
+            if encoding != "identity":
+                raise RetryableError("unreadable", f"the reply is compressed by {encoding[:40]}")
+            async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]
+                async for part in parts:
+                    received += part
+                    if len(received) > MAX_REPLY:
+                        raise RetryableError("unreadable", f"the reply is over {MAX_REPLY // 2**20} MiB")
+        return response.status_code, response.headers, self._key.sub(b"***", received)
 
     async def _send_once(self, path: str, body: dict[str, Any] | None, read: Any) -> Any:
         """Send a request to the next server, and parse the reply; RetryableError if another try may help."""
@@ -141,7 +171,7 @@ class Session:
         try:
             # httpx limits each read and write, which a server that sends byte by byte never exceeds.
             async with asyncio.timeout(transport.server.timeout_s):
-                response = await self.http.request("POST" if body else "GET", url, json=body)
+                code, headers, received = await self._receive(url, body)
         except (TimeoutError, httpx.TimeoutException):
             transport.skip(base)
             detail = f"no answer in {transport.server.timeout_s:g} s"
@@ -150,24 +180,26 @@ class Session:
             transport.skip(base)
             if exit_error := transport.exit_error():
                 raise exit_error from None
-            raise RetryableError("transport", f"{type(error).__name__} {error}".strip(), busy=True) from None
-        if response.status_code >= 400:
-            self._raise_for_status(url, response)
+            reason = self._key.sub(b"***", f"{type(error).__name__} {error}".strip().encode()).decode()
+            raise RetryableError("transport", reason, busy=True) from None
+        if code not in ANSWERED:
+            self._raise_for_status(url, code, headers, received)
         try:
-            answer = read(parse_json(response.content))
+            answer = read(parse_json(received))
         except (ValueError, RecursionError) as error:
-            beginning = " ".join(response.text[:120].split())
+            beginning = _beginning(received, 120)
             detail = f"no readable answer: {type(error).__name__} {error}: {beginning}"
             raise RetryableError("unreadable", detail) from None
         transport.answered += 1
         return answer
 
-    def _raise_for_status(self, url: str, response: httpx.Response) -> None:
-        """Raise the error that a status of 400 or above stands for."""
-        transport, code = self.transport, response.status_code
-        text = f"{code} {' '.join(response.text[:200].split())}"
+    def _raise_for_status(self, url: str, code: int, headers: httpx.Headers, body: bytes) -> None:
+        """Raise the error that a status stands for."""
+        transport, text = self.transport, f"{code} {_beginning(body, 200)}"
+        if code < 400:
+            raise RetryableError("unreadable", f"no answer has this status: {text}")
         if code in (408, 425, 429) or code >= 500:
-            wait = min(retry_after_seconds(response.headers.get("retry-after", "")), MAX_RETRY_AFTER_S)
+            wait = min(retry_after_seconds(headers.get("retry-after", "")), MAX_RETRY_AFTER_S)
             transport.retry_after = max(transport.retry_after, time.monotonic() + wait)
             raise RetryableError("server_error", text, busy=code not in (500, 501))
         signs = ("context length", "too long", "max_model_len")
@@ -177,6 +209,10 @@ class Session:
         if code in (400, 413, 422) and transport.answered > 1:
             raise ItemFailed("refused", text)
         raise RequestRefused(code, f"{url} refused: {text}")
+
+
+def _beginning(body: bytes, characters: int) -> str:
+    return " ".join(body.decode(errors="replace")[:characters].split())
 
 
 def retry_after_seconds(header: str) -> float:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from itertools import count
 from typing import Any, TypeVar
 
@@ -152,11 +153,14 @@ class Transport:
     def _client(self) -> httpx.AsyncClient:
         # One connection per request: on one kept alive, a reply sent twice would answer the next request.
         limits = httpx.Limits(max_connections=self.most, max_keepalive_connections=0)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Accept-Encoding": "identity"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         proxy = uses_proxy(*self.urls)
         try:
             return httpx.AsyncClient(
                 headers=headers,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
                 timeout=self.server.timeout_s,
                 limits=limits,
                 trust_env=proxy,
