@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from stages.config import Voter
 from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure, same_model
 from stages.engines.openai.client import Client
-from stages.errors import AnswerError
+from stages.errors import AnswerError, ConfigError
 from stages.labelling.personas import PersonaContext, is_for_calibration, personas
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
@@ -43,6 +43,14 @@ def journal_path(folder: Path, model_title: str, persona: str, key: str) -> Path
     """The file of a voter's journal. key: of all that changes its answers, or `*` for a pattern."""
     model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
     return folder / f"{model_name}-{persona}-{key}.jsonl"
+
+
+def _gives(client: Client, probes: list[str]) -> bool:
+    """True if all servers of a client still continue the probes in this way."""
+    try:
+        return same_model(client.fingerprint(), probes)
+    except ConfigError:  # they differ from each other
+        return False
 
 
 class VoteJournal:
@@ -101,10 +109,11 @@ class VoteJournal:
         """Send the engine the missing requests and journal each answer as it arrives; yields after each.
 
         If a remote model's greedy answers to the probes have changed, so have its weights, under the same
-        name: its earlier votes are then set aside.
+        name: its earlier votes are then set aside. AnswerError if that is so after the last vote.
         """
         # Models that run here are identified by the digest of their weights, so they need no probes.
-        probes = engine.fingerprint() if isinstance(engine, Client) and self.voter.urls else []
+        remote = engine if isinstance(engine, Client) and self.voter.urls else None
+        probes = remote.fingerprint() if remote else []
         with self._journal.writing(say):
             recorded_probes = self._journal.notes.get("fingerprint")
             if not isinstance(recorded_probes, list) or len(recorded_probes) != len(probes):
@@ -123,6 +132,12 @@ class VoteJournal:
             for i, result in engine.choose_words(self._choice_request(*request) for request in missing):
                 self._record(*missing[i], result)
                 yield
+            if remote and missing and not _gives(remote, probes):
+                raise AnswerError(
+                    f"{self.title} gives other answers than before its votes: its weights have changed "
+                    f"meanwhile; its {self._journal.set_aside()} votes are set aside",
+                    "run the same command again: it asks again",
+                )
 
     def _record(self, example: Example, sample: int, result: ChoiceResult | Failure) -> None:
         """Journal an answer; a failure is not journalled, so the next run asks again."""
