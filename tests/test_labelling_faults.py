@@ -195,8 +195,8 @@ def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
     assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1
 
 
-def test_weights_that_change_while_it_votes_are_noticed(config):
-    """Its votes are set aside, and the same command asks for all of them again."""
+def test_weights_that_change_while_it_votes_are_noticed(config, tmp_path):
+    """Its votes are set aside, and the same command asks for all of them again; not if it always samples."""
     mock = Mock(lambda n, path, body: setattr(mock, "weights", "b" if n > 50 else "a"), weights="a")
     with serve(mock):
         with pytest.raises(
@@ -206,6 +206,10 @@ def test_weights_that_change_while_it_votes_are_noticed(config):
         mock.fault, before = None, len(mock.log)
         changed = system_of(classify(config(mock.url)))
     assert sum("Question" in key for key in mock.log[before:]) >= ROWS and None not in changed
+    samples = Mock(lambda n, path, body: setattr(samples, "say", str(n)))
+    with serve(samples):
+        apart = {"runs_dir": str(tmp_path / "samples")}
+        assert None not in system_of(classify(config(samples.url).model_copy(update=apart)))
 
 
 @pytest.mark.parametrize("logprob", [0.0, -0.4])

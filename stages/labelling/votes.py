@@ -45,12 +45,13 @@ def journal_path(folder: Path, model_title: str, persona: str, key: str) -> Path
     return folder / f"{model_name}-{persona}-{key}.jsonl"
 
 
-def _gives(client: Client, probes: list[str]) -> bool:
-    """True if all servers of a client still continue the probes in this way."""
+def _has_changed(client: Client, probes: list[str]) -> bool:
+    """True if the model gives other answers than these, twice the same: some servers sample all answers."""
     try:
-        return same_model(client.fingerprint(), probes)
-    except ConfigError:  # they differ from each other
-        return False
+        answers = client.fingerprint()
+        return not same_model(answers, probes) and same_model(client.fingerprint(), answers)
+    except ConfigError:  # its servers differ from each other
+        return True
 
 
 class VoteJournal:
@@ -132,7 +133,7 @@ class VoteJournal:
             for i, result in engine.choose_words(self._choice_request(*request) for request in missing):
                 self._record(*missing[i], result)
                 yield
-            if remote and missing and not _gives(remote, probes):
+            if remote and missing and _has_changed(remote, probes):
                 raise AnswerError(
                     f"{self.title} gives other answers than before its votes: its weights have changed "
                     f"meanwhile; its {self._journal.set_aside()} votes are set aside",

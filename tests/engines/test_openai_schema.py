@@ -87,7 +87,6 @@ ODD = [
     *((TEXT, "choices.0.finish_reason", value) for value in ("content_filter", "FAILED")),
     (TEXT, "usage", {"prompt_tokens": 0, "completion_tokens": 0}),
     *((CHAT, "choices.0.message.refusal", value) for value in ("I cannot", ["no"])),
-    (CHAT, "choices.0.message.role", "user"),
     (CHAT, "choices.0.message.tool_calls", [{"function": {}}]),
     *((reply, path, "B") for reply, path in ((CHAT, "choices.0.message.content"), (TEXT, "choices.0.text"))),
     (CHAT, "choices.0.logprobs.content.0.logprob", -0.7),  # and -0.1 among its alternatives

@@ -28,20 +28,38 @@ ODD = [
 ]  # fmt: skip
 """Replies that are none. Of the words alone, 0.0 would be a probability of 1 for each."""
 WORDS = ("System1", "System2")
+SURE = math.log(0.99), math.log(0.01)
 
 
 def impossible(rng: random.Random) -> str:
     """A reply in the right form, with probabilities that cannot be, or a field that stands twice."""
     low, high = sorted((rng.uniform(-3, -0.05), rng.uniform(-3, -0.05)))
-    odd = rng.choice([(0, 0), (False, -0.1), ("0", "-9"), (9e-4, -9.0), (-0.1, -0.1), (high, 0.0)])
+    one, two = math.log(share := rng.uniform(0.05, 0.95)), math.log(1 - share)
+    odd = rng.choice([
+        (0, 0), (False, -0.1), ("0", "-9"), (9e-4, -9.0), (-0.1, -0.1), (high, 0.0), (0.0, -9999.0),
+        (one, -9999.0), (one, two - 0.1), (one + 0.02, two), (one / math.log(2), two / math.log(2)),
+    ])  # fmt: skip
     first, second = ('"choices": ' + json.dumps(chosen(*values)) for values in (odd, (low, high)))
     return "{" + (first if rng.random() < 0.5 else f"{second}, {second}") + "}"
+
+
+def contradiction(rng: random.Random) -> str:
+    """A vote of its own, in a reply that says that it is none."""
+    (choice,) = chosen(*(SURE if rng.random() < 0.5 else SURE[::-1]))
+    choice |= rng.choice([
+        {"finish_reason": rng.choice(["ABORT", "cancelled", "content_filter", "error"])},
+        {"message": {"refusal": "no"}}, {"message": {"content": "Syst\u0435m1"}},
+        {"message": {"tool_calls": [{}]}}, {},
+    ])  # fmt: skip
+    beside = rng.choice([{"error": {}}, {"usage": {"completion_tokens": 0}}, {"object": "error"}])
+    return json.dumps({"choices": [choice], **(beside if len(choice) == 1 else {})})
 
 
 def chosen(one: object, two: object) -> list[dict[str, object]]:
     top = [{"token": word[-1], "logprob": value} for word, value in zip(WORDS, (one, two), strict=True)]
     content = [{"token": "System", "top_logprobs": [{"token": "System", "logprob": 0.0}]}]
-    return [{"logprobs": {"content": [*content, {"token": "1", "top_logprobs": top}]}}]
+    taken = "2" if isinstance(one, float) and isinstance(two, float) and two > one else "1"
+    return [{"logprobs": {"content": [*content, {"token": taken, "top_logprobs": top}]}}]
 
 
 def fault(rng: random.Random) -> tuple[str, object]:
@@ -51,7 +69,8 @@ def fault(rng: random.Random) -> tuple[str, object]:
         ("reset", None), ("truncated", None), ("twice", None), ("status", (status, headers, "no")),
         ("body", rng.randbytes(rng.randint(0, 60))), ("body", "<html>"), ("body", "[" * 5000),
         ("body", json.dumps(rng.choice(ODD))), ("body", json.dumps(rng.choice(ODD))),
-        ("body", impossible(rng)), ("body", impossible(rng)),
+        ("body", impossible(rng)), ("body", impossible(rng)), ("body", contradiction(rng)),
+        ("status", (rng.choice([202, 203, 206, 302, 307]), {}, json.dumps({"choices": chosen(*SURE)}))),
     ])  # fmt: skip
 
 

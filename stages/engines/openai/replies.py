@@ -102,7 +102,6 @@ def _rounding(alternatives: list[tuple[str, float]]) -> float:
 class _Message(_Lenient):
     content: str | None = None
     refusal: Literal["", None] = None
-    role: Literal["assistant", None] = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 

@@ -217,11 +217,8 @@ def _beginning(body: bytes, characters: int) -> str:
 
 def retry_after_seconds(header: str) -> float:
     """Parse Retry-After (seconds or an HTTP date) into seconds from now; 0 if it is neither."""
-    try:
+    with suppress(ValueError):
         return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return 0.0
