@@ -116,17 +116,15 @@ class VoteJournal:
         remote = engine if isinstance(engine, Client) and self.voter.urls else None
         probes = remote.fingerprint() if remote else []
         with self._journal.writing(say):
-            recorded_probes = self._journal.notes.get("fingerprint")
-            if not isinstance(recorded_probes, list) or len(recorded_probes) != len(probes):
-                recorded_probes = None
-            if probes and recorded_probes and not same_model(probes, recorded_probes):
-                number = self._journal.set_aside()
+            recorded = self._journal.notes.get("fingerprint", [])
+            is_known = isinstance(recorded, list) and len(recorded) == len(probes)
+            if is_known and not same_model(probes, recorded):
                 say(
                     f"{self.title} gives other answers than before: its weights have changed under the same "
-                    f"name; its {number} earlier votes are set aside"
+                    f"name; its {self._journal.set_aside()} earlier votes are set aside"
                 )
-                recorded_probes = None
-            if probes and recorded_probes is None:
+                is_known = False
+            if remote and not is_known:
                 self._journal.note("fingerprint", probes)
             self.set_examples(self.examples)  # another run may have added answers
             missing = self.missing()

@@ -15,6 +15,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from stages.config import ServerSection
@@ -62,9 +63,8 @@ UNLIKELY = ("zebra", "quartz")
 """Words to choose from that no model would write: a server that replies with one of them can constrain."""
 PROBES = ("The old lighthouse keeper", "A recipe for", "In the year 1843", "My favorite theorem", "def load(")
 """Prompts whose greedy continuations tell one model from another."""
-
-
 T = TypeVar("T")
+_content = attrgetter("content")
 
 
 @contextmanager
@@ -320,7 +320,3 @@ def _list_models(server: Transport, name: str | None) -> dict[str, ServedModel]:
         if name is None or error.code not in (404, 405):
             raise
         return {}
-
-
-def _content(choice: ReplyChoice) -> str:
-    return choice.content

@@ -84,14 +84,15 @@ def _check_alternatives(token: str, alternatives: list[tuple[str, float]], state
     total = sum(math.exp(logprob) for _, logprob in alternatives)
     if total > 1 + _rounding(alternatives):
         raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
-    taken = [logprob for text, logprob in alternatives if text == token]
-    if alternatives and not taken:
+    if not alternatives:
+        return
+    taken = max((logprob for text, logprob in alternatives if text == token), default=None)
+    if taken is None:
         raise ValueError(f"{token[:40]!r} is not among its alternatives")
-    likeliest = max((logprob for _, logprob in alternatives), default=0.0)
-    if taken and max(taken) < likeliest - MAX_BEHIND:
+    if taken < max(logprob for _, logprob in alternatives) - MAX_BEHIND:
         raise ValueError(f"{token[:40]!r} was taken, and is not the likeliest of its alternatives")
-    if taken and stated is not None and abs(stated - max(taken)) > MAX_BEHIND:
-        raise ValueError(f"{token[:40]!r} has two log-probabilities, {stated:.4g} and {max(taken):.4g}")
+    if stated is not None and abs(stated - taken) > MAX_BEHIND:
+        raise ValueError(f"{token[:40]!r} has two log-probabilities, {stated:.4g} and {taken:.4g}")
 
 
 def _rounding(alternatives: list[tuple[str, float]]) -> float:
