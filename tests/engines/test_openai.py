@@ -21,7 +21,7 @@ from stages.engines.openai import client, session, transport
 from stages.engines.openai.client import Client
 from stages.engines.openai.replies import parse_word
 from stages.engines.openai.transport import Transport
-from stages.errors import ConfigError, ServerError
+from stages.errors import AnswerError, ConfigError, ServerError
 
 CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
 TEXT = ChoiceRequest("q", (" one", " many"))
@@ -332,6 +332,9 @@ def test_unlike_servers_of_one_model_are_noticed():
         with pytest.raises(ConfigError, match="serve different models as judge"):
             connect(one, two, model="judge").fingerprint()
         assert connect(one, one, model="judge").fingerprint()
+        one.fault = lambda n, path, body: None if "chat" in path else ("status", (503, {}, "busy"))
+        with pytest.raises(AnswerError, match="503 busy"):  # and its chats are not taken for another model's
+            connect(one, model="judge").fingerprint()
 
 
 @pytest.mark.parametrize(("words", "fits"), [(4087, True), (4088, True), (4089, False)])

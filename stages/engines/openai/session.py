@@ -14,7 +14,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -151,14 +151,12 @@ class Session:
         """
         received = bytearray()
         async with self.http.stream("POST" if body else "GET", url, json=body) as response:
-            encoding = response.headers.get("content-encoding", "identity")
-            if encoding != "identity":
-                raise RetryableError("unreadable", f"the reply is compressed by {encoding[:40]}")
-            async with aclosing(response.aiter_raw()) as parts:  # type: ignore[type-var]
-                async for part in parts:
-                    received += part
-                    if len(received) > MAX_REPLY:
-                        raise RetryableError("unreadable", f"the reply is over {MAX_REPLY // 2**20} MiB")
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise RetryableError("unreadable", "the reply is compressed")
+            async for part in response.aiter_raw():
+                received += part
+                if len(received) > MAX_REPLY:
+                    raise RetryableError("unreadable", f"the reply is over {MAX_REPLY // 2**20} MiB")
         return response.status_code, response.headers, self._key.sub(b"***", received)
 
     async def _send_once(self, path: str, body: dict[str, Any] | None, read: Any) -> Any:

@@ -204,8 +204,9 @@ class Transport:
 
 def _run(loop: asyncio.AbstractEventLoop, asking: Coroutine[Any, Any, None]) -> None:
     """Run the loop until the coroutine has ended, and close it."""
-    with suppress(asyncio.CancelledError):
-        loop.run_until_complete(asking)
+    for part in (asking, loop.shutdown_asyncgens()):  # the parts of a reply that was not read to its end
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(part)
     loop.close()
 
 
