@@ -195,35 +195,15 @@ def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
     assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1
 
 
-def test_weights_that_change_while_it_votes_are_noticed(config, tmp_path):
-    """Its votes are set aside, and the same command asks for all of them again; not if it always samples."""
-    mock = Mock(lambda n, path, body: setattr(mock, "weights", "b" if n > 50 else "a"), weights="a")
-    with serve(mock):
-        with pytest.raises(
-            AnswerError, match="its weights have changed meanwhile; its 92 votes are set aside"
-        ):
-            classify(config(mock.url))
-        mock.fault, before = None, len(mock.log)
-        changed = system_of(classify(config(mock.url)))
-    assert sum("Question" in key for key in mock.log[before:]) >= ROWS and None not in changed
-    samples = Mock(lambda n, path, body: setattr(samples, "say", str(n)))
-    with serve(samples):
-        apart = {"runs_dir": str(tmp_path / "samples")}
-        assert None not in system_of(classify(config(samples.url).model_copy(update=apart)))
-
-
-@pytest.mark.parametrize("logprob", [0.0, -0.4])
-def test_a_server_that_gives_the_taken_token_alone_is_named(config, logprob, monkeypatch):
-    """A vote of it would be 0 or 1."""
-    monkeypatch.setattr(session, "TRIES", 2)
-    tokens = [{"token": text, "top_logprobs": [{"token": text, "logprob": p}]} for text, p in
-              (("System", 0.0), ("1", logprob))]  # fmt: skip
+def test_a_server_that_gives_the_taken_token_alone_is_named(config, monkeypatch):
+    """Each vote of it would be 0 or 1."""
+    monkeypatch.setattr(session, "TRIES", 1)
+    tokens = [{"token": t, "top_logprobs": [{"token": t, "logprob": 0.0}]} for t in ("System", "1")]
     alone = ("body", {"choices": [{"logprobs": {"content": tokens}}]})
-    wanted = "has no probability of 'System2'" if logprob == 0 else "0.67.* together: some are missing"
     constrained = "'choice': ['System1', 'System2']"
     with (
         serve(Mock(lambda n, path, body: alone if constrained in str(body) else None)) as mock,
-        pytest.raises(AnswerError, match=f"could not answer .* of 92 questions; .*{wanted}"),
+        pytest.raises(AnswerError, match="not answer 1. of 92 .*reply has no probability of 'System2'"),
     ):
         classify(config(mock.url))
     assert not votes_in(config(mock.url))
