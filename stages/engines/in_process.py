@@ -29,7 +29,7 @@ from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
-from stages.prompts.renderer import chat, ids_to_continue, tokenise
+from stages.prompts.chat_template import chat, ids_to_continue, tokenise
 from stages.prompts.thoughts import TAGS, opened
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import PromptSection
 from stages.errors import ConfigError
-from stages.prompts import thoughts
+from stages.prompts.chat_template import arguments_of
 from stages.prompts.renderer import PROBE, Renderer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def modes_of(tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> dict
     """
     if section.template != "chat":
         return {}
-    known = thoughts.arguments_of(tokenizer.get_chat_template())
+    known = arguments_of(tokenizer.get_chat_template())
     for name, values in SWITCHES.items():
         if name in known:
             off, on = (_first_prompt(tokenizer, section, name, choice) for choice in values)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.config import DataSection, PromptSection
 from stages.config.fields import cache_key_fields
-from stages.errors import ConfigError, DataError, is_out_of_memory
+from stages.errors import ConfigError, DataError
 from stages.prompts import thoughts
 from stages.prompts.answers import rewrite
+from stages.prompts.chat_template import arguments_of, chat, ids_to_continue, tokenise
 from stages.records import Example, Labelled, data_error
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of tokens that do not count in the loss."""
-DATE = datetime.datetime(2024, 7, 26)
-"""Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
-the template of Llama 3.1 falls back to."""
 PROBE = "How many legs has a cat"
 """A question to test chat templates with; no template should change it."""
 
@@ -53,56 +50,6 @@ class RenderedPrompt:
     """Strings that end the answer, in addition to the renderer's stop tokens."""
     words: tuple[str, ...] = ()
     """If not empty, nothing is generated: the most likely of these words is the answer."""
-
-
-def chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True, **arguments: Any
-) -> str:
-    """Render a chat, with the generation prompt if `ask`; ConfigError if the template refuses it.
-
-    arguments: of the template, such as `enable_thinking`.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, strftime_now=DATE.strftime, **arguments
-        )
-        return str(text)
-    except Exception as error:  # a template is a program: it may raise anything
-        if is_out_of_memory(error):
-            raise
-        roles = ", ".join(message["role"] for message in messages)
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise ConfigError(
-            f"the chat template refuses a chat of {roles}: {kind}{error}",
-            "do without a system message, or --set prompt.template=plain",
-        ) from None
-
-
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """Tokenise a text; DataError if the model has no embedding of one of the tokens.
-
-    special: with the tokens that the tokenizer puts around a text.
-    """
-    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    embedded, highest = getattr(tokenizer, "embedded", None), max(ids, default=0)
-    if embedded and highest >= embedded:
-        token = tokenizer.convert_ids_to_tokens(highest)
-        raise DataError(
-            f"the tokenizer writes {token} as token {highest}, and the model has {embedded} embeddings",
-            "take the tokenizer that the model came with, or save the model after "
-            "resize_token_embeddings(len(tokenizer))",
-        )
-    return ids
-
-
-def ids_to_continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise a text that the model continues: with what goes before it, and no EOS after it."""
-    ids = tokenise(tokenizer, text, special=True)
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
 
 
 def plain(question: str, system: str | None, worked: str = "") -> str:
@@ -305,7 +252,7 @@ class Renderer:
 
     def _check_arguments(self) -> None:
         """Raise ConfigError if the chat template reads none of an argument's name; it would do nothing."""
-        known = thoughts.arguments_of(self.tokenizer.get_chat_template())
+        known = arguments_of(self.tokenizer.get_chat_template())
         for system in (None, 1, 2):
             for name in self.section.template_arguments(system):
                 if name not in known:

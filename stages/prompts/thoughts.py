@@ -25,8 +25,6 @@ TAGS = {
 }
 """Opening tags of thoughts → closing ones: Qwen's and most others', then those of Mistral, Kimi, Seed, Gemma,
 gpt-oss and Muse."""
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
-"""Names that transformers gives to every chat template."""
 _OPENING = re.compile("|".join(map(re.escape, TAGS)))
 _CLOSING = re.compile("|".join(map(re.escape, TAGS.values())))
 _OPENED = re.compile(rf"(?:{_OPENING.pattern})\s*\Z")
@@ -47,16 +45,6 @@ def split(text: str) -> tuple[str, str]:
         return "", text
     thought, closing, answer = text.lstrip()[opening.end() :].partition(TAGS[opening[0]])
     return (thought.strip(), answer.lstrip()) if closing else ("", text)
-
-
-def arguments_of(template: str) -> set[str]:
-    """Return the names that a chat template reads and is not always given: the arguments that it may take."""
-    from jinja2 import Environment, meta
-
-    # transformers' mark around what an assistant says, which the template's output does not depend on.
-    template = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    return {name for name in meta.find_undeclared_variables(tree) - GIVEN if not name.endswith("_token")}
 
 
 def opened(prompt: str) -> str:

@@ -10,7 +10,8 @@ from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.grading import render_prompts
 from stages.models.tokenizer import load_tokenizer
-from stages.prompts.renderer import IGNORED, Renderer, chat
+from stages.prompts.chat_template import chat
+from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import Example, Labelled
 
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")

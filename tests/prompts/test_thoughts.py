@@ -11,7 +11,8 @@ from stages.errors import ConfigError
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts import thoughts
 from stages.prompts.answers import extract
-from stages.prompts.renderer import DATE, IGNORED, Renderer
+from stages.prompts.chat_template import DATE, arguments_of
+from stages.prompts.renderer import IGNORED, Renderer
 from stages.records import Example, Labelled
 
 TEMPLATES = {
@@ -44,7 +45,7 @@ def _conversation(tokenizer, thought: str, **arguments) -> str:
 
 
 def _switches(tokenizer) -> list[dict]:
-    known = thoughts.arguments_of(tokenizer.get_chat_template())
+    known = arguments_of(tokenizer.get_chat_template())
     boolean = [{name: value} for name in ("enable_thinking", "thinking") if name in known for value in (0, 1)]
     return [{}, *boolean, *([{"reasoning_effort": "low"}] if "reasoning_effort" in known else [])]
 

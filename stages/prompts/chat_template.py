@@ -1,0 +1,78 @@
+"""Applies a tokenizer and its chat template to texts, and says which arguments the template reads."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import ConfigError, DataError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATE = datetime.datetime(2024, 7, 26)
+"""Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
+the template of Llama 3.1 falls back to."""
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+"""Names that transformers gives to every chat template."""
+
+
+def chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True, **arguments: Any
+) -> str:
+    """Render a chat, with the generation prompt if `ask`; ConfigError if the template refuses it.
+
+    arguments: of the template, such as `enable_thinking`.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask, strftime_now=DATE.strftime, **arguments
+        )
+        return str(text)
+    except Exception as error:  # a template is a program: it may raise anything
+        if is_out_of_memory(error):
+            raise
+        roles = ", ".join(message["role"] for message in messages)
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise ConfigError(
+            f"the chat template refuses a chat of {roles}: {kind}{error}",
+            "do without a system message, or --set prompt.template=plain",
+        ) from None
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """Tokenise a text; DataError if the model has no embedding of one of the tokens.
+
+    special: with the tokens that the tokenizer puts around a text.
+    """
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    embedded, highest = getattr(tokenizer, "embedded", None), max(ids, default=0)
+    if embedded and highest >= embedded:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(
+            f"the tokenizer writes {token} as token {highest}, and the model has {embedded} embeddings",
+            "take the tokenizer that the model came with, or save the model after "
+            "resize_token_embeddings(len(tokenizer))",
+        )
+    return ids
+
+
+def ids_to_continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a text that the model continues: with what goes before it, and no EOS after it."""
+    ids = tokenise(tokenizer, text, special=True)
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def arguments_of(template: str) -> set[str]:
+    """Return the names that a chat template reads and is not always given: the arguments that it may take."""
+    from jinja2 import Environment, meta
+
+    # transformers' mark around what an assistant says, which the template's output does not depend on.
+    template = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    return {name for name in meta.find_undeclared_variables(tree) - GIVEN if not name.endswith("_token")}
