@@ -214,7 +214,7 @@ def queued() -> dict[tuple[str, str], str]:
     """
     command = ["squeue", "--me", "--noheader", "--format=%A %T %j"]
     try:
-        squeue = subprocess.run(command, capture_output=True, text=True, check=True)
+        squeue = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
     except FileNotFoundError:
         raise MissingInputError(
             "squeue is not installed here", "--slurm is for a machine that submits to Slurm"

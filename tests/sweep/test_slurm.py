@@ -223,11 +223,11 @@ def test_a_record_that_is_none_is_named(path, lorapar, submitted):
 
 
 def test_lines_of_squeue_that_name_no_job_of_ours(tmp_path, monkeypatch):
-    lines = "echo 'CLUSTER: alpha'; echo '7 RUNNING '; echo '8 PENDING a b'"
+    lines = "echo 'CLUSTER: alpha'; echo '7 RUNNING '; printf '9 RUNNING \\377\\n'; echo '8 PENDING a b'"
     (tmp_path / "squeue").write_text(f"#!/bin/sh\n{lines}\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert slurm.queued() == {("8", "a b"): "PENDING"}
+    assert slurm.queued() == {("8", "a b"): "PENDING", ("9", "\N{REPLACEMENT CHARACTER}"): "RUNNING"}
 
 
 def test_a_reply_of_sbatch_that_is_none(tmp_path, monkeypatch):
