@@ -67,12 +67,13 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
         raise MissingInputError(
             f"nothing to report: no step of {path} is current", f"lorapar run {arguments}"
         )
-    from stages.report import run_page
+    from stages.report import files, run_page
 
-    out.mkdir(parents=True, exist_ok=True)
+    page = out / "report.html"
+    files.refuse_others([page])
     text = run_page.page(settings, requested, f"lorapar run {arguments}", f"lorapar serve {arguments}")
-    (out / "report.html").write_text(text, encoding="utf-8")
-    terminal.say(f"{out / 'report.html'}")
+    files.write({page: text})
+    terminal.say(str(page))
 
 
 def _report_tables(tables: list[Table], out: Path, only: list[str], options: list[str]) -> None:
@@ -86,17 +87,22 @@ def _report_tables(tables: list[Table], out: Path, only: list[str], options: lis
     if not any(table_results.any_there for table_results in all_results):
         hint = sweep([table.path for table in tables])
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
-    from stages.report import table_page
+    from stages.report import files, table_page
 
-    out.mkdir(parents=True, exist_ok=True)
+    page = out / "report.html"
+    texts = {
+        out / "report.md": "\n".join(
+            render.markdown(found, sweep([found.table.path])) for found in all_results
+        )
+    }
     for found in all_results:
-        path, values = found.table.path, found.values.values()
-        (out / f"{path.stem}.csv").write_text(render.csv_text(found), encoding="utf-8")
-        (out / f"{path.stem}.tex").write_text(render.latex(found), encoding="utf-8")
+        texts[out / f"{found.table.path.stem}.csv"] = render.csv_text(found)
+        texts[out / f"{found.table.path.stem}.tex"] = render.latex(found)
+    files.refuse_others([page, *texts])
+    texts[page] = table_page.page([(found, partial(sweep, [found.table.path])) for found in all_results])
+    files.write(texts)
+    for found in all_results:
+        values = found.values.values()
         complete = sum(value is not None for value in values)
-        terminal.say(f"{path}: {complete} of {len(values)} values are available")
-    text = "\n".join(render.markdown(found, sweep([found.table.path])) for found in all_results)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    page = table_page.page([(found, partial(sweep, [found.table.path])) for found in all_results])
-    (out / "report.html").write_text(page, encoding="utf-8")
-    terminal.say(f"{out / 'report.html'}, report.md, and a .csv and .tex of each table")
+        terminal.say(f"{found.table.path}: {complete} of {len(values)} values are available")
+    terminal.say(f"{page}, report.md, and a .csv and .tex of each table")

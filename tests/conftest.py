@@ -5,6 +5,7 @@ Commands run as a person runs them.
 
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib.util
 import logging
@@ -382,3 +383,15 @@ class Silent:
 @pytest.fixture
 def silent() -> Silent:
     return Silent()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text that is written to a file whole fits by its first ten characters only."""
+    write = Path.write_text
+
+    def half(self: Path, text: str, **settings: Any) -> int:
+        write(self, text[:10], **settings)
+        raise OSError(errno.ENOSPC, "full", str(self))
+
+    monkeypatch.setattr(Path, "write_text", half)

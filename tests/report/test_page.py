@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT, make_steps, paths
 from matplotlib.figure import Figure
 
+from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, elements, figures, provenance, run_page, table_page
+from stages.report import comparison, elements, figures, files, provenance, run_page, table_page
 from stages.report.page import (
     Command,
     ComparedItem,
@@ -134,9 +135,26 @@ def test_a_report_of_nothing_is_none(tiny, demo_data, tmp_path, lorapar, file):
     assert not (tmp_path / "page").exists()
 
 
+def test_only_an_earlier_report_is_replaced_and_a_full_disk_leaves_no_half(tmp_path, full_disk):
+    paths = [tmp_path / name for name in ("report.html", "report.md", "a.csv", "a.tex")]
+    files.refuse_others(paths)
+    with pytest.raises(OSError, match="full"):
+        files.write({path: files.MARKS[path.suffix] + "new" for path in paths})
+    assert not list(tmp_path.iterdir())
+    for path in paths:
+        path.write_bytes(b"mine")
+        with pytest.raises(OutputError, match=f"{path.name} exists already, and is not of a report"):
+            files.refuse_others(paths)
+        path.write_bytes(files.MARKS[path.suffix].encode())
+    files.refuse_others(paths)
+
+
 def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_path, monkeypatch):
     config, settings = run
     sets = [part for text in settings for part in ("--set", text)]
+    (tmp_path / "report.html").write_text("mine")
+    assert lorapar("report", "configs/smoke.yaml", *sets, "--out", tmp_path).code == 73
+    (tmp_path / "report.html").rename(tmp_path / "mine.html")
     done = lorapar("report", "configs/smoke.yaml", *sets, "--out", tmp_path)
     assert done.code == 0, done.err
     page = (tmp_path / "report.html").read_text()

@@ -532,6 +532,11 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     swept, small, lorapar, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/small.csv").write_text("mine")
+    done = lorapar("report", small, "--out", tmp_path / "out")
+    assert done.code == 73 and (tmp_path / "out/small.csv").read_text() == "mine"
+    (tmp_path / "out/small.csv").unlink()
     done = lorapar("report", small, "--out", tmp_path / "out")
     assert done.code == 0 and "10 of 15 values are available" in done.err
     text = (tmp_path / "out/report.md").read_text()
