@@ -12,7 +12,7 @@ from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import DataSection, ModelSection, ScoreSection
 from stages.data.rows import local_file
-from stages.errors import ConfigError, LoraparError, MissingInputError, OutputError
+from stages.errors import ConfigError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import refuse_store
@@ -123,11 +123,11 @@ def _write_config(
         f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
-    path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
     try:
+        path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
         plan_steps(resolved(load(path, [])))
-    except LoraparError:
-        path.unlink()
+    except BaseException:  # such as a full disk
+        path.unlink(missing_ok=True)
         raise
     halves = [file for held in (new, old) if held and held.test for file in (held.train, str(held.test.path))]
     terminal.say(f"wrote {', '.join([str(path), *halves])}; next: lorapar plan {escaping.shell(str(path))}")

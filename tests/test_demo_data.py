@@ -91,7 +91,7 @@ def test_worked_answers_are_right(splits):
 
 def test_a_file_with_other_rows_stays(tmp_path):
     (tmp_path / "train.jsonl").write_text("mine")
-    with pytest.raises(OutputError, match="train.jsonl exists already, with other rows"):
+    with pytest.raises(OutputError, match="train.jsonl exists already, with other content"):
         demo.write(tmp_path, 7)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
     (tmp_path / "train.jsonl").rename(tmp_path / ".train.jsonl")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import trl
@@ -15,6 +16,7 @@ from stages.init import config_writer
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
+from stages.prompts.renderer import Renderer
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def rows(number: int, **more: object) -> list[dict]:
 WITHOUT_REASON = re.compile("name|path|duplicates: first")
 
 
-def test_numbers_and_lengths(tiny, written):
+def test_numbers_and_lengths(tiny, written, monkeypatch):
     found, said = written(rows(300))
     assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
@@ -57,7 +59,13 @@ def test_numbers_and_lengths(tiny, written):
     assert "which rows measure success" in said and "eval" not in found
     assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
     file = found["data"]["path"]
+    made, kept, render = [], [], Renderer.row
+    monkeypatch.setattr(Renderer, "row", lambda *given: (row := render(*given), made.append(ref(row)))[0])
+    monkeypatch.setattr(
+        Renderer, "rows_without_stop", lambda *_: kept.append(sum(r() is not None for r in made)) or []
+    )
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=file), [])
+    assert max(kept) <= 3, "tokens of rows are kept in memory"
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
     assert seen.prompt.longest <= found["rl"]["max_prompt_length"] < seen.prompt.longest + config_writer.STEP
     assert seen.response.longest < found["rl"]["max_completion_length"]
@@ -202,6 +210,15 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     assert "(dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said
     assert found["rl"]["max_prompt_length"] + found["rl"]["max_completion_length"] <= 64
+
+
+def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_disk):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_bytes(json.dumps(rows(1)[0]).encode())
+    for arguments in (["rows.jsonl", "--model", tiny], ["--example", "paper/table1/qwq"]):
+        done = lorapar("init", *arguments)
+        assert done.code == 73 and "no space left" in done.err
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.jsonl"]
 
 
 def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monkeypatch):

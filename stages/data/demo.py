@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from stages.errors import DataError, OutputError
+from stages.errors import DataError
 from stages.records import write_jsonl
+from stages.store.whole_files import whole_files
 
 Shares = dict[str, float]
 """Kind of item → its share in a split."""
@@ -144,13 +144,12 @@ def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> d
     split is one of `train` or `valid`. In the long set, `valid` is for choosing settings and asks for the
     same facts as `train`; `final` is a larger `test`, for differences of a few points.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     questions: set[str] = set()
     sizes = {}
     splits = SETS[size]
-    with TemporaryDirectory(dir=folder) as unfinished:
-        files = {Path(unfinished, f"{split}.jsonl"): folder / f"{split}.jsonl" for split in splits}
+    # `make` takes the last file as proof of all.
+    with whole_files([folder / f"{split}.jsonl" for split in splits], "another folder") as files:
         for new, (split, (total, shares)) in zip(files, splits.items(), strict=True):
             items = list(_items(rng, split, total, shares, questions))
             rng.shuffle(items)
@@ -159,11 +158,6 @@ def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> d
                 _drop_worked_answers(rows, gold_only, seed)
             write_jsonl(new, rows)
             sizes[split] = len(items)
-        if others := [f for new, f in files.items() if f.exists() and f.read_bytes() != new.read_bytes()]:
-            raise OutputError(f"{others[0]} exists already, with other rows", "another folder")
-        # Files are renamed when all are complete: `make` takes the last one as proof of all.
-        for new, file in files.items():
-            new.replace(file)
     return sizes
 
 

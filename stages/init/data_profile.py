@@ -106,30 +106,37 @@ def survey(
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
     )
     renderer = _renderer(tokenizer, section, rows.examples)
-    rendered = [renderer.row(example) for example in rows.examples]
-    prompts = [sum(label == IGNORED for label in row.labels) for row in rendered]
-    triples = zip(rows.examples, rendered, prompts, strict=True)
-    answered = [(row, length) for example, row, length in triples if example.response]
-    shown, prompt_length = answered[0] if answered else (rendered[0], prompts[0])
-    trained = shown.input_ids[prompt_length:] if answered else []
+    answered = [example for example in rows.examples if example.response]
+    shown = renderer.row((answered or rows.examples)[0])
+    start = shown.labels.count(IGNORED)
+    trained = shown.input_ids[start:] if answered else []
+    prompts, responses, never_stops = [], [], []
+    for example in rows.examples:
+        row = renderer.row(example)  # not kept: tokens take many times the memory of texts
+        prompts.append(row.labels.count(IGNORED))
+        responses.append(len(row.labels) - prompts[-1])
+        if example.response:
+            never_stops += renderer.rows_without_stop([row])
     labels = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)
     return DataProfile(
         rows=rows,
         answers=kinds,
         prompt=Lengths(prompts),
-        response=Lengths([len(row.labels) - n for row, n in answered or zip(rendered, prompts, strict=True)]),
-        row=Lengths([len(row.labels) for row in rendered]),
-        unanswered=len(rendered) - len(answered),
+        response=Lengths(
+            [n for n, e in zip(responses, rows.examples, strict=True) if e.response] or responses
+        ),
+        row=Lengths(map(sum, zip(prompts, responses, strict=True))),
+        unanswered=len(rows.examples) - len(answered),
         bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=labels.count(2) if None not in labels else None,
         ignores_system=sum(
             label is None and isinstance(e.extra.get("system"), str)
             for label, e in zip(labels, rows.examples, strict=True)
         ),
-        never_stops=renderer.rows_without_stop([row for row, _ in answered]),
+        never_stops=never_stops,
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
-        sample=(tokenizer.decode(shown.input_ids[:prompt_length]), tokenizer.decode(trained)),
+        sample=(tokenizer.decode(shown.input_ids[:start]), tokenizer.decode(trained)),
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,

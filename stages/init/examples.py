@@ -11,6 +11,7 @@ from stages.config.yaml import read_yaml
 from stages.errors import ConfigError, OutputError
 from stages.models.bundled import MAKERS
 from stages.store.artifacts import refuse_store
+from stages.store.whole_files import whole_files
 
 HERE = Path(__file__).resolve().parent
 FOLDER = next(folder for folder in (HERE / "configs", HERE.parents[1] / "configs") if folder.is_dir())
@@ -43,13 +44,11 @@ def write(name: str, out: Path | None) -> list[Path]:
     if out and len(sources) > 1:
         raise OutputError(f"--out {out}: {name} refers to other files, so it keeps its name", "without --out")
     texts = {out or source.relative_to(FOLDER): _text(source) for source in sources}
-    for path, text in texts.items():
+    for path in texts:
         refuse_store(path)
-        if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
-            raise OutputError(f"{path} exists already", "another name: --out FILE, or another folder")
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    with whole_files(list(texts), "another name: --out FILE, or another folder") as drafts:
+        for draft, text in zip(drafts, texts.values(), strict=True):
+            draft.write_text(text, encoding="utf-8")
     return list(texts)
 
 

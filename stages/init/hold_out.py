@@ -6,16 +6,16 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
 from stages.data import formats
 from stages.data.formats import EmptyRowError
 from stages.data.rows import raw_rows, read_rows
-from stages.errors import DataError, OutputError
+from stages.errors import DataError
 from stages.init.data_profile import answer_kind, benchmark_of
 from stages.records import write_jsonl
+from stages.store.whole_files import whole_files
 
 ONE_IN, MOST = 5, 300
 """One question of so many is held out, and no more than so many questions in all."""
@@ -59,8 +59,9 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     if not chosen:
         return HeldOut(path, None)
     files = {name: folder / f"{title or stem(path)}-{name}.jsonl" for name in parts}
-    for name, file in files.items():
-        _write(file, parts[name])
+    with whole_files(list(files.values()), "write elsewhere: --out FOLDER/rows.yaml") as new:
+        for file, part in zip(new, parts.values(), strict=True):
+            write_jsonl(file, part)
     try:
         return HeldOut(str(files["train"]), benchmark_of(str(files["test"])))
     except DataError:  # such as functions with tests that are not in HumanEval's form
@@ -72,12 +73,3 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
 def stem(path: str) -> str:
     """The name of a file without its extensions."""
     return Path(path).name.split(".")[0]
-
-
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    with TemporaryDirectory(dir=file.parent) as unfinished:
-        new = Path(unfinished, file.name)
-        write_jsonl(new, rows)
-        if file.exists() and file.read_bytes() != new.read_bytes():
-            raise OutputError(f"{file} exists already", "write elsewhere: --out FOLDER/rows.yaml")
-        new.replace(file)

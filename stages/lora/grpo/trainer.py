@@ -150,7 +150,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         if self._completions is not None:
             (*_, rewards), self._completions = self._completions, None
         else:
-            texts = self._texts(prompts, completion_ids_list)
+            texts = self.texts(prompts, completion_ids_list)
             rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
         totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
@@ -169,9 +169,9 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     def score(self, inputs: list[dict[str, Any]], ids: list[Any]) -> Tensor:
         """Rewards of completions, of all processes: (completions, functions)."""
         prompts = [row["prompt"] for row in inputs]
-        return super()._calculate_rewards(inputs, prompts, self._texts(prompts, ids), ids)
+        return super()._calculate_rewards(inputs, prompts, self.texts(prompts, ids), ids)
 
-    def _texts(self, prompts: list[str], ids: list[Any]) -> list[str]:
+    def texts(self, prompts: list[str], ids: list[Any]) -> list[str]:
         """Completions as rewards read them; TRL's own texts lack the tags of some thoughts."""
         return [
             thoughts.decode(self.processing_class, list(own), prompt)
