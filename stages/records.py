@@ -9,12 +9,20 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from stages import escaping
 from stages.errors import DataError, MissingInputError
 
 SHOWN_PROBLEMS = 20
 SHOWN_LINES = 6
 """Line numbers that are shown for one reason, at most."""
 MAX_LINE_BYTES = 32 * 2**20
+WIDE = {
+    "UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff",
+    "UTF-16": rb"\xff\xfe|\xfe\xff",
+    "UTF-16LE": rb"[^\0]\0[^\0]\0",
+    "UTF-16BE": rb"\0[^\0]\0[^\0]",
+}
+"""Encoding of more than one byte a character → how a text in it begins, with its mark or without."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the first line of a file that is not blank, gzipped or not, or its beginning."""
-    return next((line for line in _lines(path) if line.strip()), b"")[:64]
+    """Return the first line of a file that is not blank, gzipped or not, or its beginning.
+
+    DataError if it is text in UTF-16 or UTF-32.
+    """
+    start = next((line for line in _lines(path) if line.strip()), b"")[:64]
+    if encoding := next((name for name, form in WIDE.items() if re.match(form, start)), None):
+        hint = f"iconv -f {encoding} -t UTF-8 {escaping.shell(str(path))} > NEW"
+        raise DataError(f"{path} is {encoding}, and must be UTF-8", hint)
+    return start
 
 
 def _lines(path: Path) -> Iterator[bytes]:

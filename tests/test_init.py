@@ -93,7 +93,7 @@ def test_rewards_follow_the_answers(written):
 
 
 def test_rows_without_answers_are_not_passed_over(written):
-    plain = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(3)]
+    plain = [{"instruction": f"Say {i}.", "output": f"Well, {i}"} for i in range(3)]
     found, said = written(plain)
     assert found["sft"] == {"rounds": 2} and found["eval"] == {"targets": ["base", "sft", "sft2"]}
     assert "rl" not in found and "prompt" not in found

@@ -7,11 +7,12 @@ context; under `messages_all` it makes one of each answer.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from stages.errors import DataError
 from stages.prompts import thoughts
-from stages.prompts.answers import gold_from_response
+from stages.prompts.answers import extract_letter, gold_from_response, gold_letter, same_text
 from stages.records import Example
 from stages.store.digests import id_of
 
@@ -42,6 +43,8 @@ PREFERENCES = {"chosen", "rejected"}
 RESPONSES = {"answer", "output", "completion"}
 VERIFYING = ("gold", "test")
 """Fields of which one lets RL reward an answer; a row with one of them may have no response."""
+CHOICE = re.compile(r"[A-J]|(?i:(?:option|choice)[ _-]?[a-j])")
+"""Name of a field with one of a question's choices, such as `A` and `option_a`; it ends in the letter."""
 
 
 class EmptyRowError(ValueError):
@@ -106,7 +109,10 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
 def _example(
     prompt: str, turns: list[list[str]], answer: Any, row: dict[str, Any], used: set[str], may_lack: bool
 ) -> Example:
-    """Make an example; an answer that is a number or a boolean is verifiable as it stands."""
+    """Make an example; an answer that is a number or a boolean is verifiable as it stands.
+
+    So is one of the choices in fields of their own, which are written below the question.
+    """
     is_text = isinstance(answer, str)
     if not is_text and "choices" in row:
         raise ValueError(
@@ -124,11 +130,38 @@ def _example(
     if not prompt.strip() or not (response.strip() or may_lack):
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
+    choices = choices_of(row)
+    if not all(text in prompt for text in choices.values()):
+        if right := _right_choice(gold or response, choices):
+            prompt, gold = with_choices(prompt, choices), gold or right
+        elif response.isdecimal() and int(response) <= len(choices) > 2:  # a count from 0, or from 1?
+            problem = f"answer {response} is none of the choices {', '.join(choices)}"
+            raise ValueError(f"{problem}: write the letter of the right one")
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     # Without a response, two rows with one prompt are told apart by the answer that is right.
     named = [prompt, response, *([turns] if turns else []), *([] if response.strip() else [gold])]
     named += [thought] if thought else []
     return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns, thought)
+
+
+def choices_of(row: dict[str, Any]) -> dict[str, str]:
+    """Return the choices that a row has in fields of their own, by letter; none without A and B."""
+    fields = {name[-1].upper(): row[name] for name in row if CHOICE.fullmatch(name)}
+    texts = {letter: str(fields[letter]).strip() for letter in sorted(fields) if fields[letter] is not None}
+    return texts if texts.get("A") and texts.get("B") else {}
+
+
+def _right_choice(answer: str, choices: dict[str, str]) -> str | None:
+    """Return the choice that an answer is: the letter, if it has that, or the text; None if it is neither."""
+    letter = extract_letter(answer, leading_only=True)
+    if letter in choices and (gold_letter(answer) or choices[letter] in answer):
+        return letter
+    return answer if any(same_text(answer, text) for text in choices.values()) else None
+
+
+def with_choices(question: str, choices: dict[str, str]) -> str:
+    """Return a question with its choices, letter → text, below it: a line each, as in MMLU."""
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in choices.items())])
 
 
 def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:

@@ -2,14 +2,14 @@
 
 `files.py` reads files, and `formats.py` knows the fields of a row. Any row may have a field `gold`, its
 verifiable answer. If it has none, the answer is read from `#### answer` in the response. A row with such an
-answer, or with a test, may have no response.
+answer, or with a test, may have no response. Where no response has more than its answer, that one counts.
 """
 
 import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from stages.data.files import SUFFIXES, read_file
 from stages.data.formats import EmptyRowError
 from stages.data.hub import resolve_commit
 from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line
-from stages.records import Example, data_error
+from stages.prompts.answers import gold_from_response, is_answer, matches_gold
+from stages.records import SHOWN_LINES, Example, data_error
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,13 @@ def read_rows(source: SourceSection) -> Rows:
     needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
     located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
-    if unseen := {name for example in examples for name in example.extra if _is_unseen(name, example)}:
+    if all(example.gold is not None or is_answer(example.response) for example in examples):
+        examples = [replace(e, gold=e.response.strip()) if e.gold is None else e for e in examples]
+    if differing := [place.rpartition(":")[2] for place, row in located if _contradicts_itself(row)]:
+        shown = ", ".join(differing[:SHOWN_LINES]) + (" …" if len(differing) > SHOWN_LINES else "")
+        message = "%s: %d rows end in another answer after #### than their gold, which counts: lines %s"
+        log.warning(message, where, len(differing), shown)
+    if unseen := set().union(*map(_unseen, examples)):
         log.warning(
             "%s: no model sees %s: write what a question needs into it", where, ", ".join(sorted(unseen))
         )
@@ -189,9 +196,22 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def _contradicts_itself(example: Example) -> bool:
+    """True if the response of a row with a field gold ends in another answer."""
+    answer = gold_from_response(example.response)
+    return answer is not None and example.gold is not None and not matches_gold(answer, example.gold)
+
+
+def _unseen(example: Example) -> set[str]:
+    """Return the fields, PASSAGES or single choices, with a text or texts that are not in the prompt."""
+    names = {name for name in example.extra if name.casefold() in PASSAGES}
+    if formats.choices_of(example.extra):
+        names |= set(filter(formats.CHOICE.fullmatch, example.extra))
+    return {name for name in names if _is_unseen(name, example)}
+
+
 def _is_unseen(name: str, example: Example) -> bool:
-    """True if a field is one of PASSAGES, and has a text or a list of texts that is not in the prompt."""
-    value = example.extra[name] if name.casefold() in PASSAGES else None
+    value = example.extra[name]
     if isinstance(value, dict):  # letter → text, or the lists `text` and `label`
         value = value.get("text", list(value.values()))
     texts = value if isinstance(value, list) else [value]

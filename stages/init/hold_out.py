@@ -40,16 +40,14 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     held out. The same file is split in the same way. OutputError if another file has one of the two names.
     """
     source = SourceSection(path=path, empty="drop", duplicates="first")
-    read_rows(source)  # it raises an error for a bad row
+    examples = read_rows(source).examples  # it raises an error for a bad row
+    unverifiable = {example.conversation for example in examples if answer_kind(example) == "none"}
     rows = raw_rows(source)
     kind = formats.detect(path, rows[0][1])
-    questions, unverifiable = {}, set()
+    questions = {}
     for number, row in rows:
         with suppress(EmptyRowError):
-            example = formats.examples(kind, row)[-1]
-            questions[number] = example.conversation
-            if answer_kind(example) == "none":
-                unverifiable.add(example.conversation)
+            questions[number] = formats.examples(kind, row)[-1].conversation
     verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
     size = min(MOST, len(verifiable) // ONE_IN)
     chosen = set(random.Random(0).sample(verifiable, size))

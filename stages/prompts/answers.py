@@ -253,6 +253,13 @@ def gold_from_response(response: str) -> str | None:
     return _without_full_stop(closing[1]) if closing else None
 
 
+def is_answer(response: str) -> bool:
+    """True if a response is an answer alone: a number with its unit, a letter, or yes, no, true or false."""
+    is_number = len(response.split()) <= 3 and parse_number(response) is not None
+    words = ("yes", "no", "true", "false")
+    return is_number or gold_letter(response) is not None or any(same_text(response, word) for word in words)
+
+
 def split_final_answer(response: str) -> tuple[str, str] | None:
     """Split a response at the `####` of its last line into reasoning and answer; None if there is none."""
     hashes = _HASHES.search(response, response.rstrip().rfind("\n") + 1)

@@ -42,6 +42,7 @@ READ = {
     "sharegpt.json": json.dumps([{"conversations": [HUMAN, GPT]}]),
     "messages.jsonl": lines({"messages": chat("Two and two?", "#### 4")}),
     "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
+    "text.jsonl": lines({"question": "Two and two?", "answer": "4"}),
     "number.jsonl": lines({"question": "Two and two?", "answer": 4}),
     "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
@@ -61,6 +62,13 @@ REFUSED = {
     "short.csv": ("question,answer\na\nb\n", "short.csv:2: 1 fields, and the first line names 2 (line 3 as "),
     "twice.csv": ("question,question\na,b\n", "twice.csv: two columns are called 'question'"),
     "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
+    "wide.csv": ("question,answer\na,b\n".encode("utf-16"), "wide.csv is UTF-16, and must be UTF-8"),
+    "wide.json": (json.dumps([PAIR]).encode("utf-32"), "wide.json is UTF-32, and must be UTF-8"),
+    "wide.jsonl": (lines(PAIR).encode("utf-16-le"), "wide.jsonl is UTF-16LE, and must be UTF-8"),
+    "index.csv": (
+        "question,A,B,C,answer\nq,x,y,z,2\n",
+        "index.csv:2: answer 2 is none of the choices A, B, C",
+    ),
     "pairs.jsonl": (
         lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
         "pairs.jsonl: preference pairs",
@@ -102,6 +110,37 @@ def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer
     path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
     (example,) = read(DataSection(path=path))
     assert example.response == example.gold == text
+
+
+def test_where_no_response_has_more_than_its_answer_texts_can_be_verified(tmp_path):
+    """In JSON as in a table; beside one that has more, a text is a text."""
+    answers = ["3", "3%", "3/7", "yes", "\\boxed{3}", "1,200", "(B)", "5 km"]
+    for more, golds in (([], answers), (["So it is 3."], [None] * 9)):
+        rows = [{"question": f"q{n}", "answer": answer} for n, answer in enumerate([*answers, *more])]
+        found = read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
+        assert [(e.response, e.gold) for e in found] == list(zip([*answers, *more], golds, strict=True))
+    table = "question,answer\n" + "".join(f'q{n},"{answer}"\n' for n, answer in enumerate(answers))
+    assert [e.gold for e in read(DataSection(path=write(tmp_path / "rows.csv", table)))] == answers
+
+
+def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path, caplog):
+    heads = ("question,A,B,C,answer", "Choice C,answer,Option_b,option_a,question")
+    for head, line in zip(heads, ("q,x,y,z,B", "z,y,y,x,q"), strict=True):
+        (example,) = read(DataSection(path=write(tmp_path / "a.csv", f"{head}\n{line}\n")))
+        assert (example.prompt, example.gold) == ("q\nA. x\nB. y\nC. z", example.response)
+    assert not caplog.text
+    row = {"question": "3 or 4?", "A": "3", "B": "4", "answer": "a"}
+    (shown,) = read(DataSection(path=write(tmp_path / "shown.jsonl", lines(row))))
+    (other,) = read(
+        DataSection(path=write(tmp_path / "a.csv", "question,A,B,answer\nq,x,y,neither x nor y\n"))
+    )
+    assert shown.prompt == row["question"] and other.prompt == "q" and "no model sees A, B" in caplog.text
+
+
+def test_an_answer_that_contradicts_gold_is_counted(tmp_path, caplog):
+    rows = [{"question": f"q{n}", "answer": f"So\n#### {n}.0", "gold": n // 8 * 8} for n in range(1, 20)]
+    read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
+    assert "17 rows end in another answer after #### than their gold, which counts: lines 1, 2" in caplog.text
 
 
 def test_not_a_number_is_an_empty_cell(tmp_path):
@@ -177,10 +216,10 @@ def test_empty_cells_are_empty_rows(tmp_path):
 
 
 def test_numbers_of_a_table_are_numbers(tmp_path):
-    cells = ["42", "-1.5", "007", "1,200"]
+    cells = ["42", "-1.5", "007", "1,200", "a word"]
     text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
     found = read(DataSection(path=write(tmp_path / "a.csv", text)))
-    golds = ["42", "-1.5", None, None]
+    golds = ["42", "-1.5", None, None, None]
     assert [(e.response, e.gold) for e in found] == list(zip(cells, golds, strict=True))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.formats import other_fields, text_field
+from stages.data.formats import other_fields, text_field, with_choices
 from stages.data.rows import parse_rows, shots_source
 from stages.errors import DataError
 from stages.evaluation.grading import Context, Grade
@@ -71,7 +71,7 @@ def _example(row: dict[str, Any], number: int) -> Example:
         raise ValueError(f"field choices must hold {len(LETTERS)} texts")
     if type(row["answer"]) is not int or row["answer"] not in range(len(LETTERS)):
         raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")
-    prompt = "\n".join([question, *(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=True))])
+    prompt = with_choices(question, dict(zip(LETTERS, choices, strict=True)))
     gold = LETTERS[row["answer"]]
     extra = other_fields(row, "subject", "question", "choices", "answer")
     extra |= {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
