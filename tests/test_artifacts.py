@@ -106,8 +106,13 @@ def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store)
 
 
 def test_digest_cache_follows_content(tmp_path):
-    cache = DigestCache(tmp_path / "cache.json")
+    (tmp_path / "full/cache.json").mkdir(parents=True)  # no file can be moved there
+    cache = DigestCache(tmp_path / "full/cache.json")
     (tmp_path / "m").mkdir()
+    (tmp_path / "m/a").write_text("0")
+    cache.folder(tmp_path / "m")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["cache.json"]
+    cache = DigestCache(tmp_path / "cache.json")
     (tmp_path / "m/a").write_text("1")
     one = cache.folder(tmp_path / "m")
     assert DigestCache(tmp_path / "cache.json").folder(tmp_path / "m") == one

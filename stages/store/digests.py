@@ -50,8 +50,11 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step, so that no other process reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:  # a full disk leaves no half
+        temporary.unlink(missing_ok=True)
 
 
 CacheEntry = tuple[int, int, int, str]

@@ -19,7 +19,7 @@ def whole_files(files: Sequence[Path], hint: str = "", replace: bool = False) ->
         drafts = []
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
-            folder = unfinished.enter_context(TemporaryDirectory(dir=file.parent))
+            folder = unfinished.enter_context(TemporaryDirectory(prefix=".", dir=file.parent))
             drafts.append(Path(folder, file.name))
         yield drafts
         pairs = list(zip(drafts, files, strict=True))
