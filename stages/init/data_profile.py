@@ -96,7 +96,8 @@ def survey(
     if not rows.examples:
         raise DataError(f"no row of {data.path} has a prompt and a response")
     kinds = Counter(answer_kind(example) for example in rows.examples)
-    if set(kinds) == {"none"} and not any(example.response for example in rows.examples):
+    answered = [example for example in rows.examples if example.response]
+    if set(kinds) == {"none"} and not answered:
         raise DataError(
             f"no row of {data.path} has a response to imitate, or an answer that a reward here can verify",
             "give each row a field gold, or test and entry_point, or write a config with your own reward",
@@ -106,27 +107,14 @@ def survey(
         system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
     )
     renderer = _renderer(tokenizer, section, rows.examples)
-    answered = [example for example in rows.examples if example.response]
     shown = renderer.row((answered or rows.examples)[0])
     start = shown.labels.count(IGNORED)
-    trained = shown.input_ids[start:] if answered else []
-    prompts, responses, never_stops = [], [], []
-    for example in rows.examples:
-        row = renderer.row(example)  # not kept: tokens take many times the memory of texts
-        prompts.append(row.labels.count(IGNORED))
-        responses.append(len(row.labels) - prompts[-1])
-        if example.response:
-            never_stops += renderer.rows_without_stop([row])
     labels = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)
     return DataProfile(
         rows=rows,
         answers=kinds,
-        prompt=Lengths(prompts),
-        response=Lengths(
-            [n for n, e in zip(responses, rows.examples, strict=True) if e.response] or responses
-        ),
-        row=Lengths(map(sum, zip(prompts, responses, strict=True))),
+        **_measured(renderer, rows.examples),
         unanswered=len(rows.examples) - len(answered),
         bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=labels.count(2) if None not in labels else None,
@@ -134,9 +122,11 @@ def survey(
             label is None and isinstance(e.extra.get("system"), str)
             for label, e in zip(labels, rows.examples, strict=True)
         ),
-        never_stops=never_stops,
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
-        sample=(tokenizer.decode(shown.input_ids[:start]), tokenizer.decode(trained)),
+        sample=(
+            tokenizer.decode(shown.input_ids[:start]),
+            tokenizer.decode(shown.input_ids[start:]) if answered else "",
+        ),
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,
@@ -144,6 +134,25 @@ def survey(
         positions=getattr(base.config, "max_position_embeddings", None),
         linear=linear_modules(base),
     )
+
+
+def _measured(renderer: Renderer, examples: list[Example]) -> dict[str, Any]:
+    """Render each row for what a profile says of its tokens; these take many times the memory of texts."""
+    prompts, responses, lengths, never_stops = [], [], [], []
+    imitable = any(example.response for example in examples)
+    for example in examples:
+        row = renderer.row(example)
+        prompts.append(row.labels.count(IGNORED))
+        lengths.append(len(row.labels))
+        if example.response or not imitable:
+            responses.append(lengths[-1] - prompts[-1])
+            never_stops += renderer.rows_without_stop([row])
+    return {
+        "prompt": Lengths(prompts),
+        "response": Lengths(responses),
+        "row": Lengths(lengths),
+        "never_stops": never_stops,
+    }
 
 
 def _renderer(tokenizer: Any, section: PromptSection, examples: list[Example]) -> Renderer:
