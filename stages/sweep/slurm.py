@@ -24,6 +24,7 @@ from stages.config.yaml import read_yaml
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
 from stages.pipeline.launch import EXPECTED_KEYS
 from stages.runtime.process_guard import Guarded
+from stages.store.digests import replace_file
 from stages.sweep.file import mistakes_error
 from stages.sweep.graph import ArtifactId, Node
 from stages.sweep.local import BUSY, is_current
@@ -171,9 +172,7 @@ class Cluster:
 
     def _record_job(self, name: str, job: str) -> None:
         self.jobs[name] = job
-        draft = self.record.with_suffix(".draft")
-        draft.write_text(json.dumps(self.jobs, indent=1), encoding="utf-8")
-        draft.replace(self.record)
+        replace_file(self.record, json.dumps(self.jobs, indent=1).encode())
 
     def _submit_job(self, node: Node, dependencies: list[str]) -> str:
         """Submit the job of a node, to start after `dependencies` have succeeded, and return its number."""
