@@ -12,7 +12,7 @@ import yaml
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
-from stages.init import config_writer
+from stages.init import config_writer, hold_out
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
@@ -214,8 +214,16 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
 
 def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_disk):
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_bytes(json.dumps(rows(1)[0]).encode())
-    for arguments in (["rows.jsonl", "--model", tiny], ["--example", "paper/table1/qwq"]):
+    Path("rows.jsonl").write_bytes("\n".join(map(json.dumps, rows(10))).encode())
+    new = ["rows.jsonl", "--model", tiny]
+
+    def write_rows(file: Path, _: list) -> None:
+        file.touch()
+        if "test" in file.name:
+            file.write_text("{", encoding="utf-8")
+
+    monkeypatch.setattr(hold_out, "write_jsonl", write_rows)
+    for arguments in (new, [*new, "--protect", "rows.jsonl"], ["--example", "paper/table1/qwq"]):
         done = lorapar("init", *arguments)
         assert done.code == 73 and "no space left" in done.err
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.jsonl"]
