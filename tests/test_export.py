@@ -122,8 +122,11 @@ def test_the_type_of_the_base_is_that_of_its_files(trained, tmp_path, monkeypatc
         export._cast(file, model)
 
 
-def test_nothing_is_exported_among_artifacts(trained):
+def test_nothing_is_exported_among_artifacts_or_onto_a_full_disk(trained, tmp_path, full_disk):
     config, artifact = trained
+    with pytest.raises(OSError, match="full"):
+        export.write(artifact, config, tmp_path / "a", "adapter")
+    assert not list(tmp_path.iterdir())
     for name in ("adapter/new", "../new"):
         with pytest.raises(OutputError, match="would lie among the artifacts of a run"):
             export.write(artifact, config, artifact.path / name, "adapter")
