@@ -90,11 +90,8 @@ def _report_tables(tables: list[Table], out: Path, only: list[str], options: lis
     from stages.report import files, table_page
 
     page = out / "report.html"
-    texts = {
-        out / "report.md": "\n".join(
-            render.markdown(found, sweep([found.table.path])) for found in all_results
-        )
-    }
+    summaries = [render.markdown(found, sweep([found.table.path])) for found in all_results]
+    texts = {out / "report.md": "\n".join(summaries)}
     for found in all_results:
         texts[out / f"{found.table.path.stem}.csv"] = render.csv_text(found)
         texts[out / f"{found.table.path.stem}.tex"] = render.latex(found)

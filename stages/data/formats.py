@@ -131,10 +131,10 @@ def _example(
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
     choices = choices_of(row)
-    if not all(text in prompt for text in choices.values()):
+    if not all(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt) for text in choices.values()):
         if right := _right_choice(gold or response, choices):
             prompt, gold = with_choices(prompt, choices), gold or right
-        elif response.isdecimal() and int(response) <= len(choices) > 2:  # a count from 0, or from 1?
+        elif re.fullmatch("[0-9]", response) and int(response) <= len(choices) > 2:  # from 0, or from 1?
             problem = f"answer {response} is none of the choices {', '.join(choices)}"
             raise ValueError(f"{problem}: write the letter of the right one")
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
@@ -147,8 +147,9 @@ def _example(
 def choices_of(row: dict[str, Any]) -> dict[str, str]:
     """Return the choices that a row has in fields of their own, by letter; none without A and B."""
     fields = {name[-1].upper(): row[name] for name in row if CHOICE.fullmatch(name)}
-    texts = {letter: str(fields[letter]).strip() for letter in sorted(fields) if fields[letter] is not None}
-    return texts if texts.get("A") and texts.get("B") else {}
+    simple = {letter: text for letter, text in fields.items() if isinstance(text, str | int | float)}
+    texts = {letter: text for letter in sorted(simple) if (text := str(simple[letter]).strip())}
+    return texts if {"A", "B"} <= texts.keys() else {}
 
 
 def _right_choice(answer: str, choices: dict[str, str]) -> str | None:

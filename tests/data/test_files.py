@@ -128,6 +128,9 @@ def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path,
     for head, line in zip(heads, ("q,x,y,z,B", "z,y,y,x,q"), strict=True):
         (example,) = read(DataSection(path=write(tmp_path / "a.csv", f"{head}\n{line}\n")))
         assert (example.prompt, example.gold) == ("q\nA. x\nB. y\nC. z", example.response)
+    row = {"question": "24 + 1?", "A": 2, "B": 4, "C": None, "D": 25, "answer": "D. 25"}
+    (example,) = read(DataSection(path=write(tmp_path / "a.jsonl", lines(row))))
+    assert (example.prompt, example.gold) == ("24 + 1?\nA. 2\nB. 4\nD. 25", "D")
     assert not caplog.text
     row = {"question": "3 or 4?", "A": "3", "B": "4", "answer": "a"}
     (shown,) = read(DataSection(path=write(tmp_path / "shown.jsonl", lines(row))))
