@@ -6,6 +6,7 @@ import logging
 import pytest
 from conftest import labels_of, make_step
 
+from stages.config import DataSection
 from stages.data.rows import read
 from stages.errors import DataError, MissingInputError
 from stages.labelling.known import with_known_labels
@@ -55,6 +56,13 @@ def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
     lines[1]["instruction"] = None  # no text, so it names no row
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
+
+
+def test_a_question_names_its_row_without_the_choices_that_reading_writes_below_it(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,A,B,answer\nWhich?,x,y,B\n")
+    (tmp_path / "labels.csv").write_text("question,system\nWhich?,2\n")
+    rows = read(DataSection(path=str(tmp_path / "rows.csv")))
+    assert with_known_labels(rows, "system", tmp_path / "labels.csv")[0].system == 2
 
 
 def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
