@@ -113,7 +113,7 @@ def add_token(model, use="chat_template"):
     file.write_text(json.dumps(tokenizer))
     if use == "chat_template":
         file = model / "chat_template.jinja"
-        file.write_text(file.read_text().replace("assistant", "<|new|>assistant"))
+        file.write_text(file.read_text().replace("<|im_start|>", "<|im_start|><|new|>"))
     else:
         file = model / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), use: "<|new|>"}))
