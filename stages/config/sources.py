@@ -139,8 +139,8 @@ class PromptSection(Section):
 
     def template_arguments(self, system: int | None) -> dict[str, Any]:
         """The arguments of the chat template for rows labelled `system`, or for rows without a label."""
-        own = {} if system is None else self.chat_template_kwargs_by_system.get(system, {})
-        return {**self.chat_template_kwargs, **own}
+        of_system = {} if system is None else self.chat_template_kwargs_by_system.get(system, {})
+        return {**self.chat_template_kwargs, **of_system}
 
     @property
     def has_modes(self) -> bool:

@@ -36,8 +36,8 @@ def in_mode(content: dict[str, Any], path: str, prompt: ModePrompt) -> dict[str,
     What the request says itself counts: its system message, and each argument of the template.
     """
     if path in (CHAT, RESPONSES, MESSAGES) and prompt.template_arguments:
-        own = content.get("chat_template_kwargs") or {}
-        content = {**content, "chat_template_kwargs": {**prompt.template_arguments, **own}}
+        arguments = prompt.template_arguments | (content.get("chat_template_kwargs") or {})
+        content = {**content, "chat_template_kwargs": arguments}
     return _with_system(content, path, prompt.system)
 
 

@@ -110,10 +110,10 @@ class Evaluation:
         limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
         rows = self.rows()[:limit]
         prompt = self.benchmark.prompt or self.prompt
-        asked = rows
+        in_mode = rows
         if prompt.has_modes and (system := SYSTEMS.get(self.target.partition("-")[0])):
-            asked = [replace(row, system=system) for row in rows]  # a mode asks everything in its own way
-        renderer = Renderer(load_tokenizer(self.model), prompt, asked)
+            in_mode = [replace(row, system=system) for row in rows]  # a mode asks everything in its own way
+        renderer = Renderer(load_tokenizer(self.model), prompt, in_mode)
         folder, force = self.context.journals / "answers", self.context.force
         return AnswerCache(rows, self.benchmark, renderer, self.identity(adapter), folder, force)
 

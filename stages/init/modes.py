@@ -29,9 +29,9 @@ def modes_of(tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> dict
     """
     if section.template != "chat":
         return {}
-    known = arguments_of(tokenizer.get_chat_template())
+    arguments = arguments_of(tokenizer.get_chat_template())
     for name, values in SWITCHES.items():
-        if name in known:
+        if name in arguments:
             off, on = (_first_prompt(tokenizer, section, name, choice) for choice in values)
             if off and on and off[1] != on[1]:
                 return {1: {name: off[0]}, 2: {name: on[0]}}

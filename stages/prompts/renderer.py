@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -173,13 +174,15 @@ class Renderer:
         thought = "" if self._label(example) == 1 or thoughts.is_closed(prompt) else example.thought
         if self.section.template != "chat" or not response:
             return f"{self._tagged(thought)}{response}{self.end}"
-        for own in [thought, ""] if thought else [""]:
-            text = self._conversation(example, response, own)
-            if text.startswith(prompt) and own in text and response.strip() in text:
+        for written in [thought, ""] if thought else [""]:
+            text = self._conversation(example, response, written)
+            if text.startswith(prompt) and written in text and response.strip() in text:
                 text = text[len(prompt) :].rstrip()
                 # Some templates mark the end of an answer only where something follows.
                 return (
-                    self._tagged(thought if thought != own else "") + text.removesuffix(self.end) + self.end
+                    self._tagged(thought if thought != written else "")
+                    + text.removesuffix(self.end)
+                    + self.end
                 )
         if tag := thoughts.opened(prompt):
             return thought + self._closing(example, tag) + response + self.end
@@ -204,8 +207,9 @@ class Renderer:
 
     def _closing(self, example: Example, tag: str) -> str:
         """Return the text between a thought and an answer as the template writes it, or as is usual."""
-        _, seen, rest = self._conversation(example, "@answer@", "@thought@").rpartition("@thought@")
-        return rest.partition("@answer@")[0] if seen else f"\n{thoughts.TAGS[tag.rstrip()]}\n\n"
+        text = self._conversation(example, "@answer@", "@thought@")
+        closing = re.search("@thought@(.*)@answer@", text, re.DOTALL)
+        return closing[1] if closing else f"\n{thoughts.TAGS[tag.rstrip()]}\n\n"
 
     def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
         """Return the rows of all examples, and how many exceeded max_length (see `data.too_long`)."""
@@ -237,9 +241,10 @@ class Renderer:
 
     def digest(self) -> str:
         """Return a digest of what determines the rendering: settings, template, a sample prompt, the end."""
-        probe = self._probe.removeprefix("@@").removesuffix(self.end)  # empty for most templates
-        parts = (cache_key_fields(self.section), self.tokenizer.chat_template, self.prompt("?"), self.end)
-        text = repr((*parts, probe) if probe else parts)
+        thought = self._probe.removeprefix("@@").removesuffix(self.end)  # empty for most templates
+        settings = cache_key_fields(self.section)
+        rendering = (settings, self.tokenizer.chat_template, self.prompt("?"), self.end)
+        text = repr((*rendering, thought) if thought else rendering)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _end(self) -> str:
@@ -252,11 +257,11 @@ class Renderer:
 
     def _check_arguments(self) -> None:
         """Raise ConfigError if the chat template reads none of an argument's name; it would do nothing."""
-        known = arguments_of(self.tokenizer.get_chat_template())
+        arguments = arguments_of(self.tokenizer.get_chat_template())
         for system in (None, 1, 2):
             for name in self.section.template_arguments(system):
-                if name not in known:
+                if name not in arguments:
                     raise ConfigError(
                         f"prompt.chat_template_kwargs: the chat template reads no {name}",
-                        f"it reads {', '.join(sorted(known))}" if known else "leave it out",
+                        f"it reads {', '.join(sorted(arguments))}" if arguments else "leave it out",
                     )

@@ -166,7 +166,7 @@ def _run(results: Results) -> list[Block]:
         if any(all(artifacts.current(cell, step) for step in column.steps) for column in columns):
             lead, sections, _ = run_page.build(cell.config, cell.steps, artifacts.store(cell))
             filled = ([Heading(section.title), *section.blocks] for section in sections if section.blocks)
-            sentences = (Text(part) for part in lead if isinstance(part, str))
+            sentences = (Text(sentence) for sentence in lead if isinstance(sentence, str))
             blocks = [*sentences, *itertools.chain.from_iterable(filled)]
             return [Details(f"In full: {cell.row}, seed {cell.seed}", blocks)]
     return []

@@ -174,8 +174,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     def texts(self, prompts: list[str], ids: list[Any]) -> list[str]:
         """Completions as rewards read them; TRL's own texts lack the tags of some thoughts."""
         return [
-            thoughts.decode(self.processing_class, list(own), prompt)
-            for prompt, own in zip(prompts, ids, strict=True)
+            thoughts.decode(self.processing_class, list(tokens), prompt)
+            for prompt, tokens in zip(prompts, ids, strict=True)
         ]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
