@@ -4,13 +4,15 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from stages import escaping
-from stages.errors import DataError, MissingInputError
+from stages.errors import ArtifactError, DataError, MissingInputError, validation_messages
 
 SHOWN_PROBLEMS = 20
 SHOWN_LINES = 6
@@ -23,6 +25,8 @@ WIDE = {
     "UTF-16BE": rb"\0[^\0]\0[^\0]",
 }
 """Encoding of more than one byte a character → how a text in it begins, with its mark or without."""
+Shape = TypeVar("Shape")
+System = Annotated[int, Field(ge=1, le=2)]
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,16 @@ class Labelled:
     """Example with its label: one row of labels.jsonl."""
 
     example: Example
-    system: int | None
-    """1 or 2, or None for undecided."""
+    system: System | None
+    """None for undecided."""
     votes: dict[str, float | None]
     """Calibrated probability of System 2 per voter; None where the voter's answer was invalid or failed."""
+
+
+def _measured(extra: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(extra.get("tokens", 0), int):
+        raise ValueError("tokens is not a whole number")
+    return extra
 
 
 OUTCOMES = ("correct", "wrong", "unparsed", "truncated", "refused")
@@ -68,9 +78,9 @@ class Sample:
     """Graded answer: one row of samples.jsonl."""
 
     id: str
-    sample: int
+    sample: NonNegativeInt
     """Index of the answer, from 0, where an item is answered several times."""
-    system: int | None
+    system: System | None
     prompt: str
     """The prompt as rendered, so that it can be read and replayed."""
     output: str
@@ -85,7 +95,8 @@ class Sample:
     """Whether `flexible` is right."""
     outcome: str
     """One of OUTCOMES. A `refused` answer could not be graded; its item counts as neither right nor wrong."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Annotated[dict[str, Any], AfterValidator(_measured)] = field(default_factory=dict)
+    """Other fields of the item and its grade; `tokens` is the length of a generated answer."""
 
 
 def data_error(kind: str, lines: list[str], hint: str | None = None) -> DataError:
@@ -202,16 +213,29 @@ def _fields(example: Example) -> dict[str, Any]:
 
 
 def read_labels(path: Path) -> list[Labelled]:
-    names = {f.name for f in fields(Example)}
-    return [
-        Labelled(Example(**{n: row[n] for n in names & row.keys()}), row["system"], row["votes"])
-        for _, row in read_jsonl(path)
-    ]
+    valid = TypeAdapter(Labelled).validate_python
+    return [_checked(valid, {**row, "example": row}, f"{path}:{n}") for n, row in read_jsonl(path)]
 
 
 def read_samples(path: Path) -> list[Sample]:
     """Read the graded answers; the list is empty for a task whose metric is not an accuracy."""
-    return [Sample(**row) for _, row in parse_jsonl(_lines(path), path)]
+    valid = TypeAdapter(Sample).validate_python
+    return [_checked(valid, row, f"{path}:{n}") for n, row in parse_jsonl(_lines(path), path)]
+
+
+def read_json(path: Path, shape: type[Shape]) -> Shape:
+    """Read a JSON file of an artifact; ArtifactError if it is not of the shape that its stage writes."""
+    return _checked(TypeAdapter(shape).validate_json, path.read_bytes(), path)
+
+
+def _checked(valid: Callable[[Any], Shape], content: Any, place: Path | str) -> Shape:
+    try:
+        return valid(content)
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{place} is not what its stage writes: {validation_messages(error)[0]}",
+            "move its folder away and run the stage again",
+        ) from None
 
 
 def examples_of_system(rows: list[Labelled], system: int) -> list[Example]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import PositiveInt
 
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
@@ -23,6 +23,7 @@ from stages.lora.importance.strategies import (
     strategies,
     top_share,
 )
+from stages.records import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     region and the active share. UnusableResult if no element is active.
     """
     score = context.inputs["score"].path
-    by_name = json.loads((score / "shapes.json").read_text())
+    by_name = read_json(score / "shapes.json", dict[str, tuple[PositiveInt, ...]])
     shapes = {name: torch.Size(shape) for name, shape in by_name.items()}
     # Scores are 1-D over all weights, in the order of their names; `sizes` says where each weight ends.
     if strategies.has_trait(partition.strategy, "unscored"):

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stages import escaping
 from stages.config import Config, ModelSection
 from stages.data.rows import may_be_hub_id
 from stages.errors import ArtifactError, ConfigError, validation_messages
-from stages.evaluation.statistics import Interval
+from stages.records import read_json
 from stages.report import usage
+from stages.report.comparison import Measures
 from stages.report.views import View, view_of
 from stages.store.artifacts import Artifact
-from stages.sweep.values import Value
 
 Form = Literal["adapter", "merged"]
+
+
+class _Metrics(BaseModel):
+    """What is read of metrics.json."""
+
+    all: Measures = Measures()
+    system1: Measures = Measures()
+    system2: Measures = Measures()
 
 
 LOAD_VIEWS = """model = PeftModel.from_pretrained(model, "fast", adapter_name="fast")
@@ -208,12 +215,11 @@ def _results(evaluated: Sequence[Artifact]) -> str:
     for artifact in evaluated:
         target, _, name = artifact.manifest["variant"].partition("@")
         name = escaping.markdown(f"{target}: {name}" if several else name)
-        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
-        for key, group in {"all": "all", "system1": "System 1", "system2": "System 2"}.items():
-            if (measures := metrics.get(key, {})).get("n"):
-                n, interval = measures["n"], Interval(*measures["interval"])
-                accuracy = Value(measures["accuracy"], n=n, over_items=interval).text()
-                lines.append(f"| {name}, {group} | {accuracy} | {n} |")
+        metrics = read_json(artifact.path / "metrics.json", _Metrics)
+        groups = {"all": metrics.all, "System 1": metrics.system1, "System 2": metrics.system2}
+        for group, measures in groups.items():
+            if measures.value:
+                lines.append(f"| {name}, {group} | {measures.value.text()} | {measures.n} |")
     return "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
 
 

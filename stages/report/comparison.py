@@ -1,9 +1,10 @@
 """Targets side by side: a run's graded answers compared item by item, its gain and loss, and its routings."""
 
-import json
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
+
+from pydantic import BaseModel, NonNegativeInt
 
 from stages.config import REGIONS, ROUTED, TRAINED, Config
 from stages.config.evaluation import KEPT
@@ -12,13 +13,46 @@ from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answer
 from stages.evaluation.statistics import Interval, paired_difference, paired_p
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
-from stages.records import OUTCOMES, Sample, read_samples
+from stages.records import OUTCOMES, Sample, read_json, read_samples
 from stages.report.page import Block, Grid, Text
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
 Answers = dict[str, dict[str, list[Sample]]]
 """Graded answers by target and group."""
+
+
+class Measures(BaseModel):
+    """Figures of a group of items in metrics.json; without items there are none."""
+
+    n: NonNegativeInt = 0
+    accuracy: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def value(self) -> Value | None:
+        if self.accuracy is None or self.interval is None:
+            return None
+        return Value(self.accuracy, n=self.n, over_items=Interval(*self.interval))
+
+
+class _Routing(Measures):
+    tokens: float | None = None
+    slow_share: float
+
+
+class _Router(BaseModel):
+    persona: str
+    threshold: float
+    auc: float | None
+    examples: NonNegativeInt
+
+
+class _Routed(BaseModel):
+    """What is read of the metrics.json of target auto."""
+
+    routing: dict[str, _Routing]
+    router: _Router
 
 
 def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str, Any]]]:
@@ -224,20 +258,17 @@ def routings(artifacts: dict[str, Artifact]) -> list[Block]:
         target, _, benchmark = name.removeprefix("eval:").partition("@")
         if target != ROUTED:
             continue
-        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_json(artifact.path / "metrics.json", _Routed)
         rows = []
-        for title, row in metrics["routing"].items():
-            if row["accuracy"] is not None:
-                value = Value(row["accuracy"], n=row["n"], over_items=Interval(*row["interval"]))
-                tokens = f"{row['tokens']:.1f}" if "tokens" in row else "–"
-                rows.append([title, value.text(), tokens, f"{100 * row['slow_share']:.0f} %"])
+        for title, row in metrics.routing.items():
+            if row.value:
+                tokens = "–" if row.tokens is None else f"{row.tokens:.1f}"
+                rows.append([title, row.value.text(), tokens, f"{100 * row.slow_share:.0f} %"])
         head = [benchmark, "accuracy, % [95 % interval]", "tokens of an answer", "answered slowly"]
-        router = metrics["router"]
-        area = "" if router["auc"] is None else f"; AUC {router['auc']:.2f} against their labels"
-        source = f"{router['examples']} labelled training rows{area}"
-        vote = (
-            f"The vote is that of persona {router['persona']}, without an answer to look at. Its threshold, "
-        )
-        vote += f"{router['threshold']:.3f}, is from {source}. Votes are not counted as tokens."
+        router = metrics.router
+        area = "" if router.auc is None else f"; AUC {router.auc:.2f} against their labels"
+        source = f"{router.examples} labelled training rows{area}"
+        vote = f"The vote is that of persona {router.persona}, without an answer to look at. Its threshold, "
+        vote += f"{router.threshold:.3f}, is from {source}. Votes are not counted as tokens."
         content += [Grid(head, rows, ROUTINGS_CAPTION), Text(vote, quiet=True)]
     return content

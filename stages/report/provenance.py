@@ -7,6 +7,8 @@ from typing import Any
 
 from stages.config import Config
 from stages.config.fields import Section as Settings
+from stages.lora.training.curves import History
+from stages.records import read_json
 from stages.report.page import Block, Details, Grid
 from stages.store.artifacts import Artifact
 from stages.store.estimates import actual_and_planned
@@ -53,12 +55,12 @@ def _factor(actual: float | None, planned: float | None) -> str:
     return f" (×{max(1.0, actual) / max(1.0, planned):.2g})" if larger >= TWOFOLD * smaller else ""
 
 
-def tokens(artifact: Artifact) -> int | None:
+def tokens(artifact: Artifact) -> float | None:
     """Count the tokens that a training read, or the evaluated model wrote; None if neither is recorded."""
     history = artifact.path / "history.json"
     if history.is_file():
-        read = [row["num_tokens"] for row in json.loads(history.read_bytes()) if "num_tokens" in row]
-        return int(read[-1]) if read else None
+        read = [row["num_tokens"] for row in read_json(history, History) if "num_tokens" in row]
+        return read[-1] if read else None
     overall = artifact.manifest["summary"].get("all")
     if isinstance(overall, dict) and overall.get("tokens") is not None:
         return round(overall["tokens"] * overall["answers"])  # the mean length is stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step
-from stages.records import Sample
+from stages.records import Sample, read_json
 from stages.report import comparison, elements, figures, provenance, voters
 from stages.report.page import (
     Block,
@@ -254,7 +253,7 @@ def _training(artifacts: dict[str, Artifact]) -> list[Block]:
     for name, window in windows.items():  # the rewards of one step are few and noisy
         if name not in artifacts:
             continue
-        history = json.loads((artifacts[name].path / "history.json").read_text(encoding="utf-8"))
+        history = read_json(artifacts[name].path / "history.json", curves.History)
         pictures = []
         for title, series in curves.panels(history).items():
             points = {label: curves.points(history, key) for label, key in series.items()}

@@ -12,6 +12,7 @@ from stages.config.evaluation import KEPT
 from stages.evaluation.statistics import p_value
 from stages.lora.training.curves import OVERVIEW, History
 from stages.pipeline.steps import with_inputs
+from stages.records import read_json
 from stages.report import elements, figures, run_page
 from stages.report.page import (
     Block,
@@ -240,7 +241,7 @@ def _training_curves(results: Results) -> list[Picture]:
         return []
     runs: dict[str, list[History]] = {}
     for path, row in rows.items():
-        runs.setdefault(row, []).append(json.loads((path / "history.json").read_bytes()))
+        runs.setdefault(row, []).append(read_json(path / "history.json", History))
     svg = figures.svg(figures.training_curves(runs, OVERVIEW))
     text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(OVERVIEW)}."
     return [Picture(svg, text, f"RL, moving means over {figures.WINDOW} steps.")]

@@ -2,76 +2,123 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, NonNegativeInt
 
 from stages import escaping
+from stages.records import read_json
 from stages.report.comparison import percent
 from stages.report.page import Grid, Text
 
 MAX_CONTESTED = 3
+Ends = tuple[float, float]
+"""The ends of a 95 % interval."""
+
+
+class _Voter(BaseModel):
+    system2_share: float | None
+    invalid: NonNegativeInt
+    failed: dict[str, NonNegativeInt]
+    threshold: float
+    held_out_auc: float | None
+    held_out_interval: Ends | None
+    mass_on_words: float | None
+
+
+class _Pair(BaseModel):
+    equal: float
+    kappa: float | None
+    interval: Ends | None
+
+
+class _Agreement(BaseModel):
+    pairs: dict[str, _Pair] = {}
+    fleiss_kappa: float | None = None
+
+
+class _Known(BaseModel):
+    field: str
+    auc: dict[str, tuple[float, Ends] | None]
+    agreement: float | None
+    interval: Ends | None
+    n: NonNegativeInt
+
+
+class _Contested(BaseModel):
+    system: int | None
+    votes: dict[str, float | None]
+    prompt: str
+
+
+class _Report(BaseModel):
+    """What is read of a report: the figures are those of classify/report.py."""
+
+    voters: dict[str, _Voter]
+    agreement: _Agreement
+    known: _Known | None = None
+    contested: list[_Contested]
 
 
 def blocks(folder: Path) -> list[Grid | Text]:
     """Read report.json of a classify artifact; nothing if there is none, as where labels are random."""
     if not (folder / "report.json").is_file():
         return []
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    parts: list[Grid | Text] = [_voters(report["voters"])]
+    report = read_json(folder / "report.json", _Report)
+    parts: list[Grid | Text] = [_voters(report.voters)]
     parts.append(Text("weight: share of the voter's probability that falls on its two words"))
-    parts += [_pairs(report["agreement"])] if report["agreement"].get("pairs") else []
-    parts += _reference(report["known"], report["voters"]) if report.get("known") else []
-    parts += [Text("most contested:")] if report["contested"] else []
-    for row in report["contested"][:MAX_CONTESTED]:
-        values = ", ".join("–" if value is None else f"{value:.2f}" for value in row["votes"].values())
-        prompt = escaping.one_line(" ".join(row["prompt"].split()))[:90]
-        parts.append(Text(f"  System {row['system'] or '–'} from {values}: {prompt}"))
+    parts += [_pairs(report.agreement)] if report.agreement.pairs else []
+    parts += _reference(report.known, report.voters) if report.known else []
+    parts += [Text("most contested:")] if report.contested else []
+    for row in report.contested[:MAX_CONTESTED]:
+        values = ", ".join("–" if value is None else f"{value:.2f}" for value in row.votes.values())
+        prompt = escaping.one_line(" ".join(row.prompt.split()))[:90]
+        parts.append(Text(f"  System {row.system or '–'} from {values}: {prompt}"))
     return parts
 
 
-def _voters(voters: dict[str, Any]) -> Grid:
+def _voters(voters: dict[str, _Voter]) -> Grid:
     rows = [
         [
             title,
-            f"{percent(voter['system2_share'])}%",
-            str(voter["invalid"]),
-            str(sum(voter["failed"].values())),
-            f"{voter['threshold']:.3f}",
-            _area(voter["held_out_auc"], voter["held_out_interval"]),
-            "" if voter["mass_on_words"] is None else f"{voter['mass_on_words']:.1%}",
+            f"{percent(voter.system2_share)}%",
+            str(voter.invalid),
+            str(sum(voter.failed.values())),
+            f"{voter.threshold:.3f}",
+            _area(voter.held_out_auc, voter.held_out_interval),
+            "" if voter.mass_on_words is None else f"{voter.mass_on_words:.1%}",
         ]
         for title, voter in voters.items()
     ]
     return Grid(["voter", "votes 2", "invalid", "failed", "threshold", "held-out AUC", "weight"], rows)
 
 
-def _pairs(agreement: dict[str, Any]) -> Grid:
+def _pairs(agreement: _Agreement) -> Grid:
     rows = []
-    for names, pair in agreement["pairs"].items():
-        kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
-        if pair["interval"]:
-            kappa += f" [{pair['interval'][0]:.2f}–{pair['interval'][1]:.2f}]"
-        rows.append([names, f"{percent(pair['equal'])}%", kappa])
-    if agreement["fleiss_kappa"] is not None and len(agreement["pairs"]) > 1:
-        rows.append(["all, Fleiss' kappa", "", f"{agreement['fleiss_kappa']:.2f}"])
+    for names, pair in agreement.pairs.items():
+        kappa = "–" if pair.kappa is None else f"{pair.kappa:.2f}"
+        if pair.interval:
+            kappa += f" [{pair.interval[0]:.2f}–{pair.interval[1]:.2f}]"
+        rows.append([names, f"{percent(pair.equal)}%", kappa])
+    if agreement.fleiss_kappa is not None and len(agreement.pairs) > 1:
+        rows.append(["all, Fleiss' kappa", "", f"{agreement.fleiss_kappa:.2f}"])
     return Grid(["pair of voters", "equal", "Cohen's kappa"], rows)
 
 
-def _reference(reference: dict[str, Any], voters: dict[str, Any]) -> list[Grid | Text]:
+def _reference(reference: _Known, voters: dict[str, _Voter]) -> list[Grid | Text]:
     """Show the agreement with known labels, and the AUC of each voter and of scores without a model."""
     rows = [
         [title if title in voters else f"{title} (no model)", _area(*(area or (None, None)))]
-        for title, area in reference["auc"].items()
+        for title, area in reference.auc.items()
     ]
-    parts: list[Grid | Text] = [Grid([f"against {reference['field']}", "AUC [95 %]"], rows)]
-    if reference["agreement"] is not None:
-        low, high = reference["interval"]
-        share = f"{percent(reference['agreement'])} % [{percent(low)}–{percent(high)}]"
-        parts.append(Text(f"labels agree with {reference['field']}: {share} of {reference['n']}"))
+    parts: list[Grid | Text] = [Grid([f"against {reference.field}", "AUC [95 %]"], rows)]
+    if reference.interval:
+        low, high = reference.interval
+        share = f"{percent(reference.agreement)} % [{percent(low)}–{percent(high)}]"
+        parts.append(Text(f"labels agree with {reference.field}: {share} of {reference.n}"))
     return parts
 
 
-def _area(value: float | None, interval: Any) -> str:
-    """Format an AUC, which is None if it could not be measured, and its interval (low, high)."""
-    return "–" if value is None else f"{value:.2f} [{interval[0]:.2f}–{interval[1]:.2f}]"
+def _area(value: float | None, interval: Ends | None) -> str:
+    """Format an AUC, which like its interval is None if it could not be measured."""
+    return "–" if value is None or interval is None else f"{value:.2f} [{interval[0]:.2f}–{interval[1]:.2f}]"

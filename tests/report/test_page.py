@@ -421,7 +421,8 @@ def test_tokens_are_those_trained_on_or_written(tmp_path):
             (tmp_path / name / "history.json").write_text(json.dumps(history))
         return Artifact(tmp_path / name, {"summary": summary})
 
-    trained = artifact("sft", {}, [{"num_tokens": 90.0}, {"loss": 1, "num_tokens": 180.0}, {"loss": 1}])
+    logged = [{"num_tokens": 90.0}, {"loss": 1, "num_tokens": 180.0}, {"loss": 1}]
+    trained = artifact("sft", {}, [{"step": 1, **row} for row in logged])
     assert provenance.tokens(trained) == 180
     assert provenance.tokens(artifact("eval", {"all": {"answers": 8, "n": 4, "tokens": 20.5}})) == 164
     assert provenance.tokens(artifact("mmlu", {"all": {"answers": 8, "tokens": None}})) is None

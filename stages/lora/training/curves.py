@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-History = list[dict[str, float]]
+
+def _of_a_step(row: dict[str, float]) -> dict[str, float]:
+    if "step" not in row:
+        raise ValueError("no step")
+    return row
+
+
+History = list[Annotated[dict[str, float], AfterValidator(_of_a_step)]]
 KL_FROM_START = "system1/kl_from_start"
 """Name in the history of the KL probe's values, in nats per token."""
 PROTECTED_KL = "protected/kl_from_start"
