@@ -1,5 +1,6 @@
 """The journal of answers: what a kill leaves of it, and several runs that share it."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,6 +108,28 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, line):
     with pytest.raises(ArtifactError, match=f"{path}:2 is not a valid answer: ") as caught:
         Journal(path, Share)
     assert caught.value.hint == "move the file away, and the same command asks again"
+
+
+def test_an_answer_that_was_edited_is_asked_again(tmp_path, caplog):
+    """Lines of earlier versions have no seal, and stand before those that have one."""
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"question": "old", "sample": 0, "share": 1}\n')
+    journal = Journal(path, Share)
+    with journal.writing(print):
+        for name in "abcd":
+            journal.add((name, 0), {"share": 0.5})
+        journal.note("fingerprint", [0.5])
+    whole = path.read_text()
+    old, a, b, c, d, note = whole.splitlines()
+    (edited := json.loads(b)).pop("seal")
+    harmed = [a.replace("0.5", "0.9"), json.dumps(edited), d.replace('"d"', '"a"'), note.replace("5", "6")]
+    path.write_text("\n".join([old, *harmed[:2], c, *harmed[2:], ""]))
+    found = Journal(path, Share)
+    assert [name for name in ("old", *"abcd") if (name, 0) in found] == ["old", "c"] and found.notes == {}
+    assert caplog.messages == [f"{path}: 4 lines were changed since they were written: left out"]
+    path.write_text(whole + old.replace("old", "e") + "\n")  # by an earlier version, beside this one
+    found = Journal(path, Share)
+    assert ("d", 0) in found and ("e", 0) not in found
 
 
 def test_half_a_line_is_not_kept_and_the_next_one_stands_alone(tmp_path: Path):

@@ -1,12 +1,16 @@
 """Append-only journals of model answers (votes, evaluations), one JSON line each.
 
-Answers survive a kill, and no model is asked again for an answer that is in its journal.
+Answers survive a kill, and no model is asked again for an answer that is in its journal. A line has a digest
+of its content, so that an answer that was edited is left out and asked again. Lines of earlier versions have
+none, and are believed as long as no line before them has one.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +23,9 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError, create_model
 from stages.errors import ArtifactError, OutputError, validation_messages
 from stages.records import parse_jsonl
 
+log = logging.getLogger(__name__)
+
+SEAL = "seal"
 Question = tuple[str, int]
 """Digest of the question, and the index of the answer where a question is asked several times."""
 
@@ -108,7 +115,7 @@ class Journal:
         self._inode = os.fstat(self._file.fileno()).st_ino
 
     def _append(self, row: dict[str, Any]) -> None:
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps({**row, SEAL: _digest(row)}, ensure_ascii=False) + "\n").encode()
         # One unbuffered write: a kill leaves a complete line, or an unfinished one that `_open` cuts off.
         if self._file.write(line) < len(line):
             # The disk is full. Remove the half line, so that no later line is appended to it.
@@ -116,6 +123,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._offset += len(line)
         self._line_count += 1
+        self._sealed = True
 
     def _reset(self) -> None:
         """Forget everything; the next read starts at the beginning of the file."""
@@ -124,9 +132,13 @@ class Journal:
         # Bytes and lines of the file `_inode` that are in memory. Both end behind a complete line.
         self._offset = self._line_count = 0
         self._inode = None
+        self._sealed = False  # true behind the first line that has a seal
 
     def _read(self) -> None:
-        """Read the complete lines added since the last read; the last answer to a question counts."""
+        """Read the complete lines added since the last read; the last answer to a question counts.
+
+        A line whose seal is wrong, or missing after one that has a seal, is dropped.
+        """
         status = self.path.stat() if self.path.exists() else None
         if status is None or status.st_ino != self._inode or status.st_size < self._offset:
             self._reset()  # another process has set the old file aside
@@ -137,7 +149,13 @@ class Journal:
             text = file.read()
         # An unfinished last line, which another process may be writing, is left for the next read.
         complete = text[: text.rfind(b"\n") + 1]
+        changed = 0
         for number, row in parse_jsonl(complete.split(b"\n"), self.path, self._line_count + 1):
+            seal = row.pop(SEAL, None)
+            self._sealed |= seal is not None
+            if self._sealed and seal != _digest(row):
+                changed += 1
+                continue
             if "note" in row:
                 self.notes[row["note"]] = row.get("value")
                 continue
@@ -150,6 +168,12 @@ class Journal:
                 ) from None
             del row["question"], row["sample"]
             self._answers[line.question, line.sample] = row
+        if changed:
+            log.warning("%s: %d lines were changed since they were written: left out", self.path, changed)
         self._offset += len(complete)
         self._line_count += complete.count(b"\n")
         self._inode = status.st_ino
+
+
+def _digest(row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
