@@ -11,7 +11,7 @@ from stages.errors import ArtifactError, BusyError, OutputError
 from stages.store import artifacts
 from stages.store.artifacts import MANIFEST, Store
 from stages.store.checkpoints import Checkpoints
-from stages.store.digests import DigestCache, canonical_json, key_of
+from stages.store.digests import DigestCache, key_of
 
 PROVENANCE = {"config": {}, "seconds": 2.5, "finished": "2026-11-29T00:00:00+00:00", "versions": {}}
 FIELDS = {"inputs": {}, "summary": {}, "provenance": PROVENANCE}
@@ -184,6 +184,14 @@ def test_an_edited_manifest_is_not_believed(store, how):
         (lambda m: m["summary"].update(active_share=1.5), "summary.active_share: Input should be less"),
         (lambda m: m["summary"].update(elements=None), "summary.elements: Input should be a valid int"),
         (lambda m: m["summary"].update(all={"accuracy": 30}), "summary.all.accuracy: Input should be"),
+        (
+            lambda m: m["summary"].update(loss=float("nan")),
+            "Out of range float values are not JSON compliant",
+        ),
+        (lambda m: m["files"].update({"../x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
+        (lambda m: m["files"].update({"/x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
+        (lambda m: m.update(identity={"name": "other"}), "its manifest is not that of key"),
+        (lambda m: m.update(key="0" * 12), "its manifest is not that of key"),
     ],
 )
 def test_a_manifest_that_was_sealed_again_must_have_its_fields(store, change, reason):
@@ -191,11 +199,13 @@ def test_a_manifest_that_was_sealed_again_must_have_its_fields(store, change, re
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     manifest.pop("seal")
-    manifest["seal"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    manifest["seal"] = hashlib.sha256(text.encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError) as caught:
         store.load(path)
-    assert f"{path} is a foreign artifact: its manifest is invalid: {reason}" in str(caught.value)
+    assert f"{path} is a foreign artifact: its manifest is " in str(caught.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"x"', "[" * 5000, "\xed\xa0\x80"])

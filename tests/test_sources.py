@@ -79,13 +79,18 @@ def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
     assert text == "bad row: /data.jsonl:1: field note has half of a surrogate pair"
 
 
-def test_a_voter_is_the_commit_that_it_names(smoke, monkeypatch):
+def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(smoke, monkeypatch, tmp_path):
     """In its journal's name, and in what is loaded."""
     commit = "0123456789" * 4
     voter = f"{{model: org/judge, revision: {commit}, engine: transformers, persona: steps}}"
     config = smoke(f"classify.voters=[{voter}]")
     cache = DigestCache(config.root / "digests.json")
     assert of_voters(config, cache)["voters"] == [commit]
+    written(tmp_path, "1", name="shots.jsonl")
+    shown = voter.replace("}", f", shots: 2, shots_path: {tmp_path}/shots.jsonl}}")
+    keys = [of_voters(smoke(f"classify.voters=[{shown}]"), cache)]
+    written(tmp_path, "22", name="shots.jsonl")  # other worked examples in the same file
+    assert of_voters(smoke(f"classify.voters=[{shown}]"), cache)["judged"] != keys[0]["judged"]
 
     def seen(pool, served, *_):
         raise ConfigError(f"{served.model.name} at {served.model.revision}")

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
+from stages.lora.importance.masks import Masks, write_importance
+from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, elements, figures, files, provenance, run_page, table_page
 from stages.report.page import (
@@ -330,6 +332,8 @@ def test_the_verdict_counts_the_items_that_both_have():
     assert lines[0] == ["all", "3", "0.0 [0.0, 65.8]", "66.7 [20.8, 93.9], p = 1"]
     assert comparison.answered_fewer(rows) == "base answered 2 of 3 items."
     assert comparison.answered_fewer(rows[1:] * 2) == ""
+    gain = comparison._change({"a": 0, "b": 0, "c": 1, "d": 1}, {"a": 1, "b": 0, "c": 1})
+    assert gain == "+33.3 [-110.1, 176.8]"
 
 
 def test_the_verdict_is_of_rl_and_not_of_what_is_derived_from_it():
@@ -383,8 +387,6 @@ def test_what_was_planned_stands_beside_what_was_taken_and_is_flagged_if_twofold
 
 def test_a_map_has_the_share_of_both_matrices_from_zero_on():
     """A has 1 of 4 elements in the region and B 3 of 4; the other layer, 7, has no k."""
-    from stages.lora.importance.strategies import S1_ONLY
-
     codes = torch.tensor([S1_ONLY, 0, 0, 0], dtype=torch.uint8)
     region = {
         "base.layers.3.attn.q_proj.lora_A.weight": codes.view(1, 4),
@@ -410,8 +412,29 @@ def test_curves_and_dots_have_their_axes():
     measured = ([25, 100], [90, 100])
     assert lines == [measured, ([100], [50]), ([50], [25]), measured, ([0, 1], [90, 90])]
     assert [elements._share_reaching(theta, curve) for theta in (0.9, 0.94)] == ["25 %", "55 %"]
-    (dots, _) = figures.scatter({"a": ([0.1], [0.2])}, ["red"], "t").axes[0].collections
-    assert dots.get_offsets().tolist() == [[0.1, 0.2]]  # System 1 to the right, System 2 up
+    (axes,) = figures.scatter({"a": ([0.1], [0.2])}, ["red"], "t").axes
+    assert axes.collections[0].get_offsets().tolist() == [[0.1, 0.2]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("System 1 importance", "System 2 importance")
+
+
+def test_the_figures_of_a_system_are_its_own(tmp_path, monkeypatch):
+    scores = {1: {"a": torch.tensor([[0.8, 0.0, 0.6]])}, 2: {"a": torch.tensor([[0.6, 0.8, 0.0]])}}
+    write_importance(tmp_path / "importance.safetensors", scores)
+    region = {"a": torch.tensor([[S1_ONLY, S2_ONLY, SHARED]], dtype=torch.uint8)}
+    Masks(region, {}).write(tmp_path / "masks.safetensors", "sft")
+    summary = {"elements": 8, "s1_only": 4, "s2_only": 1, "jaccard": 0.5}
+    summary |= {"s1_only_share": 0.8, "s2_only_share": 0.25}
+    partition = SimpleNamespace(theta=0.9, strategy="importance")
+    config = SimpleNamespace(score=SimpleNamespace(scorer="grad2"), rl=None, partition=partition)
+    dots: dict = {}
+    monkeypatch.setattr(figures, "scatter", lambda groups, *_: dots.update(groups) or Figure())
+    score, masks = (Artifact(tmp_path, {"variant": variant, "summary": summary}) for variant in ("", "sft"))
+    grid, pictures = elements._stage(config, score, masks, "")
+    assert grid.rows == [["System 1 only", "4", "50.0 %"], ["System 2 only", "1", "12.5 %"]]
+    reached, alone = (picture.caption for picture in pictures.figures)
+    assert "90 % of it is reached by about 67 % of the elements for System 1, 67 %" in reached
+    assert alone.startswith("80.0 % of System 1's set belong to it alone, 25.0 % of System 2's")
+    assert dots["System 1 only"] == ([pytest.approx(0.8)], [pytest.approx(0.6)])
 
 
 def test_tokens_are_those_trained_on_or_written(tmp_path):
