@@ -100,7 +100,7 @@ def test_shell(text):
         assert shlex.split(quoted) == [text]
 
 
-@pytest.mark.parametrize("text", BAD)
+@pytest.mark.parametrize("text", [text for text in BAD if escape(text) != text])
 def test_page(text):
     found = render(text, [text], [PageSection(text, text, [Text(text)])])
     assert f"<p>{escape(text)}</p>" in found and f"<title>{escape(text)}</title>" in found
