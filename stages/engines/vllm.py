@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import BaseModel, PositiveInt
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import EngineSpec
@@ -30,6 +31,7 @@ from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import has_float32_head, is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import load_config, max_positions
+from stages.records import read_json
 from stages.runtime import resources
 from stages.runtime.process_guard import Guarded
 
@@ -106,15 +108,16 @@ def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
             snapshot_download(model.name, revision=model.revision, ignore_patterns=list(UNREAD_FILES))
 
 
+class _Adapter(BaseModel):
+    r: PositiveInt
+
+
 def lora_flags(modules: dict[str, Path]) -> list[str]:
     """Return vLLM's arguments to serve these adapters, all loaded, each as a model of its name.
 
     modules: name → folder of the adapter. ConfigError if a rank is larger than vLLM serves.
     """
-    ranks = [
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        for folder in modules.values()
-    ]
+    ranks = [read_json(folder / "adapter_config.json", _Adapter).r for folder in modules.values()]
     max_rank = next((rank for rank in LORA_RANKS if rank >= max(ranks)), None)
     if max_rank is None:
         raise ConfigError(f"an adapter has rank {max(ranks)}, and vLLM serves at most {LORA_RANKS[-1]}")

@@ -15,7 +15,7 @@ from stages.store.digests import canonical_json, key_of
 SCHEMA = 2
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 CHECKSUM = "seal"
 
 
@@ -45,7 +45,9 @@ class _Group(BaseModel):
 
     model_config = ConfigDict(strict=True)
     n: Count = 0
+    answers: Count = 0
     accuracy: Share | None = None
+    tokens: Amount | None = None
 
 
 class _Summary(BaseModel):
@@ -53,7 +55,10 @@ class _Summary(BaseModel):
 
     model_config = ConfigDict(strict=True)
     active: Count = 0
-    elements: Count = 0
+    elements: Annotated[int, Field(gt=0)] = 1
+    protected: Count | dict[str, Any] = 0
+    held_out: Count = 0
+    protected_kl: float | None = None
     moved: Count = 0
     steps: Count = 0
     s1_only: Count = 0
@@ -72,13 +77,13 @@ class _Provenance(BaseModel):
 
     model_config = ConfigDict(strict=True)
     config: dict[str, Any]
-    seconds: Seconds
+    seconds: Amount
     finished: str
     versions: dict[str, str]
     dtype: str = ""
     processes: Count = 1
-    joules: Seconds | None = None
-    peak_mib: dict[str, Seconds] = {}
+    joules: Amount | None = None
+    peak_mib: dict[str, Amount] = {}
     estimated: dict[str, Any] = {}
 
 
