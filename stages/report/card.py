@@ -23,7 +23,7 @@ Form = Literal["adapter", "merged"]
 
 
 class _Metrics(BaseModel):
-    """What is read of metrics.json."""
+    """Fields of metrics.json that a card shows."""
 
     all: Measures = Measures()
     system1: Measures = Measures()

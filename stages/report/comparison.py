@@ -49,7 +49,7 @@ class _Router(BaseModel):
 
 
 class _Routed(BaseModel):
-    """What is read of the metrics.json of target auto."""
+    """Fields of metrics.json that are shown of target auto."""
 
     routing: dict[str, _Routing]
     router: _Router

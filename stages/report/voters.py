@@ -52,7 +52,7 @@ class _Contested(BaseModel):
 
 
 class _Report(BaseModel):
-    """What is read of a report: the figures are those of classify/report.py."""
+    """Fields of report.json that are shown; classify/report.py writes them."""
 
     voters: dict[str, _Voter]
     agreement: _Agreement

@@ -84,7 +84,7 @@ class _Provenance(BaseModel):
     processes: Count = 1
     joules: Amount | None = None
     peak_mib: dict[str, Amount] = {}
-    estimated: dict[str, Any] = {}
+    estimated: dict[str, float | None] = {}
 
 
 class _Manifest(_Strict):
