@@ -7,6 +7,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from stages.errors import ArtifactError
 from stages.evaluation.metrics import accuracy_metrics
 from stages.records import Sample
 
@@ -17,10 +18,15 @@ ORACLE = "oracle"
 def select_answers(samples: dict[str, list[Sample]], modes: dict[str, str]) -> list[Sample]:
     """Return the answers of each item in its mode, in the order of the items; `extra` names the mode.
 
-    samples: the answers by mode, to the same items. modes: mode by item id.
+    samples: the answers by mode, to the same items, else an ArtifactError. modes: mode by item id.
     """
     by_slot = {(mode, s.id, s.sample): s for mode, answers in samples.items() for s in answers}
-    slots = [(modes[s.id], s.id, s.sample) for s in next(iter(samples.values()))]
+    slots = [(modes.get(s.id, ""), s.id, s.sample) for s in next(iter(samples.values()))]
+    if not by_slot.keys() >= set(slots):
+        raise ArtifactError(
+            f"the answers of {' and '.join(samples)} are not to the same items",
+            "lorapar eval CONFIG --force makes them again",
+        )
     return [replace(by_slot[slot], extra={**by_slot[slot].extra, "mode": slot[0]}) for slot in slots]
 
 

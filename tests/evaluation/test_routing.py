@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from conftest import make_steps
 
-from stages.errors import ConfigError
+from stages.errors import ArtifactError, ConfigError
 from stages.eval import routing
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
@@ -33,6 +33,9 @@ def test_an_oracle_takes_the_right_mode_and_of_equals_the_cheaper():
         "fast": (0.5, 3.5, 0.0), "slow": (0.5, 35.0, 1.0),
         "auto": (0.5, 3.5, 0.0), "oracle": (0.75, 10.25, 0.25),
     }  # fmt: skip
+    for other in ([*SLOW[:3], _answer("e", True, 2)], [*SLOW[:3], _answer("d", True, 2, number=1)]):
+        with pytest.raises(ArtifactError, match="the answers of fast and slow are not to the same items"):
+            routing.select_answers({"fast": FAST, "slow": other}, dict.fromkeys("abcd", "slow"))
 
 
 @pytest.fixture(scope="module")
