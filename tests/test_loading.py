@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.config import ModelSection
-from stages.models.base import load_base
+from stages.errors import DataError
+from stages.models.base import load_adapted, load_base
 from stages.models.dtype import is_converted
 
 
@@ -41,3 +42,9 @@ def test_weights_are_copied_only_if_they_are_converted(tiny, dtype):
         for weight in base.parameters()
     }
     assert mapped == {not is_converted(section)} == {dtype == "float32"}
+
+
+def test_an_adapter_of_no_kind_is_named(tiny, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": ""}')
+    with pytest.raises(DataError, match=f"cannot load adapter {tmp_path}: KeyError"):
+        load_adapted(ModelSection(name=str(tiny)), tmp_path)

@@ -202,7 +202,7 @@ def language_model_path(base: PreTrainedModel) -> str:
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:
     """Load the base model with the adapter in `folder` beside its weights, by plain PEFT."""
     base = load_base(model)
-    with libraries.hide_packages(*libraries.UNUSED):
+    with libraries.hide_packages(*libraries.UNUSED), load_errors("adapter", ModelSection(name=str(folder))):
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
