@@ -99,7 +99,12 @@ class Gateway:
 
         bound: a socket that does not listen yet. started: called once requests are taken.
         """
-        asyncio.run(self._serve(bound, started))
+        try:  # vLLM brings it
+            from uvloop import new_event_loop
+        except ImportError:
+            from asyncio import new_event_loop
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(self._serve(bound, started))
 
     async def _serve(self, bound: socket.socket, started: Callable[[], None]) -> None:
         import uvicorn
