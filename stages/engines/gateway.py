@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import importlib.util
 import json
 import logging
 import signal
@@ -99,11 +100,9 @@ class Gateway:
 
         bound: a socket that does not listen yet. started: called once requests are taken.
         """
-        try:  # vLLM brings it
-            from uvloop import new_event_loop
-        except ImportError:
-            from asyncio import new_event_loop
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        has_uvloop = importlib.util.find_spec("uvloop")  # vLLM brings it
+        loop = importlib.import_module("uvloop" if has_uvloop else "asyncio").new_event_loop
+        with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(self._serve(bound, started))
 
     async def _serve(self, bound: socket.socket, started: Callable[[], None]) -> None:
