@@ -26,6 +26,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.report import usage
 from stages.report.card import card, card_of_views
+from stages.report.views import VIEWS, view_of
 from stages.store.artifacts import Artifact
 
 SETTINGS = ["sft.max_steps=3", "sft.learning_rate=0.1", "sft.num_train_epochs=9", "lora.lora_alpha=256"]
@@ -227,6 +228,19 @@ def test_a_card_without_a_server_where_vllm_has_none(trained, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
     text = card(artifact, "adapter", tmp_path / "a")
     assert "vllm serve" not in text and "curl" not in text and "PeftModel.from_pretrained" in text
+
+
+def test_a_view_is_used_with_its_template_arguments(trained):
+    config, artifact = trained
+    modes = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
+    prompt = config.prompt.model_copy(update={"chat_template_kwargs_by_system": modes})
+    config = config.model_copy(update={"prompt": prompt})
+    for view in VIEWS:
+        body = usage.request("m", config, view)
+        assert f'"chat_template_kwargs": {json.dumps(modes[view.system])}' in body
+    code = usage.code(artifact, config, Path("x"), "")
+    assert f"enable_thinking={modes[view_of(artifact).system]['enable_thinking']}\n)" in code
+    compile(code, "code", "exec")
 
 
 class Heard:

@@ -164,28 +164,27 @@ class Renderer:
     def completion(self, example: Example) -> str:
         """Return the text that follows an example's prompt: thought, response in the answer format, end.
 
-        It is what the chat template writes for the whole conversation, if that begins as the prompt does. If
-        it does not, because the prompt opens a thought that the template leaves out of conversations, the
-        thought is closed as the template closes one. System 1 rows have no thought, and no row has one where
-        the prompt says that there is none. Raises ConfigError if the template writes answers in another way.
+        It is what the chat template writes for the whole conversation, if that begins as the prompt does. It
+        does not where the template leaves a thought out of conversations that the prompt opens or says to be
+        empty: then the completion closes that thought as the template does. System 1 rows have no thought,
+        and no row has one after an empty one. Raises ConfigError if the template writes answers otherwise.
         """
         response = rewrite(example.response, example.gold, self.section.answer_format)
         prompt = self.prompt(example.prompt, example=example)
-        thought = "" if self._label(example) == 1 or thoughts.is_closed(prompt) else example.thought
+        tag, is_closed = thoughts.opened(prompt), thoughts.is_closed(prompt)
+        thought = "" if self._label(example) == 1 or is_closed else example.thought
         if self.section.template != "chat" or not response:
             return f"{self._tagged(thought)}{response}{self.end}"
-        for written in [thought, ""] if thought else [""]:
+        for written in dict.fromkeys((thought, "")):
             text = self._conversation(example, response, written)
-            if text.startswith(prompt) and written in text and response.strip() in text:
-                text = text[len(prompt) :].rstrip()
+            completion = text[len(prompt) :].rstrip() if text.startswith(prompt) else ""
+            has_all = written in completion and response.strip() in completion
+            if completion and has_all and (written == thought or not tag):
+                lacking = "" if written == thought else self._tagged(thought)
                 # Some templates mark the end of an answer only where something follows.
-                return (
-                    self._tagged(thought if thought != written else "")
-                    + text.removesuffix(self.end)
-                    + self.end
-                )
-        if tag := thoughts.opened(prompt):
-            return thought + self._closing(example, tag) + response + self.end
+                return lacking + completion.removesuffix(self.end) + self.end
+        if tag or is_closed:
+            return thought + (self._closing(example, tag) if tag else "") + response + self.end
         raise ConfigError(
             "the chat template writes an answer in a conversation otherwise than it asks for one, so rows "
             f"would not be what the model sees: {text[-200:]!r} does not begin with {prompt[-100:]!r}",
@@ -209,7 +208,9 @@ class Renderer:
         """Return the text between a thought and an answer as the template writes it, or as is usual."""
         text = self._conversation(example, "@answer@", "@thought@")
         closing = re.search("@thought@(.*)@answer@", text, re.DOTALL)
-        return closing[1] if closing else f"\n{thoughts.TAGS[tag.rstrip()]}\n\n"
+        mark = tag.rstrip()
+        space = tag.removeprefix(mark)  # a tag in a line of its own is closed in one
+        return closing[1] if closing else f"{space}{thoughts.TAGS[mark]}{2 * space}"
 
     def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
         """Return the rows of all examples, and how many exceeded max_length (see `data.too_long`)."""

@@ -22,9 +22,11 @@ TAGS = {
     "<|channel>thought": "<channel|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
     "to=self<|message|>": "to=user<|message|>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|inner_prefix|>": "<|inner_suffix|>",
 }
-"""Opening tags of thoughts → closing ones: Qwen's and most others', then those of Mistral, Kimi, Seed, Gemma,
-gpt-oss and Muse."""
+"""Opening tags of thoughts → closing ones: most models', then those of Mistral, Kimi, Seed, Gemma, gpt-oss,
+Muse, Cohere and Apertus."""
 _OPENING = re.compile("|".join(map(re.escape, TAGS)))
 _CLOSING = re.compile("|".join(map(re.escape, TAGS.values())))
 _OPENED = re.compile(rf"(?:{_OPENING.pattern})\s*\Z")

@@ -83,6 +83,35 @@ def test_a_row_is_what_the_template_writes(tokenizer, name):
                 assert prompt + completion == written + (renderer.end if name in WITHOUT_END else "")
 
 
+ASKED = (
+    "{% for m in messages %}<{{ m.role }}>BEFORE{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "thought", "completion"),
+    [
+        # The prompt says that there is no thought, and conversations do not.
+        ("", "<think>\n\n</think>\n\n", "", "It is 4.\n#### 4<|im_end|>"),
+        ("", "<think>\n\n</think>\n\n", "Hm.", "It is 4.\n#### 4<|im_end|>"),
+        ("", "</think>", "Hm.", "It is 4.\n#### 4<|im_end|>"),
+        # It opens one, in a line of its own or not, or in the tags of other models.
+        ("", "<think>", "Hm.", "Hm.</think>It is 4.\n#### 4<|im_end|>"),
+        ("", "<|START_THINKING|>", "", "<|END_THINKING|>It is 4.\n#### 4<|im_end|>"),
+        ("", "[THINK]\n", "Hm.", "Hm.\n[/THINK]\n\nIt is 4.\n#### 4<|im_end|>"),
+        # Conversations have an empty thought whatever the row has, or close one that nothing opened.
+        ("<think>\n\n</think>\n\n", "<think>\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
+        ("</think>", "<think>", "", "</think>It is 4.\n#### 4<|im_end|>"),
+    ],
+)
+def test_thoughts_that_a_template_leaves_out(tokenizer, before, prompt, thought, completion):
+    shown = "{% if m.role == 'assistant' %}" + before + "{% endif %}"
+    tokenizer.chat_template = f"{ASKED.replace('BEFORE', shown)}<assistant>{prompt}{{% endif %}}"
+    example = Example("id", QUESTION, ANSWER, "4", thought=thought)
+    assert Renderer(tokenizer, PromptSection()).completion(example) == completion
+
+
 def test_another_way_to_write_answers_is_refused(tokenizer):
     """Such as a summary in place of the answer; before anything is asked of a model."""
     tokenizer.chat_template = (
