@@ -5,6 +5,7 @@ It votes as the model in this process does, and nothing of it is left behind.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +18,14 @@ import httpx
 import psutil
 import pytest
 import torch
+import trl
 from conftest import HAS_VLLM, ROOT, alive, make_steps, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.errors import ServerError
 from stages.models.base import load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.records import read_samples
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")]
@@ -203,14 +206,23 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
     assert servers() == []
 
 
-def test_serve_offers_three_modes_and_ends_with_its_server(begun):
-    """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed."""
-    make_steps(begun(), "sft", "rl")
+def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path):
+    """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed.
+
+    The model thinks in the slow mode, by the switch of its chat template.
+    """
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    template = Path(trl.__file__).parent / "chat_templates/qwen3.jinja"
+    shutil.copy(template, model / "chat_template.jinja")
+    switch = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
+    modes = f"prompt.chat_template_kwargs_by_system={json.dumps(switch)}"
+    thinking = [f"model.name={model}", modes, "classify.strategy=known", "classify.known=intended"]
+    make_steps(begun(*thinking), "classify:train", "score", "partition", "sft", "rl")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
-    command += [part for text in begun.home for part in ("--set", text)]
+    command += [part for text in [*begun.home, *thinking] for part in ("--set", text)]
     with ExitStack() as stack:
         child = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
         stack.callback(child.kill)
@@ -222,12 +234,16 @@ def test_serve_offers_three_modes_and_ends_with_its_server(begun):
         with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=120) as client:
             names = [model["id"] for model in client.get("/models").json()["data"]]
             chat = {"max_tokens": 4, "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
+            lengths = {}
             for mode in ("fast", "slow", "auto"):
                 reply = client.post("/chat/completions", json={"model": mode, **chat})
                 assert reply.headers["x-lorapar-mode"] in (("fast", "slow") if mode == "auto" else (mode,))
                 assert reply.json()["usage"]["completion_tokens"] == 4
+                lengths[reply.headers["x-lorapar-mode"]] = reply.json()["usage"]["prompt_tokens"]
             stream = client.post("/chat/completions", json={"model": "auto", "stream": True, **chat})
         assert names == ["fast", "slow", "auto"], said
+        empty = load_tokenizer(ModelSection(name=str(model)))("<think>\n\n</think>\n\n")["input_ids"]
+        assert lengths["fast"] - lengths["slow"] == len(empty)
         assert stream.text.count("data: ") > 4 and stream.text.rstrip().endswith("data: [DONE]")
         own = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
         [server] = own & {
