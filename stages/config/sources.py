@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import PositiveFloat, PositiveInt, field_validator
 
 from stages.config.fields import (
     JsonValue,
@@ -15,6 +15,7 @@ from stages.config.fields import (
     setting,
     unkeyed,
 )
+from stages.records import System
 
 ALL_LINEAR = "all-linear"
 """PEFT's value of target_modules for all linear layers but the head."""
@@ -93,13 +94,12 @@ class DataSection(SourceSection):
     )
 
 
-SystemNumber = Annotated[int, Field(ge=1, le=2)]
 TemplateArguments = Annotated[dict[str, Any], JsonValue]
 
 
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none: the default of the chat template, if any.")
-    by_system: dict[SystemNumber, str] = advanced(
+    by_system: dict[System, str] = advanced(
         {},
         "System messages that replace `system` for rows labelled System 1 and System 2, e.g. {1: …, 2: …}. "
         "Evaluation asks the fast mode (sft) everything with the first, the slow (rl, sft2) with the second.",
@@ -109,7 +109,7 @@ class PromptSection(Section):
         "Arguments of the chat template, such as {enable_thinking: false}.",
         keyed_if_set=True,
     )
-    chat_template_kwargs_by_system: dict[SystemNumber, TemplateArguments] = advanced(
+    chat_template_kwargs_by_system: dict[System, TemplateArguments] = advanced(
         {},
         "Arguments of the chat template by system, as in by_system, beside the common ones, e.g. "
         "{1: {enable_thinking: false}, 2: {enable_thinking: true}}.",
