@@ -92,8 +92,9 @@ def _tiles(config: Config, tables: dict[str, list[dict[str, Any]]]) -> list[Tile
         overall = {
             row["target"]: row for row in rows if row["group"] == "all" and row["accuracy"] is not None
         }
+        most = max((row["n"] for row in overall.values()), default=0)
         tiles = [
-            (f"{title} on {name}", _accuracy(overall[target]), _tokens(overall[target]))
+            (f"{title} on {name}", _accuracy(overall[target]), _tokens(overall[target], most))
             for target, title in titles.items()
             if target in overall
         ]
@@ -101,11 +102,12 @@ def _tiles(config: Config, tables: dict[str, list[dict[str, Any]]]) -> list[Tile
     return rows_of_tiles
 
 
-def _tokens(row: dict[str, Any]) -> str:
-    if row["tokens"] is None:
-        return ""
-    thought = f", {row['thought_tokens']:.0f} of them thought" if row["thought_tokens"] else ""
-    return f"{row['tokens']:.0f} tokens{thought}"
+def _tokens(row: dict[str, Any], most: int) -> str:
+    """Say how long a target's answers are, and how many it gave if others gave more."""
+    parts = [] if row["tokens"] is None else [f"{row['tokens']:.0f} tokens"]
+    parts += [f"{row['thought_tokens']:.0f} of them thought"] if row["thought_tokens"] else []
+    parts += [f"{row['n']} items"] if row["n"] < most else []
+    return ", ".join(parts)
 
 
 def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
