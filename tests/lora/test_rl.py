@@ -1,15 +1,18 @@
 """What the rl stage makes of its settings."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import labels_of, make_step
 from results import history
 from trl import GRPOTrainer
 
+from stages.config import ModelSection
 from stages.engines.continuous_batching import generate
 from stages.errors import DataError, UnusableResult
 from stages.lora.grpo.prompts import RlPrompts
+from stages.lora.grpo.trainer import GrpoTrainer
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
@@ -166,3 +169,16 @@ def test_what_the_steps_earned_by_hand():
         "kl_from_start": 0.08,
     }
     assert rl._earned([{rl.LENGTH: 1.0}], 16)["reward_last_quarter"] is None  # no reward applied
+
+
+def test_rewards_read_the_thought_that_a_prompt_opens(tiny):
+    """The completion has its end alone; a cut one earns nothing, whatever it says."""
+    tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
+    said = ["2 and 2.</think>\n#### 4", "2 and 2. #### 4", "#### 4"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+    prompts = ["bot:<think>\n", "bot:<think>\n", "bot:"]
+    texts = GrpoTrainer.texts(SimpleNamespace(processing_class=tokenizer), prompts, ids)
+    assert texts == [f"<think>\n{said[0]}", f"<think>\n{said[1]}", said[2]]
+    columns = {"gold": ["4"] * 3, "answer_format": ["hash"] * 3}
+    for name, earned in (("correctness", [1, 0, 1]), ("trl.think_format_reward", [1, 0, 0])):
+        assert loading.load(name, None)(completions=texts, **columns) == earned
