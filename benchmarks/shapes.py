@@ -136,7 +136,9 @@ def command(arguments: list[str]) -> None:
     from stages.lora.importance.scorers import moments
     from stages.score import run as score
 
-    def load_random(name: str, *, dtype: Any, attn_implementation: str | None = None, **options: Any) -> Any:
+    def load_random(
+        name: str, *, dtype: Any = "float32", attn_implementation: str | None = None, **options: Any
+    ) -> Any:
         target = options.get("device_map", {}).get("", torch.device("cpu"))
         return random_model(name, getattr(torch, dtype), target, attn_implementation), {"missing_keys": set()}
 

@@ -6,6 +6,7 @@ one is found on labelled training rows, by the calibration that voters have.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,8 +21,12 @@ from stages.labelling.votes import VoteJournal
 from stages.progress import Progress
 from stages.records import Example, Labelled, examples_of_system
 
+log = logging.getLogger(__name__)
+
 ROWS = 64
 """Most training rows of each system that the threshold is found on."""
+CHANCE = 0.5
+OTHERS = "another persona for it is the first of classify.voters, e.g. [{persona: steps}]"
 PERSONA = "steps"
 """Persona of the router if no voter is the base model itself."""
 
@@ -61,8 +66,11 @@ class Router:
     def calibrate(self) -> Calibration:
         """Find the threshold, once the rows for it have their votes; its AUC is measured on the same rows."""
         votes = [self.journal.vote(row.example) for row in self._rows]
-        self.calibration = calibrate("held_out", self._rows, votes, [])
-        return self.calibration
+        measured = self.calibration = calibrate("held_out", self._rows, votes, [])
+        if measured.interval and measured.interval[0] <= CHANCE:
+            persona, area = self.journal.voter.persona, f"AUC {measured.auc:.2f}, {CHANCE} is chance"
+            log.warning("auto: the vote of %s hardly tells the systems apart: %s; %s", persona, area, OTHERS)
+        return measured
 
     def request(self, example: Example) -> ChoiceRequest:
         """The vote on a question, to be sent to the base."""

@@ -49,6 +49,15 @@ def test_a_threshold_from_labels_tells_short_questions_from_long_ones(tmp_path):
     )
 
 
+def test_a_vote_that_tells_nothing_is_warned_of(tmp_path, caplog):
+    labels = [_row(i, 1 + i % 2) for i in range(80)]
+    _router(tmp_path, labels).calibrate()
+    assert not caplog.text
+    swapped = [Labelled(row.example, 3 - row.system, {}) for row in labels]
+    _router(tmp_path, swapped).calibrate()
+    assert "the vote of role_play hardly tells the systems apart: AUC 0.00, 0.5 is chance" in caplog.text
+
+
 def test_without_a_voter_that_is_the_base_it_asks_for_steps(tmp_path):
     router = _router(tmp_path, [_row(i, 1 + i % 2) for i in range(40)], voters=[{"model": "teacher"}])
     assert router.journal.voter.persona == "steps" and router.journal.voter.model is None
