@@ -173,13 +173,14 @@ class Renderer:
         prompt = self.prompt(example.prompt, example=example)
         tag, is_closed = thoughts.opened(prompt), thoughts.is_closed(prompt)
         thought = "" if self._label(example) == 1 or is_closed else example.thought
-        if self.section.template != "chat" or not response:
+        if self.section.template != "chat" or not response.strip():
             return f"{self._tagged(thought)}{response}{self.end}"
         for written in dict.fromkeys((thought, "")):
             text = self._conversation(example, response, written)
             completion = text[len(prompt) :].rstrip() if text.startswith(prompt) else ""
-            has_all = written in completion and response.strip() in completion
-            if completion and has_all and (written == thought or not tag):
+            head, answer, _ = completion.rpartition(response.strip())
+            closes = written == thought and thoughts.TAGS[tag.rstrip()] in head if tag else True
+            if answer and written in head and closes:
                 lacking = "" if written == thought else self._tagged(thought)
                 # Some templates mark the end of an answer only where something follows.
                 return lacking + completion.removesuffix(self.end) + self.end
@@ -209,7 +210,7 @@ class Renderer:
         text = self._conversation(example, "@answer@", "@thought@")
         closing = re.search("@thought@(.*)@answer@", text, re.DOTALL)
         mark = tag.rstrip()
-        space = tag.removeprefix(mark)  # a tag in a line of its own is closed in one
+        space = "\n" if mark != tag else ""  # a tag in a line of its own is closed in one
         return closing[1] if closing else f"{space}{thoughts.TAGS[mark]}{2 * space}"
 
     def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
@@ -254,7 +255,8 @@ class Renderer:
             return str(self.tokenizer.eos_token)
         turns = [*self._messages("?", (), None), {"role": "assistant", "content": "@@"}]
         tail = self._chat(turns, None, ask=False).rpartition("@@")[2]
-        return tail.strip() or str(self.tokenizer.eos_token)
+        # Some templates write the beginning of an answer even where they are not asked for one.
+        return thoughts.before(tail).strip() or str(self.tokenizer.eos_token)
 
     def _check_arguments(self) -> None:
         """Raise ConfigError if the chat template reads none of an argument's name; it would do nothing."""

@@ -40,6 +40,11 @@ def after_thought(text: str) -> str:
     return "" if _OPENING.search(text, end) else text[end:]
 
 
+def before(text: str) -> str:
+    """Return what precedes the first thought of a text: all if there is none."""
+    return _OPENING.split(text)[0]
+
+
 def split(text: str) -> tuple[str, str]:
     """Split a response into its thought and its answer; one that begins with no thought is all answer."""
     opening = _OPENING.match(text.lstrip())

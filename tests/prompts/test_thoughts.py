@@ -103,6 +103,9 @@ ASKED = (
         # Conversations have an empty thought whatever the row has, or close one that nothing opened.
         ("<think>\n\n</think>\n\n", "<think>\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
         ("</think>", "<think>", "", "</think>It is 4.\n#### 4<|im_end|>"),
+        # Conversations go on in an open thought with whatever they are given.
+        ("<think>\n\n", "<think>\n\n", "", "\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
+        ("<think>\n\n", "<think>\n\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
     ],
 )
 def test_thoughts_that_a_template_leaves_out(tokenizer, before, prompt, thought, completion):
@@ -110,6 +113,18 @@ def test_thoughts_that_a_template_leaves_out(tokenizer, before, prompt, thought,
     tokenizer.chat_template = f"{ASKED.replace('BEFORE', shown)}<assistant>{prompt}{{% endif %}}"
     example = Example("id", QUESTION, ANSWER, "4", thought=thought)
     assert Renderer(tokenizer, PromptSection()).completion(example) == completion
+
+
+def test_a_thought_that_is_always_written_at_the_end_is_no_end(tokenizer):
+    """As by Hunyuan's template, also where it is not asked for an answer."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n{% endif %}"
+    )
+    for arguments in ({}, {"enable_thinking": False}):
+        renderer = Renderer(tokenizer, PromptSection(chat_template_kwargs=arguments))
+        assert renderer.completion(Example("id", QUESTION, ANSWER, "4")) == f"{ANSWER}<|im_end|>"
+        assert renderer.stop_ids == [tokenizer.eos_token_id]
 
 
 def test_another_way_to_write_answers_is_refused(tokenizer):
