@@ -92,7 +92,7 @@ class Renderer:
         if len(end_ids) == 1 or (end_ids and end_ids[0] in tokenizer.get_added_vocab().values()):
             stop_ids.add(end_ids[0])
         self.stop_ids = sorted(stop_ids)
-        self._probe = self.completion(Example("", PROBE, "@@", None))
+        self._probe = self.completion(Example("", PROBE, "@@", None), self.prompt(PROBE))
         """The completion of a row, so that a template whose rows cannot be rendered is refused early."""
 
     def _label(self, example: Example | None) -> int | None:
@@ -157,11 +157,11 @@ class Renderer:
 
     def row(self, example: Example) -> Row:
         """Tokenise an example: its prompt, which has no label, and its completion."""
-        prompt = self.ids(self.prompt(example.prompt, example=example))
-        answer = tokenise(self.tokenizer, self.completion(example))
+        text = self.prompt(example.prompt, example=example)
+        prompt, answer = self.ids(text), tokenise(self.tokenizer, self.completion(example, text))
         return Row(example.id, prompt + answer, [IGNORED] * len(prompt) + answer)
 
-    def completion(self, example: Example) -> str:
+    def completion(self, example: Example, prompt: str) -> str:
         """Return the text that follows an example's prompt: thought, response in the answer format, end.
 
         It is what the chat template writes for the whole conversation, if that begins as the prompt does. It
@@ -170,7 +170,6 @@ class Renderer:
         and no row has one after an empty one. Raises ConfigError if the template writes answers otherwise.
         """
         response = rewrite(example.response, example.gold, self.section.answer_format)
-        prompt = self.prompt(example.prompt, example=example)
         tag, is_closed = thoughts.opened(prompt), thoughts.is_closed(prompt)
         thought = "" if self._label(example) == 1 or is_closed else example.thought
         if self.section.template != "chat" or not response.strip():

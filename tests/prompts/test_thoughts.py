@@ -37,6 +37,10 @@ def tokenizer(tiny):
     return load_tokenizer(ModelSection(name=str(tiny)))
 
 
+def written_by(renderer: Renderer, example: Example) -> str:
+    return renderer.completion(example, renderer.prompt(example.prompt, example=example))
+
+
 def _conversation(tokenizer, thought: str, **arguments) -> str:
     """What the template itself writes."""
     fields = {"reasoning_content": thought, "thinking": thought} if thought else {}
@@ -63,7 +67,7 @@ def test_a_row_is_what_the_template_writes(tokenizer, name):
         renderer = Renderer(tokenizer, section)
         for thought in ("", THOUGHT):
             example = Example("id", QUESTION, ANSWER, "4", thought=thought)
-            prompt, completion = renderer.prompt(QUESTION, example=example), renderer.completion(example)
+            prompt, completion = renderer.prompt(QUESTION, example=example), written_by(renderer, example)
             row = renderer.row(example)
             assert tokenizer.decode([token for token in row.labels if token != IGNORED]) == completion
             assert completion.endswith(renderer.end) and completion.count(ANSWER) == 1
@@ -112,7 +116,7 @@ def test_thoughts_that_a_template_leaves_out(tokenizer, before, prompt, thought,
     shown = "{% if m.role == 'assistant' %}" + before + "{% endif %}"
     tokenizer.chat_template = f"{ASKED.replace('BEFORE', shown)}<assistant>{prompt}{{% endif %}}"
     example = Example("id", QUESTION, ANSWER, "4", thought=thought)
-    assert Renderer(tokenizer, PromptSection()).completion(example) == completion
+    assert written_by(Renderer(tokenizer, PromptSection()), example) == completion
 
 
 def test_a_thought_that_is_always_written_at_the_end_is_no_end(tokenizer):
@@ -123,7 +127,7 @@ def test_a_thought_that_is_always_written_at_the_end_is_no_end(tokenizer):
     )
     for arguments in ({}, {"enable_thinking": False}):
         renderer = Renderer(tokenizer, PromptSection(chat_template_kwargs=arguments))
-        assert renderer.completion(Example("id", QUESTION, ANSWER, "4")) == f"{ANSWER}<|im_end|>"
+        assert written_by(renderer, Example("id", QUESTION, ANSWER, "4")) == f"{ANSWER}<|im_end|>"
         assert renderer.stop_ids == [tokenizer.eos_token_id]
 
 
@@ -137,7 +141,9 @@ def test_another_way_to_write_answers_is_refused(tokenizer):
         Renderer(tokenizer, PromptSection())
     assert "prompt.template=plain" in caught.value.hint
     tokenizer.chat_template = tokenizer.chat_template.replace("bot: ", "assistant: ")
-    assert Renderer(tokenizer, PromptSection()).completion(Example("", "?", "Yes.", None)) == "Yes.<|im_end|>"
+    assert (
+        written_by(Renderer(tokenizer, PromptSection()), Example("", "?", "Yes.", None)) == "Yes.<|im_end|>"
+    )
 
 
 def test_a_switch_for_each_system(tokenizer):
@@ -152,7 +158,7 @@ def test_a_switch_for_each_system(tokenizer):
     assert texts[1].endswith(f"assistant\n<think>\n\n</think>\n\n{ANSWER}<|im_end|>")
     assert texts[2].endswith(f"assistant\n<think>\n{THOUGHT}\n</think>\n\n{ANSWER}<|im_end|>")
     plain = Renderer(tokenizer, PromptSection(template="plain"), [Labelled(rows[1], 1, {})])
-    assert THOUGHT not in plain.completion(rows[1]) and plain.completion(rows[2]).startswith("<think>\nTwo")
+    assert THOUGHT not in written_by(plain, rows[1]) and written_by(plain, rows[2]).startswith("<think>\nTwo")
     with pytest.raises(ConfigError, match="chat_template_kwargs: the chat template reads no enable_thnking"):
         Renderer(tokenizer, PromptSection(chat_template_kwargs={"enable_thnking": False}))
 
