@@ -4,13 +4,16 @@ import logging
 import os
 import signal
 import sys
+import threading
 from io import TextIOWrapper
 from types import FrameType
+from typing import Any
 
 from lorapar_cli import terminal
 from stages.errors import Terminated
 from stages.runtime import distributed, process_guard, resources
 
+AGAIN_S = 0.05
 SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
 """Libraries whose warnings at startup are not actionable, such as that a CPU has no Triton."""
 
@@ -20,6 +23,19 @@ def end_on_signal(number: int, _: FrameType | None) -> None:
     for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
         signal.signal(another, signal.SIG_IGN)
     raise Terminated(128 + number)
+
+
+def send_again(unraisable: Any) -> None:
+    """Send a signal again whose exception Python has dropped, as it does in `__del__` and some callbacks."""
+    error = unraisable.exc_value
+    if not isinstance(error, Terminated | KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = signal.SIGINT
+    if isinstance(error, Terminated):
+        number = signal.Signals(int(str(error.code)) - 128)
+        signal.signal(number, end_on_signal)
+    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()  # once the callback is over
 
 
 def set_up() -> None:
@@ -44,6 +60,7 @@ def set_up() -> None:
             os.environ.setdefault(name, "1")
     # Child processes must not import, for instance, a user's `datasets.py` from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    sys.unraisablehook = send_again
     if distributed.launched():  # a launcher ends its processes itself, except when it is killed
         process_guard.end_with_parent()
     else:

@@ -303,3 +303,28 @@ def test_numbers_have_bounds(arguments, lorapar, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = lorapar(*arguments.split())
     assert done.code == 2 and "Invalid value for" in done.err and not list(tmp_path.iterdir())
+
+
+IN_A_DESTRUCTOR = """
+import os, signal, time
+from lorapar_cli import process
+process.set_up()
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.NAME)
+        time.sleep(0.01)
+
+Dying()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", -2)])
+def test_a_signal_inside_a_destructor_is_not_lost(name, code):
+    """Python drops the exception that the handler raises there, and would go on."""
+    program = IN_A_DESTRUCTOR.replace("NAME", name)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == code and "Exception ignored" not in done.stderr
