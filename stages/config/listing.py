@@ -95,7 +95,7 @@ def json_schema(section: type[Section] = Config) -> dict[str, Any]:
         definition.pop("required", None)
         definition.pop("description", None)  # the docstring of the class, which is for developers
         for name, field in definition["properties"].items():
-            for internal in ("in_cache_key", "ignored_by", "advanced", "title"):
+            for internal in ("in_cache_key", "ignored_by", "advanced", "keyed_if_set", "title"):
                 field.pop(internal, None)
             if name in REMOVABLE:
                 field["additionalProperties"] = {"anyOf": [field["additionalProperties"], {"const": False}]}
