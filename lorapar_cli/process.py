@@ -14,6 +14,7 @@ from stages.errors import Terminated
 from stages.runtime import distributed, process_guard, resources
 
 AGAIN_S = 0.05
+"""Seconds until a dropped signal is sent again, by when the callback that dropped it is over."""
 SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
 """Libraries whose warnings at startup are not actionable, such as that a CPU has no Triton."""
 
@@ -35,7 +36,7 @@ def send_again(unraisable: Any) -> None:
     if isinstance(error, Terminated):
         number = signal.Signals(int(str(error.code)) - 128)
         signal.signal(number, end_on_signal)
-    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()  # once the callback is over
+    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
 
 
 def set_up() -> None:

@@ -11,12 +11,18 @@ from typing import Any
 from stages.config import ClassifySection
 from stages.errors import AnswerError
 from stages.labelling.aggregate import Calibration, VoterResult, rounded
-from stages.labelling.agreement import SURFACE, compare_with_known, kappas, neighbour_scores, surface_scores
+from stages.labelling.agreement import (
+    CHANCE,
+    SURFACE,
+    compare_with_known,
+    kappas,
+    neighbour_scores,
+    surface_scores,
+)
 from stages.labelling.known import system_of
 from stages.labelling.votes import VoteJournal
 from stages.records import Labelled
 
-GUESS = 0.5
 POOR_AUC = 0.65
 """A voter with a lower AUC on the labelled examples is warned about."""
 POOR_MASS = 0.01
@@ -97,7 +103,7 @@ def _refuse_weak_voters(voters: dict[str, Any], min_auc: float) -> None:
     if all(area is not None and area < min_auc for area in areas.values()):
         tried = ", ".join(f"{title} {area:.2f}" for title, area in areas.items())
         raise AnswerError(
-            f"no voter can tell the systems apart: AUC {tried} on labelled examples, {GUESS} is chance",
+            f"no voter can tell the systems apart: AUC {tried} on labelled examples, {CHANCE} is chance",
             "a larger model or another persona (lorapar list personas), labels of your own "
             "(classify.strategy: known), or classify.accept_weak: true",
         )

@@ -19,6 +19,7 @@ from stages.config.evaluation import (
     BenchmarkSection,
     EvalSection,
     SandboxSection,
+    system_asked,
 )
 from stages.config.fields import Section, setting
 from stages.config.labels import UNVOTED, ClassifySection, ServerSection, ThinkingSection, Voter

@@ -39,6 +39,11 @@ KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
+def system_asked(target: str, prompt: PromptSection) -> int | None:
+    """Return the system in whose mode a target is asked every item; None if the item's label decides."""
+    return SYSTEMS.get(target.partition("-")[0]) if prompt.has_modes else None
+
+
 of_answers = partial(setting, ignored_by="classify")
 advanced_of_answers = partial(advanced, ignored_by="classify")
 """Settings of the answers, on which the labels of the items do not depend."""

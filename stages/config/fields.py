@@ -21,6 +21,9 @@ from pydantic.fields import FieldInfo
 
 from stages.errors import LoraparError
 
+MARKS = ("in_cache_key", "ignored_by", "advanced", "keyed_if_set")
+"""What `setting` says of a field for lorapar itself, beside what pydantic knows."""
+
 
 def setting(
     default: Any,
@@ -39,10 +42,7 @@ def setting(
     keyed_if_set: the default does not enter keys, as the setting is younger than artifacts that are in use.
     """
     ignoring = [ignored_by] if isinstance(ignored_by, str) else list(ignored_by)
-    marks: dict[str, Any] = {
-        "in_cache_key": in_cache_key, "ignored_by": ignoring, "advanced": advanced,
-        "keyed_if_set": keyed_if_set,
-    }  # fmt: skip
+    marks: Any = dict(zip(MARKS, (in_cache_key, ignoring, advanced, keyed_if_set), strict=True))
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
@@ -60,7 +60,7 @@ Samples = Annotated[int, Field(gt=0, le=10_000)]
 
 
 def marks_of(field: FieldInfo) -> dict[str, Any]:
-    """Return `in_cache_key`, `ignored_by` and `advanced` of a field that was declared with `setting`."""
+    """Return the MARKS of a field that was declared with `setting`."""
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra
 

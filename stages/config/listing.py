@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from stages.config import Config, Section
-from stages.config.fields import marks_of
+from stages.config.fields import MARKS, marks_of
 from stages.config.yaml import on_one_line
 
 
@@ -95,7 +95,7 @@ def json_schema(section: type[Section] = Config) -> dict[str, Any]:
         definition.pop("required", None)
         definition.pop("description", None)  # the docstring of the class, which is for developers
         for name, field in definition["properties"].items():
-            for internal in ("in_cache_key", "ignored_by", "advanced", "keyed_if_set", "title"):
+            for internal in (*MARKS, "title"):
                 field.pop(internal, None)
             if name in REMOVABLE:
                 field["additionalProperties"] = {"anyOf": [field["additionalProperties"], {"const": False}]}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stages.config import KEPT, REGIONS, ROUTED, SYSTEMS, TRAINED, UNTRAINED_TARGETS, Config
+from stages.config import KEPT, REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config, system_asked
 from stages.evaluation.benchmarks import benchmarks
 from stages.pipeline import external_key
 from stages.pipeline.stage import BENCHMARKS, Check, Stage
@@ -52,7 +52,7 @@ def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str,
     prompt = benchmark.prompt or config.prompt
     return {
         **({"items": items} if items else {}),
-        **({"asked": "by mode"} if prompt.has_modes and target.partition("-")[0] in SYSTEMS else {}),
+        **({"asked": "by mode"} if system_asked(target, prompt) else {}),
         **external_key.model_part(config, cache),
         "rows": external_key.of_source(benchmark, cache),
         **external_key.of_shots(benchmark, cache),

@@ -17,7 +17,6 @@ from stages.config import (
     KEPT,
     REGIONS,
     ROUTED,
-    SYSTEMS,
     UNTRAINED_TARGETS,
     BenchmarkSection,
     ClassifySection,
@@ -26,6 +25,7 @@ from stages.config import (
     PromptSection,
     SandboxSection,
     ServerSection,
+    system_asked,
 )
 from stages.engines import Engine, EngineSpec
 from stages.eval import routing
@@ -110,9 +110,8 @@ class Evaluation:
         limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
         rows = self.rows()[:limit]
         prompt = self.benchmark.prompt or self.prompt
-        in_mode = rows
-        if prompt.has_modes and (system := SYSTEMS.get(self.target.partition("-")[0])):
-            in_mode = [replace(row, system=system) for row in rows]  # a mode asks everything in its own way
+        system = system_asked(self.target, prompt)
+        in_mode = [replace(row, system=system) for row in rows] if system else rows
         renderer = Renderer(load_tokenizer(self.model), prompt, in_mode)
         folder, force = self.context.journals / "answers", self.context.force
         return AnswerCache(rows, self.benchmark, renderer, self.identity(adapter), folder, force)

@@ -27,6 +27,8 @@ NEIGHBOURS = 5
 """Number of nearest examples that `neighbour_scores` averages."""
 MAX_COMPARED = 2000
 """Number of examples that `neighbour_scores` compares, all pairs of them."""
+CHANCE = 0.5
+"""AUC of a guess."""
 
 
 def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:

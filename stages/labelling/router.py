@@ -16,6 +16,7 @@ from typing import Any
 from stages.config import ClassifySection, ModelSection, Voter
 from stages.engines import ChoiceRequest, Engine
 from stages.labelling.aggregate import Calibration, calibrate
+from stages.labelling.agreement import CHANCE
 from stages.labelling.personas import persona_context, personas
 from stages.labelling.votes import VoteJournal
 from stages.progress import Progress
@@ -25,8 +26,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 64
 """Most training rows of each system that the threshold is found on."""
-CHANCE = 0.5
-OTHERS = "another persona for it is the first of classify.voters, e.g. [{persona: steps}]"
+CHOOSE_ANOTHER = "another persona for it is the first of classify.voters, e.g. [{persona: steps}]"
 PERSONA = "steps"
 """Persona of the router if no voter is the base model itself."""
 
@@ -69,7 +69,9 @@ class Router:
         measured = self.calibration = calibrate("held_out", self._rows, votes, [])
         if measured.interval and measured.interval[0] <= CHANCE:
             persona, area = self.journal.voter.persona, f"AUC {measured.auc:.2f}, {CHANCE} is chance"
-            log.warning("auto: the vote of %s hardly tells the systems apart: %s; %s", persona, area, OTHERS)
+            log.warning(
+                "auto: the vote of %s hardly tells the systems apart: %s; %s", persona, area, CHOOSE_ANOTHER
+            )
         return measured
 
     def request(self, example: Example) -> ChoiceRequest:

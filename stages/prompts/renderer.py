@@ -258,12 +258,14 @@ class Renderer:
         return thoughts.before(tail).strip() or str(self.tokenizer.eos_token)
 
     def _check_arguments(self) -> None:
-        """Raise ConfigError if the chat template reads none of an argument's name; it would do nothing."""
+        """Raise ConfigError for an argument that the chat template does not read, so that it does nothing."""
+        names = [name for system in (None, 1, 2) for name in self.section.template_arguments(system)]
+        if not names:
+            return
         arguments = arguments_of(self.tokenizer.get_chat_template())
-        for system in (None, 1, 2):
-            for name in self.section.template_arguments(system):
-                if name not in arguments:
-                    raise ConfigError(
-                        f"prompt.chat_template_kwargs: the chat template reads no {name}",
-                        f"it reads {', '.join(sorted(arguments))}" if arguments else "leave it out",
-                    )
+        for name in names:
+            if name not in arguments:
+                raise ConfigError(
+                    f"prompt.chat_template_kwargs: the chat template reads no {name}",
+                    f"it reads {', '.join(sorted(arguments))}" if arguments else "leave it out",
+                )
