@@ -11,7 +11,6 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
 from lorapar_cli.progress import TerminalProgress
-from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
 from stages.pipeline import external_key
@@ -41,14 +40,14 @@ def command(
     settings, steps = plan_of(config, set_)
     if not importlib.util.find_spec("vllm"):
         raise ConfigError("lorapar serve needs vLLM, which is not installed", INSTALL_VLLM)
-    needed = ("classify:train", *(TRAINED[target] for target in settings.eval.modes.values()))
+    from stages import serve
+
+    needed = serve.needed_steps(settings)
     if not set(needed) <= set(steps):
         raise missing_path_error()
     key = os.environ.get(KEY_ENV, "")
     if not key and not _is_this_machine(host):
         raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
-    from stages import serve
-
     store = Store(settings.root)
     inputs = {name: require_current(store, steps[name], steps[needed[-1]]) for name in needed}
     identity = external_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
 import tempfile
@@ -9,15 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from stages.config import Config
+from stages.config import CHOICE, MODES, Config
 from stages.engines.chats import ModePrompt
 from stages.engines.gateway import Gateway, Post
 from stages.errors import ConfigError, ServerError
-from stages.labelling.router import Router
+from stages.evaluation.routing import read_tuning, tuning_steps
+from stages.labelling.router import Router, choice_journal, vote_journal
+from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
+from stages.models.tokenizer import load_tokenizer
 from stages.progress import Progress
+from stages.prompts.renderer import Renderer
 from stages.records import Example, read_labels
 from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact
@@ -71,25 +77,26 @@ def open_gateway(
     from stages.engines import vllm
 
     _check(config)
-    labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
+    views = views_of(config)
     identity = f"{identity} {answer_dtype(config.model, 'vllm')}"
-    router = Router(config.classify, config.model, "vllm", identity, labels, Path(config.runs_dir))
-    router.set_questions([])
+    router = _router(config, inputs, identity)
+    tuning = read_tuning(config.eval, inputs)
+    router.set_questions(tuning.items if tuning else [])
     with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
         zeros = Path(folder)
-        adapters = {mode: inputs[view.step].adapter for mode, view in views_of(config).items()}
+        adapters = {mode: inputs[view.step].adapter for mode, view in views.items()}
         _write_zeros(adapters["fast"], zeros)
         modules = adapters | {VOTER: zeros}
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
-            router.collect(lambda: voter, progress)
-            router.journal.check(config.classify.max_failed, config.classify.max_invalid)
-            router.calibrate()
+            asked = {"vote": voter, "choice": clients[MODES[0]]}
+            router.collect(asked.__getitem__, progress, "choices", config.classify)
+            router.find_threshold(tuning)
             progress.say(router.summary())
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
                 {mode: _mode_prompt(config, mode) for mode in adapters},
-                partial(_vote, router, voter),
+                partial(_vote, router, asked),
                 router.mode,
                 voter.transport.exit_error,
                 api_key,
@@ -102,6 +109,8 @@ def _check(config: Config) -> None:
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
         raise ConfigError(f"vLLM cannot serve {cause}")
+    if "cascade" in config.eval.router.by:
+        raise ConfigError("eval.router: a cascade is not served", "--set eval.router.by=[choice], or [vote]")
     for view in views_of(config).values():
         template = prompt_of(config, view).template
         if template != "chat":
@@ -118,12 +127,34 @@ def _mode_prompt(config: Config, mode: str) -> ModePrompt:
     return ModePrompt(section.system_message(view.system), section.template_arguments(view.system))
 
 
-async def _vote(router: Router, voter: Client, example: Example, post: Post) -> float:
-    """The probability of System 2 in the vote on a question; ValueError if the reply has none."""
-    path, body, read = voter.prepared_choice(router.request(example))
-    if (probabilities := read(await post(path, body))) is None:
-        raise ValueError("the reply does not tell the words apart")
-    return probabilities[1]
+def needed_steps(config: Config) -> tuple[str, ...]:
+    """The steps whose artifacts are served, or tell how to choose between them."""
+    return ("classify:train", *tuning_steps(config.eval), *(view.step for view in views_of(config).values()))
+
+
+def _router(config: Config, inputs: Mapping[str, Artifact], identity: str) -> Router:
+    model, folder, journals = config.model, Path(config.runs_dir), {}
+    if "vote" in config.eval.router.by:
+        journals["vote"] = vote_journal(config.classify, model, "vllm", identity, folder)
+    if "choice" in config.eval.router.by:
+        view = views_of(config)[MODES[0]]
+        renderer = Renderer(load_tokenizer(model), prompt_of(config, view), system=CHOICE)
+        of_adapter = f"{identity} {inputs[view.step].digest}"
+        journals["choice"] = choice_journal(renderer, model, "vllm", of_adapter, folder)
+    labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
+    return Router(config.eval.router, journals, labels, config.classify.seed)
+
+
+async def _vote(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> float:
+    """The router's signal on a question; ValueError if a reply has none."""
+
+    async def ask(signal: str, journal: VoteJournal) -> float:
+        path, body, read = clients[signal].prepared_choice(journal.question(example))
+        if (probabilities := read(await post(path, body))) is None:
+            raise ValueError("the reply does not tell the words apart")
+        return probabilities[1]
+
+    return fmean(await asyncio.gather(*(ask(*item) for item in router.journals.items())))
 
 
 def _write_zeros(adapter: Path, out: Path) -> None:

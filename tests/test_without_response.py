@@ -92,11 +92,11 @@ def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeyp
     """One threshold is for prompts of one kind."""
     shown = []
 
-    def persona_context(voter, target, show_answer):
+    def question_of(voter, target, show_answer):
         shown.append(show_answer)
         raise StopIteration
 
-    monkeypatch.setattr(classify, "persona_context", persona_context)
+    monkeypatch.setattr(classify, "question_of", question_of)
     rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
     for more in ([], [{"question": "9?", "gold": "9"}]):
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows + more)))

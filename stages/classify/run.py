@@ -36,8 +36,9 @@ from stages.labelling.personas import (
     CONTENT_FREE,
     content_free,
     held_out,
-    persona_context,
     personas,
+    question_of,
+    shots_of,
 )
 from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
@@ -135,12 +136,12 @@ def _journals(model: ModelSection, classify: ClassifySection, context: StageCont
             raise ConfigError(
                 f"classify.voters: thinking needs a chat persona, and {voter.persona} is not one"
             )
-        persona = persona_context(voter, model.title, classify.show_answer)
+        question = question_of(voter, model.title, classify.show_answer)
         # A model's precision changes its votes. It is known for models that run here, not for remote servers.
         if not voter.urls:
             identity = f"{identity} {answer_dtype(voter_model, voter.engine)}"
         folder, title = context.journals / "votes", voter_model.title
-        journal = VoteJournal(voter, name, title, identity, persona, classify.seed, folder)
+        journal = VoteJournal(voter, name, title, identity, question, classify.seed, folder)
         for earlier in journals.values():
             if journal.path == earlier.path and voter.urls != earlier.voter.urls:
                 raise ConfigError(
@@ -210,7 +211,7 @@ def _model_of(journal: VoteJournal) -> tuple[str, ...]:
 
 def _calibrate_voter(journal: VoteJournal, labelled: list[Labelled]) -> Calibration:
     """Calibrate a voter by the labelled examples that are not in its prompt."""
-    in_prompt = {row.example.prompt for row in journal.context.shots}
+    in_prompt = {row.example.prompt for row in shots_of(journal.voter)}
     unseen = [row for row in labelled if row.example.prompt not in in_prompt]
     method = journal.voter.calibration
     if method == "auto":

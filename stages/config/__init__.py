@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.config.evaluation import (
     KEPT,
+    MODES,
     REGIONS,
     ROUTED,
     SYSTEMS,
@@ -18,13 +19,22 @@ from stages.config.evaluation import (
     UNTRAINED_TARGETS,
     BenchmarkSection,
     EvalSection,
+    RouterSection,
     SandboxSection,
+    Signal,
     system_asked,
 )
 from stages.config.fields import Section, setting
 from stages.config.labels import UNVOTED, ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
-from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
+from stages.config.sources import (
+    CHOICE,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PromptSection,
+    SourceSection,
+)
 from stages.config.training import (
     SECOND_SFT,
     BaselineSection,
@@ -115,6 +125,8 @@ class Config(Section):
             yield from self._conflicts_of_4bit()
 
     def _conflicts_of_votes_and_targets(self) -> Iterator[str]:
+        if "choice" in self.eval.router.by and not (self.sft.prompt or self.prompt).choice:
+            yield "eval.router: choice asks what SFT teaches under prompt.choice; set that"
         if "sft2" in self.eval.targets and self.sft.rounds == 1:
             yield "eval.targets: sft2 is the adapter of a second round of SFT; set sft.rounds=2"
         voters = [v for v in self.classify.voters if not v.base_url and v.engine != "transformers"]

@@ -33,6 +33,8 @@ TRAINED = {"sft": "sft", "sft2": SECOND_SFT, "rl": "rl"}
 """Targets with an adapter as training left it, and the step that trained it."""
 SYSTEMS = {"sft": 1, "sft2": 2, "rl": 2}
 """Target → the system whose rows its adapter learned from last, and whose mode it therefore is."""
+MODES = ("fast", "slow")
+"""The modes of System 1 and System 2, and the words by which a model chooses one."""
 KEPT = "rl-"
 """Beginning of targets with the adapter that RL had after some step, e.g. rl-20 (`rl.keep_steps`)."""
 KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]
@@ -106,17 +108,46 @@ class SandboxSection(Section):
     memory_mb: int = setting(512, "Limit of a program's address space, in MiB.", ge=64)
 
 
+Signal = Literal["vote", "choice", "cascade"]
+
+
+class RouterSection(Section):
+    by: list[Signal] = setting(
+        ["vote"],
+        "What tells how much a question needs the slow mode; of several, their mean does. vote: a voter's "
+        "question, put to the base; choice: the word that the fast mode's adapter says under prompt.choice; "
+        "cascade: how unsure the fast answer is, 1 minus the least probability of its tokens, so that the "
+        "slow mode is asked after it.",
+        min_length=1,
+    )
+    tune: str | None = setting(
+        None,
+        "Benchmark of rows that no stage trained on: the threshold is the one that suits both modes' answers "
+        "to them. none: that which suits the labels of the training rows, or 0.5 for choice alone.",
+    )
+    tokens: PositiveShare | None = setting(
+        None,
+        "Most tokens that auto may take on the rows of tune, as a share of the slow mode's; none: as many as "
+        "the highest accuracy takes.",
+    )
+
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        if not self.tune and ("cascade" in self.by or self.tokens):
+            yield "a cascade, or a limit of tokens, needs rows to find its threshold on; set tune"
+
+
 class EvalSection(Section):
     targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region] | KeptTarget] = unkeyed(
         ["base", "sft", "rl"],
         "Models to evaluate. base: without adapter; init, sft, sft2, rl: with the initial adapter, that of "
         "SFT, of its second round (sft.rounds) or of RL; rl-20: with that of RL after step 20 "
         "(rl.keep_steps); s1_only, s2_only, shared: RL's adapter with all elements outside this region reset "
-        "to their initial values; auto: the answers of the fast or the slow mode, as one vote of the base on "
-        "each item decides. The fast mode is sft, the slow one rl, or sft2 if rl is not a target.",
+        "to their initial values; auto: the answers of the fast or the slow mode, as `router` decides for "
+        "each item. The fast mode is sft, the slow one rl, or sft2 if rl is not a target.",
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
+    router: RouterSection = advanced_unkeyed(RouterSection(), "How auto chooses between the modes.")
     engine: Engine = setting(
         "auto",
         "Engine that generates the answers. auto: vllm if it is installed and there is a GPU, else "
@@ -150,6 +181,8 @@ class EvalSection(Section):
         if not set(self.modes.values()) <= set(self.targets):
             both = " and ".join(self.modes.values())
             yield f"targets: auto chooses between the answers of {both}; name both, too"
+        if self.router.tune and self.router.tune not in self.benchmarks:
+            yield f"router.tune {self.router.tune} is none of benchmarks: {', '.join(self.benchmarks)}"
 
     @field_validator("benchmarks", mode="before")
     @classmethod

@@ -94,6 +94,8 @@ class DataSection(SourceSection):
     )
 
 
+CHOICE = 0
+"""Stands in place of a system where a model is asked which mode a question needs."""
 TemplateArguments = Annotated[dict[str, Any], JsonValue]
 
 
@@ -115,6 +117,13 @@ class PromptSection(Section):
         "{1: {enable_thinking: false}, 2: {enable_thinking: true}}.",
         keyed_if_set=True,
     )
+    choice: str | None = advanced(
+        None,
+        "System message under which SFT also teaches the model to tell, by the word fast or slow, which mode "
+        "a question needs; eval.router.by=[choice] asks for it.",
+        keyed_if_set=True,
+        ignored_by=("score", "rl"),
+    )
     template: Literal["chat", "plain", "bare"] = setting(
         "chat",
         "chat: the tokenizer's chat template; plain: `Question: … Answer:`; bare: only the question and EOS.",
@@ -134,11 +143,14 @@ class PromptSection(Section):
             yield f"template {self.template} takes no chat_template_kwargs; choose chat"
 
     def system_message(self, system: int | None) -> str | None:
-        """The system message for rows labelled `system`, or for rows without a label."""
+        """The system message for rows labelled `system` (or CHOICE), or for rows without a label."""
+        if system == CHOICE:
+            return self.choice
         return self.system if system is None else self.by_system.get(system, self.system)
 
     def template_arguments(self, system: int | None) -> dict[str, Any]:
         """The arguments of the chat template for rows labelled `system`, or for rows without a label."""
+        system = 1 if system == CHOICE else system  # a choice is made without a thought
         of_system = {} if system is None else self.chat_template_kwargs_by_system.get(system, {})
         return {**self.chat_template_kwargs, **of_system}
 

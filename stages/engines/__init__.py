@@ -120,6 +120,13 @@ class Engine(Protocol):
         """Yield each request's index and completion as soon as it ends, in any order."""
         ...
 
+    def least_probabilities(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
+        """Yield the index of each prompt with its completion, and the completion's least token probability.
+
+        It is 1 for a completion without tokens.
+        """
+        ...
+
 
 SAME_PROBES = 0.8
 """Share of equal greedy completions from which two fingerprints count as those of one model.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import KEPT, REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config, system_asked
 from stages.evaluation.benchmarks import benchmarks
+from stages.evaluation.routing import tuning_steps
 from stages.pipeline import external_key
 from stages.pipeline.stage import BENCHMARKS, Check, Stage
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 def _inputs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
     if target == ROUTED:
-        return ("classify:train", *(f"eval:{mode}@{name}" for mode in config.eval.modes.values()))
+        router, modes = config.eval.router, config.eval.modes
+        adapter = (TRAINED[modes["fast"]],) if {"choice", "cascade"} & set(router.by) else ()
+        answers = (f"eval:{mode}@{name}" for mode in modes.values())
+        return ("classify:train", *adapter, *tuning_steps(config.eval), *answers)
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
     if target.startswith(KEPT):
         return (*labels, "rl")
@@ -34,6 +38,17 @@ def _inputs(config: Config, variant: str) -> tuple[str, ...]:
     if target in TRAINED:
         return (*labels, TRAINED[target])
     return (*labels, "score") if target == "init" else labels
+
+
+def _variants(config: Config) -> tuple[str, ...]:
+    """Each target on each benchmark; on the rows that tune the router, the two modes alone."""
+    tune, modes = config.eval.router.tune, config.eval.modes.values()
+    return tuple(
+        f"{target}@{name}"
+        for target in config.eval.targets
+        for name in config.eval.benchmarks
+        if name != tune or target in modes
+    )
 
 
 def _sections(config: Config, variant: str) -> tuple[str, ...]:
@@ -113,9 +128,7 @@ STAGE = Stage(
     inputs=_inputs,
     sections=_sections,
     external_key=_external_key,
-    variants=lambda config: tuple(
-        f"{target}@{name}" for target in config.eval.targets for name in config.eval.benchmarks
-    ),
+    variants=_variants,
     files={
         "metrics.json": "For all items, each system and each group of the benchmark: counts, accuracy in "
         "both readings, intervals, tokens; also the first prompt and the stop texts.",

@@ -16,7 +16,6 @@ from stages import sandbox as sandboxes
 from stages.config import (
     KEPT,
     REGIONS,
-    ROUTED,
     UNTRAINED_TARGETS,
     BenchmarkSection,
     ClassifySection,
@@ -28,16 +27,15 @@ from stages.config import (
     system_asked,
 )
 from stages.engines import Engine, EngineSpec
-from stages.eval import routing
+from stages.eval import auto
 from stages.eval.answer_cache import AnswerCache
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context
 from stages.evaluation.metrics import compute_metrics, headline
-from stages.labelling.router import Router
 from stages.models.dtype import answer_dtype
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
-from stages.records import Labelled, Sample, read_labels, read_samples, write_jsonl
+from stages.records import Labelled, Sample, read_labels, write_jsonl
 from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
@@ -88,6 +86,13 @@ class Evaluation:
             return read_labels(self.context.labels)
         return [Labelled(example, None, {}) for example in self.kind.load(self.benchmark)]
 
+    def of_mode(self, mode: str, benchmark: str = "") -> Evaluation:
+        """The evaluation of a mode whose answers auto chooses from, by default on this benchmark."""
+        target, name = self.eval.modes[mode], benchmark or self.context.variant.partition("@")[2]
+        steps = {step: artifact for step, artifact in self.context.inputs.items() if step != "classify"}
+        context = replace(self.context, variant=f"{target}@{name}", inputs=steps)
+        return replace(self, context=context, benchmark=self.eval.benchmarks[name])
+
     def stored_adapter(self) -> Path | None:
         """The folder of the target's adapter in an artifact; None for the base."""
         if self.target.startswith(KEPT):
@@ -111,8 +116,7 @@ class Evaluation:
         rows = self.rows()[:limit]
         prompt = self.benchmark.prompt or self.prompt
         system = system_asked(self.target, prompt)
-        in_mode = [replace(row, system=system) for row in rows] if system else rows
-        renderer = Renderer(load_tokenizer(self.model), prompt, in_mode)
+        renderer = Renderer(load_tokenizer(self.model), prompt, () if system else rows, system)
         folder, force = self.context.journals / "answers", self.context.force
         return AnswerCache(rows, self.benchmark, renderer, self.identity(adapter), folder, force)
 
@@ -126,32 +130,9 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     """
     evaluation = Evaluation(context, **sections)
     if evaluation.classify is not None:
-        return _route(evaluation, evaluation.classify)
+        return _write(evaluation, *auto.route(evaluation, evaluation.classify))
     with _adapter(evaluation) as adapter:
         return _evaluate(evaluation, adapter)
-
-
-def _route(evaluation: Evaluation, classify: ClassifySection) -> dict[str, Any]:
-    """Write target auto's answers, each taken from the mode chosen by the vote, and compare the routings."""
-    context, benchmark, module = evaluation.context, evaluation.benchmark, evaluation.kind
-    name, progress, engine = context.variant.partition("@")[2], context.progress, evaluation.eval.engine
-    samples = {
-        mode: read_samples(context.inputs[f"eval:{target}@{name}"].path / "samples.jsonl")
-        for mode, target in evaluation.eval.modes.items()
-    }
-    labels = read_labels(context.inputs["classify:train"].path / "labels.jsonl")
-    key = context.external_key
-    identity = f"{key['model']} {evaluation.dtype} {key.get('server')}"
-    router = Router(classify, evaluation.model, engine, identity, labels, context.journals)
-    examples = module.load(benchmark)
-    router.set_questions(examples)
-    router.collect(evaluation.engine, progress, f"votes on {name}")
-    router.journal.check(classify.max_failed, classify.max_invalid)
-    router.calibrate()
-    modes = {example.id: router.mode(router.journal.vote(example)) for example in examples}
-    routed = routing.select_answers(samples, modes)
-    comparison = {"router": router.record(), "routing": routing.compare({**samples, ROUTED: routed})}
-    return _write(evaluation, routed, comparison)
 
 
 def _write(evaluation: Evaluation, samples: list[Sample], more: dict[str, Any]) -> dict[str, Any]:

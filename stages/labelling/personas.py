@@ -6,7 +6,9 @@ whose votes depend on the label words more than on anything else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,14 +51,20 @@ class PersonaContext:
     """Worked examples: questions with their answers, and labels that are beyond doubt."""
 
 
-def persona_context(voter: Voter, target: str, show_answer: bool) -> PersonaContext:
-    """Collect the settings of the voter's persona, with worked examples if it takes any.
+def question_of(voter: Voter, target: str, show_answer: bool) -> Callable[[Example], ChoiceRequest]:
+    """Return what makes the voter's prompt for an example.
 
     target: name of the model that a role-playing voter plays.
     """
-    file = Path(voter.shots_path) if voter.shots_path else SHOTS
-    worked_examples = shots(file, voter.shots) if personas.has_trait(voter.persona, "few-shot") else ()
-    return PersonaContext(target, show_answer, voter.words, worked_examples)
+    context = PersonaContext(target, show_answer, voter.words, shots_of(voter))
+    return partial(personas.pick(voter.persona), context=context)
+
+
+def shots_of(voter: Voter) -> tuple[Labelled, ...]:
+    """The worked examples in the voter's prompt; none if its persona takes none."""
+    if not personas.has_trait(voter.persona, "few-shot"):
+        return ()
+    return shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots)
 
 
 def held_out(path: str | None) -> list[Labelled]:

@@ -1,99 +1,184 @@
-"""Chooses a mode for a question: the base model votes on it once, as a voter of `classify` does.
+"""Chooses a mode for a question, by one signal or the mean of several (see `eval.router`).
 
-At serving time there is no reference answer to show, so the threshold of the labels does not apply. A new
-one is found on labelled training rows, by the calibration that voters have.
+A signal is a number from 0 to 1 that is higher where the slow mode is needed. The mode is slow above a
+threshold, which is found on rows that both modes have answered or, for the base's vote, on labelled rows.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from stages.config import ClassifySection, ModelSection, Voter
+from stages.config import MODES, ClassifySection, ModelSection, RouterSection, Voter
 from stages.engines import ChoiceRequest, Engine
-from stages.labelling.aggregate import Calibration, calibrate
+from stages.evaluation.routing import Tuning
+from stages.labelling.aggregate import calibrate
 from stages.labelling.agreement import CHANCE
-from stages.labelling.personas import persona_context, personas
+from stages.labelling.personas import question_of
 from stages.labelling.votes import VoteJournal
 from stages.progress import Progress
+from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, examples_of_system
 
 log = logging.getLogger(__name__)
 
 ROWS = 64
-"""Most training rows of each system that the threshold is found on."""
+"""Most training rows of each system that the threshold of a vote is found on."""
 CHOOSE_ANOTHER = "another persona for it is the first of classify.voters, e.g. [{persona: steps}]"
 PERSONA = "steps"
 """Persona of the router if no voter is the base model itself."""
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """Where the slow mode begins, and on what that was found."""
+
+    threshold: float
+    method: str
+    """`labels` of training rows, `answers` of both modes to the rows of `tune`, or `none`."""
+    examples: int = 0
+    auc: float | None = None
+    """How well the signal tells the labels apart, by method `labels`."""
+    accuracy: float | None = None
+    """Of auto on the rows of `tune`, by method `answers`."""
+    tokens: float | None = None
+    """The same: tokens of an answer, as a share of the slow mode's."""
+
+
 class Router:
-    """The votes that decide between the modes. Before any decision, `collect` votes, then `calibrate`."""
+    """Chooses between the modes. Before any choice: `set_questions`, `collect`, `find_threshold`."""
 
     def __init__(
-        self,
-        classify: ClassifySection,
-        model: ModelSection,
-        engine: str,
-        identity: str,
-        labels: list[Labelled],
-        journals: Path,
+        self, settings: RouterSection, journals: dict[str, VoteJournal], labels: list[Labelled], seed: int
     ) -> None:
-        """labels: of the training rows. identity: what tells the model from others, as in VoteJournal."""
-        voter = router_voter(classify).model_copy(update={"engine": engine})
-        context = persona_context(voter, model.title, show_answer=False)
-        title, folder = f"router/{voter.persona}", journals / "votes"
-        self.journal = VoteJournal(voter, title, model.title, identity, context, classify.seed, folder)
-        self._rows = [row for system in (1, 2) for row in _sample(labels, system, classify.seed)]
-        self.calibration: Calibration
+        """journals: of the signals `vote` and `choice`. labels: of the training rows."""
+        self.settings, self.journals = settings, journals
+        self.unsure: dict[str, float] = {}
+        """The signal `cascade` by item id, where fast answers are at hand."""
+        by_labels = "vote" in journals and not settings.tune
+        systems = (1, 2) if by_labels else ()
+        self._rows = [row for system in systems for row in _sample(labels, system, seed)]
+        self.threshold = Threshold(0.5, "none")
 
     def set_questions(self, examples: list[Example]) -> None:
         """Set what will be asked: the rows for the threshold, and these."""
-        self.journal.set_examples([*(row.example for row in self._rows), *examples])
+        for journal in self.journals.values():
+            journal.set_examples([*(row.example for row in self._rows), *examples])
 
-    def collect(self, engine: Callable[[], Engine], progress: Progress, title: str = "votes") -> None:
-        """Ask for the votes that the journal lacks; the engine is started only if there are any."""
-        if missing := self.journal.missing():
-            base = engine()
-            progress.start(title, len(missing))
-            for _ in self.journal.ask(base, progress.say):
-                progress.advance(1)
+    def collect(self, engine: Callable[[str], Engine], progress: Progress, title: str, most: Any) -> None:
+        """Ask for what the journals lack; a signal's engine is started only if something is missing.
 
-    def calibrate(self) -> Calibration:
-        """Find the threshold, once the rows for it have their votes; its AUC is measured on the same rows."""
-        votes = [self.journal.vote(row.example) for row in self._rows]
-        measured = self.calibration = calibrate("held_out", self._rows, votes, [])
-        if measured.interval and measured.interval[0] <= CHANCE:
-            persona, area = self.journal.voter.persona, f"AUC {measured.auc:.2f}, {CHANCE} is chance"
-            log.warning(
-                "auto: the vote of %s hardly tells the systems apart: %s; %s", persona, area, CHOOSE_ANOTHER
-            )
-        return measured
+        most: the section with the shares of failed and invalid answers that are borne.
+        """
+        for signal, journal in self.journals.items():
+            if missing := journal.missing():
+                started = engine(signal)
+                progress.start(title, len(missing))
+                for _ in journal.ask(started, progress.say):
+                    progress.advance(1)
+            journal.check(most.max_failed, most.max_invalid)
 
-    def request(self, example: Example) -> ChoiceRequest:
-        """The vote on a question, to be sent to the base."""
-        persona = personas.pick(self.journal.voter.persona)
-        return persona(example, self.journal.context)  # type: ignore[no-any-return]
+    def find_threshold(self, tuning: Tuning | None) -> None:
+        """Find the threshold: on items that both modes have answered, else on the labelled rows if any."""
+        if tuning:
+            signals = {item.id: self.system2(item) for item in tuning.items}
+            self.threshold = best_threshold(signals, tuning, self.settings.tokens)
+        elif self._rows:
+            votes = [self.system2(row.example) for row in self._rows]
+            found = calibrate("held_out", self._rows, votes, [])
+            self.threshold = Threshold(found.threshold, "labels", found.examples, found.auc)
+            if found.interval and found.interval[0] <= CHANCE:
+                persona = self.journals["vote"].voter.persona
+                area = f"AUC {found.auc:.2f}, {CHANCE} is chance"
+                log.warning(
+                    "auto: the vote of %s hardly tells the systems apart: %s; %s",
+                    persona, area, CHOOSE_ANOTHER,
+                )  # fmt: skip
+
+    def system2(self, example: Example) -> float | None:
+        """The mean of the signals on an item; None if one is missing, as after an invalid vote."""
+        signals = [journal.vote(example) for journal in self.journals.values()]
+        if "cascade" in self.settings.by:
+            signals.append(self.unsure.get(example.id))
+        valid = [signal for signal in signals if signal is not None]
+        return fmean(valid) if len(valid) == len(signals) else None
 
     def mode(self, system2: float | None) -> str:
-        """Return `fast` or `slow` for a probability of System 2; slow if the vote was invalid."""
-        return "fast" if system2 is not None and system2 <= self.calibration.threshold else "slow"
+        """Return `fast` or `slow` for a signal; slow if there is none."""
+        return MODES[system2 is None or system2 > self.threshold.threshold]
 
     def summary(self) -> str:
-        """One line on what `auto` decides by."""
-        measured = self.calibration
-        area = "" if measured.auc is None else f", AUC {measured.auc:.2f}"
-        question = f"auto: the base is asked once ({self.journal.voter.persona})"
-        rows = f"on {measured.examples} labelled training rows"
-        return f"{question}; slow above {measured.threshold:.3f}{area} {rows}"
+        """One line on what `auto` decides by, and what it will cost."""
+        found, by = self.threshold, " and ".join(self.settings.by)
+        line = f"auto: slow where {by} is above {found.threshold:.3f}"
+        if found.accuracy is not None:
+            line += f"; on {found.examples} rows that is {100 * found.accuracy:.1f} % right"
+            line += f" with {100 * (found.tokens or 0):.0f} % of the slow mode's tokens"
+        elif found.auc is not None:
+            line += f", AUC {found.auc:.2f} on {found.examples} labelled training rows"
+        return line
 
     def record(self) -> dict[str, Any]:
-        """The router in a report: its voter, its threshold, and how well it tells the labels apart."""
-        return {"persona": self.journal.voter.persona, **asdict(self.calibration)}
+        """The router in a report: its signals, its threshold, and what that was found on."""
+        persona = {"persona": vote.voter.persona} if (vote := self.journals.get("vote")) else {}
+        return {"by": self.settings.by, **persona, **asdict(self.threshold)}
+
+
+def best_threshold(
+    signals: Mapping[str, float | None], tuning: Tuning, most_tokens: float | None
+) -> Threshold:
+    """Return the threshold with the highest accuracy on these items, and of equals that with fewest tokens.
+
+    signals: by item id; an item without one is answered slowly. most_tokens: as a share of the slow mode's;
+    if no threshold keeps to it, all items that can are answered fast.
+    """
+    ordered = sorted({signal for signal in signals.values() if signal is not None}, reverse=True)
+    fast, slow = tuning.fast, tuning.slow
+    # From all items fast to all slow: a threshold is halfway between two neighbours, or at an end.
+    thresholds = [1.0, *((above + below) / 2 for above, below in pairwise(ordered)), 0.0]
+    all_tokens = sum(slow[id][1] for id in signals) or 1.0
+    candidates = []
+    for threshold in thresholds:
+        chosen = [
+            slow[id] if signal is None or signal > threshold else fast[id] for id, signal in signals.items()
+        ]
+        share = sum(tokens for _, tokens in chosen) / all_tokens
+        candidates.append((fmean(right for right, _ in chosen), -share, threshold))
+    kept = [candidate for candidate in candidates if most_tokens is None or -candidate[1] <= most_tokens]
+    accuracy, share, threshold = max(kept or candidates[:1])
+    return Threshold(threshold, "answers", len(signals), accuracy=accuracy, tokens=-share)
+
+
+def vote_journal(
+    classify: ClassifySection, model: ModelSection, engine: str, identity: str, folder: Path
+) -> VoteJournal:
+    """The base's answers to a voter's question. identity: what tells the model from others."""
+    voter = router_voter(classify).model_copy(update={"engine": engine})
+    question = question_of(voter, model.title, show_answer=False)
+    return VoteJournal(
+        voter, f"router/{voter.persona}", model.title, identity, question, classify.seed, folder / "votes"
+    )
+
+
+def choice_journal(
+    renderer: Renderer, model: ModelSection, engine: str, identity: str, folder: Path
+) -> VoteJournal:
+    """The words that the fast mode's adapter says under `prompt.choice`.
+
+    renderer: with system CHOICE. identity: of model and adapter.
+    """
+
+    def question(example: Example) -> ChoiceRequest:
+        return ChoiceRequest(renderer.ids(renderer.prompt(example.prompt, example=example)), MODES)
+
+    voter = Voter(persona=PERSONA, engine=engine).model_copy(update={"persona": "choice"})
+    return VoteJournal(voter, "router/choice", model.title, identity, question, 0, folder / "votes")
 
 
 def router_voter(classify: ClassifySection) -> Voter:

@@ -15,7 +15,7 @@ from stages.config import Voter
 from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure, same_model
 from stages.engines.openai.client import Client
 from stages.errors import AnswerError, ConfigError
-from stages.labelling.personas import PersonaContext, is_for_calibration, personas
+from stages.labelling.personas import is_for_calibration
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
@@ -69,13 +69,16 @@ class VoteJournal:
         title: str,
         model_title: str,
         identity: str,
-        context: PersonaContext,
+        question: Callable[[Example], ChoiceRequest],
         seed: int,
         folder: Path,
     ) -> None:
-        """identity: names the model and all that changes its answers, except for the settings of `voter`."""
-        self.voter, self.title, self.context = voter, title, context
-        self._persona, self._seed = personas.pick(voter.persona), seed
+        """identity: names the model and all that changes its answers, except for the settings of `voter`.
+
+        question: makes the prompt for an example, whose second word stands for System 2.
+        """
+        self.voter, self.title, self.question = voter, title, question
+        self._seed = seed
         sampling = {
             "thinking": voter.thinking and voter.thinking.max_tokens,
             "temperature": voter.temperature,
@@ -194,8 +197,7 @@ class VoteJournal:
 
     def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
         """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""
-        request: ChoiceRequest = self._persona(example, self.context)
-        request = replace(request, measure_mass=is_for_calibration(example))
+        request = replace(self.question(example), measure_mass=is_for_calibration(example))
         if not self.voter.thinking and not self.voter.temperature:
             return request
         return replace(
@@ -208,6 +210,6 @@ class VoteJournal:
     def _key(self, example: Example) -> str:
         """The digest of the rendered prompt: the example's id would not change with the persona's text."""
         if example.id not in self._keys:
-            choice_request: ChoiceRequest = self._persona(example, self.context)
+            choice_request = self.question(example)
             self._keys[example.id] = key_of({"text": choice_request.text, "words": choice_request.words})
         return self._keys[example.id]

@@ -4,7 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, SourceSection, Voter
+from stages.config import (
+    UNVOTED,
+    BenchmarkSection,
+    Config,
+    ModelSection,
+    RouterSection,
+    SourceSection,
+    Voter,
+)
+from stages.config.fields import cache_key_fields
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError
@@ -69,12 +78,14 @@ def _answer_changing(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_router(config: Config, cache: DigestCache) -> dict[str, Any]:
-    """Cache-key part of the vote that chooses a mode: its question, whatever gave the labels."""
+    """Cache-key part of what chooses a mode: its settings, and the question of a vote."""
+    settings = config.eval.router
+    own = {} if settings == RouterSection() else {"router_settings": cache_key_fields(settings)}
     voter = router_voter(config.classify)
     shots = of_source(SourceSection(path=voter.shots_path), cache) if voter.shots_path else ""
     question = {"persona": voter.persona, "words": voter.words, "shots": [voter.shots, shots]}
     # The seed draws the labelled rows that set the threshold.
-    return {"router": {**question, "target": config.model.title, "seed": config.classify.seed}}
+    return {"router": {**question, "target": config.model.title, "seed": config.classify.seed}, **own}
 
 
 def of_served_base(config: Config, cache: DigestCache) -> str:

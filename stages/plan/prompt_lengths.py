@@ -14,7 +14,7 @@ from stages.engines.in_process import choice_ids
 from stages.engines.openai.requests import max_reply_tokens
 from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling.personas import held_out, persona_context, personas
+from stages.labelling.personas import held_out, question_of
 from stages.labelling.votes import tolerated
 from stages.models.base import headers_only
 from stages.models.load_errors import load_config, max_positions
@@ -110,9 +110,8 @@ class Texts:
     def _requests(self, voter: Voter, name: str) -> list[ChoiceRequest]:
         if voter.model or voter.urls:  # it has its own tokenizer
             return []
-        context = persona_context(voter, self.config.model.title, self.config.classify.show_answer)
-        persona = personas.pick(voter.persona)
-        ballots = [persona(example, context) for example in sampled(self.rows[name], PROMPT_SAMPLE)]
+        question = question_of(voter, self.config.model.title, self.config.classify.show_answer)
+        ballots = [question(example) for example in sampled(self.rows[name], PROMPT_SAMPLE)]
         return [replace(ballot, text=choice_ids(self.tokenizer, ballot)) for ballot in ballots]
 
     @cached_property

@@ -67,12 +67,20 @@ class Renderer:
     """Renders questions as prompts and examples as token rows, following a PromptSection."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, section: PromptSection, labels: Iterable[Labelled] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        section: PromptSection,
+        labels: Iterable[Labelled] = (),
+        system: int | None = None,
     ) -> None:
-        """labels: labelled examples, from which `prompt.by_system` takes the system of an example."""
+        """labels: labelled examples, from which `prompt.by_system` takes the system of an example.
+
+        system: that of all examples which have no label here; CHOICE to ask for a mode.
+        """
         self.tokenizer = tokenizer
         self.section = section
         self.labels = {row.example.id: row.system for row in labels}
+        self.system = system
         if section.template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 "prompt.template is chat, and the tokenizer has no chat template",
@@ -92,11 +100,12 @@ class Renderer:
         if len(end_ids) == 1 or (end_ids and end_ids[0] in tokenizer.get_added_vocab().values()):
             stop_ids.add(end_ids[0])
         self.stop_ids = sorted(stop_ids)
-        self._probe = self.completion(Example("", PROBE, "@@", None), self.prompt(PROBE))
+        probe = Example("", PROBE, "@@", None)
+        self._probe = self.completion(probe, self.prompt(PROBE, example=probe))
         """The completion of a row, so that a template whose rows cannot be rendered is refused early."""
 
     def _label(self, example: Example | None) -> int | None:
-        return self.labels.get(example.id) if example else None
+        return self.labels.get(example.id, self.system) if example else None
 
     def _chat(self, messages: list[dict[str, str]], example: Example | None, ask: bool = True) -> str:
         return chat(self.tokenizer, messages, ask, **self.section.template_arguments(self._label(example)))

@@ -42,10 +42,13 @@ class _Routing(Measures):
 
 
 class _Router(BaseModel):
-    persona: str
+    by: list[str] = ["vote"]
+    persona: str = ""
     threshold: float
     auc: float | None
     examples: NonNegativeInt
+    accuracy: float | None = None
+    tokens: float | None = None
 
 
 class _Routed(BaseModel):
@@ -245,9 +248,9 @@ def _change(base: dict[str, float], trained: dict[str, float]) -> str:
 
 
 ROUTINGS_CAPTION = (
-    "fast and slow: one mode for all items. auto: one vote of the base on each item decides. "
-    "oracle: the better mode for each item, and of equals the shorter answer; no router can do better with "
-    "these answers."
+    "fast and slow: one mode for all items. auto: the router decides for each item. "
+    "label: the mode of the item's label. oracle: the better mode for each item, and of equals the shorter "
+    "answer; no router can do better with these answers."
 )
 
 
@@ -266,9 +269,26 @@ def routings(artifacts: dict[str, Artifact]) -> list[Block]:
                 rows.append([title, row.value.text(), tokens, f"{100 * row.slow_share:.0f} %"])
         head = [benchmark, "accuracy, % [95 % interval]", "tokens of an answer", "answered slowly"]
         router = metrics.router
-        area = "" if router.auc is None else f"; AUC {router.auc:.2f} against their labels"
-        source = f"{router.examples} labelled training rows{area}"
-        vote = f"The vote is that of persona {router.persona}, without an answer to look at. Its threshold, "
-        vote += f"{router.threshold:.3f}, is from {source}. Votes are not counted as tokens."
-        content += [Grid(head, rows, ROUTINGS_CAPTION), Text(vote, quiet=True)]
+        content += [Grid(head, rows, ROUTINGS_CAPTION), Text(_decision(router), quiet=True)]
     return content
+
+
+def _decision(router: _Router) -> str:
+    """Say what auto decides by, and where its threshold is from."""
+    signals = {
+        "vote": f"the vote of the base, as persona {router.persona}",
+        "choice": "the word that the fast mode's adapter says",
+        "cascade": "the least probability of a token in the fast answer",
+    }
+    text = f"auto decides by {' and '.join(signals[signal] for signal in router.by)}. Its threshold, "
+    text += f"{router.threshold:.3f}, "
+    if router.accuracy is not None:
+        text += f"is the best for {router.examples} items that neither mode was trained on: "
+        text += f"{100 * router.accuracy:.1f} % right there, with {100 * (router.tokens or 0):.0f} % of the "
+        text += "slow mode's tokens."
+    elif router.examples:
+        area = "" if router.auc is None else f"; AUC {router.auc:.2f} against their labels"
+        text += f"is from {router.examples} labelled training rows{area}."
+    else:
+        text += "is not fitted."
+    return f"{text} A vote or a word counts as one token, and a fast answer counts before a slow one."

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_steps
 
 from stages.errors import ArtifactError, ConfigError
-from stages.eval import routing
+from stages.evaluation import routing
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
@@ -31,7 +31,7 @@ def test_an_oracle_takes_the_right_mode_and_of_equals_the_cheaper():
     worth = routing.compare({"fast": FAST, "slow": SLOW, "auto": auto})
     assert {name: (row["accuracy"], row["tokens"], row["slow_share"]) for name, row in worth.items()} == {
         "fast": (0.5, 3.5, 0.0), "slow": (0.5, 35.0, 1.0),
-        "auto": (0.5, 3.5, 0.0), "oracle": (0.75, 10.25, 0.25),
+        "auto": (0.5, 3.5, 0.0), "oracle": (0.75, 10.25, 0.25), "label": (0.5, 3.5, 0.0),
     }  # fmt: skip
     for other in ([*SLOW[:3], _answer("e", True, 2)], [*SLOW[:3], _answer("d", True, 2, number=1)]):
         with pytest.raises(ArtifactError, match="the answers of fast and slow are not to the same items"):
@@ -56,7 +56,7 @@ def test_auto_answers_each_item_as_the_mode_it_chose(answered):
         mode = sample.extra["mode"]
         assert replace(samples[stage[mode]][id], extra=sample.extra) == sample
     metrics = json.loads((made["eval:auto@demo"][0].path / "metrics.json").read_text())
-    assert list(metrics["routing"]) == ["fast", "slow", "auto", "oracle"]
+    assert list(metrics["routing"]) == ["fast", "slow", "auto", "oracle", "label"]
     assert metrics["routing"]["auto"]["n"] == metrics["all"]["n"] == 16
     assert metrics["router"]["persona"] == "steps" and 0 < metrics["router"]["threshold"] < 1
     assert metrics["router"]["examples"] == 48  # all labelled rows, fewer than 64 of each system
@@ -74,8 +74,8 @@ def test_the_page_compares_the_routings_and_speaks_of_rl_first(answered):
     config, _ = answered
     steps = plan_steps(config)
     page = run_page.page(config, steps, "lorapar run", "lorapar serve")
-    rows = re.findall(r"<t[hd][^>]*>(fast|slow|auto|oracle)</t[hd]>", page)
-    assert rows[-4:] == ["fast", "slow", "auto", "oracle"]
+    rows = re.findall(r"<t[hd][^>]*>(fast|slow|auto|oracle|label)</t[hd]>", page)
+    assert rows[-5:] == ["fast", "slow", "auto", "oracle", "label"]
     assert "persona steps" in page and "48 labelled training rows" in page
     assert "demo: rl answers" in page and "auto answers" not in page
 

@@ -8,7 +8,7 @@ from stages.engines import ChoiceResult
 from stages.engines.openai.client import Client
 from stages.engines.openai.transport import Transport
 from stages.errors import AnswerError
-from stages.labelling.personas import PersonaContext
+from stages.labelling.personas import question_of
 from stages.labelling.votes import VoteJournal
 from stages.records import Example
 
@@ -25,9 +25,8 @@ class Echo:
 
 
 def votes(folder, number: int, words=None, **voter) -> VoteJournal:
-    made = VoteJournal(
-        Voter(persona="simplicity", **voter), "v", "m", "x", PersonaContext("m", False, words), 0, folder
-    )
+    voter = Voter(persona="simplicity", words=words, **voter)
+    made = VoteJournal(voter, "v", "m", "x", question_of(voter, "m", show_answer=False), 0, folder)
     made.set_examples([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
     return made
 
@@ -54,7 +53,9 @@ def test_other_words_and_another_seed_of_a_voter_that_samples_have_other_votes(t
     assert len(votes(tmp_path, 2, words=("simple", "complex")).missing()) == 0
     assert len(votes(tmp_path, 2, words=("easy", "hard")).missing()) == 2
     voter = Voter(persona="simplicity", temperature=0.5, thinking={})
-    journals = [VoteJournal(voter, "v", "m", "x", PersonaContext("m", False), n, tmp_path) for n in (0, 1)]
+    journals = [
+        VoteJournal(voter, "v", "m", "x", question_of(voter, "m", False), n, tmp_path) for n in (0, 1)
+    ]
     assert journals[0].path != journals[1].path
 
 

@@ -35,6 +35,7 @@ from stages.engines.openai.replies import (
     ServedModel,
     TokenCount,
     choice_probabilities,
+    least_probability,
     parse_models,
     parse_word,
 )
@@ -48,6 +49,7 @@ from stages.engines.openai.requests import (
     is_chat,
     max_reply_tokens,
     most_prompt_tokens,
+    prompt_probabilities_body,
 )
 from stages.engines.openai.session import ItemFailed, RequestRefused, Session
 from stages.engines.openai.transport import Transport
@@ -134,6 +136,19 @@ class Client:
             if isinstance(completion, Failure):
                 raise AnswerError(f"{self.model} gave no answer: {completion.reason}: {completion.detail}")
             yield i, completion
+
+    def least_probabilities(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
+        """Yield each completion's least token probability, which vLLM returns with those of a prompt."""
+
+        def ask(session: Session, row: tuple[list[int], list[int]]) -> Awaitable[float]:
+            body = prompt_probabilities_body(self.model, [*row[0], *row[1]])
+            read = partial(least_probability, completion=row[1])
+            return session.send("completions", body, lambda reply: read(self._reply_choice(reply)))
+
+        for i, least in self.transport.each(rows, ask):
+            if isinstance(least, Failure):
+                raise AnswerError(f"{self.model} gave no probabilities: {least.reason}: {least.detail}")
+            yield i, least
 
     def fingerprint(self) -> list[str]:
         """Return the greedy continuations of PROBES; ConfigError if the servers' differ."""

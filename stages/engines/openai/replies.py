@@ -106,6 +106,10 @@ class _Message(_Lenient):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
+class _PromptToken(_Lenient):
+    logprob: LogProb
+
+
 class ReplyChoice(_Lenient):
     """One choice of a reply. Reading a property whose fields are missing is a ValueError."""
 
@@ -115,6 +119,7 @@ class ReplyChoice(_Lenient):
     text: str | None = None
     logprobs: _LogProbs | None = None
     token_ids: list[TokenId] | None = None
+    prompt_logprobs: list[dict[int, _PromptToken] | None] = []
 
     @field_validator("finish_reason")
     @classmethod
@@ -175,6 +180,18 @@ class Reply(_Lenient):
         if kind is not None and (kind.endswith(".chunk") or kind == "error"):
             raise ValueError(f"the reply is a part of a stream, or an error: {kind[:40]}")
         return kind
+
+
+def least_probability(choice: ReplyChoice, completion: list[int]) -> float:
+    """Return the least probability of the prompt's last tokens; ValueError if the reply lacks one."""
+    if not completion:
+        return 1.0
+    tokens = choice.prompt_logprobs[-len(completion) :]
+    if len(tokens) < len(completion) or any(
+        not token or id not in token for token, id in zip(tokens, completion, strict=True)
+    ):
+        raise ValueError("no log-probabilities of the prompt's tokens")
+    return math.exp(min(token[id].logprob for token, id in zip(tokens, completion, strict=True) if token))
 
 
 class ServedModel(_Lenient):

@@ -77,6 +77,14 @@ def generate_body(model: str, request: GenerateRequest, sampling: Sampling) -> d
     }
 
 
+def prompt_probabilities_body(model: str, ids: list[int]) -> dict[str, Any]:
+    """Return the body of a request for the log-probabilities of a prompt's own tokens."""
+    return {
+        "model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
+        "add_special_tokens": False,
+    }  # fmt: skip
+
+
 class Quirks:
     """Parameter changes that OpenAI's reasoning models need, learned from their HTTP 400 replies."""
 
