@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import SECOND_SFT, Config
+from stages.config import CHOICE, SECOND_SFT, Config
 from stages.pipeline import external_key
 from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
 
@@ -42,6 +42,9 @@ def _check_rows(texts: Texts, step: Step) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
     from stages.plan import preflight
+    from stages.plan.lengths import sampled
+    from stages.plan.prompt_lengths import TRAINING_SAMPLE
+    from stages.prompts.renderer import Renderer
     from stages.records import Labelled
 
     config, labels, sft = texts.config, texts.labels, texts.config.sft
@@ -51,6 +54,10 @@ def _check_rows(texts: Texts, step: Step) -> None:
         sft = sft.model_copy(update={"data": "all"})
     variant = step.variant if texts.labels else ""
     preflight.check_lengths(texts, "sft", examples.trained_by_sft(labels, sft, config.seed, variant))
+    prompt = sft.prompt or config.prompt
+    if prompt.choice and not step.variant:
+        to_choose = Renderer(texts.tokenizer, prompt, system=CHOICE)
+        to_choose.rows(sampled(examples.choices(labels), TRAINING_SAMPLE), config.data)
 
 
 def _cost(model: CostModel, variant: str) -> Cost:
@@ -69,6 +76,8 @@ def _cost(model: CostModel, variant: str) -> Cost:
     # round: System 2's rows.
     by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
     examples = number if sft.data == "all" else number * by_round
+    if (sft.prompt or model.config.prompt).choice and not variant:
+        examples += len(model.texts.rows["train"])
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
     rows, packed = model.texts.trained_rows("sft"), sft.padding_free == "auto"
     batch = rows[: sft.per_device_train_batch_size]

@@ -77,6 +77,27 @@ def test_top_k_is_always_said(top_k, asked):
     assert [body["top_k"] for body in bodies] == [asked]
 
 
+def test_the_least_probability_is_read_from_the_prompts_own_tokens():
+    def token(id, probability):
+        return {str(id): {"logprob": math.log(probability), "rank": 1, "decoded_token": "x"}}
+
+    tokens = [None, token(7, 0.1), token(5, 0.6), token(6, 0.3)]
+
+    def answer(given):
+        return ("body", {"choices": [{"text": "", "finish_reason": "length", "prompt_logprobs": given}]})
+
+    bodies = []
+    with serve(Mock(lambda n, path, body: bodies.append(body) or answer(tokens))) as mock:
+        least = dict(connect(mock).least_probabilities([([3, 7], [5, 6]), ([3, 7, 5, 6], [])]))
+    assert least == {0: pytest.approx(0.3), 1: 1.0}
+    assert bodies[0]["prompt"] == [3, 7, 5, 6] and bodies[0]["prompt_logprobs"] == 0
+    for given in ([], tokens[:3], [*tokens[:3], None], [*tokens[:3], token(9, 0.3)]):
+        faulty = Mock(lambda n, path, body, given=given: answer(given))
+        wrong = pytest.raises(AnswerError, match="no log-probabilities of the prompt's tokens")
+        with serve(faulty) as mock, wrong:
+            list(connect(mock).least_probabilities([([3, 7], [5, 6])]))
+
+
 def refusal(code: int):
     return lambda n, path, body: ("status", (code, {}, "unknown")) if "structured_outputs" in body else None
 

@@ -12,7 +12,7 @@ from stages.evaluation import routing
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
-from stages.records import Sample, read_samples
+from stages.records import Sample, read_labels, read_samples
 from stages.report import run_page
 from stages.store.artifacts import Store
 
@@ -110,3 +110,52 @@ def test_a_mode_asks_everything_in_its_own_way(smoke, begun):
 def test_auto_needs_both_modes(smoke):
     with pytest.raises(ConfigError, match="auto chooses between the answers of sft and rl; name both, too"):
         smoke("eval.targets=[base, rl, auto]")
+
+
+CHOICE = "prompt.choice=Say fast or slow."
+TUNE = "eval.benchmarks.tune={path: data/demo/tune.jsonl, kind: demo, max_new_tokens: 4, label: false}"
+
+
+def test_a_choice_that_sft_has_taught_and_a_cascade_decide_together(begun, tmp_path, monkeypatch):
+    """SFT gets a row for each labelled question; the threshold is found on rows that both modes answered."""
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(6)]
+    file = tmp_path / "tune.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tune = TUNE.replace("data/demo/tune.jsonl", str(file))
+    router = "eval.router={by: [choice, cascade], tune: tune}"
+    config = resolved(begun("eval.targets=[base, sft, rl, auto]", CHOICE, tune, router))
+    made = make_steps(config, "score", "partition", "sft", "rl", "eval")
+    steps = plan_steps(config)
+    assert set(steps["eval:auto@demo"].inputs) >= {"sft", "eval:sft@tune", "eval:rl@tune"}
+    assert "eval:base@tune" not in steps and "eval:auto@tune" not in steps
+    labelled = state(Store(config.root), steps["classify:train"]).artifact.path / "labels.jsonl"
+    labels = [row for row in read_labels(labelled) if row.system]
+    system1 = sum(row.system == 1 for row in labels)
+    cold_start = round(config.sft.system2_share * system1)
+    assert made["sft"][0].manifest["summary"]["rows"] == system1 + cold_start + len(labels)
+    metrics = json.loads((made["eval:auto@demo"][0].path / "metrics.json").read_text())
+    router = metrics["router"]
+    assert router["by"] == ["choice", "cascade"] and router["method"] == "answers" and router["examples"] == 6
+    modes = {mode: metrics["routing"][mode] for mode in ("fast", "slow", "auto")}
+    # One token for the choice, and the fast answer before a slow one.
+    spent = 1 + modes["fast"]["tokens"] + modes["auto"]["slow_share"] * modes["slow"]["tokens"]
+    assert modes["auto"]["tokens"] <= spent + 1e-6
+    page = run_page.page(config, steps, "lorapar run", "lorapar serve")
+    assert "the best for 6 items that neither mode was trained on" in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["eval.router={by: [cascade]}"], "needs rows to find its threshold on; set tune"),
+        (["eval.router={tokens: 0.5}"], "needs rows to find its threshold on; set tune"),
+        (["eval.router={by: [choice]}"], "choice asks what SFT teaches under prompt.choice; set that"),
+        (
+            ["eval.targets=[sft, rl, auto]", "eval.router={tune: x}"],
+            "router.tune x is none of benchmarks: demo",
+        ),
+    ],
+)
+def test_a_router_that_cannot_decide_is_refused(smoke, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        smoke(*settings)
