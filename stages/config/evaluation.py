@@ -70,6 +70,12 @@ class BenchmarkSection(SourceSection):
         "generate: the answer is generated; likelihood (mmlu only): the answer is the most likely choice.",
     )
     max_new_tokens: PositiveInt = of_answers(256, "Longest answer in tokens.")
+    max_thinking_tokens: PositiveInt | None = advanced_of_answers(
+        None,
+        "Longest thought in tokens, which is then closed, so that an answer of up to max_new_tokens follows; "
+        "none: thought and answer share max_new_tokens.",
+        keyed_if_set=True,
+    )
     temperature: NonNegativeFloat = advanced_of_answers(0.0, "Sampling temperature; 0: greedy decoding.")
     top_p: PositiveShare = advanced_of_answers(
         1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,6 +109,7 @@ class AnswerCache:
         sampling_key = {
             "longest": sampling.max_new_tokens,
             "stop": renderer.stop_ids,
+            **({"thought": benchmark.max_thinking_tokens} if benchmark.max_thinking_tokens else {}),
             **(randomness if sampling.temperature else {}),
         }
         key = key_of({**identity, "sampling": sampling_key})
@@ -181,17 +183,48 @@ class AnswerCache:
                         "if it is too long: fewer shots of the benchmark, or another model",
                     )
                 record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
-        if texts:
-            requests = [
-                GenerateRequest(
-                    self.prompts[i].ids,
-                    self.prompts[i].stop,
-                    seed_of({"question": self._keys[i], "seed": self._section.seed, "sample": n}),
-                )
-                for i, n in texts
-            ]
-            for k, completion in engine.generate(requests, self._sampling):
-                record(texts[k], {"ids": completion.ids, "complete": completion.complete})
+        for slot, ids, complete in self._complete_texts(engine, texts):
+            record(slot, {"ids": ids, "complete": complete})
+
+    def _complete_texts(
+        self, engine: Engine, slots: list[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], list[int], bool]]:
+        """Yield the tokens of each answer, and whether they came to an end.
+
+        With a limit of thinking, an answer is generated up to that first. One without an end goes on, after
+        the end of its thought if that is still open.
+        """
+        thinking, begun = self._section.max_thinking_tokens, dict[tuple[int, int], list[int]]()
+        if thinking and slots:
+            sampling = replace(self._sampling, max_new_tokens=thinking)
+            for k, completion in engine.generate(self._requests(slots), sampling):
+                if completion.complete:
+                    yield slots[k], completion.ids, True
+                else:
+                    begun[slots[k]] = completion.ids + self._closing(slots[k][0], completion.ids)
+            slots = list(begun)
+        if slots:
+            for k, completion in engine.generate(self._requests(slots, begun), self._sampling):
+                yield slots[k], begun.get(slots[k], []) + completion.ids, completion.complete
+
+    def _closing(self, prompt: int, ids: list[int]) -> list[int]:
+        tokenizer = self.renderer.tokenizer
+        text = self.renderer.closing(thoughts.decode(tokenizer, ids, self.prompts[prompt].text))
+        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _requests(
+        self, slots: list[tuple[int, int]], begun: Mapping[tuple[int, int], list[int]] | None = None
+    ) -> list[GenerateRequest]:
+        """Requests for answers, or for what follows their beginnings."""
+        requests = []
+        for i, n in slots:
+            beginning = begun[i, n] if begun else []
+            seed = {"question": self._keys[i], "seed": self._section.seed, "sample": n}
+            seed |= {"after": len(beginning)} if begun else {}
+            requests.append(
+                GenerateRequest(self.prompts[i].ids + beginning, self.prompts[i].stop, seed_of(seed))
+            )
+        return requests
 
 
 def _outcome(grade: Grade, complete: bool) -> str:

@@ -159,7 +159,9 @@ def prompt_length(row: Row) -> int:
 
 def generation_limit(section: BenchmarkSection) -> int:
     """The most tokens that a model may generate for one prompt of a benchmark."""
-    return 1 if section.mode == "likelihood" else section.max_new_tokens
+    if section.mode == "likelihood":
+        return 1
+    return section.max_new_tokens + (section.max_thinking_tokens or 0)
 
 
 def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:

@@ -213,6 +213,11 @@ class Renderer:
         template = str(self.tokenizer.chat_template)
         return thoughts.tagged(thought, next((tag for tag in thoughts.TAGS if tag in template), "<think>"))
 
+    def closing(self, text: str) -> str:
+        """Return what ends a thought that is not closed in a text, as the template writes it."""
+        tag = thoughts.unclosed(text)
+        return self._closing(Example("", PROBE, "", None), f"{tag}\n") if tag else ""
+
     def _closing(self, example: Example, tag: str) -> str:
         """Return the text between a thought and an answer as the template writes it, or as is usual."""
         text = self._conversation(example, "@answer@", "@thought@")

@@ -34,10 +34,18 @@ _OPENED = re.compile(rf"(?:{_OPENING.pattern})\s*\Z")
 
 def after_thought(text: str) -> str:
     """Return what follows the last thought of a text; nothing if a thought is not closed."""
-    end = 0
-    for closing in _CLOSING.finditer(text):
-        end = closing.end()
-    return "" if _OPENING.search(text, end) else text[end:]
+    return "" if unclosed(text) else text[_last_end(text) :]
+
+
+def unclosed(text: str) -> str:
+    """Return the tag of a thought that is not closed; nothing if there is none."""
+    opening = _OPENING.search(text, _last_end(text))
+    return opening[0] if opening else ""
+
+
+def _last_end(text: str) -> int:
+    """The place after the last thought; 0 if there is none."""
+    return max((closing.end() for closing in _CLOSING.finditer(text)), default=0)
 
 
 def before(text: str) -> str:

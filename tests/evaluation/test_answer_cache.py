@@ -99,3 +99,30 @@ def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
     replies.complete(Engine, "t", Silent())
     assert len(set(seeds)) == 3
     assert [replies.answers[0, n].ids for n in range(3)] == [[65], [66], [67]]
+
+
+def test_a_thought_at_its_limit_is_closed_and_the_answer_follows(tokenizer, tmp_path):
+    """An answer that has ended stays, and one without a thought goes on as it began."""
+    first = {"Q0": ("<think>\n2 and 2", False), "Q1": ("#### 5", True), "Q2": ("It is 6. ##", False)}
+    then = {"Q0": "#### 4", "Q2": "## 6"}
+    limits = []
+
+    class Thinker:
+        def generate(self, requests, sampling):
+            limits.append(sampling.max_new_tokens)
+            for k, request in enumerate(requests):
+                text = tokenizer.decode(request.ids)
+                name = text[text.rindex("Q") :][:2]
+                said, complete = first[name] if len(limits) == 1 else (then[name], True)
+                yield k, Completion(ids(tokenizer, said), complete)
+
+    golds = ["4", "5", "6"]
+    rows = [Labelled(Example(gold, f"Q{i}", "", gold), 2, {}) for i, gold in enumerate(golds)]
+    replies = cache(tokenizer, tmp_path, rows, max_thinking_tokens=7, max_new_tokens=5)
+    replies.complete(Thinker, "", Silent())
+    graded = replies.graded(Context("hash", True), Silent())
+    assert limits == [7, 5] and [sample.correct for sample in graded] == [True] * 3
+    assert (
+        graded[0].output == "<think>\n2 and 2\n</think>\n\n#### 4" and graded[2].output == "It is 6. #### 6"
+    )
+    assert graded[0].extra["thought_tokens"] > 0
