@@ -125,8 +125,9 @@ class Config(Section):
             yield from self._conflicts_of_4bit()
 
     def _conflicts_of_votes_and_targets(self) -> Iterator[str]:
-        if "choice" in self.eval.router.by and not (self.sft.prompt or self.prompt).choice:
-            yield "eval.router: choice asks what SFT teaches under prompt.choice; set that"
+        taught = (self.sft.prompt or self.prompt).choice
+        if "choice" in self.eval.router.by and not (taught and taught == self.prompt.choice):
+            yield "eval.router: choice asks under prompt.choice what SFT learns under it; set it, for SFT too"
         if "sft2" in self.eval.targets and self.sft.rounds == 1:
             yield "eval.targets: sft2 is the adapter of a second round of SFT; set sft.rounds=2"
         voters = [v for v in self.classify.voters if not v.base_url and v.engine != "transformers"]

@@ -71,10 +71,12 @@ class Router:
         for journal in self.journals.values():
             journal.set_examples([*(row.example for row in self._rows), *examples])
 
-    def collect(self, engine: Callable[[str], Engine], progress: Progress, title: str, most: Any) -> None:
+    def collect(
+        self, engine: Callable[[str], Engine], progress: Progress, title: str, limits: ClassifySection
+    ) -> None:
         """Ask for what the journals lack; a signal's engine is started only if something is missing.
 
-        most: the section with the shares of failed and invalid answers that are borne.
+        limits: has the shares of failed and of invalid answers that are borne, else an AnswerError.
         """
         for signal, journal in self.journals.items():
             if missing := journal.missing():
@@ -82,7 +84,7 @@ class Router:
                 progress.start(title, len(missing))
                 for _ in journal.ask(started, progress.say):
                     progress.advance(1)
-            journal.check(most.max_failed, most.max_invalid)
+            journal.check(limits.max_failed, limits.max_invalid)
 
     def find_threshold(self, tuning: Tuning | None) -> None:
         """Find the threshold: on items that both modes have answered, else on the labelled rows if any."""

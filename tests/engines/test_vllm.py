@@ -77,13 +77,16 @@ def test_votes_agree_with_the_model_in_process(tiny, tmp_path, how):
         GenerateRequest([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)
     ]
     words = [*BALLOTS, *(ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions)]
-    given, chosen = {}, {}
+    given, chosen, least = {}, {}, {}
     for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
         with EngineCache() as pool:
             served = EngineSpec("vllm" if name == "vllm" else "transformers", model, folder)
             engine = pool.get(served, ServerSection(adapter=how), print)
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
             chosen[name] = {i: choice.probabilities for i, choice in engine.choose_words(words)}
+            rows = [(question.ids, given["vllm"][i].ids) for i, question in enumerate(questions)]
+            least[name] = dict(engine.least_probabilities(rows))
+    assert least["vllm"] == pytest.approx(least["transformers"], abs=1e-3) != least["base"]
     assert given["vllm"] == given["transformers"] != given["base"]
     for i in range(len(words)):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
@@ -209,14 +212,15 @@ def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
 def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path):
     """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed.
 
-    The model thinks in the slow mode, by the switch of its chat template.
+    The model thinks in the slow mode, by the switch of its chat template. The base and the fast mode choose.
     """
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
     template = Path(trl.__file__).parent / "chat_templates/qwen3.jinja"
     shutil.copy(template, model / "chat_template.jinja")
     switch = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
     modes = f"prompt.chat_template_kwargs_by_system={json.dumps(switch)}"
-    thinking = [f"model.name={model}", modes, "classify.strategy=known", "classify.known=intended"]
+    router = ("prompt.choice=Say fast or slow.", "eval.router={by: [vote, choice]}")
+    thinking = [f"model.name={model}", modes, *router, "classify.strategy=known", "classify.known=intended"]
     make_steps(begun(*thinking), "classify:train", "score", "partition", "sft", "rl")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

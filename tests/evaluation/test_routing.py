@@ -149,7 +149,7 @@ def test_a_choice_that_sft_has_taught_and_a_cascade_decide_together(begun, tmp_p
     [
         (["eval.router={by: [cascade]}"], "needs rows to find its threshold on; set tune"),
         (["eval.router={tokens: 0.5}"], "needs rows to find its threshold on; set tune"),
-        (["eval.router={by: [choice]}"], "choice asks what SFT teaches under prompt.choice; set that"),
+        (["eval.router={by: [choice]}"], "choice asks under prompt.choice what SFT learns under it; set it"),
         (
             ["eval.targets=[sft, rl, auto]", "eval.router={tune: x}"],
             "router.tune x is none of benchmarks: demo",
