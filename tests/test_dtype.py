@@ -124,7 +124,7 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
     section = ClassifySection(voters=[Voter(engine=engine)])
     [log] = _journals(model, section, job)
     expected = VoteJournal(
-        section.voters[0], log.title, model.title, f"digest {precision}", log.context, section.seed,
+        section.voters[0], log.title, model.title, f"digest {precision}", log.question, section.seed,
         tmp_path / "votes",
     )  # fmt: skip
     assert log.path == expected.path

@@ -51,10 +51,11 @@ class _Router(BaseModel):
     tokens: float | None = None
 
 
-class _Routed(BaseModel):
+class Routed(BaseModel):
     """Fields of metrics.json that are shown of target auto."""
 
     routing: dict[str, _Routing]
+    """By name: fast, slow, auto, oracle and, if the items are labelled, label."""
     router: _Router
 
 
@@ -254,14 +255,20 @@ ROUTINGS_CAPTION = (
 )
 
 
+def routed(artifacts: dict[str, Artifact]) -> dict[str, Routed]:
+    """Read the routings of each benchmark that has target auto; artifacts: the current ones by step."""
+    prefix = f"eval:{ROUTED}@"
+    return {
+        name.removeprefix(prefix): read_json(artifact.path / "metrics.json", Routed)
+        for name, artifact in artifacts.items()
+        if name.startswith(prefix)
+    }
+
+
 def routings(artifacts: dict[str, Artifact]) -> list[Block]:
-    """Tabulate the routings of each benchmark that has target auto; artifacts: the current ones by step."""
+    """Tabulate the routings of each benchmark."""
     content: list[Block] = []
-    for name, artifact in artifacts.items():
-        target, _, benchmark = name.removeprefix("eval:").partition("@")
-        if target != ROUTED:
-            continue
-        metrics = read_json(artifact.path / "metrics.json", _Routed)
+    for benchmark, metrics in routed(artifacts).items():
         rows = []
         for title, row in metrics.routing.items():
             if row.value:

@@ -6,8 +6,9 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from stages.config import ROUTED, SECOND_SFT, TRAINED, Config
+from stages.config import ROUTED, SECOND_SFT, SYSTEMS, TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item
+from stages.evaluation.routing import ORACLE
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import state
@@ -62,11 +63,17 @@ def build(
     current = {name: now.artifact for name, now in states.items() if now.state == "current"}
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
-    evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
+    evaluations = [
+        step
+        for name, step in steps.items()
+        if step.stage.name == "eval"
+        and name in artifacts
+        and not name.endswith(f"@{config.eval.router.tune}")
+    ]
     tables = comparison.tables(store, evaluations, "system")
     missing = [name for name in steps if name not in artifacts]
     sections = [
-        PageSection("results", "Results", _results(tables)),
+        PageSection("results", "Results", _results(tables, comparison.routed(artifacts))),
         PageSection("protection", "Gain and loss", comparison.protection(config, artifacts)),
         PageSection("routing", "Routing", comparison.routings(artifacts)),
         PageSection("items", "Won and lost", _items(artifacts, tables)),
@@ -131,8 +138,28 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
             target = "the base model" if row["target"] == "base" else row["target"]
             sentence += f", {target} {_accuracy(row)}"
             sentence += f" of {row['n']}" if row["n"] != last["n"] else ""
-        sentences.append(sentence + (_meaning(last, overall[-1]) if overall else "") + ".")
+        sentence += _meaning(last, overall[-1]) if overall else ""
+        sentences.append(f"{sentence}.{_gain_of_auto(measured, last)}")
     return sentences
+
+
+def _gain_of_auto(rows: list[dict[str, Any]], last: dict[str, Any]) -> str:
+    """Say what the choice between the modes gives, if it was measured, against the better one alone.
+
+    last: the target with which auto was compared, item by item.
+    """
+    overall = {row["target"]: row for row in rows if row["group"] == "all"}
+    if not (auto := overall.get(ROUTED)) or auto["tokens"] is None:
+        return ""
+    better = max(
+        (overall[target] for target in SYSTEMS if target in overall), key=lambda row: row["accuracy"]
+    )
+    change, tokens = auto["accuracy"] - better["accuracy"], auto["tokens"] / (better["tokens"] or 1)
+    tested = f" ({p_value(auto['p'])})" if better is last and auto["p"] is not None else ""
+    return (
+        f" auto, which chooses for each item, answers {_accuracy(auto)}: {100 * change:+.1f} points against "
+        f"{better['target']}{tested}, with {100 * tokens:.0f}\N{NO-BREAK SPACE}% of its tokens."
+    )
 
 
 def _meaning(last: dict[str, Any], previous: dict[str, Any]) -> str:
@@ -149,7 +176,7 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f}\N{NO-BREAK SPACE}%"
 
 
-def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
+def _results(tables: dict[str, list[dict[str, Any]]], routed: dict[str, comparison.Routed]) -> list[Block]:
     """Build a table and a figure of accuracies for each benchmark."""
     blocks: list[Block] = []
     for name, measurements in tables.items():
@@ -173,6 +200,8 @@ def _results(tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
             for row in measurements
             if row["group"] == "all" and row["tokens"] and (value := comparison.value_of(row))
         }
+        if name in routed and (best := routed[name].routing[ORACLE]).value and best.tokens:
+            points[ORACLE] = [(best.tokens, best.value)]
         if len(points) > 1:
             svg = figures.svg(figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %"))
             pictures.append(Picture(svg, f"Accuracy on {name} by the mean tokens of an answer."))
