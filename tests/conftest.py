@@ -138,6 +138,24 @@ def paths(tiny: Path, data: Path, home: Path) -> list[str]:
     ]
 
 
+def flags(*settings: str) -> list[str]:
+    """The settings as options of a command."""
+    return [part for text in settings for part in ("--set", text)]
+
+
+@pytest.fixture
+def smoke_flags(tiny: Path, demo_data: Path, tmp_path: Path) -> list[str]:
+    """What makes `configs/smoke.yaml` the config of `smoke`."""
+    return flags(*paths(tiny, demo_data, tmp_path))
+
+
+def config_file(config: Config, folder: Path) -> Path:
+    """The config as a file that commands read."""
+    file = folder / "config.json"
+    file.write_text(config.model_dump_json(), encoding="utf-8")
+    return file
+
+
 def wait_for(true: Callable[[], object], seconds: float = 120) -> bool:
     """Whether it becomes true; the limit is for what never does, for the machine may be busy."""
     end = time.monotonic() + seconds

@@ -116,7 +116,6 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
     """Where the head has the type of the weights, keys are what they were before vLLM's had another."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     model = ModelSection(name=str(tiny), dtype=weights)
-    assert dtype.answer_dtype(model, engine) == precision
     job = SimpleNamespace(external_key={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
     section = SimpleNamespace(engine=engine)
     evaluation = Evaluation(job, model, None, section, None, None)
@@ -124,7 +123,7 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
     section = ClassifySection(voters=[Voter(engine=engine)])
     [log] = _journals(model, section, job)
     expected = VoteJournal(
-        section.voters[0], log.title, model.title, f"digest {precision}", log.context, section.seed,
+        section.voters[0], log.title, model.title, f"digest {precision}", log.question, section.seed,
         tmp_path / "votes",
     )  # fmt: skip
     assert log.path == expected.path
@@ -151,17 +150,12 @@ def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, monkeyp
     assert told(model, "--max-model-len") == "4096"  # a person who stretches a model is believed
 
 
-@pytest.mark.parametrize(
-    ("onednn", "instructions", "native"),
-    [
-        (True, {"avx512_bf16": True}, True),
-        (True, {"avx512_f": True}, False),
-        (False, {"avx512_bf16": True}, False),
-    ],
-)
-def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch, onednn: bool, instructions: dict, native: bool):
-    import torch
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    assert dtype.native_bfloat16() is native
+def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch):
+    for onednn, feature, native in (
+        (1, "avx512_bf16", True),
+        (1, "avx512_f", False),
+        (0, "avx512_bf16", False),
+    ):
+        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda able=onednn: bool(able))
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda feature=feature: {feature: True})
+        assert dtype.native_bfloat16() is native
