@@ -89,7 +89,7 @@ def test_labelled_examples_of_a_user(tmp_path):
     """Labels may be written as elsewhere, and an answer may lack; lines that are none are named."""
     path = tmp_path / "h.jsonl"
     path.write_text(
-        '{"question": "q", "answer": null, "system": 2.0}\n{"question": "r", "system": "System 1"}\n'
+        '{"question": "q", "answer": null, "system": 2}\n{"question": "r", "system": "System 1"}\n'
     )
     found = read_labelled_examples(path)
     assert [(row.system, row.example.response) for row in found] == [(2, ""), (1, "")]
@@ -98,19 +98,14 @@ def test_labelled_examples_of_a_user(tmp_path):
         read_labelled_examples(path)
 
 
-def labels(
-    votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings
-) -> list[int | None]:
+def labels(votes: dict[str, list], weights=None, thresholds=None, **settings) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
     section = ClassifySection(**settings)
-    voices = {
-        voter: VoterResult(
-            {str(i): v for i, v in enumerate(values)},
-            (thresholds or {}).get(voter, 0.5),
-            (weights or {}).get(voter, 1.0),
-        ).decided(section.system2_share)
-        for voter, values in votes.items()
-    }
+    voices = {}
+    for voter, values in votes.items():
+        threshold, weight = (thresholds or {}).get(voter, 0.5), (weights or {}).get(voter, 1.0)
+        result = VoterResult({str(i): v for i, v in enumerate(values)}, threshold, weight)
+        voices[voter] = result.decided(section.system2_share)
     return [row.system for row in aggregate(rows, voices, section)]
 
 

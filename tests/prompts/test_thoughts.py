@@ -6,9 +6,8 @@ import pytest
 import trl
 from tokenizers import AddedToken
 
-from stages.config import ModelSection, PromptSection
+from stages.config import PromptSection
 from stages.errors import ConfigError
-from stages.models.tokenizer import load_tokenizer
 from stages.prompts import thoughts
 from stages.prompts.answers import extract
 from stages.prompts.chat_template import DATE, arguments_of
@@ -30,11 +29,6 @@ EMPTY = {"nemotron_3_5_lightning": "</think>", "nemotron_3_nano": "\n</think>\n"
 EMPTY |= {"nemotron_3_super": "\n</think>\n", "nemotron_3_ultra": "</think>"}
 """Templates that open a thought in one way in the prompt and in another in conversations → how one ends."""
 QUESTION, ANSWER, THOUGHT = "2 + 2?", "It is 4.\n#### 4", "Two and two."
-
-
-@pytest.fixture
-def tokenizer(tiny):
-    return load_tokenizer(ModelSection(name=str(tiny)))
 
 
 def written_by(renderer: Renderer, example: Example) -> str:
@@ -97,7 +91,6 @@ ASKED = (
     ("before", "prompt", "thought", "completion"),
     [
         # The prompt says that there is no thought, and conversations do not.
-        ("", "<think>\n\n</think>\n\n", "", "It is 4.\n#### 4<|im_end|>"),
         ("", "<think>\n\n</think>\n\n", "Hm.", "It is 4.\n#### 4<|im_end|>"),
         ("", "</think>", "Hm.", "It is 4.\n#### 4<|im_end|>"),
         # It opens one, in a line of its own or not, or in the tags of other models.
@@ -165,10 +158,8 @@ def test_a_switch_for_each_system(tokenizer):
 
 CUT = [
     *(f"{tag}so 2+2 is 5? #### 5\nno. keep" for tag in thoughts.TAGS),
-    *(f"{tag}\n\\boxed{{5}} <answer>5</answer>" for tag in thoughts.TAGS),
     *(f"#### 4 {tag} or 5? #### 5" for tag in thoughts.TAGS),
     *(f"{tag}a{closing}#### 4\n{tag}or is it 5?" for tag, closing in thoughts.TAGS.items()),
-    *(f"{tag} {tag} 5 #### 5" for tag in thoughts.TAGS),
 ]
 
 
@@ -189,8 +180,8 @@ def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing):
     for special in (False, True):
         tokenizer.add_tokens([AddedToken(text, special=special) for text in (tag, closing)], special)
         ids = tokenizer(f"5? #### 5 {answer}<|im_end|>", add_special_tokens=False)["input_ids"]
-        for prompt, strict in ((f"user: 2 + 2?\nassistant: {tag}\n", "4"), ("user: 2 + 2?", "4")):
-            assert extract(thoughts.decode(tokenizer, ids, prompt), "hash").strict == strict
+        for prompt in (f"user: 2 + 2?\nassistant: {tag}\n", "user: 2 + 2?"):
+            assert extract(thoughts.decode(tokenizer, ids, prompt), "hash").strict == "4"
         cut = tokenizer("5? #### 5", add_special_tokens=False)["input_ids"]
         assert extract(thoughts.decode(tokenizer, cut, f"assistant: {tag}\n"), "hash").strict is None
         thoughts._special_ids.cache_clear()
