@@ -46,7 +46,8 @@ def test_sizes_and_balance(drawn):
     kinds = {name: Counter(row["kind"] for row in rows) for name, rows in splits.items()}
     if size == "short":
         train = {"recall": 19, "reading": 29, "one_step": 72, "two_step": 120}
-        assert kinds == {"train": train, "test": {"one_step": 100, "two_step": 200}}
+        chains = {"test": {"one_step": 100, "two_step": 200}, "tune": {"one_step": 40, "two_step": 80}}
+        assert kinds == {"train": train} | chains
         return
     sizes = {"train": 360, "test": 200, "valid": 400, "final": 1000}
     assert {name: counts.total() for name, counts in kinds.items()} == sizes
@@ -57,13 +58,17 @@ def test_sizes_and_balance(drawn):
 def test_no_question_is_in_two_splits_and_no_answer_of_an_unseen_one_in_another(splits):
     questions = [{r["question"] for r in rows} for rows in splits.values()]
     assert len(set.union(*questions)) == sum(map(len, questions))
-    worked = {name: {r["answer"] for r in rows if r["kind"] != "recall"} for name, rows in splits.items()}
-    new = worked["test"] | worked.get("final", set())
-    assert len(new) > 50 and not new & (worked["train"] | worked.get("valid", set()))
-    recalled = {name: [r["question"] for r in rows if r["kind"] == "recall"] for name, rows in splits.items()}
-    asked = {name: {question.split(". ")[-1] for question in of} for name, of in recalled.items()}
-    unseen = asked["test"] | asked.get("final", set())
-    assert asked["train"] and not unseen & (asked["train"] | asked.get("valid", set()))
+    unseen, others = (
+        [row for name, rows in splits.items() if (name in demo.UNSEEN) is which for row in rows]
+        for which in (True, False)
+    )
+    new, worked = ({row["answer"] for row in rows if row["kind"] != "recall"} for rows in (unseen, others))
+    assert len(new) > 50 and not new & worked
+    new, asked = (
+        {row["question"].split(". ")[-1] for row in rows if row["kind"] == "recall"}
+        for rows in (unseen, others)
+    )
+    assert asked and not new & asked
 
 
 def test_neither_length_nor_a_single_word_tells_the_systems_apart(splits):

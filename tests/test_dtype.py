@@ -2,15 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from stages.classify.run import _journals
-from stages.config import ClassifySection, ModelSection, ServerSection, Voter
+from stages.config import ModelSection, ServerSection
 from stages.engines import vllm
-from stages.eval.run import Evaluation
-from stages.labelling.votes import VoteJournal
 from stages.models import dtype
 from stages.models.base import load_base
 
@@ -111,22 +107,14 @@ def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, t
     ],
 )
 def test_journals_tell_answers_of_a_float32_head_from_others(
-    monkeypatch, tiny, tmp_path, engine, weights, gpu, precision
+    monkeypatch, tiny, engine, weights, gpu, precision
 ):
-    """Where the head has the type of the weights, keys are what they were before vLLM's had another."""
+    """Where the head has the type of the weights, keys are what they were before vLLM's had another.
+
+    That journals are named by this type, test_pipeline.py says.
+    """
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    model = ModelSection(name=str(tiny), dtype=weights)
-    job = SimpleNamespace(external_key={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
-    section = SimpleNamespace(engine=engine)
-    evaluation = Evaluation(job, model, None, section, None, None)
-    assert evaluation.identity(None)["dtype"] == precision
-    section = ClassifySection(voters=[Voter(engine=engine)])
-    [log] = _journals(model, section, job)
-    expected = VoteJournal(
-        section.voters[0], log.title, model.title, f"digest {precision}", log.question, section.seed,
-        tmp_path / "votes",
-    )  # fmt: skip
-    assert log.path == expected.path
+    assert dtype.answer_dtype(ModelSection(name=str(tiny), dtype=weights), engine) == precision
 
 
 @pytest.mark.parametrize(
