@@ -227,7 +227,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(values)
 def test_plain_data_crosses_unchanged(value):
     back = inside.decode(inside.json.loads(inside.json.dumps(inside.encode(value))))
