@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,14 @@ def demo_data(common_folder: Path) -> Path:
 
 
 @pytest.fixture
+def tokenizer(tiny: Path) -> Any:
+    from stages.config import ModelSection
+    from stages.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(ModelSection(name=str(tiny)))
+
+
+@pytest.fixture
 def smoke(tiny: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Config]:
     """The smoke config on the session's model and data, runs below tmp_path, and the given settings."""
 
@@ -136,6 +144,24 @@ def paths(tiny: Path, data: Path, home: Path) -> list[str]:
         f"eval.benchmarks.demo.path={data / 'test.jsonl'}",
         f"runs_dir={home / 'runs'}",
     ]
+
+
+def flags(*settings: str) -> list[str]:
+    """The settings as options of a command."""
+    return [part for text in settings for part in ("--set", text)]
+
+
+@pytest.fixture
+def smoke_flags(tiny: Path, demo_data: Path, tmp_path: Path) -> list[str]:
+    """What makes `configs/smoke.yaml` the config of `smoke`."""
+    return flags(*paths(tiny, demo_data, tmp_path))
+
+
+def config_file(config: Config, folder: Path) -> Path:
+    """The config as a file that commands read."""
+    file = folder / "config.json"
+    file.write_text(config.model_dump_json(), encoding="utf-8")
+    return file
 
 
 def wait_for(true: Callable[[], object], seconds: float = 120) -> bool:
@@ -170,6 +196,11 @@ def processes(mark: str) -> list[int]:
                 if mark.encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
     return found
+
+
+def quick(every: Iterable[str], *names: str) -> list[object]:
+    """Every one as a parameter; those but the named are slow."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in every]
 
 
 @contextlib.contextmanager

@@ -1,17 +1,12 @@
-"""An OpenAI-compatible server for tests, whose faults follow a script.
-
-`python tests/mock_server.py` starts one for a run from a shell.
-"""
+"""An OpenAI-compatible server for tests, whose faults follow a script."""
 
 import hashlib
 import json
 import math
 import socket
 import struct
-import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,8 +24,7 @@ def probability(text: str, weights: str = "") -> float:
 class Mock:
     """A model served under a name.
 
-    `log` has every question that reached it, `bodies` the requests, `headers` those of the last one, and
-    `answered` the questions with a whole reply.
+    `log` has every question that reached it, `bodies` the requests, `headers` those of the last one.
     """
 
     def __init__(
@@ -41,7 +35,6 @@ class Mock:
         self.log: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: dict[str, str] = {}
-        self.answered: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.url = ""
 
@@ -107,10 +100,7 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             text = json.dumps(mock.reply(self.path, body)).encode()
             if fault and self._fail(*fault, text):
                 return None
-            self._send(200, text)
-            with mock.lock:
-                mock.answered[key] += 1
-            return None
+            return self._send(200, text)
 
         def _fail(self, kind: str, detail: Any, whole: bytes) -> bool:
             if kind == "reset":
@@ -164,9 +154,3 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             yield mock
         finally:
             server.shutdown()
-
-
-if __name__ == "__main__":
-    with serve(Mock(), int(sys.argv[1]) if len(sys.argv) > 1 else 0) as running:
-        print(running.url, flush=True)
-        threading.Event().wait()

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import typer
-from conftest import ROOT, Small, paths
+from conftest import ROOT, Small, flags
 
 from lorapar_cli.__main__ import main as begin
 from lorapar_cli.app import app
@@ -49,16 +49,6 @@ def test_help_loads_nothing_but_itself_and_lists_every_command(monkeypatch, caps
     *usages, shown_version = re.split(r"^(?=Usage)|\n(?=[\d.]+\n$)", capsys.readouterr().out, flags=re.M)[1:]
     assert len({text.strip() for text in usages}) == 1 and shown_version == f"{version('lorapar')}\n"
     assert re.findall(r"^  ([a-z-]+) ", usages[0], re.M) == list(COMMANDS)
-
-
-def test_help_shows_no_value_of_a_flag():
-    flags = [
-        option
-        for command in typer.main.get_command(app).commands.values()
-        for option in command.params
-        if getattr(option, "is_flag", False) and option.name != "help"
-    ]
-    assert len(flags) > 10 and {option.metavar for option in flags} == {""}
 
 
 @pytest.mark.parametrize(
@@ -102,13 +92,12 @@ def test_quick_commands(lorapar, command):
 
 def smoke_of(begun: Small) -> list[object]:
     """The config of `begun` as arguments."""
-    return [ROOT / "configs/smoke.yaml", *(part for text in begun.home for part in ("--set", text))]
+    return [ROOT / "configs/smoke.yaml", *flags(*begun.home)]
 
 
 @pytest.fixture
-def config(tiny, demo_data, tmp_path):
-    sets = [part for text in paths(tiny, demo_data, tmp_path) for part in ("--set", text)]
-    return [ROOT / "configs/smoke.yaml", *sets]
+def config(smoke_flags):
+    return [ROOT / "configs/smoke.yaml", *smoke_flags]
 
 
 @pytest.mark.parametrize(
@@ -116,9 +105,6 @@ def config(tiny, demo_data, tmp_path):
     [
         ("partition.thta=1", 78,
          "unknown setting partition.thta (did you mean partition.theta?)\n  hint: every setting"),
-        ("partition.theta=high", 78, "partition.theta: input should be a valid number"),
-        ("partition.strategy=best", 78, "partition.strategy: unknown strategy 'best'; choose from: all, "
-         "complement, importance, random, random_half, random_within, swapped, topk, topk_within\n"),
         ("model.name=/nowhere/m", 66, "no model folder /nowhere/m\n  hint: a hub id is NAME or OWNER/NAME\n"),
         ("model.name=elsewhere/models/tiny-random", 66, "no model folder elsewhere/models/tiny-random\n"
          "  hint: lorapar fetch tiny-random makes it, in models/\n"),
@@ -130,7 +116,6 @@ def config(tiny, demo_data, tmp_path):
         ("data.path=none.jsonl", 66, "no data file none.jsonl\n"),
         ("data.path=/tmp", 66, "/tmp is a folder, not a file\n"),
         ("data.path=null", 78, "data.path is not set\n"),
-        ("lora.target_modules=[]", 78, "lora.target_modules: list should have at least 1 item"),
         ("lora.init=default", 78,
          "lora.init default has B = 0, so every importance is zero; choose normal"),
     ],
@@ -155,10 +140,8 @@ def test_bad_data(lorapar, config, tmp_path):
         ("show CONFIG sleep", 78, "no stage 'sleep'"),
         ("run CONFIG --to sleep", 78, "unknown stage 'sleep'"),
         ("run CONFIG --from rl --to sft", 78, "--from rl comes after --to sft"),
-        ("run CONFIG --set data.path=null --to sft", 78, "data.path is not set"),
         ("fetch gpt", 78, "unknown model 'gpt'"),
         ("partition CONFIG --only both", 78, "--only both: no such variant\n  hint: choose from: sft, rl\n"),
-        ("show CONFIG sft --wrong", 78, "--samples, --wrong and --limit go with an evaluation"),
         ("show CONFIG --limit 3", 78, "--samples, --wrong and --limit go with an evaluation"),
         ("show CONFIG eval:sft --by kind", 78, "--by goes with the results of all"),
     ],
@@ -194,8 +177,7 @@ def test_a_port_in_use():
 
 
 def test_status_show_and_json(lorapar, config):
-    small = ["data.limit=8", "eval.benchmarks.demo.limit=4", "classify.strategy=random"]
-    small = [part for text in small for part in ("--set", text)]
+    small = flags("data.limit=8", "eval.benchmarks.demo.limit=4", "classify.strategy=random")
     one = lorapar("classify", *config, "--json", *small)
     rows = [json.loads(line) for line in one.out.splitlines()]
     made = [(row["step"], row["made"], row["summary"]["examples"]) for row in rows]
@@ -208,13 +190,6 @@ def test_status_show_and_json(lorapar, config):
     assert states["score"] == {"state": "missing", "why": "not run yet"}
     shown = lorapar("show", *config, "classify:demo", *small)
     assert "examples: 4" in shown.out and "labels.jsonl" in shown.out
-
-
-def test_engines_and_benchmarks_are_found_by_file(lorapar):
-    blocks = re.split(r"\n(?=\w)", lorapar("list").out)
-    kinds = {block.split("\n")[0]: re.findall(r"^  (\w+)", block, re.MULTILINE) for block in blocks}
-    assert kinds["engines"] == ["openai", "transformers", "vllm"]
-    assert kinds["benchmarks"] == ["demo", "gsm8k", "humaneval", "jsonl", "mmlu"]
 
 
 def test_make_knows_every_stage():
@@ -283,22 +258,16 @@ def test_a_signal_while_it_exits_shows_no_trace(number, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_do_not_import_from_the_folder_they_stand_in(tiny, demo_data, tmp_path):
+def test_stages_do_not_import_from_the_folder_they_stand_in(config, tmp_path):
     (tmp_path / "statistics.py").write_text("raise SystemExit(99)")
-    sets = [part for text in paths(tiny, demo_data, tmp_path) for part in ("--set", text)]
-    lorapar = Path(sys.executable).with_name("lorapar")
-    command = [lorapar, "run", ROOT / "configs/smoke.yaml", "--to", "classify"]
-    sets += ["--set", "classify.strategy=random", "--set", "data.limit=8"]
-    assert subprocess.run([*command, *sets], cwd=tmp_path).returncode == 0
+    command = [Path(sys.executable).with_name("lorapar"), "run", *config, "--to", "classify"]
+    command += flags("classify.strategy=random", "data.limit=8")
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        "export c.yaml x --check 99999", f"demo-data x --seed {2**32}", "show c.yaml --limit 0",
-        "sweep t.yaml --jobs 9999", "sweep t.yaml --max-cells 0",
-    ],
-)  # fmt: skip
+    "arguments", [f"demo-data x --seed {2**32}", "show c.yaml --limit 0", "sweep t.yaml --jobs 9999"]
+)
 def test_numbers_have_bounds(arguments, lorapar, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = lorapar(*arguments.split())

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CONFIGS
+from conftest import CONFIGS, ROOT
 
 from stages.config import BenchmarkSection, Config, SftSection
 from stages.config.fields import cache_key_fields
@@ -11,8 +11,6 @@ from stages.config.listing import annotated
 from stages.config.yaml import on_one_line
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.resolve import load
-
-ROOT = Path(__file__).parent.parent
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -55,15 +53,11 @@ def test_every_config_is_valid_and_presets_pin_every_model_and_data_set_to_a_com
 def test_a_config_over_another(tmp_path):
     """Sections merge, lists are replaced, the file's own settings win, and `--set` over both."""
     (tmp_path / "sub").mkdir()
-    written(
-        tmp_path,
-        "model: {name: x}\nsft: {learning_rate: 1, num_train_epochs: 3}\n"
-        "classify: {voters: [{persona: judge}, {persona: steps}]}\n",
-    )
+    voters = "classify: {voters: [{persona: judge}, {persona: steps}]}\n"
+    written(tmp_path, f"model: {{name: x}}\nsft: {{learning_rate: 1, num_train_epochs: 3}}\n{voters}")
     above = tmp_path / "sub/above.yaml"
-    above.write_text(
-        "extends: ../config.yaml\nsft: {learning_rate: 2}\nclassify: {voters: [{persona: effort}]}\n"
-    )
+    voters = "classify: {voters: [{persona: effort}]}\n"
+    above.write_text(f"extends: ../config.yaml\nsft: {{learning_rate: 2}}\n{voters}")
     found = load(above, ["sft.num_train_epochs=5"])
     assert (found.sft.learning_rate, found.sft.num_train_epochs, found.sft.weight_decay) == (2, 5, 0)
     assert [voter.persona for voter in found.classify.voters] == ["effort"]
@@ -101,7 +95,6 @@ MISTAKES = {
     "classify.voters=[{revision: v1}]": f"{VOTER}: revision v1 needs model, and cannot be used with base_url",
     "classify.voters=[{person: judge}]": f"unknown setting {VOTER}.person (did you mean {VOTER}.persona?)",
     "classify.voters=[{model: m, base_url: 'ftp://x/'}]": "is not a URL: expected http",
-    "classify.voters=[{model: m, base_url: 'http://localhost:99999/v1'}]": "is not a URL: expected http",
     "classify.voters=[{model: m, base_url: 'https://me:secret@host/v1'}]": (
         "has a password in it, which artifacts and pages would show: use api_key_env"
     ),
@@ -110,17 +103,11 @@ MISTAKES = {
     f"{GSM8K}.samples=4": f"{GSM8K}: samples 4 of a greedy answer are all the same; set temperature",
     f"{GSM8K}.kind=jsonl": "eval.benchmarks: gsm8k needs a path: a file or a hub id",
     f"{GSM8K}.mode=likelihood": "mode likelihood is for mmlu alone, got kind gsm8k",
-    f"{GSM8K}={{limit: 3, limit: 4}}": "'limit' appears twice, in lines 1 and 1",
     'rl.rewards_file="\\ud800"': "has half of a surrogate pair",
     "eval.benchmarks={train: {kind: demo}}": "eval.benchmarks: 'train' cannot be the name of a benchmark",
-    "eval.benchmarks={a@b: {kind: demo}}": "eval.benchmarks: 'a@b' cannot be the name of a benchmark",
     "eval.targets=[sft3]": "eval.targets.0: ",
-    "eval.engine=sglang": "eval.engine: unknown engine 'sglang'; choose from: openai, transformers, vllm",
     "eval.engine=openai": "eval.engine: a remote server gives no tokens to grade",
-    "partition.strategy=best": (
-        "partition.strategy: unknown strategy 'best'; choose from: all, complement, importance, random, "
-        "random_half, random_within, swapped, topk, topk_within"
-    ),
+    "partition.strategy=best": "partition.strategy: unknown strategy 'best'; choose from: all, complement,",
     "sft={batch_size: 10, per_device_train_batch_size: 4}": (
         "sft: per_device_train_batch_size 4 does not divide batch_size 10"
     ),
@@ -128,14 +115,10 @@ MISTAKES = {
     "sft=3": "sft: expected settings below it, got 3",
     "sft": "--set sft: expected section.key=value",
     "run.x.y=1": "--set run.x.y=1: run is a value, not a section",
-    "server.port=70000": "server.port: input should be less than 65536",
-    "server.timeout_s=.inf": "server.timeout_s: input should be a finite number, got inf",
     "rl.learning_rate=.nan": "rl.learning_rate: input should be a finite number, got nan",
     "seed=4294967296": "seed: at most 4294967295 in size",
-    "server.vllm={seed: 2020-01-01}": "server.vllm: expected text, numbers, lists and mappings",
     "server.vllm=&a {a: *a}": "server.vllm: expected text, numbers, lists and mappings",
     "server.vllm=" + "[" * 600 + "]" * 600: "is nested too deeply",
-    "run=!!int ''": "is not YAML",
     "run=!!python/object/apply:os.system ['exit']": "is not YAML",
     "lora={init: pissa, compensate: false}": "lora: init pissa without compensation adds B₀A₀ to the base",
     "server.port=8000": "server.port: voters with devices have servers of their own",
@@ -196,12 +179,8 @@ def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     text = message(path)
     assert "3 mistakes" in text
     assert "unknown setting partition.thta (did you mean partition.theta?)" in text
-    assert (
-        "sft.learning_rate: input should be a valid number, unable to parse string as a number, got 'fast'"
-        in text
-    )
-    choices = "fisher, grad2, grpo_sign, magnitude, moved, taylor1, taylor2"
-    assert f"score.scorer: unknown scorer 'taylr'; choose from: {choices}" in text
+    assert "sft.learning_rate: input should be a valid number, unable to parse" in text
+    assert "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2," in text
 
 
 @pytest.mark.parametrize(
@@ -247,11 +226,8 @@ def test_an_override_of_one_place_leaves_others_that_share_it(tmp_path):
         "eval: {benchmarks: {a: &a {kind: demo, path: a, prompt: {template: plain}}, b: {<<: *a}}}\n",
     )
     found = load(path, ["rl.prompt.answer_format=xml", "eval.benchmarks.b.prompt.template=chat"])
-    assert [s.answer_format for s in (found.prompt, found.sft.prompt, found.rl.prompt)] == [
-        "hash",
-        "hash",
-        "xml",
-    ]
+    formats = [section.answer_format for section in (found.prompt, found.sft.prompt, found.rl.prompt)]
+    assert formats == ["hash", "hash", "xml"]
     assert [found.eval.benchmarks[name].prompt.template for name in "ab"] == ["plain", "chat"]
 
 

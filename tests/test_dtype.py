@@ -2,15 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from stages.classify.run import _journals
-from stages.config import ClassifySection, ModelSection, ServerSection, Voter
+from stages.config import ModelSection, ServerSection
 from stages.engines import vllm
-from stages.eval.run import Evaluation
-from stages.labelling.votes import VoteJournal
 from stages.models import dtype
 from stages.models.base import load_base
 
@@ -111,23 +107,14 @@ def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, t
     ],
 )
 def test_journals_tell_answers_of_a_float32_head_from_others(
-    monkeypatch, tiny, tmp_path, engine, weights, gpu, precision
+    monkeypatch, tiny, engine, weights, gpu, precision
 ):
-    """Where the head has the type of the weights, keys are what they were before vLLM's had another."""
+    """Where the head has the type of the weights, keys are what they were before vLLM's had another.
+
+    That journals are named by this type, test_pipeline.py says.
+    """
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    model = ModelSection(name=str(tiny), dtype=weights)
-    assert dtype.answer_dtype(model, engine) == precision
-    job = SimpleNamespace(external_key={"model": "digest", "voters": ["digest"]}, journals=tmp_path)
-    section = SimpleNamespace(engine=engine)
-    evaluation = Evaluation(job, model, None, section, None, None)
-    assert evaluation.identity(None)["dtype"] == precision
-    section = ClassifySection(voters=[Voter(engine=engine)])
-    [log] = _journals(model, section, job)
-    expected = VoteJournal(
-        section.voters[0], log.title, model.title, f"digest {precision}", log.question, section.seed,
-        tmp_path / "votes",
-    )  # fmt: skip
-    assert log.path == expected.path
+    assert dtype.answer_dtype(ModelSection(name=str(tiny), dtype=weights), engine) == precision
 
 
 @pytest.mark.parametrize(
@@ -151,17 +138,12 @@ def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, monkeyp
     assert told(model, "--max-model-len") == "4096"  # a person who stretches a model is believed
 
 
-@pytest.mark.parametrize(
-    ("onednn", "instructions", "native"),
-    [
-        (True, {"avx512_bf16": True}, True),
-        (True, {"avx512_f": True}, False),
-        (False, {"avx512_bf16": True}, False),
-    ],
-)
-def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch, onednn: bool, instructions: dict, native: bool):
-    import torch
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    assert dtype.native_bfloat16() is native
+def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch):
+    for onednn, feature, native in (
+        (1, "avx512_bf16", True),
+        (1, "avx512_f", False),
+        (0, "avx512_bf16", False),
+    ):
+        monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda able=onednn: bool(able))
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda feature=feature: {feature: True})
+        assert dtype.native_bfloat16() is native

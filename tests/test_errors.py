@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import make_step
@@ -31,7 +32,6 @@ WEIGHTS = "model.safetensors"
         (SafetensorError("I/O error: … (os error 28)"), 73, "cannot write: no space left"),
         (RuntimeError("[enforce fail] No space left on device"), 73, "cannot write: no space left"),
         (FileNotFoundError(errno.ENOENT, "x", "a"), 66, "no file a"),
-        (OSError(errno.ENAMETOOLONG, "x", "a" * 9), 78, "cannot use aaaaaaaaa: file name too long"),
         (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 74, "the machine ran out of memory"),
         (RecursionError("maximum"), 78, "something is nested too deeply"),
@@ -55,14 +55,9 @@ def test_an_unforeseen_error_is_called_a_defect_and_leaves_its_trace():
 
 
 def test_the_command_shows_no_trace(lorapar, monkeypatch):
-    def broken(*_):
-        raise ValueError("of nobody's making")
-
-    monkeypatch.setattr("lorapar_cli.options.load", broken)
+    monkeypatch.setattr("lorapar_cli.options.load", Mock(side_effect=ValueError("odd")))
     done = lorapar("status", "configs/smoke.yaml")
-    assert done.code == 70 and done.err.startswith(
-        "error: this is a defect of lorapar: ValueError: of nobody"
-    )
+    assert done.code == 70 and done.err.startswith("error: this is a defect of lorapar: ValueError: odd")
     assert "Traceback" not in done.err and "hint: please report it with" in done.err
 
 
@@ -85,17 +80,11 @@ def test_a_rewards_file_does_not_end_the_program(begun, tmp_path, does, error, t
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("x: !!int ''", "is not YAML"),
-        ("[" * 300, "is not YAML"),
-        ("", "holds no settings"),
-        (
-            "{a: 1, compute_environment: LOCAL_MACHINE, distributed_type: 'NO'}",
-            "config .*unknown keys",
-        ),
+        ("[" * 300, "is not YAML"), ("", "holds no settings"),
+        ("{a: 1, compute_environment: LOCAL_MACHINE, distributed_type: 'NO'}", "config .*unknown keys"),
         ("distributed_type: MULTI_CPU", "starts a single process"),
     ],
-    ids=lambda text: text[:24],
-)
+)  # fmt: skip
 def test_a_launcher_s_file_of_garbage(tmp_path, text, told):
     (tmp_path / "accelerate.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told):
@@ -129,8 +118,6 @@ def test_a_model_with_more_layers_than_weights_is_refused(copy):
         lambda m: (m / WEIGHTS).write_bytes((m / WEIGHTS).read_bytes()[:500]),
         lambda m: (m / "config.json").write_text("{"),
         lambda m: edited(m, model_type="unheard_of"),
-        lambda m: edited(m, hidden_size=17),
-        lambda m: (m / "generation_config.json").write_text('{"eos_token_id": "x"}'),
         lambda m: save_file({k: w[:1] for k, w in load_file(m / WEIGHTS).items()}, m / WEIGHTS),
     ],
 )  # fmt: skip
@@ -167,7 +154,6 @@ def test_a_tokenizer_without_eos_and_a_template_without_the_question(copy):
     [
         ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
         ("{% for", "unexpected .end of template"),
-        ("{{ raise_exception('no chats here') }}", "no chats here"),
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
@@ -181,11 +167,8 @@ def test_a_template_is_a_program_that_may_fail(copy, template, told):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (
-            "models/smollm2-135m-q5",
-            "no folder models/smollm2-135m-q5, and cannot load the tokenizer",
-        ),
-        *((name, f"no model folder {name}") for name in ("./here", "a/b/c")),
+        ("models/smollm2-135m-q5", "no folder models/smollm2-135m-q5, and cannot load the tokenizer"),
+        ("./here", "no model folder ./here"),
         ("lonely", "cannot load the tokenizer of lonely"),
     ],
 )

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from weakref import ref
 
 import pytest
 import trl
@@ -16,7 +15,7 @@ from stages.init import config_writer, hold_out
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
-from stages.prompts.renderer import Renderer
+from stages.records import read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -26,19 +25,18 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
     def write(rows: list[dict], *more: str, model: Path = tiny) -> tuple[dict, str]:
         monkeypatch.chdir(tmp_path)
         file = tmp_path / "my rows.v1.jsonl"
-        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        write_jsonl(file, rows)
+        Path("c.yaml").unlink(missing_ok=True)
         done = lorapar("init", file, "--model", model, "--out", "c.yaml", *more)
         assert done.code == 0, done.err
-        config = resolved(load(Path("c.yaml"), []))
-        assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= plan_steps(
-            config.model_copy(update={"eval": config.eval.model_copy(update={"targets": ["base"]})})
-        ).keys()
-        found = yaml.safe_load(Path("c.yaml").read_text(encoding="utf-8"))
-        for line in Path("c.yaml").read_text(encoding="utf-8").splitlines():
+        steps = plan_steps(resolved(load(Path("c.yaml"), ["eval.targets=[base]"])))
+        assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= steps.keys()
+        text = Path("c.yaml").read_text(encoding="utf-8")
+        for line in text.splitlines():
             reason = line.partition(" # ")[2]
             assert reason in done.out, "a reason that was not printed"
             assert reason or not re.match(r" +\w+: ", line) or WITHOUT_REASON.search(line), line
-        return found, done.out
+        return yaml.safe_load(text), done.out
 
     return write
 
@@ -50,7 +48,7 @@ def rows(number: int, **more: object) -> list[dict]:
 WITHOUT_REASON = re.compile("name|path|duplicates: first")
 
 
-def test_numbers_and_lengths(tiny, written, monkeypatch):
+def test_numbers_and_lengths(tiny, written):
     found, said = written(rows(300))
     assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
@@ -58,18 +56,10 @@ def test_numbers_and_lengths(tiny, written, monkeypatch):
     assert "each row ends in a stop token: '<|im_end|>'" in said
     assert "which rows measure success" in said and "eval" not in found
     assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
-    file = found["data"]["path"]
-    made, kept, render = [], [], Renderer.row
-    monkeypatch.setattr(Renderer, "row", lambda *given: (row := render(*given), made.append(ref(row)))[0])
-    monkeypatch.setattr(
-        Renderer, "rows_without_stop", lambda *_: kept.append(sum(r() is not None for r in made)) or []
-    )
-    seen = survey(ModelSection(name=str(tiny)), DataSection(path=file), [])
-    assert max(kept) <= 3, "tokens of rows are kept in memory"
+    seen = survey(ModelSection(name=str(tiny)), DataSection(path=found["data"]["path"]), [])
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
     assert seen.prompt.longest <= found["rl"]["max_prompt_length"] < seen.prompt.longest + config_writer.STEP
     assert seen.response.longest < found["rl"]["max_completion_length"]
-    (Path("c.yaml")).unlink()
     far = rows(300)
     far[7]["answer"] = "long " * 400 + "\n#### 8"
     found, said = written(far)
@@ -87,7 +77,6 @@ def test_empty_and_repeated_rows_are_counted_and_left_out(written):
 def test_rewards_follow_the_answers(written):
     found, said = written(rows(300, gold="Paris"))
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "mostly a text" in said
-    Path("c.yaml").unlink()
     found, said = written(rows(300, test="def check(f): pass", entry_point="f"))
     assert found["rl"]["rewards"] == {"code_tests": 1.0} and "they run in the sandbox" in said
 
@@ -98,7 +87,6 @@ def test_rows_without_answers_are_not_passed_over(written):
     assert found["sft"] == {"rounds": 2} and found["eval"] == {"targets": ["base", "sft", "sft2"]}
     assert "rl" not in found and "prompt" not in found
     assert "no row has a verifiable answer" in said and "a cold start" not in said
-    Path("c.yaml").unlink()
     found, said = written([*plain, {"instruction": "1 + 1?", "output": "#### 2"}])
     assert "3 of 4 rows have no verifiable answer" in said
     assert found["rl"]["rewards"] == {"text_overlap": 1.0} and "sft" not in found
@@ -125,9 +113,7 @@ def test_labels_of_the_rows_are_taken(written):
     found, said = written(rows(290, system=1) + rows(302, system=2)[290:])
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said
     assert found["rl"]["prompts_per_step"] == 2 and "there are 12 System 2 rows" in said
-    Path("c.yaml").unlink()
     assert "no row is labelled System 2" in written(rows(8, system=1))[1]
-    Path("c.yaml").unlink()
     found, said = written(rows(40, system="System 2"))  # words, too
     assert found["classify"]["strategy"] == "known" and "no row is labelled System 1" in said
 
@@ -143,9 +129,8 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
     }
     (tmp_path / "a").mkdir()
     for name, row in files.items():
-        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with (tmp_path / "odd.jsonl").open("a") as odd:
-        odd.write(json.dumps(files["odd.jsonl"]) + '\n{"prompt": "", "completion": "x"}\n')
+        write_jsonl(tmp_path / name, [row])
+    write_jsonl(tmp_path / "odd.jsonl", [files["odd.jsonl"]] * 2 + [{"prompt": "", "completion": "x"}])
     found, said = written(rows(300), *(part for name in files for part in ("--test", str(tmp_path / name))))
     made = found["eval"]["benchmarks"]
     assert {name: part["kind"] for name, part in made.items()} == {
@@ -162,11 +147,9 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
 
 def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{{ m.content }}<|im_end|>{% endfor %}",
-        encoding="utf-8",
-    )
+    refusing = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refusing}{{{{ m.content }}}}<|im_end|>{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     found, said = written(rows(300), model=folder)
     assert "prompt" not in found and "its chat template takes no system message" in said
 
@@ -174,7 +157,6 @@ def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("template", "modes"),
     [
-        ("qwen3", {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}),
         ("qwen3_8", {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}),
         ("gptoss", {1: {"reasoning_effort": "low"}, 2: {"reasoning_effort": "high"}}),
         ("deepseek_r1_distill", None),
@@ -183,14 +165,12 @@ def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
 def test_the_switch_of_a_template_makes_the_two_modes(written, tiny, tmp_path, template, modes):
     """Completions are long enough for a thought, also where the template has no switch and always thinks."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    shutil.copy(
-        Path(trl.__file__).parent / f"chat_templates/{template}.jinja", folder / "chat_template.jinja"
-    )
+    templates = Path(trl.__file__).parent / "chat_templates"
+    shutil.copy(templates / f"{template}.jinja", folder / "chat_template.jinja")
     found, said = written(rows(40), model=folder)
     assert found["prompt"].get("chat_template_kwargs_by_system") == modes
-    assert (
-        found["rl"]["max_completion_length"] == 1280 and "how the model thinks: no row has a thought" in said
-    )
+    assert found["rl"]["max_completion_length"] == 1280
+    assert "how the model thinks: no row has a thought" in said
 
 
 def test_a_model_without_template_and_with_other_modules(written, tmp_path):
@@ -214,7 +194,7 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
 
 def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_disk):
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_bytes("\n".join(map(json.dumps, rows(10))).encode())
+    write_jsonl(Path("rows.jsonl"), rows(10))
     new = ["rows.jsonl", "--model", tiny]
 
     def write_rows(file: Path, _: list) -> None:
@@ -258,12 +238,12 @@ def test_long_rows_get_a_server_with_room(written):
         row["answer"] = "word " * 3000 + "\n#### 8"
     found, said = written(long)
     assert "what becomes of the field system of 40 rows" in said and "each row has a field system" not in said
-    assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096 or "server" not in found
+    assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096
 
 
 def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(8))), encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", rows(8))
     labels = [f'"{row["question"]}",{1 + i % 2}' for i, row in enumerate(rows(8))]
     (tmp_path / "labels.csv").write_text("\n".join(["question,system", *labels]), encoding="utf-8")
     arguments = ["init", "rows.jsonl", "--model", tiny, "--out", "c.yaml"]
@@ -279,27 +259,22 @@ def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypa
 def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
     old = [{"question": f"{i} * 2?", "answer": f"#### {2 * i}"} for i in range(40)]
     old.append({"question": "0 * 2?", "answer": "Zero.\n#### 0"})  # stays with the row of the same question
-    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
+    write_jsonl(tmp_path / "old.jsonl", old)
     found, said = written(rows(100), "--protect", "old.jsonl")
     assert found["data"]["path"] == "my rows-train.jsonl"
     assert found["partition"] == {"protect": "old-train.jsonl"}
     made = found["eval"]["benchmarks"]
     paths = {"my-rows-test": "my rows-test.jsonl", "protected": "old-test.jsonl"}
     assert {name: part["path"] for name, part in made.items()} == paths and not made["protected"]["label"]
-    parts = [
-        [json.loads(line) for line in (tmp_path / f"old-{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "test")
-    ]
+    parts = [[row for _, row in read_jsonl(tmp_path / f"old-{name}.jsonl")] for name in ("train", "test")]
     assert sorted(map(json.dumps, parts[0] + parts[1])) == sorted(map(json.dumps, old))
     assert len({row["question"] for row in parts[1]}) == 8
     assert not {row["question"] for row in parts[0]} & {row["question"] for row in parts[1]}
     assert "how much is kept" in said and "which rows measure success" not in said
     # The same files again: the same parts. Other files of their names stay.
-    Path("c.yaml").unlink()
     (tmp_path / "old-train.jsonl.new").write_text("mine", encoding="utf-8")
     written(rows(100), "--protect", "old.jsonl")
     assert (tmp_path / "old-train.jsonl.new").read_text() == "mine"
-    Path("c.yaml").unlink()
     (tmp_path / "old-test.jsonl").write_text("mine", encoding="utf-8")
     with pytest.raises(AssertionError, match="old-test.jsonl exists already"):
         written(rows(100), "--protect", "old.jsonl")
@@ -308,12 +283,11 @@ def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):
 
 def test_files_and_benchmarks_of_one_name_stay_apart(written, tmp_path):
     (tmp_path / "old").mkdir()
-    old = "".join(json.dumps({"question": f"{i} * 2?", "answer": f"#### {2 * i}"}) + "\n" for i in range(40))
-    (tmp_path / "old/my rows.jsonl").write_text(old, encoding="utf-8")
+    old = [{"question": f"{i} * 2?", "answer": f"#### {2 * i}"} for i in range(40)]
+    write_jsonl(tmp_path / "old/my rows.jsonl", old)
     found, _ = written(rows(100), "--protect", "old/my rows.jsonl")
     assert found["partition"] == {"protect": "protected-train.jsonl"}
-    Path("c.yaml").unlink()
-    (tmp_path / "protected.jsonl").write_text(old, encoding="utf-8")
+    write_jsonl(tmp_path / "protected.jsonl", old)
     found, _ = written(rows(100), "--protect", "old/my rows.jsonl", "--test", "protected.jsonl")
     paths = {name: part["path"] for name, part in found["eval"]["benchmarks"].items()}
     assert len(paths) == 2 and paths["protected"] == "protected.jsonl"
@@ -321,8 +295,8 @@ def test_files_and_benchmarks_of_one_name_stay_apart(written, tmp_path):
 
 def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, tmp_path):
     old = [{"instruction": f"Say {i}.", "output": "Well, " + "so " * 60} for i in range(40)]
-    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old), encoding="utf-8")
-    (tmp_path / "test.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
+    write_jsonl(tmp_path / "old.jsonl", old)
+    write_jsonl(tmp_path / "test.jsonl", rows(1))
     found, said = written(rows(100), "--protect", "old.jsonl", "--test", "test.jsonl")
     assert found["partition"] == {"protect": "old.jsonl"}
     assert Path(found["data"]["path"]).name == "my rows.v1.jsonl"
@@ -334,9 +308,8 @@ def test_rows_to_protect_without_a_verifiable_answer_make_no_benchmark(written, 
 def test_rows_that_nothing_can_learn_from_are_refused(tmp_path, tiny, lorapar, monkeypatch):
     """Protected rows without a response, and rows with neither a response nor an answer to verify."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, rows(40))), encoding="utf-8")
-    bare = [{"question": f"{i} * 2?", "gold": 2 * i} for i in range(40)]
-    (tmp_path / "old.jsonl").write_text("\n".join(map(json.dumps, bare)), encoding="utf-8")
+    write_jsonl(tmp_path / "new.jsonl", rows(40))
+    write_jsonl(tmp_path / "old.jsonl", [{"question": f"{i} * 2?", "gold": 2 * i} for i in range(40)])
     done = lorapar("init", "new.jsonl", "--model", tiny, "--protect", "old.jsonl")
     assert done.code != 0 and "none of 40 rows of partition.protect, old.jsonl, has a response" in done.err
     (tmp_path / "tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")

@@ -96,12 +96,8 @@ class Share(BaseModel):
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "{}", '{"question": "a"}', '{"question": 7, "sample": 0, "share": 1}',
-        '{"question": "a", "sample": -1, "share": 1}', '{"question": "a", "sample": 0, "share": "much"}',
-        '{"question": "a", "sample": 0}', '{"question": ["a"], "sample": 0, "share": 1}',
-    ],
-)  # fmt: skip
+    ["{}", '{"question": ["a"], "sample": 0, "share": 1}', '{"question": "a", "sample": 0, "share": "much"}'],
+)
 def test_a_line_that_is_no_answer_is_named(tmp_path, line):
     path = tmp_path / "j.jsonl"
     path.write_text('{"question": "a", "sample": 0, "share": 1}\n' + line + "\n")

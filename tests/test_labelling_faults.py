@@ -13,13 +13,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Silent, make_steps
+from conftest import ROOT, Silent, config_file, make_steps
 from mock_server import Mock, serve
 
+from stages.config import ServerSection
 from stages.engines.openai import session
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.pipeline.resolve import load, resolved
-from stages.records import read_jsonl, read_labels
+from stages.records import read_jsonl, read_labels, write_jsonl
 
 ROWS = 60
 QUICK = {"concurrency": 8, "timeout_s": 1, "stall_s": 4}
@@ -29,7 +30,7 @@ QUICK = {"concurrency": 8, "timeout_s": 1, "stall_s": 4}
 def config(tiny, tmp_path):
     """A function from the mock's URL (or several) to a config with one remote voter and ROWS rows."""
     rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "config.yaml").write_text(
         f"{{run: faults, runs_dir: {tmp_path}/runs, model: {{name: {tiny}}}, "
         f"data: {{path: {tmp_path}/rows.jsonl}}, server: {json.dumps(QUICK)}, eval: {{targets: [base]}}}}\n"
@@ -75,31 +76,19 @@ FAULTS = {
     "reset after k answers": first("reset", None, SPELL),
     "429 with Retry-After": first("status", (429, {"Retry-After": "1"}, "slow down"), SPELL),
     "garbage": first("body", b"\xff\x00 not json", SPELL),
-    "hang": first("hang", 3, range(20, 26)),
-    "503": first("status", (503, {}, "starting"), SPELL),
-    "truncated body": first("truncated", None, SPELL),
-    "HTML": first("body", "<html>gateway</html>", SPELL),
-    "duplicate answers": first("twice", None, range(20, 60)),
 }
-QUICK_FAULTS = tuple(FAULTS)[:3]
-
-
-UNDISTURBED: list[int | None] = []
-"""The labels without faults, once they are known."""
+"""torture/test_servers.py tries more of them, at random."""
 
 
 @pytest.fixture
 def undisturbed(config, tmp_path):
-    if not UNDISTURBED:
-        with serve(Mock()) as healthy:
-            apart = {"runs_dir": str(tmp_path / "healthy")}  # its votes must not answer for the other
-            UNDISTURBED.extend(system_of(classify(config(healthy.url).model_copy(update=apart))))
-    return UNDISTURBED
+    """The labels without faults."""
+    with serve(Mock()) as healthy:
+        apart = {"runs_dir": str(tmp_path / "healthy")}  # its votes must not answer for the other
+        return system_of(classify(config(healthy.url).model_copy(update=apart)))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK_FAULTS else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_no_vote_is_lost_and_labels_are_as_without_faults(config, undisturbed, name):
     with serve(Mock(FAULTS[name])) as mock:
         given = config(mock.url)
@@ -231,53 +220,15 @@ def test_voters_at_several_servers_run_side_by_side(config):
     assert middle["a"] < max(at["b"]) and middle["b"] < max(at["a"])  # half done before the other ends
 
 
-def command(tiny, tmp_path, name: str, rows: list[dict], url: str) -> list[str]:
-    """The command that classifies these rows with the judge at `url`."""
-    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "runs_dir": str(tmp_path / f"runs-{name}"),
-        "model": {"name": str(tiny)},
-        "data": {"path": str(tmp_path / f"{name}.jsonl")},
-        "server": {"concurrency": 8},
-        "eval": {"targets": ["base"]},
-        "classify": {"accept_weak": True, "voters": [{"model": "judge", "base_url": url}]},
-    }
-    (tmp_path / f"{name}.json").write_text(json.dumps(settings))
-    return [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / f"{name}.json")]
-
-
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
-    """5,000 rows through the mock server: peak memory beside that of 500."""
-    peaks = {}
-    start = [sys.executable, "tests/mock_server.py"]
-    mock = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        url = mock.stdout.readline().strip()
-        for number in (500, 5000):
-            text = "It is a long day and many things happen on it. " * 5
-            rows = [{"question": f"{text}{i}?", "answer": f"{i}"} for i in range(number)]
-            start = command(tiny, tmp_path, str(number), rows, url)
-            child = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
-            # Not ru_maxrss: it begins with what this process held when it forked.
-            while child.poll() is None:
-                status = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
-                peak = int((re.search(r"VmHWM:\s+(\d+)", status) or [0, 0])[1]) / 1024
-                peaks[number] = peak or peaks.get(number, 0)
-                time.sleep(0.02)
-            assert child.returncode == 0
-    finally:
-        mock.kill()
-    size = (tmp_path / "5000.jsonl").stat().st_size / 2**20
-    assert peaks[5000] < peaks[500] + 8 * size  # rows and labels are held once each, requests are not
-
-
-@pytest.mark.slow
-def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(tiny, tmp_path):
+def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(config, tmp_path):
     """kill -9 of the stage at ten moments, then the same command: each ballot once in the journal."""
     with serve(Mock(lambda n, path, body: time.sleep(0.02))) as mock:
-        rows = [{"question": f"Question {i}?", "answer": f"{i}"} for i in range(1500)]
-        start = command(tiny, tmp_path, "killed", rows, mock.url)
+        rows = [{"question": f"Question {i}?", "answer": f"It is {i}."} for i in range(1500)]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        given = config(mock.url)
+        given = given.model_copy(update={"server": ServerSection(concurrency=8)})
+        start = [sys.executable, "-m", "lorapar_cli", "classify", str(config_file(given, tmp_path))]
         kills = 0
         for seconds in (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6):
             child = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -286,9 +237,8 @@ def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(tiny, tmp_pa
             child.send_signal(signal.SIGKILL)
             child.wait()
         subprocess.run(start, check=True, cwd=ROOT, capture_output=True)
-        asked = Counter(key for key in mock.log if re.search(r"Question: Question \d", key))
-    (journal,) = (tmp_path / "runs-killed/votes").glob("*.jsonl")
-    ballots = Counter(row["question"] for _, row in read_jsonl(journal) if "question" in row)
+        asked = Counter(key for key in mock.log if re.search(r"Question \d", key))
+    ballots = votes_in(given)
     assert set(ballots.values()) == {1} and len(ballots) == 1532
     repeats = sum(asked.values()) - len(asked)
     assert kills >= 5 and repeats <= kills * 9  # eight in flight, and the question that finds out about words

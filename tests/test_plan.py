@@ -2,21 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_steps, paths
+from conftest import ROOT, flags, make_steps
 
 from lorapar_cli import plan as plan_command
-from stages.config import LaunchSection
 from stages.errors import ConfigError
 from stages.labelling import personas
-from stages.lora.adapter import adapter
 from stages.models import base
 from stages.models.base import load_base
-from stages.pipeline import launch
 from stages.pipeline.resolve import resolved
 from stages.pipeline.stage import stage
 from stages.pipeline.steps import plan_steps
@@ -24,8 +22,9 @@ from stages.plan import cost_model, profiler
 from stages.plan.cost_model import NOTHING, UNKNOWN, CostModel
 from stages.plan.estimate import Cost, Estimate, MemoryEstimate, memory_remedies
 from stages.plan.lengths import Lengths, Span, sampled
-from stages.plan.profiler import Measurement, Profiler, per_text
+from stages.plan.profiler import Measurement, per_text
 from stages.plan.prompt_lengths import Texts, prompt_length, spans
+from stages.records import read_jsonl, write_jsonl
 from stages.runtime import resources
 from stages.store import estimates
 from stages.store.estimates import PlannedCost
@@ -35,15 +34,9 @@ SETS = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sf
 
 
 @pytest.fixture
-def asked(smoke, lorapar, tiny, demo_data, tmp_path):
-    """Runs `lorapar plan` on the smoke config with few rows; returns what it prints, and the config."""
-    config = smoke(*SETS)
-    flags = [part for setting in (*paths(tiny, demo_data, tmp_path), *SETS) for part in ("--set", setting)]
-
-    def run(*more: str):
-        return lorapar("plan", ROOT / "configs/smoke.yaml", *flags, *more), config
-
-    return run
+def asked(lorapar, smoke_flags):
+    """Runs `lorapar plan` on the smoke config with few rows; returns what it prints."""
+    return lambda *more: lorapar("plan", ROOT / "configs/smoke.yaml", *smoke_flags, *flags(*SETS), *more)
 
 
 @pytest.fixture
@@ -60,7 +53,7 @@ def no_room(monkeypatch):
 def told(asked, monkeypatch):
     """Runs `lorapar plan` with this estimate of every step: seconds, activations in MiB, and more."""
 
-    def run(*flags: str, seconds: float | None = 60.0, mib: float = 10.0, **more):
+    def run(*options: str, seconds: float | None = 60.0, mib: float = 10.0, **more):
         def estimate(_, steps):
             memory = MemoryEstimate(weights=20, activations=mib)
             costs = {
@@ -70,16 +63,15 @@ def told(asked, monkeypatch):
 
         monkeypatch.setattr(plan_command, "estimate", estimate)
         monkeypatch.setattr(plan_command, "check_for_failures", lambda *_, **__: None)
-        return asked(*flags)[0]
+        return asked(*options)
 
     return run
 
 
-def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
+def test_time_memory_and_lengths_are_told_and_kept(asked, smoke, monkeypatch):
     threads = torch.get_num_threads()
-    done, config = asked("--json")
+    told = json.loads(asked("--json").out)
     assert torch.get_num_threads() == threads
-    told = json.loads(done.out)
     assert {row["state"] for row in told["steps"].values()} == {"missing"}
     for name in STEPS:
         assert told["steps"][name]["seconds"] > 0
@@ -95,13 +87,13 @@ def test_time_memory_and_lengths_are_told_and_kept(asked, monkeypatch):
     prompts = told["tokens"]["prompt of demo"]
     assert prompts["rows"] == 4 and prompts["longer"] == 0 and prompts["limit"] > prompts["longest"]
     assert any(what.startswith("vote on train, ") for what in told["tokens"])
-    made = make_steps(config, "classify", "score")
+    made = make_steps(smoke(*SETS), "classify", "score")
     took, before = estimates.actual_and_planned(made["score"][0].manifest["provenance"])
     assert before.seconds > 0 and before.mib > 0 and took.seconds > 0 and took.mib > 0
     # With other settings, what was made is stale, and what was not is still missing.
     nothing_known = Estimate(dict.fromkeys(told["steps"], Cost()), [])
     monkeypatch.setattr(plan_command, "estimate", lambda *_: nothing_known)
-    rows = json.loads(asked("--json", "--set", "lora.r=2")[0].out)["steps"]
+    rows = json.loads(asked("--json", "--set", "lora.r=2").out)["steps"]
     states = {name: row["state"] for name, row in rows.items()}
     assert (states["classify:train"], states["score"]) == ("current", "stale")
     assert {states[name] for name in ("partition:sft", "sft", "rl", "eval:rl@demo")} == {"missing"}
@@ -113,9 +105,8 @@ def test_only_the_table_and_the_total_are_printed_without_a_flag(told):
     out = told(spans=[short]).out
     assert out.splitlines()[0].split() == ["step", "state", "takes", "about", "memory"]
     assert re.search(r"^sft +missing +1 min +0.0 GiB$", out, re.MULTILINE)
-    assert out.endswith(
-        "\n\nabout 10 min; half as much or twice as much would be no surprise\nthere are 0.1 GiB of memory\n"
-    )
+    total = "about 10 min; half as much or twice as much would be no surprise"
+    assert out.endswith(f"\n\n{total}\nthere are 0.1 GiB of memory\n")
     assert "activations" not in out and "longest" not in out
     more = told("--verbose", spans=[short]).out
     assert re.search(r"^classify:train, .* 20 +0 +10 +0 +0 +30$", more, re.MULTILINE)
@@ -156,7 +147,7 @@ def test_what_is_not_known_is_said_beside_the_total():
 
 
 def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):
-    done, _ = asked("--set", "rl.max_completion_length=3")
+    done = asked("--set", "rl.max_completion_length=3")
     assert "16: cut" in done.out and "how long it takes is not known" in done.out
     assert "nothing could be measured" in caplog.text
 
@@ -165,7 +156,7 @@ def test_prompts_that_are_longer_than_a_server_reads_are_refused(asked):
     """Of a benchmark, and of a voter that is the base."""
     voter = "classify.voters=[{persona: role_play, engine: vllm}]"
     sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
-    done, _ = asked(*(part for setting in sets for part in ("--set", setting)))
+    done = asked(*flags(*sets))
     longer = r": \d+ of \d+ are longer than {} tokens \(server.max_model_len, less {}\)"
     assert done.code == 65
     assert re.search("prompt of demo" + longer.format(40, 24), done.err)
@@ -175,9 +166,9 @@ def test_prompts_that_are_longer_than_a_server_reads_are_refused(asked):
 def test_voters_with_worked_examples_of_a_person_s_own(asked, no_room, tmp_path):
     """More of them than lorapar brings; they make the questions longer."""
     rows = [{"question": f"What is {i}?", "answer": f"{i}", "system": 1 + i % 2} for i in range(32)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "mine.jsonl", rows)
     voter = f"{{engine: transformers, persona: steps, shots: 32, shots_path: {tmp_path / 'mine.jsonl'}}}"
-    tokens = json.loads(asked("--set", f"classify.voters=[{voter}]", "--json")[0].out)["tokens"]
+    tokens = json.loads(asked("--set", f"classify.voters=[{voter}]", "--json").out)["tokens"]
     assert tokens["vote on train, steps"]["median"] > 500
 
 
@@ -247,14 +238,13 @@ def test_the_work_of_each_step_is_counted(model):
 def test_rows_without_a_response_cost_score_and_sft_nothing(model, asked, no_room, tmp_path):
     """Half of them, and all of them."""
     path = model()[0].config.data.path
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:16]]
+    rows = [row for _, row in read_jsonl(Path(path))[:16]]
     golds = [row["answer"].partition("#### ")[2] for row in rows]
     bare = [{"question": row["question"], "gold": gold} for row, gold in zip(rows, golds, strict=True)]
     answered = [{"question": row["question"], "answer": row["answer"]} for row in rows[8:]]
-    files = {}
-    for name, lines in (("half", bare[:8] + answered), ("answered", answered), ("bare", bare)):
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("half", "answered", "bare")}
+    for file, lines in zip(files.values(), (bare[:8] + answered, answered, bare), strict=True):
+        write_jsonl(file, lines)
     half, alone = (costs(model(f"data.path={files[name]}")) for name in ("half", "answered"))
     lengths = [model(f"data.path={files[name]}")[0].response_tokens(96) for name in ("answered", "bare")]
     assert lengths[0] < 96 == lengths[1]  # no response says how long answers are
@@ -262,7 +252,7 @@ def test_rows_without_a_response_cost_score_and_sft_nothing(model, asked, no_roo
     assert half["score"].seconds == alone["score"].seconds > 0
     sets = [f"data.path={files['bare']}", "partition.strategy=all", "rl.start_from=init"]
     sets += ["eval.targets=[base, rl]"]
-    done, _ = asked(*(part for text in sets for part in ("--set", text)), "--json")
+    done = asked(*flags(*sets), "--json")
     assert done.code == 0 and not {"row", "response"} & json.loads(done.out)["tokens"].keys()
 
 
@@ -307,12 +297,8 @@ def test_a_vllm_that_sleeps_does_not_stand_beside_training(model, caplog):
     share, sleeps = "rl.rollouts.gpu_memory_utilization=0.3", "rl.rollouts.enable_sleep_mode=true"
     awake = memory(share)
     assert awake.cache == pytest.approx(300_000) and awake.activations > 0
-    assert memory(share, sleeps) == MemoryEstimate(
-        awake.weights, awake.optimizer, 0.0, awake.cache, awake.libraries
-    )
-    assert memory(share, sleeps, room=100) == MemoryEstimate(
-        awake.weights, awake.optimizer, awake.activations, 0.0, awake.libraries
-    )
+    assert memory(share, sleeps) == replace(awake, activations=0.0)
+    assert memory(share, sleeps, room=100) == replace(awake, cache=0.0)
     assert memory(on_gpu=True).cache == 7000
 
     def does_not_fit(*_):
@@ -331,7 +317,7 @@ def test_weights_that_do_not_fit_are_told_and_not_loaded(asked, smoke, monkeypat
     assert base.weights_mib(config.model) == sum(p.nbytes for p in parameters) / resources.MIB
     monkeypatch.setattr(profiler, "load_base", fail)
     monkeypatch.setattr(base, "weights_mib", lambda _: 10**9)
-    out = asked()[0].out
+    out = asked().out
     for step in ("score", "sft", "rl", "eval:sft@demo"):
         assert f"\n{step} does not fit: set model.load_in_4bit, or choose a smaller model\n" in out
     assert "partition:sft does not fit" not in out
@@ -358,15 +344,9 @@ def test_threads_share_the_work_and_each_step_loads_the_model(model):
 
 def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(model):
     plain = costs(model("classify.voters=[{engine: transformers}]"))
-    benchmarks = model()[0].config.eval.benchmarks
-    path = benchmarks["demo"].path
-    served = costs(
-        model(
-            "classify.voters=[{engine: vllm}]",
-            "eval.engine=vllm",
-            f"eval.benchmarks.more={{kind: demo, path: {path}, limit: 4, max_new_tokens: 12}}",
-        )
-    )
+    path = model()[0].config.eval.benchmarks["demo"].path
+    more = f"eval.benchmarks.more={{kind: demo, path: {path}, limit: 4, max_new_tokens: 12}}"
+    served = costs(model("classify.voters=[{engine: vllm}]", "eval.engine=vllm", more))
     waits = {name: served[name].seconds - cost.seconds for name, cost in plain.items()}
     for name in ("classify:train", "eval:base@demo", "eval:sft@demo"):
         assert waits[name] == pytest.approx(cost_model.SERVER_S), name
@@ -382,6 +362,9 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
     whole = costs(model())
     assert divided["sft"].memory.weights == 100 + 4 - 30
     assert divided["sft"].seconds == pytest.approx(whole["sft"].seconds / 2)
+    all_gpus = costs(model("sft.launch={backend: ddp}"))["sft"]
+    assert all_gpus.seconds == pytest.approx(whole["sft"].seconds / 4)
+    assert all_gpus.memory.weights == whole["sft"].memory.weights
     # Without the merged copy. Sampling has whole layers, but takes less than the training passes here.
     assert whole["rl"].memory.weights - divided["rl"].memory.weights == 100 + 30
     # Scoring by RL's gradients is a step of `score`, and starts as such.
@@ -391,36 +374,6 @@ def test_a_divided_base_takes_less_room_and_several_gpus_less_time(model, monkey
     ]
     assert scored[0].seconds == pytest.approx(2 * scored[1].seconds)
     assert [cost.memory.weights for cost in scored] == [100 + 4 + 100, 100 + 4 - 30]
-
-
-@pytest.mark.parametrize(
-    ("given", "gpus", "found"),
-    [
-        ({}, 4, (1, 1.0)),
-        ({"backend": "ddp"}, 4, (4, 1.0)),
-        ({"backend": "fsdp2", "processes": 2}, 4, (2, 0.5)),
-        ({"backend": "fsdp2", "processes": 2}, 0, (1, 0.5)),
-        ({"config": "mine.yaml", "backend": "fsdp2"}, 4, (1, 1.0)),
-    ],
-)
-def test_gpus_share_the_work_and_processes_the_layers(monkeypatch, given, gpus, found):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert launch.gpu_split(LaunchSection(**given)) == found
-
-
-def test_a_machine_is_busy_if_others_keep_its_cores_busy(monkeypatch):
-    """In ten seconds all processes computed for so many on our cores, and we for eight."""
-    made = object.__new__(Profiler)
-    made._start = (0.0, 0.0, 1000.0)
-    clock = SimpleNamespace(perf_counter=lambda: 10.0, process_time=lambda: 8.0)
-    monkeypatch.setattr(profiler, "time", clock)
-    for machine, busy in ((1008.0, None), (1022.0, pytest.approx(1.4)), (None, None)):
-        monkeypatch.setattr(resources, "busy_seconds", lambda machine=machine: machine)
-        assert made.busy_cores() == busy
-
-
-def test_memory_is_told_by_tokens():
-    assert Measurement(100, 1.0, 30.0).mib_of(250) == 75 and Measurement(100, 1.0, 30.0).mib_of(50) == 30
 
 
 def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):
@@ -434,18 +387,6 @@ def test_others_work_is_read_for_our_cores(tmp_path, monkeypatch):
     assert resources.busy_seconds() == 2.0
     monkeypatch.setattr(resources, "_STAT", tmp_path / "none")
     assert resources.busy_seconds() is None
-
-
-def test_inside_the_adapter_drops_out_and_afterwards_it_does_not(smoke):
-    model = adapter.initial(load_base(smoke().model), smoke().lora, 0)
-    text = torch.tensor([[1, 2, 3]])
-
-    def same() -> bool:
-        return torch.equal(model.train()(input_ids=text).logits, model(input_ids=text).logits)
-
-    with adapter.lora_dropout(model, 0.5):
-        assert not same()
-    assert same()
 
 
 def test_what_vllm_has_of_the_gpu_is_named_first(smoke):

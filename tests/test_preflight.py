@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import make_steps
+from conftest import config_file, make_steps
 from safetensors.torch import load_file, save_file
 
 from stages.errors import DataError
@@ -15,6 +15,7 @@ from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
 from stages.plan.lengths import Lengths, Span
 from stages.plan.preflight import problems, require_no_problem
+from stages.records import write_jsonl
 
 KNOWN = ("classify.strategy=known", "classify.known=intended", "data.limit=24")
 
@@ -47,13 +48,7 @@ def test_a_sound_config_has_none(certain):
     assert certain("rl.launch={backend: ddp, processes: 2}") == []
 
 
-BARE_ITEM = {
-    "task_id": "a/0",
-    "prompt": "def f():\n",
-    "canonical_solution": "",
-    "test": "",
-    "entry_point": "f",
-}
+BARE_ITEM = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "def f(): 1")
 LETTERS = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
 REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
 TOO_FEW = "3 processes with micro batches of"
@@ -88,13 +83,9 @@ TOO_FEW = "3 processes with micro batches of"
     ],
 )  # fmt: skip
 def test_certain_failures_are_found_all_at_once(smoke, tmp_path, settings, found):
-    files = {
-        "items.jsonl": json.dumps(BARE_ITEM),
-        "letters.jsonl": json.dumps(LETTERS),
-        "rewards.py": REWARDS,
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
+    write_jsonl(tmp_path / "items.jsonl", [BARE_ITEM])
+    write_jsonl(tmp_path / "letters.jsonl", [LETTERS])
+    (tmp_path / "rewards.py").write_text(REWARDS)
     config = resolved(smoke(*(text.replace("HERE", str(tmp_path)) for text in settings)))
     with pytest.raises(DataError) as caught:
         require_no_problem(config, list(plan_steps(config).values()))
@@ -143,7 +134,6 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
     ("damage", "settings", "found"),
     [
         (add_token, [], r"score, sft, rl, eval:.*: .* writes <\|new\|> as token 259, and .* 259 embeddings"),
-        (lambda model: (model / "model.safetensors").unlink(), [], "score, .*: cannot load model .* no file"),
         (cut_weights, [], "score, .*: cannot load model .*not fully covered"),
         (weights(lambda w: w.update({NORM: w[NORM][:-1]})), [], "score, .* other shapes than its config"),
         (weights(lambda w: w.pop(NORM)), [], f"score, .* no weights for 1 parameter, such as {NORM}"),
@@ -154,7 +144,6 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
          "partition:sft, partition:rl: partition.density 0.00015 of 6400 elements is none"),
         (None, ["partition.strategy=topk_within", "partition.density=2.6e-3"],
          "partition:sft, partition:rl: partition.density 0.0026 of 384 elements is none"),
-        (None, ["partition.rl_density=1e-5"], "partition:rl: partition.rl_density 1e-05 of 6400"),
         (None, ["lora.r=4294967295"], "rl: runs_dir: .* MiB are free, and .* take 52428800.0"),
         (None, ["classify.voters=[{base_url: http://127.0.0.1:1/v1, model: x}]"],
          "classify:train, classify:demo: base_url http://127.0.0.1:1/v1 cannot be reached"),
@@ -227,9 +216,7 @@ def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monk
     checked = "lorapar_cli.run.check_for_failures"
     monkeypatch.setattr(checked, lambda _, steps, **__: done.append([step.name for step in steps]))
     monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
-    path = tmp_path / "config.json"
-    path.write_text(smoke().model_dump_json())
-    assert lorapar("run", path, "--to", "sft").code == 0
+    assert lorapar("run", config_file(smoke(), tmp_path), "--to", "sft").code == 0
     every = ["classify:train", "score", "partition:sft", "sft"]
     assert done == [every, "classify", every, "score", "partition", "sft"]
 
@@ -239,26 +226,25 @@ def test_a_stage_that_is_made_again_is_checked_though_all_is_current(begun, lora
     make_steps(config, "classify", "score", "partition", "sft")
     done = []
     monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
-    path = tmp_path / "config.json"
-    path.write_text(config.model_dump_json())
-    assert lorapar("run", path, "--from", "sft", "--to", "sft").code == 0 and done == ["sft"]
+    done_again = lorapar("run", config_file(config, tmp_path), "--from", "sft", "--to", "sft")
+    assert done_again.code == 0 and done == ["sft"]
 
 
 def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_path, demo_data):
     rows = (demo_data / "train.jsonl").read_text().splitlines()
     fast = [{**json.loads(line), "intended": 1} for line in rows[:40]]
-    (tmp_path / "fast.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fast))
+    write_jsonl(tmp_path / "fast.jsonl", fast)
     (tmp_path / "file").write_text("")
     known = ("classify.strategy=known", "classify.known=intended", f"data.path={tmp_path / 'fast.jsonl'}")
     [one_system] = certain(*known)
     bare = [{"question": f"What is {i}?", "gold": i, "intended": 2} for i in range(40)]
-    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*fast, *bare)))
+    write_jsonl(tmp_path / "bare.jsonl", [*fast, *bare])
     unscored = ("partition.strategy=all", "sft.system2_share=0", "sft.rounds=2")
     [second_round] = certain(*known[:2], f"data.path={tmp_path / 'bare.jsonl'}", "data.limit=null", *unscored)
     assert second_round.startswith("sft:system2: none of 40 rows labelled System 2 has a response")
     assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
     few = [{**row, "intended": row["intended"] if row is fast[0] else None} for row in fast]
-    (tmp_path / "fast.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    write_jsonl(tmp_path / "fast.jsonl", few)
     assert "no example is labelled System 2 (1 System 1, 0 System 2, 39 undecided)" in certain(*known)[0]
     [no_folder] = certain(f"runs_dir={tmp_path / 'file'}")
     assert no_folder.startswith("classify: runs_dir: ") and "is no folder to write in" in no_folder
@@ -266,8 +252,7 @@ def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_pat
 
 def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkeypatch):
     monkeypatch.setattr("lorapar_cli.plan.estimate", lambda *_: pytest.fail("measured"))
-    path = tmp_path / "config.json"
-    path.write_text(smoke("rl.prompts_per_step=66").model_dump_json())
+    path = config_file(smoke("rl.prompts_per_step=66"), tmp_path)
     done = lorapar("plan", path)
     assert done.code == 65 and "1 thing is certain to stop this run\n  rl: 64 RL prompts" in done.err
     assert lorapar("plan", path, "--check", "--to", "sft").code == 0

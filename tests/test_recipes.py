@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, paths
+from conftest import ROOT, flags
 
 DESCRIPTION = '''"""Count the labelled rows."""
 
@@ -106,15 +106,14 @@ def add(file: Path, text: str, after: str = "") -> None:
     file.write_text(new, encoding="utf-8")
 
 
-def test_a_stage_is_a_folder_and_a_name(source, lorapar, tiny, demo_data, labelled, tmp_path):
+def test_a_stage_is_a_folder_and_a_name(source, lorapar, smoke_flags, labelled, tmp_path):
     (source / "stages/count").mkdir()
     add(source / "stages/count/__init__.py", DESCRIPTION)
     add(source / "stages/count/run.py", WORK)
     add(source / "stages/__init__.py", '"count", ', after='"classify", ')
     shutil.copytree(labelled / "runs", tmp_path / "runs", symlinks=True)
-    settings = ["data.limit=48", "eval.targets=[base]", "count.unit=line"]
-    sets = [part for text in (*paths(tiny, demo_data, tmp_path), *settings) for part in ("--set", text)]
-    config = (ROOT / "configs/smoke.yaml", *sets)
+    settings = flags("data.limit=48", "eval.targets=[base]", "count.unit=line")
+    config = (ROOT / "configs/smoke.yaml", *smoke_flags, *settings)
 
     help_, names, status, stopped, plan, run, shown, alone, stale, whole, report = lorapar(
         ("--help",),

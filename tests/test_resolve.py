@@ -8,30 +8,23 @@ from stages.config import ModelSection
 from stages.models.size import parameters
 from stages.pipeline import resolve
 
-LARGE = {
-    "text_config": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-    }
-}
+SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000, "intermediate_size": 11008}
+LARGE = json.dumps({"text_config": SIZES})
+"""The config of a model of LLaMA-2-7B's sizes."""
 
 
 @pytest.fixture
 def engine(smoke, tmp_path, monkeypatch):
     """Returns the engine of a voter with these settings, on a machine with vLLM, with or without a GPU."""
     (tmp_path / "large").mkdir()
-    (tmp_path / "large/config.json").write_text(json.dumps(LARGE))
+    (tmp_path / "large/config.json").write_text(LARGE)
 
     def of(voter: str, gpu: bool = False, vllm: bool = True, device: str = "auto") -> str:
         monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: object() if vllm else None)
         monkeypatch.setattr("stages.runtime.gpu.DEVICE_FILE", tmp_path if gpu else tmp_path / "none")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        config = smoke(
-            f"classify.voters=[{{persona: steps, {voter.replace('LARGE', str(tmp_path / 'large'))}}}]",
-            f"model.device={device}",
-        )
+        voter = voter.replace("LARGE", str(tmp_path / "large"))
+        config = smoke(f"classify.voters=[{{persona: steps, {voter}}}]", f"model.device={device}")
         return resolve.resolved(config).classify.voters[0].engine
 
     return of
@@ -58,10 +51,8 @@ def test_on_a_gpu_all_are_served_and_without_vllm_none(engine):
 
 
 def test_parameters_are_told_from_the_config_alone(tmp_path, tiny):
-    (tmp_path / "config.json").write_text(json.dumps(LARGE))
-    assert parameters(ModelSection(name=str(tmp_path))) == pytest.approx(
-        6.6e9, rel=0.02
-    )  # LLaMA-2-7B's sizes
+    (tmp_path / "config.json").write_text(LARGE)
+    assert parameters(ModelSection(name=str(tmp_path))) == pytest.approx(6.6e9, rel=0.02)
     assert parameters(ModelSection(name=str(tiny))) < 1e6
     (tmp_path / "config.json").write_text("[]")
     assert parameters(ModelSection(name=str(tmp_path))) is None

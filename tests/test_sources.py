@@ -5,24 +5,22 @@ from dataclasses import replace
 
 import datasets
 import pytest
-from conftest import make_step
 
 from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
 from stages.data import formats
 from stages.data import rows as data
-from stages.engines import EngineCache
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.evaluation.benchmarks import humaneval, jsonl, mmlu
 from stages.evaluation.grading import Context
 from stages.pipeline.external_key import of_voters
-from stages.records import Labelled, read_jsonl, read_labels, write_labels
+from stages.records import Labelled, read_labels, write_labels
 from stages.store.digests import DigestCache
 
 
 def written(tmp_path, *rows, name="data.jsonl"):
     path = tmp_path / name
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    (gzip.open(path, "wt") if name.endswith("gz") else path.open("w")).write(text)
+    path.write_text(text)
     return SourceSection(path=str(path))
 
 
@@ -30,8 +28,13 @@ def read(tmp_path, *rows, **settings):
     return data.read(written(tmp_path, *rows).model_copy(update=settings))
 
 
-def refused(tmp_path, *rows, error=DataError):
-    with pytest.raises(error) as caught:
+def items(tmp_path, *rows, **settings):
+    """Those of a benchmark of one's own."""
+    return jsonl.load(BenchmarkSection(path=written(tmp_path, *rows).path, **settings))
+
+
+def refused(tmp_path, *rows):
+    with pytest.raises(DataError) as caught:
         read(tmp_path, *rows)
     return str(caught.value).replace(str(tmp_path), "")
 
@@ -51,8 +54,6 @@ def test_broken_lines_and_bad_fields_are_named_and_counted(tmp_path):
     good = {"question": "Q", "answer": "A"}
     text = refused(tmp_path, good, {"question": "Q2", "answer": [4]})
     assert text == "bad row: /data.jsonl:2: the answer must be text, a number or a boolean, got list"
-    with pytest.raises(MissingInputError, match="no file"):
-        read_jsonl(tmp_path / "none.jsonl")
 
 
 def test_empty_rows_may_be_left_out(tmp_path):
@@ -79,8 +80,7 @@ def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
     assert text == "bad row: /data.jsonl:1: field note has half of a surrogate pair"
 
 
-def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(smoke, monkeypatch, tmp_path):
-    """In its journal's name, and in what is loaded."""
+def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(smoke, tmp_path):
     commit = "0123456789" * 4
     voter = f"{{model: org/judge, revision: {commit}, engine: transformers, persona: steps}}"
     config = smoke(f"classify.voters=[{voter}]")
@@ -88,17 +88,9 @@ def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(s
     assert of_voters(config, cache)["voters"] == [commit]
     written(tmp_path, "1", name="shots.jsonl")
     shown = voter.replace("}", f", shots: 2, shots_path: {tmp_path}/shots.jsonl}}")
-    keys = [of_voters(smoke(f"classify.voters=[{shown}]"), cache)]
+    before = of_voters(smoke(f"classify.voters=[{shown}]"), cache)
     written(tmp_path, "22", name="shots.jsonl")  # other worked examples in the same file
-    assert of_voters(smoke(f"classify.voters=[{shown}]"), cache)["judged"] != keys[0]["judged"]
-
-    def seen(pool, served, *_):
-        raise ConfigError(f"{served.model.name} at {served.model.revision}")
-
-    monkeypatch.setattr("stages.models.dtype.resolve", lambda model: "float32")
-    monkeypatch.setattr(EngineCache, "get", seen)
-    with pytest.raises(ConfigError, match=f"org/judge at {commit}"):
-        make_step(config, "classify:train")
+    assert of_voters(smoke(f"classify.voters=[{shown}]"), cache)["judged"] != before["judged"]
 
 
 def test_repeated_rows_and_a_limit(tmp_path):
@@ -111,10 +103,9 @@ def test_repeated_rows_and_a_limit(tmp_path):
 def test_items_of_an_own_benchmark_count_once(tmp_path):
     """Else two answers to one question would pass for two answers of one item."""
     rows = [{"prompt": "2 + 2?", "answer": 4}, {"prompt": "B?", "answer": "B"}]
-    path = written(tmp_path, *rows, rows[0], name="own.jsonl").path
-    with pytest.raises(DataError, match=r"duplicate id: .*own.jsonl:3 repeats .*own.jsonl:1"):
-        jsonl.load(BenchmarkSection(path=path))
-    found = jsonl.load(BenchmarkSection(path=path, duplicates="first"))
+    with pytest.raises(DataError, match=r"duplicate id: .*data.jsonl:3 repeats .*data.jsonl:1"):
+        items(tmp_path, *rows, rows[0])
+    found = items(tmp_path, *rows, rows[0], duplicates="first")
     assert [(example.prompt, example.gold) for example in found] == [("2 + 2?", "4"), ("B?", "B")]
 
 
@@ -125,49 +116,45 @@ def test_dates_of_a_hub_data_set_become_texts(monkeypatch):
     assert [example.extra for example in found] == [{"at": "2026-11-01"}, {"at": "2026-11-02"}]
 
 
-@pytest.mark.parametrize(("here", "fits"), [("a" * 40, True), ("b" * 40, False), ("0.0.0", True)])
-def test_rows_of_another_commit_are_refused(monkeypatch, here, fits):
+def test_rows_of_another_commit_are_refused(monkeypatch):
     """Without a network the library takes whatever revision it had last."""
 
     class Loaded(list):
-        cache_files = [{"filename": f"/cache/me___rows/default/0.0.0/{here}/rows-train.arrow"}]
+        cache_files = [{"filename": f"/cache/me___rows/default/0.0.0/{'a' * 40}/rows-train.arrow"}]
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Loaded([{"question": "Q", "answer": "A"}]))
-    source = SourceSection(path="me/rows", revision="a" * 40)
-    if fits:
-        assert len(data.read(source)) == 1
-    else:
-        with pytest.raises(MissingInputError, match="the local copy of me/rows is commit bbb.*, not aaa"):
-            data.read(source)
+    assert len(data.read(SourceSection(path="me/rows", revision="a" * 40))) == 1
+    with pytest.raises(MissingInputError, match="the local copy of me/rows is commit aaa.*, not bbb"):
+        data.read(SourceSection(path="me/rows", revision="b" * 40))
 
 
 def test_a_gold_answer_is_text_or_a_number_or_true(tmp_path):
     told = "data.jsonl:1: a verifiable answer must be text or a number, got list"
     assert told in refused(tmp_path, {"question": "Q", "answer": "A", "gold": ["3"]})
     with pytest.raises(DataError, match=told):
-        jsonl.load(BenchmarkSection(path=written(tmp_path, {"prompt": "P", "answer": ["3"]}).path))
-    (row,) = data.read(written(tmp_path, {"question": "Q", "answer": "So it is.", "gold": True}))
-    (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, {"prompt": "P", "answer": True}).path))
+        items(tmp_path, {"prompt": "P", "answer": ["3"]})
+    (row,) = read(tmp_path, {"question": "Q", "answer": "So it is.", "gold": True})
+    (item,) = items(tmp_path, {"prompt": "P", "answer": True})
     assert row.gold == item.gold == "true" and item.extra["grade"] == "text"
 
 
 def test_items_without_prompt_or_answer(tmp_path):
-    rows = [("P", None), ("P", " "), ("", "A"), ("P", 0)]
-    path = written(tmp_path, *({"prompt": p, "answer": a} for p, a in rows)).path
+    pairs = [("P", None), ("P", " "), ("", "A"), ("P", 0)]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
     with pytest.raises(DataError, match=r"(?s)3 × bad row.*jsonl:1: prompt or answer is empty"):
-        jsonl.load(BenchmarkSection(path=path))
-    assert [e.gold for e in jsonl.load(BenchmarkSection(path=path, empty="drop"))] == ["0"]
+        items(tmp_path, *rows)
+    assert [item.gold for item in items(tmp_path, *rows, empty="drop")] == ["0"]
 
 
 def test_an_answer_of_an_own_benchmark_is_graded_by_its_form(tmp_path):
     """The result of a worked answer, as a number; a text as text."""
     row = {"prompt": "3 * 4?", "answer": "3 * 4 = 12. #### 12"}
-    (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, row).path))
+    (item,) = items(tmp_path, row)
     context = Context("hash", False)
     assert (item.gold, item.extra["grade"]) == ("12", "number")
     assert jsonl.grade(item, "3 * 4 = 12.\n#### 12", context).correct
     row = {"prompt": "Which book?", "answer": "1984 by George Orwell", "grade": "text"}
-    (item,) = jsonl.load(BenchmarkSection(path=written(tmp_path, row).path))
+    (item,) = items(tmp_path, row)
     assert jsonl.grade(item, "#### 1984 by George Orwell.", context).correct
     assert not jsonl.grade(item, "#### 1984 by Aldous Huxley", context).correct
 

@@ -1,18 +1,19 @@
 """All six stages on a random two-layer model, in this process, and what the store promises about them."""
 
+import copy
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Small, make_steps, processes, wait_for
+from conftest import ROOT, Small, config_file, make_steps
 
+from stages.config import Config
 from stages.engines import Completion
 from stages.errors import AnswerError, ArtifactError, MissingInputError
 from stages.lora.adapter import adapter
@@ -31,6 +32,11 @@ def whole(finished):
     return {name: artifact for name, (artifact, _) in make_steps(finished()).items()}
 
 
+def journals(config: Config, kind: str) -> list[Path]:
+    """Those of votes or answers."""
+    return sorted((Path(config.runs_dir) / kind).glob("*.jsonl"))
+
+
 @pytest.fixture
 def copied(finished, tiny, demo_data, tmp_path):
     """A copy of the finished run."""
@@ -40,15 +46,6 @@ def copied(finished, tiny, demo_data, tmp_path):
 
 def test_every_step_is_made_once_whatever_the_batch_size_of_inference(copied):
     assert not any(now for _, now in make_steps(copied("score.batch_size=2", "server.batch_size=4")).values())
-
-
-def test_the_states_of_all_steps_read_each_manifest_once(finished, monkeypatch):
-    config = resolved(finished())
-    loaded, load_ = [], Store.load
-    monkeypatch.setattr(Store, "load", lambda self, path: loaded.append(path) or load_(self, path))
-    store = Store(config.root)
-    states = {name: state(store, step).state for name, step in plan_steps(config).items()}
-    assert set(states.values()) == {"current"} and len(loaded) == len(states) == len(set(loaded))
 
 
 def test_labels_and_importance(whole):
@@ -104,16 +101,13 @@ def test_a_rebuild_with_the_same_content_leaves_the_rest_current(copied):
 def test_a_rebuilt_input_makes_what_follows_stale(copied):
     config = copied()
     # Votes are not deterministic: these came out otherwise, in a version whose lines had no seals.
-    for journal in (Path(config.runs_dir) / "votes").glob("*.jsonl"):
+    for journal in journals(config, "votes"):
         text = re.sub(r', "seal": "\w+"', "", journal.read_text(encoding="utf-8"))
         journal.write_text(re.sub(r'"system2": 0\.(\d)', r'"system2": 0.4\1', text), encoding="utf-8")
     assert make_steps(config, "classify:train", force=True)["classify:train"][1]
     states = {n: state(Store(config.root), s) for n, s in plan_steps(resolved(config)).items()}
-    assert (states["score"].state, states["score"].why) == ("stale", "classify:train was rebuilt")
-    assert (states["partition:rl"].state, states["partition:rl"].why) == (
-        "stale",
-        "classify:train was rebuilt",
-    )
+    for name in ("score", "partition:rl"):
+        assert (states[name].state, states[name].why) == ("stale", "classify:train was rebuilt")
     assert states["eval:base@demo"].state == "current"
 
 
@@ -137,17 +131,12 @@ def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied, tmp_path):
 
 def test_show_tells_what_is_stale_and_hides_what_is_damaged(copied, lorapar, tmp_path):
     config = copied()
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    file = config_file(config, tmp_path)
     answers = lorapar("show", file, "eval:rl", "--samples", "--limit", "2")
     assert answers.code == 0 and answers.out.count("--- ") == 2 and "is stale" not in answers.err
     other = lorapar("show", file, "--by", "knid")
     assert other.code == 78 and "error: no item has a field 'knid'" in other.err
     assert "kind" in other.err.splitlines()[1]
-    stage = lorapar("show", file, "sft", "--samples")
-    assert stage.code == 78 and stage.err.startswith(
-        "error: --samples, --wrong and --limit go with an evaluation"
-    )
     samples = config.root / "eval/latest-rl@demo/samples.jsonl"
     samples.write_text(samples.read_text(encoding="utf-8").replace('"correct": false', '"correct": true'))
     forged = lorapar("show", file, "eval:rl", "--samples")
@@ -172,7 +161,7 @@ def test_votes_that_are_asked_in_other_batches_end_in_the_same_labels(copied):
     (first, *_) = make_steps(config, "classify:train", force=True)["classify:train"]
     labels = read_labels(first.path / "labels.jsonl")
     before = {}
-    for journal in (Path(config.runs_dir) / "votes").glob("*.jsonl"):
+    for journal in journals(config, "votes"):
         before[journal] = journal.read_bytes()
         journal.write_bytes(b"".join(before[journal].splitlines(keepends=True)[:7]))
     (second, *_) = make_steps(config, "classify:train", force=True)["classify:train"]
@@ -186,21 +175,10 @@ def test_votes_that_are_asked_in_other_batches_end_in_the_same_labels(copied):
 @pytest.mark.slow
 def test_more_samples_ask_only_for_the_new_ones(copied):
     def counted(samples: int) -> int:
-        voters = json.dumps(
-            [
-                {
-                    "engine": "transformers",
-                    "samples": samples,
-                    "temperature": 0.5,
-                    "thinking": {"max_tokens": 4},
-                }
-            ]
-        )
-        config = copied(f"classify.voters={voters}", "data.limit=8")
+        voter = f"engine: transformers, samples: {samples}, temperature: 0.5, thinking: {{max_tokens: 4}}"
+        config = copied(f"classify.voters=[{{{voter}}}]", "data.limit=8")
         make_steps(config, "classify:train")
-        return sum(
-            len(p.read_bytes().splitlines()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")
-        )
+        return sum(len(journal.read_bytes().splitlines()) for journal in journals(config, "votes"))
 
     three, five = counted(3), counted(5)
     assert five - three == 2 * (8 + 32)  # the rows, and the examples for calibration
@@ -211,30 +189,27 @@ def test_another_voter_asks_only_for_its_own(copied):
         [{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")]
     )
     config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")
-    before = {p.name: len(p.read_bytes()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")}
+    before = {journal.name: journal.stat().st_size for journal in journals(config, "votes")}
     make_steps(config, "classify:train")
-    after = {p.name: len(p.read_bytes()) for p in (Path(config.runs_dir) / "votes").glob("*.jsonl")}
+    after = {journal.name: journal.stat().st_size for journal in journals(config, "votes")}
     assert len(after) == len(before) + 1
     assert all(after[name] == size for name, size in before.items())
 
 
-def _journals(config):
-    return {
-        path.name: path.read_bytes().splitlines(keepends=True)
-        for path in (Path(config.runs_dir) / "answers").glob("*.jsonl")
-    }
+def _answers(config):
+    return {path.name: path.read_bytes().splitlines(keepends=True) for path in journals(config, "answers")}
 
 
 def test_answers_of_an_evaluation_are_journalled(copied):
     """A torn line is asked again and nothing else; base, init, sft and rl have a journal each."""
     config = copied()
-    before = _journals(config)
+    before = _answers(config)
     assert len(before) == 4 and all(len(lines) == 16 for lines in before.values())
     shutil.rmtree(Store(config.root).folder("eval", plan_steps(resolved(config))["eval:rl@demo"].key))
-    for path in (Path(config.runs_dir) / "answers").glob("*.jsonl"):
+    for path in journals(config, "answers"):
         path.write_bytes(b"".join(before[path.name][:10]) + b'{"question": "torn')
     make_steps(config, "eval:rl@demo")
-    after = _journals(config)
+    after = _answers(config)
     assert all(after[name][:10] == lines[:10] for name, lines in before.items())
     assert sorted(len(lines) for lines in after.values()) == [11, 11, 11, 16]  # the torn ones were not opened
     assert any(sorted(after[name]) == sorted(lines) for name, lines in before.items())
@@ -253,10 +228,10 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
 @pytest.mark.parametrize("change", ["lora.std=0.02", "eval.benchmarks.demo.max_new_tokens=9"])
 def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
     config = copied(change)
-    before = _journals(config)
+    before = _answers(config)
     made = make_steps(config, "score", "eval:init@demo")
     assert made["eval:init@demo"][1]
-    after = _journals(config)
+    after = _answers(config)
     assert sum(map(len, after.values())) == sum(map(len, before.values())) + 16
 
 
@@ -277,13 +252,10 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     config = copied("eval.parity_items=4", "lora.std=0.5")
     monkeypatch.setattr("stages.eval.parity.TOLERANCE", 0.1)  # random weights give close logits
     make_steps(config, "score")
-    monkeypatch.setattr(
-        "stages.engines.in_process.load_merged",
-        lambda model, folder: load_base(model),  # the adapter is not applied
-    )
-    with pytest.raises(
-        AnswerError, match="what was served is not this adapter: .* of .* tokens agree with it, 90% expected"
-    ):
+    without_adapter = "stages.engines.in_process.load_merged", lambda model, folder: load_base(model)
+    monkeypatch.setattr(*without_adapter)
+    few_agree = "what was served is not this adapter: .* of .* tokens agree with it, 90% expected"
+    with pytest.raises(AnswerError, match=few_agree):
         make_steps(config, "eval:init@demo")
 
 
@@ -291,13 +263,8 @@ def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     ("init", "reference"), [("pissa", "sft"), pytest.param("normal", "base", marks=pytest.mark.slow)]
 )
 def test_kl_references_and_inits(copied, init, reference):
-    config = copied(
-        f"lora.init={init}",
-        f"rl.kl_reference={reference}",
-        "rl.max_steps=1",
-        "sft.max_steps=1",
-        "score.examples=2",
-    )
+    brief = ("rl.max_steps=1", "sft.max_steps=1", "score.examples=2")
+    config = copied(f"lora.init={init}", f"rl.kl_reference={reference}", *brief)
     made = make_steps(config, "score", "partition", "sft", "rl")
     for stage in ("sft", "rl"):
         summary = made[stage][0].manifest["summary"]
@@ -315,40 +282,27 @@ def test_samples_and_metrics(whole):
     assert metrics["all"]["n"] == len(rows) == 16
     assert metrics["system1"]["n"] + metrics["system2"]["n"] == 16
     assert metrics["first_prompt"].startswith("<|im_start|>system\nWork it out")
-    assert metrics["stop"] == ["<|im_end|>"] and metrics["bos_tokens_in_it"] == metrics["first_prompt"].count(
-        "<|im_start|>"
-    )
+    assert metrics["stop"] == ["<|im_end|>"]
+    assert metrics["bos_tokens_in_it"] == metrics["first_prompt"].count("<|im_start|>")
     outcomes = ("correct", "wrong", "unparsed", "truncated", "refused")
     assert sum(metrics["all"][name] for name in outcomes) == 16
     assert metrics["parity"]["agree"] == 1 and metrics["parity"]["items"] == 8
     assert set(metrics["by_kind"]) == {row["extra"]["kind"] for row in rows}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
-)
-def test_a_run_is_one_process_and_leaves_none(own, tmp_path, number):
-    config = own("sft.max_steps=100000", "sft.num_train_epochs=100000")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "lorapar_cli", "run", str(path), "--to", "sft"]
-    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in run.stderr:
-        if line.startswith("sft on "):
-            break
-    assert len(processes(str(path))) == 1
-    os.kill(run.pid, number)
-    assert wait_for(lambda: not processes(str(path)))
-    run.wait()
-    run.stderr.close()
+def test_a_setting_of_a_later_version_is_named_as_the_difference(finished, whole):
+    """Even where its value is None, as most new settings have."""
+    config = resolved(finished())
+    older = whole["partition:rl"].manifest["identity"]
+    newer = replace(plan_steps(config)["partition:rl"], key="0" * 12, identity=copy.deepcopy(older))
+    newer.identity["config"]["partition"]["later"] = None
+    assert state(Store(config.root), newer).why == "partition.later was not there, now None"
 
 
 @pytest.mark.slow
 def test_a_run_makes_the_same_weights_as_its_stages_alone(own, tmp_path):
     config = own("sft.max_steps=2", "rl.max_steps=1")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.model_dump(mode="json")))
+    path = config_file(config, tmp_path)
 
     def weights(*commands: list[str]) -> list[str]:
         for command in commands:
@@ -356,9 +310,8 @@ def test_a_run_makes_the_same_weights_as_its_stages_alone(own, tmp_path):
             subprocess.run(lorapar, cwd=ROOT, check=True, capture_output=True)
         steps = plan_steps(resolved(config))
         made = [state(Store(config.root), steps[name]).artifact for name in ("sft", "rl")]
-        return [
-            artifact.manifest["files"]["adapter/adapter_model.safetensors"]["sha256"] for artifact in made
-        ]
+        files = [artifact.manifest["files"] for artifact in made]
+        return [listed["adapter/adapter_model.safetensors"]["sha256"] for listed in files]
 
     together = weights(["run", str(path), "--to", "rl", "--from", "classify"])
     assert weights(["sft", str(path), "--force"], ["rl", str(path), "--force"]) == together

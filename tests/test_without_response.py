@@ -15,24 +15,21 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan.preflight import problems
 from stages.plan.prompt_lengths import Texts
-from stages.records import Example, Labelled
+from stages.records import Example, Labelled, write_jsonl
 
 
 def _read(tmp_path, *rows, **settings):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read(DataSection(path=str(path), **settings))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    return read(DataSection(path=str(tmp_path / "rows.jsonl"), **settings))
 
 
 @pytest.mark.parametrize(
     "row",
     [
         {"question": "2 + 3?", "gold": 5},
-        {"question": "2 + 3?", "answer": None, "gold": "5"},
         {"instruction": "2 + 3?", "context": "", "response": "", "gold": "5"},
         {"messages": [{"role": "user", "content": "2 + 3?"}], "gold": "5"},
     ],
-    ids=lambda row: ", ".join(row),
 )
 def test_a_row_with_a_verifiable_answer_needs_no_response(tmp_path, row):
     [example] = _read(tmp_path, row)
@@ -70,9 +67,8 @@ def test_what_verifies_the_last_answer_of_a_chat_verifies_no_other(tmp_path):
     row = {"messages": chat, "test": "assert g()", "entry_point": "g", "from": "x"}
     first, last = _read(tmp_path, row, format="messages_all")
     assert (first.prompt, first.response, first.extra) == ("f?", "def f(): pass", {"from": "x"})
-    assert (last.prompt, last.response, last.extra) == (
-        "g?", "", {"test": "assert g()", "entry_point": "g", "from": "x"},
-    )  # fmt: skip
+    assert (last.prompt, last.response) == ("g?", "")
+    assert last.extra == {"test": "assert g()", "entry_point": "g", "from": "x"}
 
 
 def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
@@ -99,7 +95,7 @@ def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeyp
     monkeypatch.setattr(classify, "question_of", question_of)
     rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
     for more in ([], [{"question": "9?", "gold": "9"}]):
-        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows + more)))
+        write_jsonl(tmp_path / "rows.jsonl", rows + more)
         with pytest.raises(StopIteration):
             make_step(smoke(f"data.path={tmp_path / 'rows.jsonl'}"), "classify:train")
     assert shown == [True, False]
@@ -122,13 +118,11 @@ def test_score_and_sft_read_rows_with_a_response():
 
 
 def test_a_system_without_any_response_is_said():
-    bare = [
-        replace(row, example=replace(row.example, response="")) if row.system == 2 else row for row in ROWS
-    ]
+    bare = [replace(row, example=replace(row.example, response="")) for row in ROWS if row.system == 2]
     with pytest.raises(DataError, match="none of 12 rows labelled System 2 has a response"):
-        examples.scored(bare, ScoreSection(), 0)
+        examples.scored([*ROWS[::2], *bare], ScoreSection(), 0)
     with pytest.raises(DataError, match="no row has a response for SFT to imitate"):
-        examples.trained_by_sft(bare[1::2], SftSection(data="all"), 0)
+        examples.trained_by_sft(bare, SftSection(data="all"), 0)
 
 
 @pytest.mark.slow
@@ -144,11 +138,10 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     for row in (*slow[::2], *fast[::2]):
         row["gold"] = row.pop("answer").rpartition("#### ")[2]
     fast[1]["answer"] = "Some."
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "mixed.jsonl", rows)
     small = ("classify.strategy=known", "classify.known=intended", "score.examples=4", "sft.max_steps=1")
     small += ("rl.max_steps=1", "rl.system1_share=0.25", "rl.kl_probe_prompts=0")
-    settings = (f"data.path={path}", *small, "eval.targets=[sft]")
+    settings = (f"data.path={tmp_path / 'mixed.jsonl'}", *small, "eval.targets=[sft]")
     config = resolved(smoke(*settings))
     assert problems(config, list(plan_steps(config).values())) == []
     made = make_steps(config, "classify", "score", "partition", "sft", "rl")
@@ -161,10 +154,8 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     assert summaries["rl"]["replayed_prompts"] == len(fast) - 1
     assert summaries["rl"]["unrewardable_prompts"] == 1
     texts = Texts(config)
-    assert (
-        len(texts.training_rows("rl")) == 48
-        and len(texts.training_rows("sft")) == 48 - without[1] - without[2]
-    )
+    assert len(texts.training_rows("rl")) == 48
+    assert len(texts.training_rows("sft")) == 48 - without[1] - without[2]
     rounds = labels_of(config), config.sft
     assert examples.without_response(*rounds, "system2") == without[2]
     taught = make_step(smoke(*settings, "sft.system1_targets=answer"), "sft").manifest["summary"]

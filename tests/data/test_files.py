@@ -32,7 +32,6 @@ def lines(*rows: object) -> str:
 
 READ = {
     "rows.jsonl": lines(PAIR),
-    "rows.json": json.dumps([PAIR]),
     "list.jsonl": json.dumps([PAIR], indent=1),
     "rows.csv": 'question,answer\r\n"Two and two?","2 + 2 = 4.\n#### 4"\r\n',
     "bom.csv": '\ufeffquestion,answer\n"Two and two?","2 + 2 = 4.\n#### 4"\n',
@@ -47,15 +46,12 @@ READ = {
     "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
     "parts.jsonl": lines({"messages": [{"role": "user", "content": [TEXT]}, GPT], "context": "c"}),
-    "response.jsonl": lines({"question": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
     "labelled.jsonl": lines({"prompt": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
 }
 TOOL = {"role": "tool", "content": "c"}
-CALL = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
 IMAGE = {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}
 REFUSED = {
     "empty.jsonl": ("", "empty.jsonl has no rows"),
-    "head.csv": ("question,answer\n", "head.csv has no rows"),
     "csv.jsonl": ("question,answer\na,b\nc,d\n", "is not JSON Lines: it begins with 'question,answer'"),
     "object.json": ('{"data": [1]}', "object.json is one object, not a list of rows"),
     "numbers.json": ("[1, 2, 3]", "numbers.json:1: expected an object, got int (lines 2, 3 as well)"),
@@ -63,37 +59,31 @@ REFUSED = {
     "twice.csv": ("question,question\na,b\n", "twice.csv: two columns are called 'question'"),
     "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
     "wide.csv": ("question,answer\na,b\n".encode("utf-16"), "wide.csv is UTF-16, and must be UTF-8"),
-    "wide.json": (json.dumps([PAIR]).encode("utf-32"), "wide.json is UTF-32, and must be UTF-8"),
     "wide.jsonl": (lines(PAIR).encode("utf-16-le"), "wide.jsonl is UTF-16LE, and must be UTF-8"),
     "index.csv": (
         "question,A,B,C,answer\nq,x,y,z,2\n",
         "index.csv:2: answer 2 is none of the choices A, B, C",
     ),
-    "pairs.jsonl": (
-        lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
-        "pairs.jsonl: preference pairs",
-    ),
+    "pairs.jsonl": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "pairs.jsonl: preference pairs"),
     "tools.jsonl": (lines({"messages": [*chat("a", "b"), TOOL]}), "messages: tool calls are not supported"),
-    "calls.jsonl": (lines({"messages": [*chat("a"), CALL]}), "messages: tool calls are not supported"),
     "image.jsonl": (lines({"messages": [*chat("a"), IMAGE]}), "content must be text"),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
     "turns.jsonl": (lines({"messages": chat("a") * 2}), "expected user and assistant in turns"),
     "null.jsonl": (lines({"messages": [{**IMAGE, "content": None}]}), "prompt or response is empty"),
-    "asked.jsonl": (lines({"messages": chat("a")}), "prompt or response is empty"),
     "no.parquet": (b"PAR1 and more", "no.parquet is not a Parquet file"),
 }
 
 
-def write(path: Path, content: str | bytes) -> str:
+def source(path: Path, content: str | bytes, **settings) -> DataSection:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
+    return DataSection(path=str(path), **settings)
 
 
 @pytest.mark.parametrize("name", READ)
 def test_common_files_are_read(tmp_path, name):
     content = READ[name].encode()
     for path, written in ((name, content), (f"{name}.gz", gzip.compress(content))):
-        (example,) = read(DataSection(path=write(tmp_path / path, written)))
+        (example,) = read(source(tmp_path / path, written))
         assert (example.prompt, example.gold, example.turns) == ("Two and two?", "4", [])
 
 
@@ -107,8 +97,7 @@ def test_parquet(tmp_path):
 
 @pytest.mark.parametrize(("answer", "text"), [(2.5, "2.5"), (False, "false"), (0, "0")])
 def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer, text):
-    path = write(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer}))
-    (example,) = read(DataSection(path=path))
+    (example,) = read(source(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer})))
     assert example.response == example.gold == text
 
 
@@ -117,51 +106,50 @@ def test_where_no_response_has_more_than_its_answer_texts_can_be_verified(tmp_pa
     answers = ["3", "3%", "3/7", "yes", "\\boxed{3}", "1,200", "(B)", "5 km"]
     for more, golds in (([], answers), (["So it is 3."], [None] * 9)):
         rows = [{"question": f"q{n}", "answer": answer} for n, answer in enumerate([*answers, *more])]
-        found = read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
+        found = read(source(tmp_path / "rows.jsonl", lines(*rows)))
         assert [(e.response, e.gold) for e in found] == list(zip([*answers, *more], golds, strict=True))
     table = "question,answer\n" + "".join(f'q{n},"{answer}"\n' for n, answer in enumerate(answers))
-    assert [e.gold for e in read(DataSection(path=write(tmp_path / "rows.csv", table)))] == answers
+    assert [e.gold for e in read(source(tmp_path / "rows.csv", table))] == answers
 
 
 def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path, caplog):
     heads = ("question,A,B,C,answer", "Choice C,answer,Option_b,option_a,question")
     for head, line in zip(heads, ("q,x,y,z,B", "z,y,y,x,q"), strict=True):
-        (example,) = read(DataSection(path=write(tmp_path / "a.csv", f"{head}\n{line}\n")))
+        (example,) = read(source(tmp_path / "a.csv", f"{head}\n{line}\n"))
         assert (example.prompt, example.gold) == ("q\nA. x\nB. y\nC. z", example.response)
     row = {"question": "24 + 1?", "A": 2, "B": 4, "C": None, "D": 25, "answer": "D. 25"}
-    (example,) = read(DataSection(path=write(tmp_path / "a.jsonl", lines(row))))
+    (example,) = read(source(tmp_path / "a.jsonl", lines(row)))
     assert (example.prompt, example.gold) == ("24 + 1?\nA. 2\nB. 4\nD. 25", "D")
     assert not caplog.text
     row = {"question": "3 or 4?", "A": "3", "B": "4", "answer": "a"}
-    (shown,) = read(DataSection(path=write(tmp_path / "shown.jsonl", lines(row))))
-    (other,) = read(
-        DataSection(path=write(tmp_path / "a.csv", "question,A,B,answer\nq,x,y,neither x nor y\n"))
-    )
+    (shown,) = read(source(tmp_path / "shown.jsonl", lines(row)))
+    (other,) = read(source(tmp_path / "a.csv", "question,A,B,answer\nq,x,y,neither x nor y\n"))
     assert shown.prompt == row["question"] and other.prompt == "q" and "no model sees A, B" in caplog.text
 
 
 def test_an_answer_that_contradicts_gold_is_counted(tmp_path, caplog):
     rows = [{"question": f"q{n}", "answer": f"So\n#### {n}.0", "gold": n // 8 * 8} for n in range(1, 20)]
-    read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
+    read(source(tmp_path / "rows.jsonl", lines(*rows)))
     assert "17 rows end in another answer after #### than their gold, which counts: lines 1, 2" in caplog.text
 
 
 def test_not_a_number_is_an_empty_cell(tmp_path):
     row = {"instruction": "Two and two?", "input": float("nan"), "output": "4"}
-    (example,) = read(DataSection(path=write(tmp_path / "rows.jsonl", lines(row))))
+    (example,) = read(source(tmp_path / "rows.jsonl", lines(row)))
     assert example.prompt == "Two and two?"
-    empty = lines({"question": "Q", "answer": float("nan")}, PAIR)
-    path = write(tmp_path / "empty.jsonl", empty)
-    assert [e.prompt for e in read(DataSection(path=path, empty="drop"))] == [PAIR["question"]]
+    empty = source(
+        tmp_path / "empty.jsonl", lines({"question": "Q", "answer": float("nan")}, PAIR), empty="drop"
+    )
+    assert [e.prompt for e in read(empty)] == [PAIR["question"]]
 
 
 def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
     rows = [{**PAIR, "Context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}]
-    read(DataSection(path=write(tmp_path / "rows.jsonl", lines(*rows))))
+    read(source(tmp_path / "rows.jsonl", lines(*rows)))
     assert "no model sees Context, choices: write what a question needs into it" in caplog.text
     caplog.clear()
     shown = {**PAIR, "question": "Two is a number. Two and two? A) 3 B) 4", "choices": ["3", "4"]}
-    read(DataSection(path=write(tmp_path / "shown.jsonl", lines({**shown, "context": "Two is a number."}))))
+    read(source(tmp_path / "shown.jsonl", lines({**shown, "context": "Two is a number."})))
     assert not caplog.text
 
 
@@ -169,7 +157,7 @@ def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
 def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, name):
     content, message = REFUSED[name]
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / name, content)
+    source(tmp_path / name, content)
     with pytest.raises(DataError) as caught:
         read(DataSection(path=name))
     assert message in str(caught.value)
@@ -179,24 +167,24 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, n
 def test_conversations(tmp_path, tiny):
     """The last answer by default, with what was said before; or every answer, each a row of its own."""
     row = {"messages": chat("One?", "1", "Two?", "#### 2", system="Count.")}
-    path = write(tmp_path / "chat.jsonl", lines(row))
-    (last,) = read(DataSection(path=path))
+    rows = source(tmp_path / "chat.jsonl", lines(row))
+    every = rows.model_copy(update={"format": "messages_all"})
+    (last,) = read(rows)
     assert (last.prompt, last.response, last.gold) == ("Two?", "#### 2", "2")
     assert last.turns == [["Count.\n\nOne?", "1"]]
-    first, second = read(DataSection(path=path, format="messages_all"))
+    first, second = read(every)
     assert (first.prompt, first.response, first.turns) == ("Count.\n\nOne?", "1", [])
     assert second == last and first.id != second.id
-    assert read_rows(DataSection(path=path)).format == "chat"
-    verified = {"messages": chat("Hi", "Hello!", "Two?", "It is two."), "gold": 2}
-    path = write(tmp_path / "gold.jsonl", lines(verified))
-    assert [e.gold for e in read(DataSection(path=path, format="messages_all"))] == [None, "2"]
-    alone = read(DataSection(path=write(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")}))))
+    assert read_rows(rows).format == "chat"
+    source(tmp_path / "chat.jsonl", lines({"messages": chat("Hi", "Ho!", "Two?", "It is two."), "gold": 2}))
+    assert [e.gold for e in read(every)] == [None, "2"]
+    alone = read(source(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")})))
     assert alone[0].id != last.id  # another question, by what was said before
 
 
 def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
-    path = write(tmp_path / "chat.jsonl", lines({"messages": chat("One?", "1", "Two?", "#### 2")}))
-    (example,) = read(DataSection(path=path))
+    row = {"messages": chat("One?", "1", "Two?", "#### 2")}
+    (example,) = read(source(tmp_path / "chat.jsonl", lines(row)))
     tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
     for template in ("chat", "plain", "bare"):
         text = Renderer(tokenizer, PromptSection(template=template)).prompt(example.prompt, example=example)
@@ -210,30 +198,28 @@ def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
 
 def test_empty_cells_are_empty_rows(tmp_path):
     text = "question,answer,note\nq0,,x\nq1,a1,\n,a2,\n"
-    source = DataSection(path=write(tmp_path / "a.csv", text), empty="drop")
-    assert [(e.prompt, e.extra) for e in read(source)] == [("q1", {"note": None})]
-    assert read_rows(source).empty == 2
+    table = source(tmp_path / "a.csv", text, empty="drop")
+    assert [(e.prompt, e.extra) for e in read(table)] == [("q1", {"note": None})]
+    assert read_rows(table).empty == 2
     text = lines({"question": "q", "answer": None}, {"question": "q1", "answer": "a"})
-    source = DataSection(path=write(tmp_path / "a.jsonl", text), empty="drop")
-    assert [e.prompt for e in read(source)] == ["q1"]
+    assert [e.prompt for e in read(source(tmp_path / "a.jsonl", text, empty="drop"))] == ["q1"]
 
 
 def test_numbers_of_a_table_are_numbers(tmp_path):
     cells = ["42", "-1.5", "007", "1,200", "a word"]
     text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
-    found = read(DataSection(path=write(tmp_path / "a.csv", text)))
+    found = read(source(tmp_path / "a.csv", text))
     golds = ["42", "-1.5", None, None, None]
     assert [(e.response, e.gold) for e in found] == list(zip(cells, golds, strict=True))
 
 
 def test_an_empty_answer_of_a_conversation_leaves_the_others(tmp_path):
-    path = write(tmp_path / "a.jsonl", lines({"messages": chat("q1", "a1", "q2", "", "q3", "a3")}))
-    found = read(DataSection(path=path, format="messages_all", empty="drop"))
+    text = lines({"messages": chat("q1", "a1", "q2", "", "q3", "a3")})
+    found = read(source(tmp_path / "a.jsonl", text, format="messages_all", empty="drop"))
     assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]
 
 
-@pytest.mark.parametrize("name", ["answer", "response", "completion"])
-def test_beside_a_gold_an_instruction_may_have_its_response_by_any_usual_name(tmp_path, name):
-    row = {"instruction": "Two and two?", name: "2 + 2 = 4.", "gold": 4}
-    (example,) = read(DataSection(path=write(tmp_path / "rows.jsonl", lines(row))))
+def test_beside_a_gold_an_instruction_may_have_its_response_by_any_usual_name(tmp_path):
+    row = {"instruction": "Two and two?", "completion": "2 + 2 = 4.", "gold": 4}
+    (example,) = read(source(tmp_path / "rows.jsonl", lines(row)))
     assert (example.response, example.gold, example.extra) == ("2 + 2 = 4.", "4", {})

@@ -32,7 +32,6 @@ def test_the_hubs_reason_is_told_with_what_to_do(monkeypatch):
     ("error", "hint"),
     [
         (datasets.exceptions.DatasetNotFoundError("Dataset 'owner/set' is a gated dataset"), HUB_HINT),
-        (ConnectionError("Couldn't reach 'owner/set' on the hub"), HUB_HINT),
         (ValueError("Config name is missing."), None),
     ],
 )

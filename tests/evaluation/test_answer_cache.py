@@ -4,21 +4,15 @@ import pytest
 from conftest import Silent
 from pydantic import ValidationError
 
-from stages.config import BenchmarkSection, ModelSection, PromptSection
+from stages.config import BenchmarkSection, PromptSection
 from stages.engines import Completion
 from stages.errors import ArtifactError
 from stages.eval.answer_cache import AnswerCache, CachedAnswer, _outcome
 from stages.evaluation.grading import Context, Grade
-from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example, Labelled
 
 DEMO = BenchmarkSection(kind="demo", path="x.jsonl")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return load_tokenizer(ModelSection(name=str(tiny)))
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -35,7 +29,7 @@ def test_a_choice_is_the_likeliest_word(tokenizer):
     assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked)[0] == "C"
 
 
-@pytest.mark.parametrize("odd", [{}, {"complete": True}, {"ids": [2**31]}, {"ids": [-1]}, {"shares": [1.5]}])
+@pytest.mark.parametrize("odd", [{"complete": True}, {"ids": [-1]}, {"shares": [1.5]}])
 def test_a_line_of_a_journal_that_is_no_answer(odd):
     with pytest.raises(ValidationError):
         CachedAnswer(**odd)

@@ -1,20 +1,16 @@
-"""lm-evaluation-harness reads what was exported, and is on MMLU of one mind with our evaluations."""
+"""lm-evaluation-harness is on MMLU of one mind with our evaluations."""
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_steps
+from conftest import ROOT
 
-from stages import export
 from stages.config import EvalSection, ModelSection
 from stages.evaluation.benchmarks import mmlu
-from stages.pipeline.resolve import registries, resolved
-from stages.records import read_jsonl
+from stages.pipeline.resolve import registries
+from stages.records import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
@@ -27,7 +23,7 @@ dataset_kwargs: {{data_files: {{test: {test}, dev: {dev}}}}}
 test_split: test
 fewshot_split: dev
 fewshot_config: {{sampler: first_n}}
-num_fewshot: {shots}
+num_fewshot: 5
 description: "The following are multiple choice questions (with answers) about {subject}.\\n\\n"
 output_type: multiple_choice
 doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\n\
@@ -38,34 +34,12 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def task(folder: Path, name: str, subject: str, test: list[dict], dev: list[dict], shots: int) -> None:
-    for split, rows in (("test", test), ("dev", dev)):
-        (folder / f"{name}-{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {split: folder / f"{name}-{split}.json" for split in ("test", "dev")}
-    text = CHOICE.format(name=name, subject=subject, shots=shots, **files)
-    (folder / f"{name}.yaml").write_text(text)
-
-
-def rows_of(subject: str, n: int) -> list[dict]:
-    choices = [[str(i + k) for k in range(4)] for i in range(n)]
-    rows = [{"question": f"What is {i} + 1?", "choices": choices[i], "answer": 1} for i in range(n)]
-    return [row | {"subject": subject} for row in rows]
-
-
-@pytest.mark.slow
-def test_the_harness_reads_an_exported_model(begun, tmp_path):
-    """As the guide says, on a task of our own, which needs no hub."""
-    config = resolved(begun())
-    artifact = make_steps(config, "sft")["sft"][0]
-    export.write(artifact, config, tmp_path / "merged", "merged")
-    task(tmp_path, "sums", "sums", rows_of("sums", 6), rows_of("sums", 2), 2)
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--apply_chat_template", "--limit", "4"]
-    command += ["--model_args", f"pretrained={tmp_path / 'merged'},dtype=float32", "--tasks", "sums"]
-    command += ["--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out")]
-    subprocess.run(command, check=True)
-    [file] = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(file.read_text())
-    assert results["n-samples"]["sums"]["effective"] == 4 and 0 <= results["results"]["sums"]["acc,none"] <= 1
+def write_task(folder: Path, subject: str, **rows: list[dict]) -> None:
+    files = {split: folder / f"{subject}-{split}.json" for split in rows}
+    for split, file in files.items():
+        write_jsonl(file, rows[split])
+    text = CHOICE.format(name=f"local_{subject}", subject=subject.replace("_", " "), **files)
+    (folder / f"{subject}.yaml").write_text(text)
 
 
 @pytest.mark.slow
@@ -85,15 +59,14 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     subjects = ("abstract_algebra", "global_facts")
     test, dev = ([row for _, row in read_jsonl(data / "mmlu" / f)] for f in ("test.jsonl.gz", "dev.jsonl"))
     chosen = [row for subject in subjects for row in [r for r in test if r["subject"] == subject][:25]]
-    (tmp_path / "chosen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    write_jsonl(tmp_path / "chosen.jsonl", chosen)
     for subject in subjects:
-        of_subject = [[row for row in rows if row["subject"] == subject] for rows in (chosen, dev)]
-        task(tmp_path, f"local_{subject}", subject.replace("_", " "), *of_subject, 5)
+        own, shots = ([row for row in rows if row["subject"] == subject] for rows in (chosen, dev))
+        write_task(tmp_path, subject, test=own, dev=shots)
 
     entry = {"path": str(tmp_path / "chosen.jsonl"), "shots_path": str(data / "mmlu/dev.jsonl")}
-    section = EvalSection.model_validate({"benchmarks": {"mmlu": entry}}, context=registries()).benchmarks[
-        "mmlu"
-    ]
+    evaluated = EvalSection.model_validate({"benchmarks": {"mmlu": entry}}, context=registries())
+    section = evaluated.benchmarks["mmlu"]
     tokenizer = load_tokenizer(model)
     asked = mmlu.ask(mmlu.load(section), section, Renderer(tokenizer, section.prompt))
     engine = InProcess(load_base(model), tokenizer, 16)

@@ -30,9 +30,7 @@ def test_wilson_is_scipy_s(correct, n):
     assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "shares", [[0.5] * 8, [0.25] * 30, [0.5], [0.0], [1.0], [0.0] * 20, [1.0] * 20, [1 / 3] * 9, [0.1] * 7]
-)
+@pytest.mark.parametrize("shares", [[0.25] * 30, [0.5], [0.0], [1.0] * 20, [1 / 3] * 9])
 def test_without_variance_the_interval_is_wilson_s_over_items(shares):
     mean = sum(shares) / len(shares)
     low, high = interval(shares)
@@ -70,12 +68,8 @@ def test_without_a_graded_item_there_is_no_accuracy():
 
 
 def test_several_answers_and_groups_of_a_benchmark():
-    outcomes = {
-        "a": ["correct"] * 4,
-        "b": ["correct", *["wrong"] * 3],
-        "c": ["wrong"] * 4,
-        "d": ["correct"] * 4,
-    }
+    outcomes = {"a": ["correct"] * 4, "b": ["correct", *["wrong"] * 3]}
+    outcomes |= {"c": ["wrong"] * 4, "d": ["correct"] * 4}
     subject = {"a": "law", "b": "law", "c": "art", "d": "art"}
     samples = [replace(one, extra={"subject": subject[one.id]}) for one in answers(outcomes)]
     more = [replace(sample, id="e") for sample in samples if sample.id == "d"]
@@ -130,13 +124,3 @@ def test_pass_at_k_and_tokens_by_hand():
     assert (found["pass@1"], found["pass@5"]) == pytest.approx((0.2, 0.5))
     two = zip(answers({"a": ["wrong"] * 2}), (4, 10), strict=True)
     assert accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in two])["tokens"] == 7
-
-
-def test_a_difference_of_two_targets_has_the_p_of_its_items():
-    """Seven won, one lost, two equal: 18 of 256 choices of signs."""
-    before, after = (
-        answers({str(i): ["correct" if right == "1" else "wrong"] for i, right in enumerate(given)})
-        for given in ("1000000011", "0111111111")
-    )
-    _, row = compared({"base": {"all": before}, "sft": {"all": after}})
-    assert (row["p"], row["change"]) == pytest.approx((18 / 256, 0.6))

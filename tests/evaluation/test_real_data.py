@@ -31,11 +31,8 @@ def section(kind: str, **settings):
 
 @pytest.fixture(scope="module")
 def problems():
-    return [
-        e
-        for f in ("train.jsonl.gz", "test.jsonl")
-        for e in gsm8k.load(section("gsm8k", path=str(DATA / "gsm8k" / f)))
-    ]
+    files = [str(DATA / "gsm8k" / name) for name in ("train.jsonl.gz", "test.jsonl")]
+    return [example for file in files for example in gsm8k.load(section("gsm8k", path=file))]
 
 
 def test_every_gsm8k_answer_is_a_number_and_its_own_text_is_right(problems):

@@ -12,37 +12,27 @@ from stages.errors import DataError, MissingInputError
 from stages.labelling.known import with_known_labels
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.records import Example, read_labels
+from stages.records import Example, read_labels, write_jsonl
 
 ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", json.dumps({"id0": 1, "What is 1?": 2.0, "id2": "System 1", "What is 3? ": "system2"})),
-        (
-            "a.jsonl",
-            '{"id": "id0", "system": 1}\n{"id": "foreign", "question": "What is 1?", "system": "2"}\n'
-            '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n',
-        ),
-        ("a.csv", 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0\n'),
-    ],
+BY_ID = json.dumps({"id0": 1, "What is 1?": 2.0, "id2": "System 1", "What is 3? ": "system2"})
+LINES = (
+    '{"id": "id0", "system": 1}\n{"id": "foreign", "question": "What is 1?", "system": "2"}\n'
+    '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n'
 )
+CELLS = 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0\n'
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", BY_ID), ("a.jsonl", LINES), ("a.csv", CELLS)])
 def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert [row.system for row in with_known_labels(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", '\ufeff{"id0": 1}'),
-        ("A.CSV", "id,system\nid0,1\n"),
-        ("a.csv", "id;system\nid0;1\n"),
-        ("a.json", '[{"id": "id0", "system": 1}]'),
-        ("a.json", '{"id": "id0", "system": 1}\n{"id": "id1", "system": 2}\n'),
-    ],
+    ("name", "text"), [("A.CSV", "\ufeffid;system\nid0;1\n"), ("a.json", '[{"id": "id0", "system": 1}]')]
 )
 def test_files_of_labels_are_read_as_those_of_rows(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -52,9 +42,9 @@ def test_files_of_labels_are_read_as_those_of_rows(tmp_path, name, text):
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
     """An instruction with its input is another question than the instruction alone."""
     rows = [Example("a", "Translate.\n\ngato", "cat", None), Example("b", "Translate.", "What?", None)]
-    lines = [{"instruction": "Translate.", "context": "gato", "system": 2}, {"id": "b", "system": 1}]
-    lines[1]["instruction"] = None  # no text, so it names no row
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"instruction": "Translate.", "context": "gato", "system": 2}]
+    lines += [{"instruction": None, "id": "b", "system": 1}]  # no text, so it names no row
+    write_jsonl(tmp_path / "a.jsonl", lines)
     assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
 
 
@@ -82,21 +72,9 @@ def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
     [
         ("a.json", '{"id0": 3, "id1": "fast"}', r"(?s)2 × label in .*id0: 3.*id1: 'fast'"),
         ("a.json", '{"id9": 1}', "no label for any of 4 examples"),
-        (
-            "a.jsonl",
-            '{"id": "id0"}\n{"system": 1}\n',
-            r"(?s)2 × line without system or without one.*:1.*:2",
-        ),
-        (
-            "a.csv",
-            'question,voted\n"What\nis it?",1\nWhat?,2\n',
-            r"(?s)line without system.*csv:3.*csv:4",
-        ),
-        (
-            "a.jsonl",
-            '{"instruction": "I", "input": "a", "context": "b", "system": 1}\n',
-            "mean the same",
-        ),
+        ("a.jsonl", '{"id": "id0"}\n{"system": 1}\n', r"(?s)2 × line without system or without.*:1.*:2"),
+        ("a.csv", 'question,voted\n"What\nis it?",1\nWhat?,2\n', r"(?s)without system.*csv:3.*csv:4"),
+        ("a.jsonl", '{"instruction": "I", "input": "a", "context": "b", "system": 1}\n', "mean the same"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, name, text, said):
@@ -106,13 +84,13 @@ def test_a_wrong_file_is_refused(tmp_path, name, text, said):
 
 
 def test_the_stage_takes_known_labels_and_can_exchange_them(smoke, tmp_path):
-    config = smoke("data.limit=24")
     file = tmp_path / "mine.json"
-    wanted = {e.id: e.extra["intended"] for e in read(config.data)}
+    known = ["classify.strategy=known", "data.limit=24"]
+    of_field = smoke(*known, "classify.known=intended")
+    wanted = {e.id: e.extra["intended"] for e in read(of_field.data)}
     file.write_text(json.dumps(wanted))
-    known = ["classify.strategy=known", f"classify.labels_file={file}", "data.limit=24"]
-    field = [known[0], "classify.known=intended", known[2]]
-    configs = with_file, of_field, swapped = smoke(*known), smoke(*field), smoke(*known, "classify.swap=true")
+    known.append(f"classify.labels_file={file}")
+    configs = with_file, _, swapped = smoke(*known), of_field, smoke(*known, "classify.swap=true")
     made = [make_step(config, "classify:train").manifest for config in configs]
     ones = list(wanted.values()).count(1)
     assert [one["summary"]["system1"] for one in made] == [ones, ones, len(wanted) - ones]
@@ -165,12 +143,8 @@ def test_one_question_with_both_labels_is_an_error_unless_ids_tell_the_rows_apar
 def test_test_items_that_are_numbered_like_the_training_rows_get_no_label_of_theirs(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,question,system\n0,2 + 2?,1\n1,2 * 3 + 4?,2\n")
-    training = [
-        Example("a", "2 + 2?", "4", "4", {"id": 0}),
-        Example("b", "2 * 3 + 4?", "10", "10", {"id": 1}),
-    ]
-    moved = [Example("c", "2 * 3 + 4?", "10", "10", {"id": 0})]
-    items = [Example("d", "(1 + 2) * 3 - 4?", "5", "5", {"id": 0}), training[1]]
-    assert [row.system for row in with_known_labels(training, "system", path)] == [1, 2]
-    assert [row.system for row in with_known_labels(moved, "system", path)] == [2]
-    assert [row.system for row in with_known_labels(items, "system", path, required=False)] == [None, 2]
+    training = Example("b", "2 * 3 + 4?", "10", "10", {"id": 1})
+    moved = Example("c", "2 * 3 + 4?", "10", "10", {"id": 0})
+    other = Example("d", "(1 + 2) * 3 - 4?", "5", "5", {"id": 0})
+    items = with_known_labels([training, moved, other], "system", path, required=False)
+    assert [row.system for row in items] == [2, 2, None]

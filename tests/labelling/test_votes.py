@@ -24,9 +24,9 @@ class Echo:
             yield i, ChoiceResult((), -1.0, "hm") if i < self.invalid else ChoiceResult((0.3, 0.7), -1.0)
 
 
-def votes(folder, number: int, words=None, **voter) -> VoteJournal:
+def votes(folder, number: int, words=None, seed=0, **voter) -> VoteJournal:
     voter = Voter(persona="simplicity", words=words, **voter)
-    made = VoteJournal(voter, "v", "m", "x", question_of(voter, "m", show_answer=False), 0, folder)
+    made = VoteJournal(voter, "v", "m", "x", question_of(voter, "m", show_answer=False), seed, folder)
     made.set_examples([Example(str(i), f"Q{i}?", "A", None) for i in range(number)])
     return made
 
@@ -52,11 +52,8 @@ def test_other_words_and_another_seed_of_a_voter_that_samples_have_other_votes(t
     list(votes(tmp_path, 2).ask(Echo(0), print))
     assert len(votes(tmp_path, 2, words=("simple", "complex")).missing()) == 0
     assert len(votes(tmp_path, 2, words=("easy", "hard")).missing()) == 2
-    voter = Voter(persona="simplicity", temperature=0.5, thinking={})
-    journals = [
-        VoteJournal(voter, "v", "m", "x", question_of(voter, "m", False), n, tmp_path) for n in (0, 1)
-    ]
-    assert journals[0].path != journals[1].path
+    one, two = (votes(tmp_path, 2, seed=seed, temperature=0.5, thinking={}) for seed in (0, 1))
+    assert one.path != two.path
 
 
 def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):

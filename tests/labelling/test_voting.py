@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import labels_of, make_steps
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.classify.report import _known_label_warnings, _refuse_weak_voters
@@ -89,7 +89,7 @@ def test_labelled_examples_of_a_user(tmp_path):
     """Labels may be written as elsewhere, and an answer may lack; lines that are none are named."""
     path = tmp_path / "h.jsonl"
     path.write_text(
-        '{"question": "q", "answer": null, "system": 2.0}\n{"question": "r", "system": "System 1"}\n'
+        '{"question": "q", "answer": null, "system": 2}\n{"question": "r", "system": "System 1"}\n'
     )
     found = read_labelled_examples(path)
     assert [(row.system, row.example.response) for row in found] == [(2, ""), (1, "")]
@@ -98,19 +98,14 @@ def test_labelled_examples_of_a_user(tmp_path):
         read_labelled_examples(path)
 
 
-def labels(
-    votes: dict[str, list[float | None]], weights=None, thresholds=None, **settings
-) -> list[int | None]:
+def labels(votes: dict[str, list], weights=None, thresholds=None, **settings) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
     section = ClassifySection(**settings)
-    voices = {
-        voter: VoterResult(
-            {str(i): v for i, v in enumerate(values)},
-            (thresholds or {}).get(voter, 0.5),
-            (weights or {}).get(voter, 1.0),
-        ).decided(section.system2_share)
-        for voter, values in votes.items()
-    }
+    voices = {}
+    for voter, values in votes.items():
+        threshold, weight = (thresholds or {}).get(voter, 0.5), (weights or {}).get(voter, 1.0)
+        result = VoterResult({str(i): v for i, v in enumerate(values)}, threshold, weight)
+        voices[voter] = result.decided(section.system2_share)
     return [row.system for row in aggregate(rows, voices, section)]
 
 
@@ -180,6 +175,7 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
     assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
 def test_auc_is_the_share_of_pairs_in_order(pairs):
     ones, twos = ([score for score, two in pairs if two is which] for which in (False, True))
@@ -282,8 +278,8 @@ def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypa
     with pytest.raises(AnswerError, match="no voter can tell the systems apart: AUC tiny-random/steps 0[.]"):
         make_steps(config, "classify:train", force=True)
     monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked again
-    for settings in (["classify.accept_weak=true"], ["classify.min_auc=0"]):
-        make_steps(own("classify.accept_weak=false", *settings), "classify:train", force=True)
+    for accepted in ("classify.accept_weak=true", "classify.min_auc=0"):
+        make_steps(own("classify.accept_weak=false", accepted), "classify:train", force=True)
 
 
 def test_shuffled_labels_are_those_of_the_votes_on_other_rows(own, monkeypatch):

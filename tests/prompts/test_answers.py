@@ -24,7 +24,6 @@ from stages.rewards.builtin import correctness, soft_format
         ("so it is 1,200 dollars", "hash", None, "1,200"),
         ("The answer is Paris.", "hash", None, "Paris"),
         ("", "hash", None, None),
-        ("####", "hash", None, None),
         ("<reasoning>\nx\n</reasoning>\n<answer>\n12\n</answer>", "xml", "12", "12"),
         ("<answer>1</answer><answer>2</answer>", "xml", "2", "2"),
         ("#### 5", "xml", None, "5"),
@@ -36,7 +35,6 @@ from stages.rewards.builtin import correctness, soft_format
         # The flexible reading begins at the answer that was found.
         ("#### Answer: 18\n\n####", "hash", "Answer: 18", "18"),
         ("#### Answer: 18\n#### \nDone", "hash", "Answer: 18", "18"),
-        ("#### 7 of these\n#### Then 8 and 9", "hash", "Then 8 and 9", "9"),
         ("#### Answer\nThere are 18 eggs. That is the Answer.", "hash", "Answer", "18"),
     ],
 )
@@ -70,12 +68,7 @@ def test_equality(answer, gold, right):
 
 @pytest.mark.parametrize(
     "response",
-    [
-        "#### Step 1: Install\nRun it.\n#### Step 2: Write\nCreate app.py.\nThen run it.",
-        "```\n######## build ########\n```",
-        "##### 5",
-        "Write `####` before it.\nThat is all.",
-    ],
+    ["#### Step 1\nRun it.\n#### Step 2\nRun it again.", "##### 5", "Write `####` before it.\nThat is all."],
 )
 def test_a_heading_is_no_answer(response):
     """A response that does not end in `#### answer` stays whole."""
@@ -124,21 +117,19 @@ def test_the_choice_that_is_said_to_be_right(text, named):
     assert extract_letter(text) == named
 
 
-@pytest.mark.parametrize(
-    "term", ["3x", "3 x", "3xy", "13x", "1.5x", "2n", "3i", "3π", "3 pi", "3sqrt(2)", "**3x**", "$3x"]
-)
+@pytest.mark.parametrize("term", ["3 x", "13x", "1.5x", "3π", "3sqrt(2)", "**3x**", "$3x"])
 def test_the_coefficient_of_a_term_is_no_number(term):
     assert parse_number(term) is None
     assert not equals_gold(term, "3") and not equals_gold(term, "13") and equals_gold(term, term)
     read = extract(f"It is {term}.\n#### {term}", "hash")
     assert read.strict == term
-    if term in ("3x", "13x", "1.5x", "2n", "3π"):  # apart from its variable it is read as a number
+    if term in ("13x", "1.5x", "3π"):  # apart from its variable it is read as a number
         assert read.flexible == term
 
 
 def test_only_four_hashes_begin_an_answer():
     """As in gold answers: a line of five is a heading, for reward, benchmark and rows alike."""
-    for text in ("##### 5", "It is 4 + 1.\n##### 5", "## 5", "###### 5"):
+    for text in ("It is 4 + 1.\n##### 5", "## 5"):
         assert extract(text, "hash").strict is None and gold_from_response(text) is None
         assert correctness([text], ["5"], ["hash"]) == soft_format([text], ["hash"]) == [0.0]
     assert correctness(["It is 4 + 1.\n#### 5"], ["5"], ["hash"]) == [1.0]
@@ -146,24 +137,18 @@ def test_only_four_hashes_begin_an_answer():
 
 # As written, and its value.
 WRITTEN = [
-    ("7", 7), ("0", 0), ("18", 18), ("007", 7), ("1200", 1200), ("1,200", 1200), ("12,345,678", 12345678),
-    ("100,000", 100000), ("-3", -3), ("−3", -3), ("–3", -3), ("－3", -3), ("-1,200", -1200), ("3.5", "3.5"),
-    ("0.25", "0.25"), (".5", "0.5"), ("1,200.50", "1200.5"), ("12.00", 12), ("-0.75", "-0.75"), ("$5", 5),
-    ("$1,200.50", "1200.5"), ("-$5", -5), ("$-5", -5), ("−$5", -5), ("€40", 40), ("£1,000", 1000),
-    ("\\$7", 7), ("3/4", "3/4"), ("1/2", "1/2"), ("10/5", 2), ("-3/4", "-3/4"), ("1 1/2", "3/2"),
-    ("2 3/4", "11/4"), ("-1 1/2", "-3/2"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
+    ("0", 0), ("007", 7), ("12,345,678", 12345678), ("-3", -3), ("−3", -3), ("–3", -3), ("－3", -3),
+    (".5", "0.5"), ("12.00", 12), ("-0.75", "-0.75"), ("$1,200.50", "1200.5"), ("-$5", -5), ("$-5", -5),
+    ("−$5", -5), ("€40", 40), ("£1,000", 1000), ("\\$7", 7), ("3/4", "3/4"), ("10/5", 2), ("-3/4", "-3/4"),
+    ("1 1/2", "3/2"), ("-1 1/2", "-3/2"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
 ]  # fmt: skip
 
 # Where it stands, and whether that is the format `hash`.
 PLACES = [
-    ("#### {}", True),
-    ("2 + 2 = 4\n#### {}", True),
     ("#### 99\nNo, wait.\n#### {}", True),
     ("She has 3 left.\n####   {}  ", True),
-    ("The answer is {}", False),
     ("The answer is {}.", False),
     ("So 2 * 3 = 6, and in all it is {} dollars.", False),
-    ("Step 1: 4\nStep 2: 5\nAnswer: {}", False),
 ]
 
 
@@ -179,16 +164,14 @@ def test_numbers_in_their_places(place, strict):
 
 # Text, and what the strict and the flexible reading make of it as a number.
 ODD = [
-    ("#### 5 thousand", 5000, 5000), ("#### 1 billion", 1e9, 1e9), ("#### 5k", 5000, 5000),
-    ("#### $1.5K.", 1500, 1500), ("#### 5 K", 5, 5), ("#### 5 km/h", 5, 5), ("#### 3/x", None, 3),
-    ("#### 5m", 5, 5), ("#### 5in", 5, 5), ("#### 5μm", 5, 5), ("#### 5 a day", 5, 5), ("#### 5 yards", 5, 5),
-    ("#### 12 dollars", 12, 12), ("#### 12 dollars per day", 12, 12), ("#### 12%", 12, 12),
-    ("#### 12 %", 12, 12), ("#### 12.", 12, 12), ("#### **12**", 12, 12), ("#### $12.", 12, 12),
-    ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### 12kg", 12, 12), ("#### 5 m/s", 5, 5),
+    ("#### 5 thousand", 5000, 5000), ("#### 5k", 5000, 5000), ("#### $1.5K.", 1500, 1500), ("#### 5 K", 5, 5),
+    ("#### 5 km/h", 5, 5), ("#### 3/x", None, 3), ("#### 5m", 5, 5), ("#### 5μm", 5, 5),
+    ("#### 5 a day", 5, 5), ("#### 12 dollars per day", 12, 12), ("#### 12 %", 12, 12), ("#### 12.", 12, 12),
+    ("#### **12**", 12, 12), ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### 12kg", 12, 12),
     ("#### 3 hours 20 minutes", None, 20), ("#### 2 + 2", None, 2), ("#### x = 4", None, 4),
-    ("#### twelve", None, None), ("#### ", None, None), ("####", None, None), ("", None, None),
-    ("#### 3/0", None, None), ("#### 1 2", None, 2), ("#### 4-", None, 4), ("### 5", None, 5),
-    ("##### 5", None, 5), ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5),
+    ("#### twelve", None, None), ("####", None, None), ("#### 3/0", None, None), ("#### 1 2", None, 2),
+    ("#### 4-", None, 4), ("### 5", None, 5), ("##### 5", None, 5), ("#### 5\n#### ", 5, 5),
+    ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5),
     ("(4)-2", None, 2), ("8 - 3 = 5", None, 5), ("a total of 1,200, at least", None, 1200),
     ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12), ("**Answer: 12**", None, 12),
     ("There are none.", None, None), ("x=-4", None, -4), ("it is -4 degrees", None, -4), ("10/2=5", None, 5),

@@ -17,11 +17,6 @@ from stages.records import Example, Labelled
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")
 
 
-@pytest.fixture
-def tokenizer(tiny):
-    return load_tokenizer(ModelSection(name=str(tiny)))
-
-
 def test_chat_row(tokenizer):
     renderer = Renderer(tokenizer, PromptSection(system="Be brief."))
     row = renderer.row(EXAMPLE)

@@ -1,14 +1,15 @@
 """Templates of models that can think: what a row, a prompt and an answer are with them."""
 
+import re
 from pathlib import Path
 
 import pytest
 import trl
+from conftest import quick
 from tokenizers import AddedToken
 
-from stages.config import ModelSection, PromptSection
+from stages.config import PromptSection
 from stages.errors import ConfigError
-from stages.models.tokenizer import load_tokenizer
 from stages.prompts import thoughts
 from stages.prompts.answers import extract
 from stages.prompts.chat_template import DATE, arguments_of
@@ -20,6 +21,8 @@ TEMPLATES = {
     for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
     if not path.stem.endswith("_training")  # changed ones, for a trainer that masks by them
 }
+FIRST = [name for name in TEMPLATES if not re.search(r"_v\d$", name)]
+"""Without later versions of the same."""
 REFUSED = {"idefics3", "llava_next", "smolvlm"}
 """Templates that take no text as content."""
 WITHOUT_END = {"glm4moe"}
@@ -30,11 +33,6 @@ EMPTY = {"nemotron_3_5_lightning": "</think>", "nemotron_3_nano": "\n</think>\n"
 EMPTY |= {"nemotron_3_super": "\n</think>\n", "nemotron_3_ultra": "</think>"}
 """Templates that open a thought in one way in the prompt and in another in conversations → how one ends."""
 QUESTION, ANSWER, THOUGHT = "2 + 2?", "It is 4.\n#### 4", "Two and two."
-
-
-@pytest.fixture
-def tokenizer(tiny):
-    return load_tokenizer(ModelSection(name=str(tiny)))
 
 
 def written_by(renderer: Renderer, example: Example) -> str:
@@ -54,7 +52,7 @@ def _switches(tokenizer) -> list[dict]:
     return [{}, *boolean, *([{"reasoning_effort": "low"}] if "reasoning_effort" in known else [])]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", quick(TEMPLATES, *FIRST))
 def test_a_row_is_what_the_template_writes(tokenizer, name):
     """Without a switch, off and on; with and without a thought."""
     tokenizer.chat_template = TEMPLATES[name].read_text(encoding="utf-8")
@@ -97,7 +95,6 @@ ASKED = (
     ("before", "prompt", "thought", "completion"),
     [
         # The prompt says that there is no thought, and conversations do not.
-        ("", "<think>\n\n</think>\n\n", "", "It is 4.\n#### 4<|im_end|>"),
         ("", "<think>\n\n</think>\n\n", "Hm.", "It is 4.\n#### 4<|im_end|>"),
         ("", "</think>", "Hm.", "It is 4.\n#### 4<|im_end|>"),
         # It opens one, in a line of its own or not, or in the tags of other models.
@@ -165,10 +162,8 @@ def test_a_switch_for_each_system(tokenizer):
 
 CUT = [
     *(f"{tag}so 2+2 is 5? #### 5\nno. keep" for tag in thoughts.TAGS),
-    *(f"{tag}\n\\boxed{{5}} <answer>5</answer>" for tag in thoughts.TAGS),
     *(f"#### 4 {tag} or 5? #### 5" for tag in thoughts.TAGS),
     *(f"{tag}a{closing}#### 4\n{tag}or is it 5?" for tag, closing in thoughts.TAGS.items()),
-    *(f"{tag} {tag} 5 #### 5" for tag in thoughts.TAGS),
 ]
 
 
@@ -189,8 +184,8 @@ def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing):
     for special in (False, True):
         tokenizer.add_tokens([AddedToken(text, special=special) for text in (tag, closing)], special)
         ids = tokenizer(f"5? #### 5 {answer}<|im_end|>", add_special_tokens=False)["input_ids"]
-        for prompt, strict in ((f"user: 2 + 2?\nassistant: {tag}\n", "4"), ("user: 2 + 2?", "4")):
-            assert extract(thoughts.decode(tokenizer, ids, prompt), "hash").strict == strict
+        for prompt in (f"user: 2 + 2?\nassistant: {tag}\n", "user: 2 + 2?"):
+            assert extract(thoughts.decode(tokenizer, ids, prompt), "hash").strict == "4"
         cut = tokenizer("5? #### 5", add_special_tokens=False)["input_ids"]
         assert extract(thoughts.decode(tokenizer, cut, f"assistant: {tag}\n"), "hash").strict is None
         thoughts._special_ids.cache_clear()

@@ -36,13 +36,9 @@ def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones()
     right, wrong = HASH, HASH.replace("7.", "8.").replace("#### 7", "#### 8")
     completions = [right, right, wrong, right, wrong, wrong, right, wrong, wrong, wrong]
     lengths = [10, 5, 1, 20, 4, 4, 9, 4, 3, 2]
-    found = rewards.pick("brief")(
-        completions=completions,
-        prompts=["a"] * 4 + ["b"] * 4 + ["c"] * 2,
-        completion_ids=[[0] * length for length in lengths],
-        gold=["7"] * 10,
-        answer_format=["hash"] * 10,
-    )
+    given = {"completions": completions, "prompts": ["a"] * 4 + ["b"] * 4 + ["c"] * 2}
+    given |= {"gold": ["7"] * 10, "answer_format": ["hash"] * 10}
+    found = rewards.pick("brief")(completion_ids=[[0] * length for length in lengths], **given)
     assert found == pytest.approx([0.75 * 0.5, 0.75 * 0.75, 0, 0, 0, 0, 0, 0, 0, 0])
 
 
@@ -102,11 +98,8 @@ def test_code_is_run_in_the_sandbox():
 
 @pytest.mark.parametrize(
     "prompt",
-    [
-        "def f(x):\n    # twice\n", 'def f(x):\n    """Twice."""', 'def f(x):\n  """Twice."""\n',
-        'def f(x):\n\t"""Twice."""\n', "def f(x):", "import math\n\ndef f(x):\n    if x:\n",
-    ],
-)  # fmt: skip
+    ["def f(x):\n    # twice\n", 'def f(x):\n\t"""Twice."""\n', "import math\n\ndef f(x):\n    if x:\n"],
+)
 def test_any_beginning_of_a_function_can_be_run(prompt):
     answer = "```python\ndef f(x):\n    return 2 * x\n```"
     for text in (stub(prompt), program_from_output(answer, prompt, "f", chat=True)):
@@ -126,10 +119,7 @@ DOC = f'def f():\n    """Doc\n    {F}\n    f()\n    {F}\n    """\n'
         (f"{F}python\ndef f():\n    return '{F}'\n{F}\nDone", f"def f():\n    return '{F}'\n"),
         (f"The name is {F}f{F}\n{F}python\ndef f(): pass\n{F}\nDone", "def f(): pass\n"),
         (f"{F}python\ndef f(): pass{F}\nDone\n{F}\nother\n{F}", "def f(): pass"),
-        (f"{F}python\ndef f(): pass{F} Done", "def f(): pass"),
         (f"1. Like this:\n   {F}py\n   def f(): pass\n   {F}\n2. Done", "def f(): pass\n"),
-        (f"So {F}python\ndef f(): pass\n{F}\nDone", "def f(): pass\n"),
-        (f"{F}python\ndef f(): pass", "def f(): pass"),
         (f"1. {F}python\n   def f():\n       pass\n   {F}\n", "def f():\n    pass\n"),
     ],
 )  # fmt: skip
@@ -152,9 +142,8 @@ def test_columns_are_what_a_reward_must_be_given():
     row = {"gold": "5", "level": 3, "image": "a.png", "tags": ["x"], "mixed": 1, "note": None}
     rows = [row, row | {"mixed": "1", "note": "x", "other": 1}]
     assert loading.common_fields(rows) == {"gold", "level"}  # TRL takes `image` for a picture
-    with pytest.raises(
-        DataError, match=r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
-    ):
+    told = r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
+    with pytest.raises(DataError, match=told):
         loading.check_fields({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
     with pytest.raises(DataError) as caught:
         loading.check_fields({"f": ["answer"]}, [{"id": "a"}])
@@ -210,20 +199,11 @@ def test_a_raising_reward_stops_with_its_name_and_sample(file):
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(UnusableResult) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
-    assert (
-        str(caught.value)
-        == "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
-    )
+    told = "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
+    assert str(caught.value) == told
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        float("nan"), float("inf"), "1.0", b"1", [], [1.0], {}, 1j, 10**400, object(),
-        torch.ones(2), torch.tensor(math.nan),
-    ],
-    ids=lambda value: type(value).__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("value", [math.inf, "1.0", [1.0], 10**400, torch.ones(2), torch.tensor(math.nan)])
 def test_a_reward_that_is_no_finite_number_stops(value):
     reward = loading.with_checks("odd", lambda completions: [value])
     with pytest.raises(UnusableResult, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):

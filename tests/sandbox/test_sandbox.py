@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import descendants, no_sandbox, processes, wait_for
+from conftest import descendants, no_sandbox, processes, quick, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,11 +101,6 @@ ODD = {
         b'{"verdict": "passed", "why": ""}\n', b'{"raised": 7}\n', b'{"raised": ["E", "\\ud800"]}\n',
     )},
 }  # fmt: skip
-
-
-def quick(all_of, *names):
-    """Names as parameters; those of other names are slow."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in all_of]
 
 
 @pytest.mark.parametrize("title", quick(ODD, "deep", "lone surrogate", "channel b'\\xff\\xff\\n'"))
@@ -232,7 +227,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(values)
 def test_plain_data_crosses_unchanged(value):
     back = inside.decode(inside.json.loads(inside.json.dumps(inside.encode(value))))
