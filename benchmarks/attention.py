@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from measure import interval, timed
+from measure import from_to, in_turns, options, ratio, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -72,8 +72,9 @@ class Way:
 
 
 def ways(given: argparse.Namespace) -> dict[str, Way]:
-    low, high = (int(part) for part in given.completion.split("-"))
-    lengths = [random.Random(0).randint(low, high) for _ in range(given.prompts * given.group)]
+    lengths = [
+        random.Random(0).randint(*from_to(given.completion)) for _ in range(given.prompts * given.group)
+    ]
     prompts = [[i] * given.prompt for i in range(given.prompts) for _ in range(given.group)]
     row = PackedBatch.from_groups(prefix_groups(prompts, [[0] * n for n in lengths]), DEVICE)
     own = q, k, v = inputs(given, row.input_ids.shape[1])
@@ -90,17 +91,9 @@ def ways(given: argparse.Namespace) -> dict[str, Way]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--completion", default="64-512")
-    parser.add_argument("--heads", type=int, default=14)
-    parser.add_argument("--keys", type=int, default=2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16" if DEVICE.type == "cuda" else "float32")
-    parser.add_argument("--pairs", type=int, default=20)
-    given = parser.parse_args()
+    dtype = "bfloat16" if DEVICE.type == "cuda" else "float32"
+    rows = {"prompts": 2, "group": 8, "prompt": 256, "completion": "64-512"}
+    given = options(__doc__, **rows, heads=14, keys=2, width=64, dtype=dtype, pairs=20).parse_args()
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         compare(given)
 
@@ -117,15 +110,10 @@ def compare(given: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
             way()
             peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    draw = random.Random(0)
-    for _ in range(given.pairs):
-        for name in draw.sample(list(found), len(found)):
-            seconds[name].append(timed(found[name]))
+    seconds = in_turns(list(found), given.pairs, lambda name, _: timed(found[name]))
     ours = seconds.pop("rectangles")
     for name, theirs in seconds.items():
-        ratio = interval([their / our for their, our in zip(theirs, ours, strict=True)])
-        print(f"{name} / rectangles, ratio of times: {ratio}")
+        print(f"{name} / rectangles, ratio of times: {ratio(theirs, ours)}")
     for name, mib in peaks.items():
         print(f"{name}: peak {mib:.0f} MiB, of all inputs and one pass")
 

@@ -6,12 +6,13 @@ and MiB, planned and taken, with their ratios, and at last those of the whole.
 python benchmarks/plan.py [CONFIG] [--set section.key=value …]
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from measure import options
 
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import ancestors, plan_steps
@@ -20,7 +21,7 @@ from stages.store.estimates import actual_and_planned
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("config", nargs="?", default="configs/demo.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     given = parser.parse_args()
