@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from stages.errors import UnusableResult
 from stages.registry import Registry
-from stages.runtime import resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,13 +197,9 @@ def moments(
     sums = Moments.of_no_example(weights)
     while sums.examples < len(rows):
         batch = rows[sums.examples : sums.examples + size.now]
-        try:
-            sums.add(_batch_moments(model, weights, batch, pad))
+        if found := size.attempt(len(batch), _batch_moments, model, weights, batch, pad):
+            sums.add(found)
             advance(len(batch))
-            continue
-        except (MemoryError, RuntimeError) as error:
-            size.halve(error, len(batch))
-        resources.release_memory()
     return sums
 
 
