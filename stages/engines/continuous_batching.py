@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.engines import Completion, Sampling
 from stages.engines.kv_cache import KVCache, Prefill
 from stages.packing import support
-from stages.packing.batch import PackedBatch
+from stages.packing.batch import PackedBatch, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -232,14 +232,6 @@ def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[i
         ]
         order = order[len(batch) :]
         yield batch
-
-
-def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad the prompts on the left: token ids and attention mask, (prompts, longest) each."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.prompts.renderer import IGNORED
 
@@ -230,6 +231,20 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **args: Any
     )
     # Values may have another width, and CUDA's memory-efficient kernel returns a transposed tensor.
     return output.reshape(sequences, heads, tokens, -1)
+
+
+def padded(
+    rows: Sequence[list[int]], pad: int, device: torch.device, side: str = "left"
+) -> tuple[Tensor, Tensor]:
+    """Token ids, padded on that side, and attention mask: (rows, longest) each.
+
+    The mask is built from the lengths, because `pad` may be the EOS token, which occurs in texts.
+    """
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in sequences], True, fill, side).to(device)
+        for sequences, fill in ((rows, pad), ([[1] * len(row) for row in rows], 0))
+    )
+    return ids, mask
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:

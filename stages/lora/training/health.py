@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.engines.continuous_batching import padded
 from stages.errors import UnusableResult
+from stages.packing.batch import padded
 
 if TYPE_CHECKING:
     from stages.lora.grpo.trainer import GrpoTrainer
