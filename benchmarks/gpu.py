@@ -6,15 +6,13 @@ Run it from the project's folder; where lorapar is not installed, with PYTHONPAT
 models have random weights of real shapes, made on the device; the largest that is written has half a billion
 parameters. `--small` is every part in miniature, for a machine without a GPU. Each part is a command of its
 own with a limit in time, after which all that it started is killed, and none begins after `--minutes`. A part
-that lacks a package or a second GPU is skipped and says so; one that fails stops no other. The first five
-take ten minutes at most.
+that lacks a package or a second GPU is skipped and says so; one that fails stops no other. The first four
+take nine minutes at most.
 
 - doctor: versions, driver, device, number types, sandbox.
 - frozen: tests of frozen elements, equality with TRL, 4 bits and padding, on the device.
 - llama2-7b, qwen2.5-7b: score, SFT and RL at the paper's shapes: time, share of the device, memory beside
   what was planned (`shapes.py`). The last line of the table says on which card they fit.
-- attention: of completions with one prompt, by torch's flash and memory-efficient kernels alone, against
-  FlexAttention and a prompt for each (`attention.py`).
 - resume: tests that kill a training and compare what goes on to the bit.
 - rollouts: tokens per second of lorapar's sampler, of TRL's, and of vLLM (`rollouts.py`).
 - votes: per second, in this process and by vLLM (`classify.py`).
@@ -54,7 +52,7 @@ HERE = Path(__file__).parent
 WRITTEN = "0.5b"
 """Shape of the model whose weights are written, for vLLM and for both sides of a comparison."""
 NAMES = (
-    "doctor", "frozen", "llama2-7b", "qwen2.5-7b", "attention", "resume", "rollouts", "votes", "colocated",
+    "doctor", "frozen", "llama2-7b", "qwen2.5-7b", "resume", "rollouts", "votes", "colocated",
     "sft", "rl", "pipeline", "processes", "server",
 )  # fmt: skip
 ROWS = "data/demo/train.jsonl"
@@ -117,10 +115,9 @@ def on(backend: str, processes: int) -> list[str]:
 
 
 def at_shapes(small: bool) -> list[Part]:
-    """The first five: what works at all, and what it takes at the paper's shapes."""
+    """The first four: what works at all, and what it takes at the paper's shapes."""
     facts = r"^[+ -] (?:device|driver|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
     quick = ["-m", "not slow and not vllm"]
-    rows = ["--prompts", "2", "--group", "4", "--prompt", "32", "--completion", "8-32"] if small else []
     alike = ("packing/test_trainer_inputs", "lora/test_same_as_trl")
     stages = rf"^(?:.*TFLOP/s|(?:score|sft|rl): .*|.*{FITS}.*)"
     shapes = ["tiny"] if small else ["llama2-7b", "qwen2.5-7b"]
@@ -134,7 +131,6 @@ def at_shapes(small: bool) -> list[Part]:
             TESTING,
         ),
         *(Part(shape, lambda m, s, shape=shape: [f"{HERE}/shapes.py", shape], stages, 3) for shape in shapes),
-        Part("attention", lambda m, s: [f"{HERE}/attention.py", *rows], r"^.*(?:difference|ratio|peak).*", 1),
     ]
 
 
