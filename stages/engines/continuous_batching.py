@@ -9,18 +9,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.engines import Completion, Sampling
 from stages.engines.kv_cache import KVCache, Prefill
 from stages.packing import support
 from stages.packing.batch import PackedBatch, padded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SLOTS = 64
 """Completions that are decoded at the same time, unless a setting says otherwise."""

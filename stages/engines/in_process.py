@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.config import ServerSection
 from stages.engines import (
@@ -30,9 +31,6 @@ from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length, padded
 from stages.prompts.chat_template import chat, ids_to_continue, tokenise
 from stages.prompts.thoughts import TAGS, opened
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192
 """Most tokens in a packed batch of choices."""

@@ -7,21 +7,18 @@ import importlib.util
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
 from stages.runtime import gpu, libraries, resources
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of a model that reads images, which vLLM needs even for text."""

@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import Tensor, nn
 
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
 from stages.lora import examples
@@ -23,18 +25,13 @@ from stages.lora.importance.masks import flatten_weights, read_importance, write
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check_importance
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.context import StageContext
 from stages.prompts.renderer import Renderer, Row
 from stages.records import Example, Labelled, read_labels, write_labels
 from stages.rewards import loading
 from stages.runtime import distributed, resources
 from stages.runtime.batch_size import BatchSize
 from stages.score import pilot
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor, nn
-
-    from stages.pipeline.context import StageContext
 
 
 @dataclass(frozen=True)

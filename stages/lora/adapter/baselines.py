@@ -6,7 +6,7 @@ All their parameters are trained: no element is scored, masked or frozen.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import (
@@ -14,6 +14,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -22,15 +23,12 @@ from peft import (
     VeraConfig,
 )
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from stages.config import BaselineSection, LoraSection
 from stages.errors import ArtifactError, ConfigError
 from stages.lora.adapter import adapter
 from stages.models.base import with_adapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 STATE = "trained.safetensors"
 """File with every trained parameter.

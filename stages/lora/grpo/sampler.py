@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from stages.engines import Sampling
 from stages.engines.continuous_batching import generate
 from stages.lora.adapter.elements import frozen_weights
+from stages.lora.adapter.merge import MergedCopy
 from stages.packing.support import eval_mode
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-    from stages.engines import Sampling
-    from stages.lora.adapter.merge import MergedCopy
-    from stages.runtime.batch_size import BatchSize
+from stages.runtime.batch_size import BatchSize
 
 
 @dataclass(frozen=True)

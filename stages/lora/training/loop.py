@@ -9,9 +9,10 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PrinterCallback
 
 from stages.config import TrainSection
@@ -24,9 +25,6 @@ from stages.lora.training.start import Training
 from stages.lora.training.watchdog import Watchdog
 from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
