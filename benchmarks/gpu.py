@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import lorapar
 from shapes import FITS, model_folder, random_model
 
 from stages.data.demo import write
@@ -98,6 +99,11 @@ def tests(*files: str, options: Sequence[str] = ()) -> Callable[[Model, str], li
     return lambda *_: ["-m", "pytest", "-rs", *paths, *options]
 
 
+def script(name: str, *options: str) -> Callable[[Model, str], list[str]]:
+    """One beside this file, which is given a model."""
+    return lambda model, _: [f"{HERE}/{name}.py", model(), *options]
+
+
 def smoke(model: str, scratch: str, *more: str) -> list[str]:
     sets = [
         f"model.name={model}",
@@ -106,7 +112,7 @@ def smoke(model: str, scratch: str, *more: str) -> list[str]:
         "eval.benchmarks.demo.limit=8",
         *more,
     ]
-    return ["-m", "lorapar_cli", "run", "configs/smoke.yaml", *(p for s in sets for p in ("--set", s))]
+    return lorapar("run", "configs/smoke.yaml", settings=sets)[1:]
 
 
 def on(backend: str, processes: int) -> list[str]:
@@ -145,30 +151,14 @@ def compared(small: bool) -> list[Part]:
         "classify.voters=[{persona: steps, engine: vllm}]", "eval.engine=vllm",
         "rl.rollouts.engine=vllm_colocate",
     ]  # fmt: skip
-    colocated = r"^.*(?:model runner|\d+ passed).*"
+    real, colocated = ["-k", "real_engine"], r"^.*(?:model runner|\d+ passed).*"
     return [
         Part("resume", tests("lora/test_resume", options=["-k", "mid_epoch"]), PASSED, 5, TESTING),
-        Part(
-            "rollouts",
-            lambda m, s: [f"{HERE}/rollouts.py", m(), *sampled],
-            r"^.*(?:tokens/s| / |skipped).*",
-            3,
-        ),
-        Part(
-            "votes",
-            lambda m, s: [f"{HERE}/classify.py", m(), ROWS, *voted],
-            r"^.*(?:rows/s|equal|skipped).*",
-            3,
-        ),
-        Part(
-            "colocated",
-            tests("lora/test_rollouts", options=["-k", "real_engine"]),
-            colocated,
-            5,
-            [*TESTING, "vllm"],
-        ),
-        Part("sft", lambda m, s: [f"{HERE}/sft.py", m(), ROWS, *few], speed, 2),
-        Part("rl", lambda m, s: [f"{HERE}/rl.py", m(), *few, *group], speed, 2),
+        Part("rollouts", script("rollouts", *sampled), r"^.*(?:tokens/s| / |skipped).*", 3),
+        Part("votes", script("classify", ROWS, *voted), r"^.*(?:rows/s|equal|skipped).*", 3),
+        Part("colocated", tests("lora/test_rollouts", options=real), colocated, 5, [*TESTING, "vllm"]),
+        Part("sft", script("sft", ROWS, *few), speed, 2),
+        Part("rl", script("rl", *few, *group), speed, 2),
         Part("pipeline", lambda m, s: smoke(m(), s, *served), FROZEN, 8, ["vllm"]),
     ]
 
@@ -176,18 +166,12 @@ def compared(small: bool) -> list[Part]:
 def several(small: bool) -> list[Part]:
     """Of two processes, which share smoke's rows evenly, each on a device of its own if there are any."""
     gpus = 2 if torch.cuda.is_available() else 0
+    served = r"^the server takes.*|" + FROZEN
     return [
         Part("processes, ddp", lambda m, s: smoke(m(), s, *on("ddp", 2)), FROZEN, 8, gpus=gpus),
         Part("processes, fsdp2", lambda m, s: smoke(m(), s, *on("fsdp2", 2)), FROZEN, 8, gpus=gpus),
         Part("processes, tests", tests("lora/test_fsdp"), PASSED, 8, TESTING, gpus),
-        Part(
-            "server",
-            lambda m, s: [f"{HERE}/server.py", m(), s],
-            r"^the server takes.*|" + FROZEN,
-            5,
-            ["vllm"],
-            gpus=gpus,
-        ),
+        Part("server", lambda m, s: [f"{HERE}/server.py", m(), s], served, 5, ["vllm"], gpus=gpus),
     ]
 
 

@@ -33,14 +33,16 @@ def from_to(text: str) -> tuple[int, int]:
     return low, high
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def lorapar(*arguments: str, settings: Sequence[str] = ()) -> list[str]:
+    """A command of lorapar, with these settings."""
+    flags = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "lorapar_cli", *arguments, *flags]
 
 
 def now() -> float:
     """Seconds, with all work on the device done."""
-    synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 

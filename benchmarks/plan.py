@@ -8,11 +8,10 @@ python benchmarks/plan.py [CONFIG] [--set section.key=value …]
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from measure import options
+from measure import lorapar, options
 
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import ancestors, plan_steps
@@ -27,9 +26,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
         settings = [*given.set, f"runs_dir={runs}"]
-        flags = [part for setting in settings for part in ("--set", setting)]
         for command in ("plan", "run"):
-            asked = [sys.executable, "-m", "lorapar_cli", command, given.config, *flags]
+            asked = lorapar(command, given.config, settings=settings)
             subprocess.run(asked, stdout=subprocess.DEVNULL, check=True)
         config = resolved(load(Path(given.config), settings))
         store, together = Store(config.root), [0.0, 0.0]
