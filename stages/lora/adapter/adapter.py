@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -225,8 +226,6 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
 @contextmanager
 def lora_dropout(model: PeftModel, probability: float) -> Iterator[None]:
     """Context in which the adapter's input has this dropout probability (in training mode)."""
-    from peft.tuners.lora import LoraLayer
-
     dropouts = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
     originals = [dict(dropout.items()) for dropout in dropouts]  # by adapter name
     for dropout in dropouts:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -91,8 +92,6 @@ def _shard_layers(adapted: PeftModel) -> None:
 
 def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of a decoder layer that belong to the base, not to an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     adapter_parameters = set()
     for module in layer.modules():
         if isinstance(module, BaseTunerLayer):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -109,8 +110,6 @@ class LongestBatch(TrainerCallback):
 
 def longest_of_sft(trainer: Any, rows: list[Row]) -> LongestBatch:
     """Dry run on the longest rows."""
-    from accelerate.utils import send_to_device
-
     size = trainer.args.per_device_train_batch_size
     longest = sorted(rows, key=lambda row: len(row.input_ids))[-size:]
 

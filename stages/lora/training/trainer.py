@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from stages.errors import ArtifactError, OutOfMemoryError, UnusableResult, is_out_of_memory
 from stages.lora.adapter import adapter, baselines, fsdp
@@ -220,8 +221,6 @@ def full_warmup(schedule: Any, warmup_steps: int) -> Any:
 
     The library has (i - 1)/w there, so that its first step does nothing. After the warm-up nothing changes.
     """
-    from torch.optim.lr_scheduler import LambdaLR
-
     factor = schedule.lr_lambdas[0]  # the same for every group
 
     def share_of_peak(steps_done: int) -> float:
