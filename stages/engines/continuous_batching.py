@@ -149,9 +149,7 @@ class _Batcher:
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
         index = {tuple(ids): i for i, ids in enumerate(unique)}
         batch = PackedBatch.from_prompts(unique, self.model.device)
-        suffix_of = torch.tensor(
-            [index[tuple(ids)] for ids in prompts], device=self.model.device
-        )  # (prompts,)
+        suffix_of = self._tensor([index[tuple(ids)] for ids in prompts])  # (prompts,)
         self.cache.reserve(max(map(len, unique)) + 1)  # one more for the first token of the completion
         layout = Prefill(batch, self.cache, suffix_of, self._tensor(rows))
         states = support.packed_hidden_states(self.model, batch.input_ids, batch.position_ids, layout)

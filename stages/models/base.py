@@ -174,9 +174,7 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     path = language_model_path(base)
     if path and hasattr(config, "exclude_modules"):
         config.exclude_modules = rf"(?!{re.escape(path)}\.).*"
-    elif path and hasattr(
-        config, "target_modules"
-    ):  # a trained prompt has none, VeRA and others do not exclude
+    elif path and hasattr(config, "target_modules"):  # VeRA and others do not exclude
         paths = (name for name, _ in base.named_modules() if name.startswith(f"{path}."))
         config.target_modules = [name for name in paths if name.rpartition(".")[2] in config.target_modules]
     # PEFT would load bitsandbytes here, also for a base that does not use it.

@@ -150,9 +150,8 @@ def _accumulate_gradients(
         # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends on the
         # output.
         wide = torch.promote_types(torch.float32, x.dtype)
-        gradients = torch.einsum(
-            "bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide))
-        )  # (examples, out, in)
+        # (examples, out, in)
+        gradients = torch.einsum("bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide)))
         sums.gradient[name] += gradients.sum(0)
         sums.square[name] += gradients.square_().sum(0)
         pending[name] = 0

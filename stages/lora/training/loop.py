@@ -158,9 +158,8 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         watchdog.stop()
-        if (
-            "wandb" in trainer.args.report_to
-        ):  # else a second round of SFT in this process would go on with its run
+        if "wandb" in trainer.args.report_to:
+            # Else a second round of SFT in this process would go on with its run.
             import wandb
 
             wandb.finish()
