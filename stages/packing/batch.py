@@ -73,7 +73,6 @@ class PackedBatch:
 
     @classmethod
     def from_groups(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
-        """Pack the groups into one row."""
         prefixes = [group.prefix for group in groups]
         suffixes = [suffix for group in groups for suffix in group.suffixes]
         prefix_of = [i for i, group in enumerate(groups) for _ in group.suffixes]
@@ -248,7 +247,6 @@ def padded(
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:
-    """Length of the longest prefix that all rows share."""
     # In sorted order the first and the last row differ earliest: all rows between share their common prefix.
     first, last = min(rows), max(rows)
     return next(

@@ -74,7 +74,6 @@ def attach(
 def _config(
     base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float
 ) -> PeftConfig:
-    """PEFT's config of the method."""
     method = baseline.method
     options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if method == "ia3":

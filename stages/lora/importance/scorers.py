@@ -40,7 +40,6 @@ of GRPO's loss at SFT's adapter (`stages/score/gradients.py`); only `rl.rescore`
 
 
 def rescored_by_rollouts(config: Config) -> bool:
-    """True if RL's elements are scored by gradients of RL."""
     return config.rl.rescore is not None and scorers.has_trait(config.rl.rescore, "rollouts")
 
 
@@ -72,7 +71,6 @@ class Moments:
         return cls(zeros(), zeros(), 0, 0.0)
 
     def add(self, other: Moments) -> None:
-        """Add the sums over other examples."""
         for own, others in ((self.gradient, other.gradient), (self.square, other.square)):
             for name, value in others.items():
                 own[name] += value

@@ -109,7 +109,6 @@ class LongestBatch(TrainerCallback):
 
 
 def longest_of_sft(trainer: Any, rows: list[Row]) -> LongestBatch:
-    """Dry run on the longest rows."""
     size = trainer.args.per_device_train_batch_size
     longest = sorted(rows, key=lambda row: len(row.input_ids))[-size:]
 

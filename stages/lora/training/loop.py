@@ -204,7 +204,6 @@ def refuse_untested(trainer: Any) -> None:
 
 
 def _digest(model: PeftModel) -> str:
-    """sha256 over the trained parameters."""
     digest = hashlib.sha256()
     for _, weight in sorted(adapter.trained_parameters(model).items()):
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -249,7 +249,6 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Restore what `save_optimizer` wrote."""
     content = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {int(index): values for index, values in content["state"].items()}
     for name, value in load_file(folder / "optimizer.safetensors").items():
