@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from measure import interval, now
+from measure import now, options, ratio
 
 from stages.runtime import process_guard
 
@@ -133,13 +133,8 @@ def shown(times: list[Measured]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("rows")
+    parser = options(__doc__, "model", "rows", rounds=5, units=3, limit=120)
     parser.add_argument("--spins", nargs="+", default=["10000"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--units", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=120)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=WORKS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -163,9 +158,9 @@ def main() -> None:
     for (where, work, spins), others in times.items():
         if spins != "default":
             usual = times[where, work, "default"]
-            ratios = [a / b for (a, _), (b, _) in zip(usual, others, strict=True)]
-            ratio = ("> " if any(cut for _, cut in usual) else "") + interval(ratios)
-            print(f"| {work} | {where} | {shown(usual)} | {spins} | {shown(others)} | {ratio} |")
+            least = "> " if any(cut for _, cut in usual) else ""
+            ratios = ratio((seconds for seconds, _ in usual), (seconds for seconds, _ in others))
+            print(f"| {work} | {where} | {shown(usual)} | {spins} | {shown(others)} | {least}{ratios} |")
 
 
 if __name__ == "__main__":

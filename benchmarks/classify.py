@@ -8,13 +8,13 @@ prompts. The start of a server is timed apart. How many votes are equal (side of
 too.
 """
 
-import argparse
 import importlib.util
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import options
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineCache, EngineSpec
@@ -47,13 +47,7 @@ def chat(tokenizer: Any, messages: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("questions", type=Path)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--persona", default="steps")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--attention", default="eager")
+    parser = options(__doc__, "model", "questions", rows=256, persona="steps", rounds=2, attention="eager")
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"])
     given = parser.parse_args()
 
@@ -62,7 +56,7 @@ def main() -> None:
         given.engines.remove("vllm")
     model = ModelSection(name=given.model, attention=given.attention)
     brief = PersonaContext(Path(given.model).name, False, shots=shots(SHOTS, 16))
-    rows = read_jsonl(given.questions)[: given.rows]
+    rows = read_jsonl(Path(given.questions))[: given.rows]
     examples = [Example(str(n), row["question"], str(row.get("answer", "")), None) for n, row in rows]
     ballots = [personas.pick(given.persona)(example, brief) for example in examples]
 

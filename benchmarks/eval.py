@@ -7,10 +7,11 @@ between the engines, in one run; the start of a server is timed apart. How many 
 printed too.
 """
 
-import argparse
 import statistics
 import time
 from pathlib import Path
+
+from measure import options
 
 from stages.config import ModelSection, PromptSection, ServerSection
 from stages.engines import EngineCache, EngineSpec, GenerateRequest, Sampling
@@ -20,19 +21,12 @@ from stages.records import read_jsonl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("questions", type=Path)
-    parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--attention", default="eager")
-    parser.add_argument("--rounds", type=int, default=2)
-    given = parser.parse_args()
-
+    defaults = {"limit": 64, "max_new_tokens": 128, "batch_size": 64, "attention": "eager", "rounds": 2}
+    given = options(__doc__, "model", "questions", **defaults).parse_args()
     model = ModelSection(name=given.model, attention=given.attention)
     renderer = Renderer(load_tokenizer(model), PromptSection())
-    texts = [row.get("question") or row["prompt"] for _, row in read_jsonl(given.questions)[: given.limit]]
+    rows = read_jsonl(Path(given.questions))[: given.limit]
+    texts = [row.get("question") or row["prompt"] for _, row in rows]
     questions = [GenerateRequest(renderer.ids(renderer.prompt(text))) for text in texts]
     sampling = Sampling(given.max_new_tokens, tuple(renderer.stop_ids))
     server = ServerSection(batch_size=given.batch_size)

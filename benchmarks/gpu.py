@@ -6,15 +6,13 @@ Run it from the project's folder; where lorapar is not installed, with PYTHONPAT
 models have random weights of real shapes, made on the device; the largest that is written has half a billion
 parameters. `--small` is every part in miniature, for a machine without a GPU. Each part is a command of its
 own with a limit in time, after which all that it started is killed, and none begins after `--minutes`. A part
-that lacks a package or a second GPU is skipped and says so; one that fails stops no other. The first five
-take ten minutes at most.
+that lacks a package or a second GPU is skipped and says so; one that fails stops no other. The first four
+take nine minutes at most.
 
 - doctor: versions, driver, device, number types, sandbox.
 - frozen: tests of frozen elements, equality with TRL, 4 bits and padding, on the device.
 - llama2-7b, qwen2.5-7b: score, SFT and RL at the paper's shapes: time, share of the device, memory beside
   what was planned (`shapes.py`). The last line of the table says on which card they fit.
-- attention: of completions with one prompt, by torch's flash and memory-efficient kernels alone, against
-  FlexAttention and a prompt for each (`attention.py`).
 - resume: tests that kill a training and compare what goes on to the bit.
 - rollouts: tokens per second of lorapar's sampler, of TRL's, and of vLLM (`rollouts.py`).
 - votes: per second, in this process and by vLLM (`classify.py`).
@@ -44,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import lorapar
 from shapes import FITS, model_folder, random_model
 
 from stages.data.demo import write
@@ -54,7 +53,7 @@ HERE = Path(__file__).parent
 WRITTEN = "0.5b"
 """Shape of the model whose weights are written, for vLLM and for both sides of a comparison."""
 NAMES = (
-    "doctor", "frozen", "llama2-7b", "qwen2.5-7b", "attention", "resume", "rollouts", "votes", "colocated",
+    "doctor", "frozen", "llama2-7b", "qwen2.5-7b", "resume", "rollouts", "votes", "colocated",
     "sft", "rl", "pipeline", "processes", "server",
 )  # fmt: skip
 ROWS = "data/demo/train.jsonl"
@@ -100,6 +99,11 @@ def tests(*files: str, options: Sequence[str] = ()) -> Callable[[Model, str], li
     return lambda *_: ["-m", "pytest", "-rs", *paths, *options]
 
 
+def script(name: str, *options: str) -> Callable[[Model, str], list[str]]:
+    """One beside this file, which is given a model."""
+    return lambda model, _: [f"{HERE}/{name}.py", model(), *options]
+
+
 def smoke(model: str, scratch: str, *more: str) -> list[str]:
     sets = [
         f"model.name={model}",
@@ -108,7 +112,7 @@ def smoke(model: str, scratch: str, *more: str) -> list[str]:
         "eval.benchmarks.demo.limit=8",
         *more,
     ]
-    return ["-m", "lorapar_cli", "run", "configs/smoke.yaml", *(p for s in sets for p in ("--set", s))]
+    return lorapar("run", "configs/smoke.yaml", settings=sets)[1:]
 
 
 def on(backend: str, processes: int) -> list[str]:
@@ -117,10 +121,9 @@ def on(backend: str, processes: int) -> list[str]:
 
 
 def at_shapes(small: bool) -> list[Part]:
-    """The first five: what works at all, and what it takes at the paper's shapes."""
+    """The first four: what works at all, and what it takes at the paper's shapes."""
     facts = r"^[+ -] (?:device|driver|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
     quick = ["-m", "not slow and not vllm"]
-    rows = ["--prompts", "2", "--group", "4", "--prompt", "32", "--completion", "8-32"] if small else []
     alike = ("packing/test_trainer_inputs", "lora/test_same_as_trl")
     stages = rf"^(?:.*TFLOP/s|(?:score|sft|rl): .*|.*{FITS}.*)"
     shapes = ["tiny"] if small else ["llama2-7b", "qwen2.5-7b"]
@@ -134,7 +137,6 @@ def at_shapes(small: bool) -> list[Part]:
             TESTING,
         ),
         *(Part(shape, lambda m, s, shape=shape: [f"{HERE}/shapes.py", shape], stages, 3) for shape in shapes),
-        Part("attention", lambda m, s: [f"{HERE}/attention.py", *rows], r"^.*(?:difference|ratio|peak).*", 1),
     ]
 
 
@@ -149,30 +151,14 @@ def compared(small: bool) -> list[Part]:
         "classify.voters=[{persona: steps, engine: vllm}]", "eval.engine=vllm",
         "rl.rollouts.engine=vllm_colocate",
     ]  # fmt: skip
-    colocated = r"^.*(?:model runner|\d+ passed).*"
+    real, colocated = ["-k", "real_engine"], r"^.*(?:model runner|\d+ passed).*"
     return [
         Part("resume", tests("lora/test_resume", options=["-k", "mid_epoch"]), PASSED, 5, TESTING),
-        Part(
-            "rollouts",
-            lambda m, s: [f"{HERE}/rollouts.py", m(), *sampled],
-            r"^.*(?:tokens/s| / |skipped).*",
-            3,
-        ),
-        Part(
-            "votes",
-            lambda m, s: [f"{HERE}/classify.py", m(), ROWS, *voted],
-            r"^.*(?:rows/s|equal|skipped).*",
-            3,
-        ),
-        Part(
-            "colocated",
-            tests("lora/test_rollouts", options=["-k", "real_engine"]),
-            colocated,
-            5,
-            [*TESTING, "vllm"],
-        ),
-        Part("sft", lambda m, s: [f"{HERE}/sft.py", m(), ROWS, *few], speed, 2),
-        Part("rl", lambda m, s: [f"{HERE}/rl.py", m(), *few, *group], speed, 2),
+        Part("rollouts", script("rollouts", *sampled), r"^.*(?:tokens/s| / |skipped).*", 3),
+        Part("votes", script("classify", ROWS, *voted), r"^.*(?:rows/s|equal|skipped).*", 3),
+        Part("colocated", tests("lora/test_rollouts", options=real), colocated, 5, [*TESTING, "vllm"]),
+        Part("sft", script("sft", ROWS, *few), speed, 2),
+        Part("rl", script("rl", *few, *group), speed, 2),
         Part("pipeline", lambda m, s: smoke(m(), s, *served), FROZEN, 8, ["vllm"]),
     ]
 
@@ -180,18 +166,12 @@ def compared(small: bool) -> list[Part]:
 def several(small: bool) -> list[Part]:
     """Of two processes, which share smoke's rows evenly, each on a device of its own if there are any."""
     gpus = 2 if torch.cuda.is_available() else 0
+    served = r"^the server takes.*|" + FROZEN
     return [
         Part("processes, ddp", lambda m, s: smoke(m(), s, *on("ddp", 2)), FROZEN, 8, gpus=gpus),
         Part("processes, fsdp2", lambda m, s: smoke(m(), s, *on("fsdp2", 2)), FROZEN, 8, gpus=gpus),
         Part("processes, tests", tests("lora/test_fsdp"), PASSED, 8, TESTING, gpus),
-        Part(
-            "server",
-            lambda m, s: [f"{HERE}/server.py", m(), s],
-            r"^the server takes.*|" + FROZEN,
-            5,
-            ["vllm"],
-            gpus=gpus,
-        ),
+        Part("server", lambda m, s: [f"{HERE}/server.py", m(), s], served, 5, ["vllm"], gpus=gpus),
     ]
 
 

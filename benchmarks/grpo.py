@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measure import now, twin
+from measure import in_turns, now, random_masks, twin
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -234,22 +234,19 @@ class Bench:
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size)
         trainer = building.build_trainer(section, pool, writer, rewards, arguments)
-        sparsify(model, random_masks(model, self.given.share))
+        sparsify(model, random_masks(adapter.lora_layers(model), self.given.share))
         return trainer
 
     def pairs(self, shape: Shape) -> tuple[list[Batch], dict[str, list[dict[str, float]]]]:
         """The batches that count, and for each side the seconds of its steps on them."""
         batches = self.batches(shape, self.given.pairs + 1)
-        sides = {name: self.side(name, twin(self.base), shape, batches) for name in SIDES}
-        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
-        for number, batch in enumerate(batches):
-            for name in random.sample(SIDES, len(SIDES)):
-                made = sides[name].step(batch)
-                if number:  # the first step warms up
-                    seconds[name].append(made)
-        del sides
+        seconds = self._seconds(shape, batches)
         gc.collect()
         return batches[1:], seconds
+
+    def _seconds(self, shape: Shape, batches: list[Batch]) -> dict[str, list[dict[str, float]]]:
+        sides = {name: self.side(name, twin(self.base), shape, batches) for name in SIDES}
+        return in_turns(SIDES, self.given.pairs, lambda name, number: sides[name].step(batches[number]))
 
 
 def _questions(path: str) -> list[str]:
@@ -267,11 +264,3 @@ def _words(tokenizer: Any) -> list[str]:
     words = sorted(text for text in plain if text[0] == " " and text[1:].isalpha()) or sorted(plain)
     most = min(map(len, tokenizer(words)["input_ids"]))  # one, and what is added to every text
     return [w for w, ids in zip(words, tokenizer(words)["input_ids"], strict=True) if len(ids) == most]
-
-
-def random_masks(model: Any, share: float) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        name: torch.rand(layer.weight.shape, generator=generator) < share
-        for name, layer in adapter.lora_layers(model).items()
-    }

@@ -7,11 +7,12 @@ word count, count of numbers and yes/no form each separate the set with AUC .5 e
 reaches on it comes from reading.
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
 from typing import Any
+
+from measure import options
 
 NAMES = ("Ana", "Bo", "Cy", "Dora", "Eli", "Fay", "Gus", "Hana", "Ivo", "Jon", "Kai", "Lena")
 THINGS = ("pens", "shells", "bags", "stamps", "plums", "keys", "cards", "rings")
@@ -92,11 +93,6 @@ def rows(pairs: int, seed: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    given.file.write_text(
-        "".join(json.dumps(row) + "\n" for row in rows(given.pairs, given.seed)), encoding="utf-8"
-    )
+    given = options(__doc__, "file", pairs=60, seed=0).parse_args()
+    lines = (json.dumps(row) + "\n" for row in rows(given.pairs, given.seed))
+    Path(given.file).write_text("".join(lines), encoding="utf-8")

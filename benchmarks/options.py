@@ -10,9 +10,10 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from measure import lorapar
 
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
@@ -44,17 +45,16 @@ OPTIONS = {
 ALWAYS = ["rl.max_steps=2", "eval.targets=[rl]"]
 
 
-def lorapar(*arguments: str) -> list[str]:
-    """Lines that the command says; those of an error, too."""
-    command = [sys.executable, "-m", "lorapar_cli", *arguments]
+def said_by(*arguments: str, settings: list[str]) -> list[str]:
+    """Lines that a command says; those of an error, too."""
+    command = lorapar(*arguments, settings=settings)
     return subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
 
 
 def line(settings: list[str], folder: Path) -> list[str]:
     """Cells: how many elements moved, and what the check of the export says of each engine."""
     settings = [*ALWAYS, *settings, f"runs_dir={folder / 'runs'}"]
-    flags = [part for text in settings for part in ("--set", text)]
-    said = lorapar("run", str(CONFIG), *flags, "--to", "rl")
+    said = said_by("run", str(CONFIG), "--to", "rl", settings=settings)
     config = resolved(load(CONFIG, settings))
     step = plan_steps(config)["rl"]
     manifest = Store(config.root).folder("rl", step.key) / "manifest.json"
@@ -62,7 +62,7 @@ def line(settings: list[str], folder: Path) -> list[str]:
         return [next((text for text in said if text.startswith("error")), "failed"), "", ""]
     summary = json.loads(manifest.read_bytes())["summary"]
     trained = f"{summary['moved']} of {summary['active']}"
-    said = lorapar("export", str(CONFIG), str(folder / "out"), "--check", "4", *flags)
+    said = said_by("export", str(CONFIG), str(folder / "out"), "--check", "4", settings=settings)
     saved = "yes" if (folder / "out/adapter_model.safetensors").exists() else "no"
     checked = [
         f"{engine} {share}" for engine, share in re.findall(r"^  (\w+): (\S+) of", "\n".join(said), re.M)

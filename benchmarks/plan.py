@@ -6,12 +6,12 @@ and MiB, planned and taken, with their ratios, and at last those of the whole.
 python benchmarks/plan.py [CONFIG] [--set section.key=value …]
 """
 
-import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from measure import lorapar, options
 
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import ancestors, plan_steps
@@ -20,15 +20,14 @@ from stages.store.estimates import actual_and_planned
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("config", nargs="?", default="configs/demo.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
         settings = [*given.set, f"runs_dir={runs}"]
-        flags = [part for setting in settings for part in ("--set", setting)]
         for command in ("plan", "run"):
-            asked = [sys.executable, "-m", "lorapar_cli", command, given.config, *flags]
+            asked = lorapar(command, given.config, settings=settings)
             subprocess.run(asked, stdout=subprocess.DEVNULL, check=True)
         config = resolved(load(Path(given.config), settings))
         store, together = Store(config.root), [0.0, 0.0]

@@ -1,6 +1,7 @@
 """What a GRPO step costs: lorapar's and TRL's on plain LoRA, side by side in one process.
 
-    python benchmarks/rl.py MODEL [--prompts 8] [--group 8] [--prompt 64] [--completion 8-40]
+    python benchmarks/rl.py MODEL [--prompts 8] [--group 8] [--prompt 64]
+        [--prompts-file ROWS] [--completion 8-40]
         [--micro-batch 16] [--pairs 5] [--share 0.4] [--equal 0] [--grow] [--no-memory]
 
 Theirs: an untouched `trl.GRPOTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the
@@ -32,15 +33,13 @@ TOKENS.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from grpo import PARTS, SIDES, Bench, Shape
-from measure import interval, peak
+from measure import from_to, machine, options, peaks, ratio
 
 from stages.runtime import resources
 
@@ -51,17 +50,15 @@ TOKENS = 4400
 def compared(seconds: dict[str, list[dict[str, float]]], part: str) -> tuple[str, float, float]:
     """Theirs / ours, and the median seconds of both."""
     theirs, ours = ([step[part] for step in seconds[name]] for name in SIDES)
-    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return interval(ratios), statistics.median(theirs), statistics.median(ours)
+    return ratio(theirs, ours), statistics.median(theirs), statistics.median(ours)
 
 
 def setting(bench: Bench) -> str:
-    given, isa = bench.given, os.environ.get("ONEDNN_MAX_CPU_ISA", "not set")
+    given = bench.given
     return (
         f"{given.model}, {given.dtype}, attention {given.attention}, {given.share:g} of the elements active, "
         f"{given.equal:g} of the groups with equal rewards, {given.pairs} pairs, "
-        f"{torch.get_num_threads()} threads, ONEDNN_MAX_CPU_ISA {isa}, "
-        f"device {bench.base.device}"
+        f"{machine(bench.base.device)}"
     )
 
 
@@ -74,8 +71,8 @@ def report(bench: Bench, shape: Shape) -> None:
         f"{setting(bench)}"
     )
     for part in PARTS:
-        ratio, theirs, ours = compared(seconds, part)
-        print(f"{part:<15} {ratio}: TRL {theirs:.4g} s, lorapar {ours:.4g} s")
+        ratios, theirs, ours = compared(seconds, part)
+        print(f"{part:<15} {ratios}: TRL {theirs:.4g} s, lorapar {ours:.4g} s")
     speeds = [
         statistics.median(
             sum(b.lengths) / step["rollouts"] for b, step in zip(batches, seconds[name], strict=True)
@@ -86,8 +83,7 @@ def report(bench: Bench, shape: Shape) -> None:
     if bench.given.memory:
         del bench.base  # each process has its own
         resources.release_memory()
-        theirs, ours = (peak(__file__, name) for name in SIDES)
-        print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")
+        print(peaks(__file__))
 
 
 def grow(bench: Bench, shape: Shape) -> None:
@@ -100,25 +96,16 @@ def grow(bench: Bench, shape: Shape) -> None:
         shape = replace(shape, micro_batch=min(shape.micro_batch, shape.prompts * shape.group))
         while shape.micro_batch * (shape.prompt + shape.completion[1]) > TOKENS:
             shape = replace(shape, micro_batch=shape.micro_batch // 2)
-        ratio, theirs, ours = compared(bench.pairs(shape)[1], "whole step")
-        cells = (shape.prompts, shape.prompt, shape.group, shape.micro_batch, ratio)
+        ratios, theirs, ours = compared(bench.pairs(shape)[1], "whole step")
+        cells = (shape.prompts, shape.prompt, shape.group, shape.micro_batch, ratios)
         print("|", *(f"{cell} |" for cell in cells), f"{theirs:.2f} | {ours:.2f} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens, ±15 %%")
+    rows = {"prompts": 8, "group": 8, "prompt": 64, "completion": "8-40", "micro_batch": 16, "pairs": 5}
+    others = {"share": 0.4, "equal": 0.0, "dtype": "float32", "attention": "eager"}
+    parser = options(__doc__, "model", **rows, **others)
     parser.add_argument("--prompts-file", help="JSON lines with a `question`, instead of random prompts")
-    parser.add_argument("--completion", default="8-40", help="tokens, from-to")
-    parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--share", type=float, default=0.4)
-    parser.add_argument("--equal", type=float, default=0, help="share of groups with equal rewards")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--attention", default="eager")
     parser.add_argument("--grow", action="store_true", help="a table of ratios by group and prompt instead")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
@@ -126,8 +113,8 @@ def main() -> None:
 
     if round(given.equal * given.prompts) != given.equal * given.prompts or (given.equal and given.grow):
         parser.error("--equal must be a share of whole prompts, and is not for --grow")
-    low, high = map(int, given.completion.split("-"))
-    shape = Shape(given.prompts, given.group, given.prompt, (low, high), given.micro_batch)
+    completion = from_to(given.completion)
+    shape = Shape(given.prompts, given.group, given.prompt, completion, given.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
         if given.only:

@@ -4,19 +4,18 @@
 
 Each round samples by each, in an order drawn at random, from the same prompts and with renewed weights: ours
 as `lorapar rl` does, on a CPU from a merged copy; TRL's by `generate` of the model with its adapter, all rows
-at once. Tokens per second,
-and the median of the paired ratios. Without vLLM its column is left out, and this says so.
+at once. Tokens per second, and the median of the paired ratios. Without vLLM its column is left out, and this
+says so.
 """
 
 import argparse
 import importlib.util
-import random
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import now
+from measure import in_turns, now, options
 from transformers import AutoTokenizer
 
 from stages.config import LoraSection, ModelSection
@@ -83,14 +82,7 @@ def by_trl(model: Any, tokenizer: Any, tokens: int) -> Sampler:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-
+    given = options(__doc__, "model", prompts=8, group=8, tokens=128, rounds=5).parse_args()
     has_vllm = importlib.util.find_spec("vllm") is not None
     if has_vllm:
         vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
@@ -108,18 +100,16 @@ def main() -> None:
     else:
         print("vLLM skipped: no vllm")
 
-    rates: dict[str, list[float]] = {name: [] for name in samplers}
-    for number in range(given.rounds + 1):
+    def rate(name: str, number: int) -> float:
         texts = [
             f"Tom has {number + i} apples and buys {3 * i + 2} more. How many has he now?\n"
             for i in range(given.prompts)
         ]
         prompts = [ids for ids in tokenizer(texts)["input_ids"] for _ in range(given.group)]
-        for name in random.sample(list(samplers), len(samplers)):
-            begun = now()
-            tokens = samplers[name](prompts)
-            if number:  # the first round warms up
-                rates[name].append(tokens / (now() - begun))
+        begun = now()
+        return samplers[name](prompts) / (now() - begun)
+
+    rates = in_turns(list(samplers), given.rounds, rate)
     for name, values in rates.items():
         print(f"{name}: {statistics.median(values):.0f} tokens/s, {min(values):.0f} to {max(values):.0f}")
         if name != "lorapar":

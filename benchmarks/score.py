@@ -11,13 +11,12 @@ it on both sides. Rows are random token ids: `--prompt` without a label, then an
 """
 
 import argparse
-import os
 import random
 import statistics
 from typing import Any
 
 import torch
-from measure import interval, timed
+from measure import from_to, in_turns, machine, options, ratio, timed
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.config import LoraSection, ModelSection
@@ -25,6 +24,7 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import moments
 from stages.models.base import load_base
 from stages.prompts.renderer import IGNORED, Row
+from stages.runtime.batch_size import BatchSize
 
 WAYS = ("plain", "ours")
 PAD = 0
@@ -33,10 +33,9 @@ PAD = 0
 def rows(given: argparse.Namespace, vocabulary: int) -> list[Row]:
     """From the longest to the shortest, as score sorts them."""
     draw = random.Random(0)
-    low, high = map(int, given.answer.split("-"))
     made = []
     for number in range(given.examples):
-        answer = draw.randint(low, high)
+        answer = draw.randint(*from_to(given.answer))
         ids = [draw.randrange(10, vocabulary) for _ in range(given.prompt + answer)]
         made.append(Row(f"row {number}", ids, [IGNORED] * given.prompt + ids[given.prompt :]))
     return sorted(made, key=lambda row: -len(row.input_ids))
@@ -58,17 +57,8 @@ def plain(model: Any, weights: list[torch.nn.Parameter], batches: list[list[Row]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--examples", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=60)
-    parser.add_argument("--answer", default="8-40", help="tokens, from-to")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--attention", default="eager")
-    given = parser.parse_args()
-
+    rows_of = {"examples": 32, "batch": 8, "prompt": 60, "answer": "8-40"}
+    given = options(__doc__, "model", **rows_of, pairs=5, dtype="float32", attention="eager").parse_args()
     base = load_base(ModelSection(name=given.model, dtype=given.dtype, attention=given.attention))
     model = adapter.initial(base, LoraSection(), seed=0).eval()
     layers = adapter.lora_layers(model)
@@ -76,25 +66,19 @@ def main() -> None:
     made = rows(given, base.config.vocab_size)
     batches = [made[i : i + given.batch] for i in range(0, len(made), given.batch)]
 
-    def seconds(way: str) -> float:
+    def seconds(way: str, _: int) -> float:
         for weight in weights:  # `moments` wants none of them
             weight.requires_grad_(way == "plain")
         if way == "plain":
             return timed(plain, model, weights, batches)
-        return timed(moments, model, layers, batches, lambda _: None, PAD)
+        size = BatchSize("score.batch_size", given.batch, "")
+        return timed(moments, model, layers, made, size, lambda _: None, PAD)
 
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(given.pairs + 1):
-        for way in random.sample(WAYS, len(WAYS)):
-            taken = seconds(way)
-            if number:  # the first pass warms up
-                found[way].append(taken)
-    print("ratio", interval([a / b for a, b in zip(found["plain"], found["ours"], strict=True)]))
+    found = in_turns(WAYS, given.pairs, seconds)
+    print("ratio", ratio(found["plain"], found["ours"]))
     print(
         f"{given.model}, {given.dtype}, attention {given.attention}, {given.examples} rows of {given.prompt} "
-        f"+ {given.answer} tokens in batches of {given.batch}, {given.pairs} pairs, "
-        f"{torch.get_num_threads()} threads, ONEDNN_MAX_CPU_ISA "
-        f"{os.environ.get('ONEDNN_MAX_CPU_ISA', 'not set')}, device {base.device}"
+        f"+ {given.answer} tokens in batches of {given.batch}, {given.pairs} pairs, {machine(base.device)}"
     )
     tokens = sum(len(row.input_ids) for row in made)
     for way in WAYS:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import torch
+from measure import lorapar
 
 from stages.config import ModelSection, ServerSection
 from stages.config.rl import RolloutsSection
@@ -33,8 +34,7 @@ def main(model: str, runs: str) -> None:
             return
         sets = ["rl.rollouts.engine=vllm_server", f"rl.rollouts.base_url={url}", "rl.max_steps=3"]
         sets += [f"model.name={model}", f"runs_dir={runs}", "data.limit=48"]
-        flags = [part for text in sets for part in ("--set", text)]
-        command = [sys.executable, "-m", "lorapar_cli", "run", "configs/smoke.yaml", "--to", "rl", *flags]
+        command = lorapar("run", "configs/smoke.yaml", "--to", "rl", settings=sets)
         subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus[0]})
 
 

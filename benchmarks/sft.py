@@ -13,17 +13,14 @@ pairs, with a bootstrap interval. The peak is that of a process, or of the devic
 """
 
 import argparse
-import os
 import random
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from grpo import random_masks
-from measure import interval, now, peak, twin
+from measure import in_turns, machine, now, options, peaks, random_masks, ratio, twin
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTTrainer
@@ -44,15 +41,9 @@ from stages.store.checkpoints import Checkpoints
 SIDES = ("TRL", "lorapar")
 
 
-class Watch(TrainerCallback):
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = now()
+class Side(TrainerCallback):
+    """One trainer, and the seconds of its last step."""
 
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = now() - self.begun
-
-
-class Side:
     def __init__(
         self, name: str, base: Any, renderer: Renderer, given: argparse.Namespace, folder: str
     ) -> None:
@@ -77,16 +68,21 @@ class Side:
         else:
             self.trainer = SftTrainer(**given_to_both, row_ids=dict, memory_hint="", share_prefix=True)
             trainer_inputs.accept_packed(base)
-            sparsify(model, random_masks(model, given.share))
-        self.watch = Watch()
+            sparsify(model, random_masks(adapter.lora_layers(model), given.share))
         self.trainer.remove_callback(PrinterCallback)
-        self.trainer.add_callback(self.watch)
+        self.trainer.add_callback(self)
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = now()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = now() - self.begun
 
     def step(self, rows: list[Row]) -> float:
         """Seconds."""
         self.trainer.train_dataset = table(rows)
         self.trainer.train()
-        return self.watch.seconds
+        return self.seconds
 
     def loss(self) -> float:
         return next(row["loss"] for row in self.trainer.state.log_history if "loss" in row)  # type: ignore[no-any-return]
@@ -97,15 +93,8 @@ def table(rows: list[Row]) -> Dataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("rows")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--share", type=float, default=0.4)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--attention", default="eager")
+    defaults = {"batch": 16, "micro_batch": 8, "pairs": 10, "share": 0.4}
+    parser = options(__doc__, "model", "rows", **defaults, dtype="float32", attention="eager")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -127,29 +116,26 @@ def main() -> None:
             print(resources.peak_device_memory())
             return
         sides = {name: Side(name, twin(base), renderer, given, folder) for name in SIDES}
-        seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-        for number, batch in enumerate(batches):
-            for name in random.sample(SIDES, len(SIDES)):
-                taken = sides[name].step(batch)
-                if number:  # the first step warms up
-                    seconds[name].append(taken)
-                else:
-                    print(f"{name} loss {sides[name].loss():.5f}")
-    theirs, ours = (seconds[name] for name in SIDES)
-    print("ratio", interval([a / b for a, b in zip(theirs, ours, strict=True)]))
+
+        def step(name: str, number: int) -> float:
+            seconds = sides[name].step(batches[number])
+            if number == 0:
+                print(f"{name} loss {sides[name].loss():.5f}")
+            return seconds
+
+        theirs, ours = in_turns(SIDES, given.pairs, step).values()
+    print("ratio", ratio(theirs, ours))
     tokens = statistics.fmean(len(row.input_ids) for batch in batches[1:] for row in batch)
     print(
         f"{given.model}, {given.dtype}, attention {given.attention}, steps of {given.batch} rows, "
         f"micro batches of {given.micro_batch}, rows of {tokens:.0f} tokens, "
-        f"{given.share:g} of the elements active, {given.pairs} pairs, {torch.get_num_threads()} threads, "
-        f"ONEDNN_MAX_CPU_ISA {os.environ.get('ONEDNN_MAX_CPU_ISA', 'not set')}, device {base.device}"
+        f"{given.share:g} of the elements active, {given.pairs} pairs, {machine(base.device)}"
     )
     print(f"TRL {statistics.median(theirs):.3g} s, lorapar {statistics.median(ours):.3g} s")
     if given.memory:
         del sides, base
         resources.release_memory()
-        theirs, ours = (peak(__file__, name) for name in SIDES)  # type: ignore[assignment]
-        print(f"peak of a process {theirs / ours:.3f}: TRL {theirs:,.0f} MiB, lorapar {ours:,.0f} MiB")  # type: ignore[operator]
+        print(peaks(__file__))
 
 
 if __name__ == "__main__":

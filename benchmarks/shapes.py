@@ -177,9 +177,7 @@ def command(arguments: list[str]) -> None:
     if torch.cuda.is_available():
         memory = [torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20]
     result: dict[str, Any] = {"seconds": seconds, "tokens": tokens, "memory": memory}
-    if (
-        arguments[0] == "plan"
-    ):  # in a process that ends before the stages begin, as it holds memory of the card
+    if arguments[0] == "plan":  # in a process that ends before the stages, as it holds memory of the card
         result["product"] = product_flops(getattr(torch, resolved(load(Path(arguments[1]), [])).model.dtype))
     print(RESULT + json.dumps(result), flush=True)
 

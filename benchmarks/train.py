@@ -17,13 +17,12 @@ peak of a process only.
 
 import argparse
 import copy
-import random
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from measure import interval, peak, timed
+from measure import in_turns, machine, options, peak, random_masks, ratio, timed
 from torch import Tensor, nn
 
 from stages.config import LoraSection, ModelSection
@@ -41,15 +40,9 @@ class Way:
     def __init__(self, way: str, base: nn.Module, lora: LoraSection, share: float) -> None:
         self.model = adapter.initial(base, lora, seed=0)
         layers = adapter.lora_layers(self.model)
-        generator = torch.Generator().manual_seed(1)
-        masks = {
-            name: torch.rand(layer.weight.shape, generator=generator) < share
-            for name, layer in layers.items()
-        }
-        self.numbers = (
-            sum(mask.numel() for mask in masks.values()),
-            sum(int(mask.sum()) for mask in masks.values()),
-        )
+        masks = random_masks(layers, share)
+        self.elements = sum(mask.numel() for mask in masks.values())
+        self.active = sum(int(mask.sum()) for mask in masks.values())
         for layer in layers.values():
             layer.weight.requires_grad_(True)
         self.masks: list[Tensor] = []
@@ -75,18 +68,13 @@ class Way:
     def bytes(self) -> dict[str, int]:
         """Every tensor that exists because of the adapter, after a step, by what it is for."""
         packed = [m for m in self.model.modules() if isinstance(m, SparseLinear)]
-        states = [
-            t
-            for s in self.optimizer.state.values()
-            for t in s.values()
-            if isinstance(t, Tensor) and t.numel() > 1
-        ]
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         return {
             "weights": size([m._dense for m in packed] if packed else self.parameters),
             "values": size(self.parameters) if packed else 0,
             "masks": size([m._index for m in packed] + self.masks),
             "gradients": size([p.grad for p in self.parameters]),
-            "optimizer": size(states),
+            "optimizer": size([t for t in states if isinstance(t, Tensor) and t.numel() > 1]),
         }
 
     def saved(self, ids: Tensor) -> int:
@@ -132,14 +120,7 @@ def size(tensors: list[Tensor]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--share", type=float, default=0.4)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--r", type=int, default=8)
+    parser = options(__doc__, "model", share=0.4, batch=4, tokens=128, pairs=30, dtype="float32", r=8)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()
 
@@ -155,11 +136,11 @@ def main() -> None:
         return
 
     ways = {name: Way(name, copy.deepcopy(base), lora, given.share) for name in WAYS}
-    total, active = ways["packed"].numbers
+    total, active = ways["packed"].elements, ways["packed"].active
     print(
         f"{given.model}, {given.dtype}, {given.batch} × {given.tokens} tokens, "
         f"{active:,} of {total:,} elements active ({active / total:.4f}), "
-        f"{torch.get_num_threads()} threads, device {base.device}"
+        f"{machine(base.device)}"
     )
     held: dict[str, dict[str, int]] = {}
     saved: dict[str, int] = {}
@@ -170,19 +151,16 @@ def main() -> None:
         held[name] = way.bytes()
         way.step()
         saved[name] = way.saved(ids)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
-    for _ in range(given.pairs):
-        for name in random.sample(WAYS, len(WAYS)):
-            way = ways[name]
-            seconds[name].append((timed(way.gradients, ids), timed(way.step)))
-
+    pairs = in_turns(
+        WAYS, given.pairs, lambda name, _: (timed(ways[name].gradients, ids), timed(ways[name].step))
+    )
+    passes = {name: [of_passes for of_passes, _ in pairs[name]] for name in WAYS}
+    steps = {name: [sum(pair) for pair in pairs[name]] for name in WAYS}
     for name in WAYS:
-        both = [sum(pair) for pair in seconds[name]]
-        first = interval([a[0] / b[0] for a, b in zip(seconds[name], seconds["plain"], strict=True)])
-        whole = interval([sum(a) / sum(b) for a, b in zip(seconds[name], seconds["plain"], strict=True)])
         print(
-            f"{name:<7} forward+backward {first} of plain, whole step {whole}, "
-            f"median step {statistics.median(both):.3f} s, fastest {min(both):.3f} s"
+            f"{name:<7} forward+backward {ratio(passes[name], passes['plain'])} of plain, "
+            f"whole step {ratio(steps[name], steps['plain'])}, "
+            f"median step {statistics.median(steps[name]):.3f} s, fastest {min(steps[name]):.3f} s"
         )
     for name in WAYS:
         parts = ", ".join(f"{what} {number:,}" for what, number in held[name].items() if number)

@@ -9,18 +9,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.engines import Completion, Sampling
 from stages.engines.kv_cache import KVCache, Prefill
 from stages.packing import support
-from stages.packing.batch import PackedBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from stages.packing.batch import PackedBatch, padded
 
 SLOTS = 64
 """Completions that are decoded at the same time, unless a setting says otherwise."""
@@ -151,9 +149,7 @@ class _Batcher:
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
         index = {tuple(ids): i for i, ids in enumerate(unique)}
         batch = PackedBatch.from_prompts(unique, self.model.device)
-        suffix_of = torch.tensor(
-            [index[tuple(ids)] for ids in prompts], device=self.model.device
-        )  # (prompts,)
+        suffix_of = self._tensor([index[tuple(ids)] for ids in prompts])  # (prompts,)
         self.cache.reserve(max(map(len, unique)) + 1)  # one more for the first token of the completion
         layout = Prefill(batch, self.cache, suffix_of, self._tensor(rows))
         states = support.packed_hidden_states(self.model, batch.input_ids, batch.position_ids, layout)
@@ -232,14 +228,6 @@ def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[i
         ]
         order = order[len(batch) :]
         yield batch
-
-
-def padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad the prompts on the left: token ids and attention mask, (prompts, longest) each."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
 
 
 @torch.no_grad()

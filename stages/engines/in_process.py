@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.config import ServerSection
 from stages.engines import (
@@ -22,18 +22,15 @@ from stages.engines import (
     GenerateRequest,
     Sampling,
 )
-from stages.engines.continuous_batching import generate, padded
+from stages.engines.continuous_batching import generate
 from stages.errors import ConfigError, UnusableResult
 from stages.models.base import load_merged
 from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
-from stages.packing.batch import PackedBatch, common_prefix_length
+from stages.packing.batch import PackedBatch, common_prefix_length, padded
 from stages.prompts.chat_template import chat, ids_to_continue, tokenise
 from stages.prompts.thoughts import TAGS, opened
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192
 """Most tokens in a packed batch of choices."""
@@ -41,8 +38,6 @@ MOST_CELLS = 2 * BATCH_TOKENS
 """Most tokens of a batch after its common prefix, with padding."""
 PADDED_BATCH = 16
 """Prompts in a batch of choices where the architecture needs padding."""
-MIN_SHARED_PREFIX = 32
-"""Length in tokens from which such batches share the KV cache of a common prefix."""
 THINKING_END = TAGS["<think>"]
 """Appended to thinking that was cut off by its length limit."""
 THINKING_BATCHES = 4
@@ -154,44 +149,18 @@ class InProcess:
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
     def _last_logits_padded(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Compute the same in padded batches, which share the KV cache of a long common prefix."""
+        """Compute the same in padded batches."""
         # A trained prompt allows no padding: then each prompt is a batch, without mask and positions.
         size = 1 if support.is_prompt_learning(self.model) else PADDED_BATCH
-        # The prefix leaves each prompt at least one token, whose logits are read.
-        prefix = min(common_prefix_length(prompts), min(map(len, prompts)) - 1)
-        prefix = prefix if size > 1 and len(prompts) > 1 and prefix >= MIN_SHARED_PREFIX else 0
-        cache = self._cache(prompts[0][:prefix]) if prefix else None
-        prefix = 0 if cache is None else prefix
         logits = []
         for start in range(0, len(prompts), size):
-            suffixes = [ids[prefix:] for ids in prompts[start : start + size]]
-            ids, mask = padded(suffixes, 0, self.model.device)  # (batch, longest suffix)
-            mask = torch.cat([mask.new_ones(len(suffixes), prefix), mask], 1)
+            ids, mask = padded(prompts[start : start + size], 0, self.model.device)  # (batch, longest)
             inputs: dict[str, Any] = {}
             if size > 1:
-                # The mask is over prefix, padding and suffix, and positions count real tokens only. The
-                # prefix is in the cache, so its columns are left out: (batch, longest suffix).
-                positions = (mask.cumsum(1) - 1).clamp(0)[:, prefix:]
-                inputs = {"attention_mask": mask, "position_ids": positions}
-            if cache is not None:
-                # A copy, because the forward pass appends to the cache that it gets.
-                inputs["past_key_values"] = copy.deepcopy(cache)
-                inputs["past_key_values"].batch_repeat_interleave(len(suffixes))
+                # Positions count real tokens only.
+                inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)}
             logits.append(self.model(input_ids=ids, logits_to_keep=1, **inputs).logits[:, -1])
         return torch.cat(logits)
-
-    def _cache(self, ids: list[int]) -> Cache | None:
-        """Compute keys and values of a prefix; None where padding behind it would change the results.
-
-        A window counts columns, padding too, and a recurrent state takes padding in.
-        """
-        from transformers.cache_utils import DynamicLayer
-
-        prefix = torch.tensor([ids], device=self.model.device)
-        output = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1)
-        cache: Cache | None = getattr(output, "past_key_values", None)
-        is_plain = cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
-        return cache if is_plain else None
 
     def _append_thoughts(self, requests: list[ChoiceRequest], prompts: dict[int, list[int]]) -> None:
         """Append to the prompts, by index of the request, the thinking of those that ask for some."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stages.packing.batch import PackedBatch
+from stages.packing.batch import PackedBatch
 
 COLUMNS = 64
 """Columns (tokens per row) by which the cache grows."""

@@ -17,17 +17,11 @@ NO_CAUSE = ("Engine core initialization failed", "EngineDeadError", "EngineCore 
 
 def last_error(log: Path) -> str:
     """Return the last error in the log with the line after it, which a validation error needs; shortened."""
-    lines = [
-        _without_log_prefix(line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [PREFIX.sub("", PREFIX.sub("", line)) for line in text.splitlines()]
     errors = [i for i, line in enumerate(lines) if ERROR.match(line)]
     causes = [i for i in errors if not any(text in lines[i] for text in NO_CAUSE)] or errors
     if not causes:
         return "no error in its log"
     following = [line.strip() for line in lines[causes[-1] + 1 :][:1] if line.startswith("  ")]
     return " ".join([lines[causes[-1]], *following])[:SHOWN]
-
-
-def _without_log_prefix(line: str) -> str:
-    """The line without what vLLM's logger puts before it."""
-    return PREFIX.sub("", PREFIX.sub("", line))

@@ -7,21 +7,18 @@ import importlib.util
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
 from stages.runtime import gpu, libraries, resources
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of a model that reads images, which vLLM needs even for text."""
@@ -177,9 +174,7 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     path = language_model_path(base)
     if path and hasattr(config, "exclude_modules"):
         config.exclude_modules = rf"(?!{re.escape(path)}\.).*"
-    elif path and hasattr(
-        config, "target_modules"
-    ):  # a trained prompt has none, VeRA and others do not exclude
+    elif path and hasattr(config, "target_modules"):  # VeRA and others do not exclude
         paths = (name for name, _ in base.named_modules() if name.startswith(f"{path}."))
         config.target_modules = [name for name in paths if name.rpartition(".")[2] in config.target_modules]
     # PEFT would load bitsandbytes here, also for a base that does not use it.

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.prompts.renderer import IGNORED
 
@@ -72,7 +73,6 @@ class PackedBatch:
 
     @classmethod
     def from_groups(cls, groups: Sequence[PrefixGroup], device: torch.device) -> PackedBatch:
-        """Pack the groups into one row."""
         prefixes = [group.prefix for group in groups]
         suffixes = [suffix for group in groups for suffix in group.suffixes]
         prefix_of = [i for i, group in enumerate(groups) for _ in group.suffixes]
@@ -232,8 +232,21 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **args: Any
     return output.reshape(sequences, heads, tokens, -1)
 
 
+def padded(
+    rows: Sequence[list[int]], pad: int, device: torch.device, side: str = "left"
+) -> tuple[Tensor, Tensor]:
+    """Token ids, padded on that side, and attention mask: (rows, longest) each.
+
+    The mask is built from the lengths, because `pad` may be the EOS token, which occurs in texts.
+    """
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in sequences], True, fill, side).to(device)
+        for sequences, fill in ((rows, pad), ([[1] * len(row) for row in rows], 0))
+    )
+    return ids, mask
+
+
 def common_prefix_length(rows: Sequence[list[int]]) -> int:
-    """Length of the longest prefix that all rows share."""
     # In sorted order the first and the last row differ earliest: all rows between share their common prefix.
     first, last = min(rows), max(rows)
     return next(

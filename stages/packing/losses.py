@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, padded
 from stages.packing.support import packed_logprobs, supports_packing
 from stages.prompts.renderer import IGNORED, Row
 
@@ -25,17 +24,10 @@ class Batch:
 
 
 def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
-    """Pad rows on the right with the token `pad`.
-
-    The mask is built from the lengths, because `pad` may be the EOS token, which occurs in texts.
-    """
-
-    def padded(sequences: list[list[int]], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(ids) for ids in sequences], True, fill).to(device)
-
-    ids = padded([row.input_ids for row in rows], pad)
-    mask = padded([[1] * len(row.input_ids) for row in rows], 0)
-    return Batch(ids, mask, padded([row.labels for row in rows], IGNORED))
+    """Pad rows on the right with the token `pad`."""
+    ids, mask = padded([row.input_ids for row in rows], pad, device, "right")
+    labels, _ = padded([row.labels for row in rows], IGNORED, device, "right")
+    return Batch(ids, mask, labels)
 
 
 def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:

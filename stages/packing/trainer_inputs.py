@@ -11,18 +11,16 @@ import logging
 import math
 import types
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.packing import support
 from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, common_prefix_length
 from stages.prompts.renderer import IGNORED
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 

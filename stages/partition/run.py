@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import PositiveInt
+from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
@@ -23,12 +24,8 @@ from stages.lora.importance.strategies import (
     strategies,
     top_share,
 )
+from stages.pipeline.context import StageContext
 from stages.records import read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stages.pipeline.context import StageContext
 
 
 def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:

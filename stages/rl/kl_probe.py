@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.engines.continuous_batching import padded
 from stages.lora.adapter import fsdp
 from stages.lora.training.curves import KL_FROM_START
+from stages.packing.batch import padded
 from stages.packing.support import eval_mode
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ class KlProbe(TrainerCallback):
         with trainer.memory("while the drift was prepared"):
             with fsdp.unsharded(trainer.model):
                 answers = sampler.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
-            self.ids, self.mask, self.keep = _padded(prompts, answers, trainer.accelerator.device)
+            # Prompts end and answers begin in one column, as TRL has them.
+            prompt_ids, prompt_mask = padded(prompts, 0, trainer.accelerator.device)
+            answer_ids, answer_mask = padded(answers, 0, trainer.accelerator.device, "right")
+            self.ids = torch.cat([prompt_ids, answer_ids], 1)
+            self.mask = torch.cat([prompt_mask, answer_mask], 1)
+            self.keep = answer_ids.shape[1]
             self.start = self._log_probs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -57,14 +62,3 @@ class KlProbe(TrainerCallback):
                 model, self.ids, self.mask, self.keep, self.trainer.args.per_device_train_batch_size
             )
         return log_probs.float()  # type: ignore[no-any-return]
-
-
-def _padded(
-    prompts: list[list[int]], answers: list[list[int]], device: torch.device
-) -> tuple[Tensor, Tensor, int]:
-    """Token ids and mask, (prompts, longest prompt + longest answer), and the longest answer's length."""
-    # Prompts end and answers begin in one column, as TRL has them: padding on the left, and on the right.
-    prompt_ids, prompt_mask = padded(prompts, 0, device)
-    answer_ids, answer_mask = (x.flip(1) for x in padded([ids[::-1] for ids in answers], 0, device))
-    mask = torch.cat([prompt_mask, answer_mask], 1)
-    return torch.cat([prompt_ids, answer_ids], 1), mask, answer_ids.shape[1]

@@ -5,23 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
+from stages.config import ModelSection
 from stages.lora.adapter import adapter
 from stages.lora.grpo import building
 from stages.lora.training import loop, protected_kl
 from stages.lora.training.curves import KL_FROM_START
 from stages.lora.training.health import ProgressCallback
 from stages.packing.support import is_prompt_learning
+from stages.pipeline.context import StageContext
 from stages.rl.kl_probe import KlProbe
 from stages.runtime import distributed
 from stages.store.artifacts import KEPT_ADAPTERS
-
-if TYPE_CHECKING:
-    from stages.config import ModelSection
-    from stages.pipeline.context import StageContext
 
 LENGTH = "completions/mean_length"
 SHOWN = ("reward", "frac_reward_zero_std", LENGTH)

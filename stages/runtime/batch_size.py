@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from stages.errors import OutOfMemoryError, is_out_of_memory
+from stages.runtime import resources
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
 class BatchSize:
-    """The batch size of a setting, and how small it may become.
-
-        while …:
-            try:
-                …  # of `now` examples
-            except (MemoryError, RuntimeError) as error:
-                size.halve(error, examples)
-                … = None  # what the batch left
-            resources.release_memory()
-
-    Memory is released after the `except` block: until its end the error holds the tensors of the batch.
-    """
+    """The batch size of a setting, and how small it may become."""
 
     setting: str
     now: int
@@ -31,14 +24,19 @@ class BatchSize:
     """What helps where no smaller batch does."""
     least: int = 1
 
-    def halve(self, error: BaseException, used: int) -> None:
-        """Go on with half of the batch that was used if `error` is a lack of memory, and warn.
+    def attempt(self, used: int, compute: Callable[..., T], *arguments: Any) -> T | None:
+        """What `compute` returns for a batch of `used` examples, or None if memory ran out.
 
-        Raises `error` if it is anything else, and OutOfMemoryError if the batch was the least one.
+        Then `now` is half of `used`, and a warning says so; OutOfMemoryError if that was the least batch.
         """
-        if not is_out_of_memory(error):
-            raise error
-        if used <= self.least:
-            raise OutOfMemoryError(f"out of memory with {self.setting} {used}", self.hint) from error
+        try:
+            return compute(*arguments)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if used <= self.least:
+                raise OutOfMemoryError(f"out of memory with {self.setting} {used}", self.hint) from error
         self.now = max(self.least, used // 2)
         log.warning("out of memory with %s %d: going on with %d", self.setting, used, self.now)
+        resources.release_memory()  # not in the `except` block, in which the error holds the batch's tensors
+        return None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+import torch
+from torch import Tensor, nn
+
+from stages.config import LoraSection
 from stages.lora.adapter import adapter
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from stages.config import LoraSection
-    from stages.lora.importance.scorers import Moments
+from stages.lora.importance.scorers import Moments
 
 Batch = TypeVar("Batch")
 
@@ -37,8 +36,6 @@ def run(
     batch's gradients and losses at the current weights. All elements of the trainable parts are trained, at a
     constant learning rate and without weight decay. Each loss is that before the step of its batch.
     """
-    import torch
-
     initial = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=LR, weight_decay=0)
     loss = 0.0

@@ -1,20 +1,18 @@
-"""Make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems.
-
-Variants of the stage score its elements for the rows of `partition.protect` and, with `rl.rescore`, the
-elements of SFT's adapter.
-"""
+"""Make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import Tensor, nn
 
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
 from stages.lora import examples
@@ -23,18 +21,13 @@ from stages.lora.importance.masks import flatten_weights, read_importance, write
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.lora.importance.strategies import check_importance
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.context import StageContext
 from stages.prompts.renderer import Renderer, Row
 from stages.records import Example, Labelled, read_labels, write_labels
 from stages.rewards import loading
 from stages.runtime import distributed, resources
 from stages.runtime.batch_size import BatchSize
 from stages.score import pilot
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor, nn
-
-    from stages.pipeline.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -253,25 +246,23 @@ def _importance(
 
 def _scores(run: Scoring, layers: dict[str, nn.Linear], sums: Moments) -> dict[str, Tensor]:
     """The formula's score of each element, from its value and the means of its gradient and of its square."""
-    formula, number = scorers.pick(run.scorer), sums.examples
-    return {
-        name: formula(
-            *(
-                run.part(name, t)
-                for t in (layer.weight, sums.gradient[name] / number, sums.square[name] / number)
-            )
-        )
-        for name, layer in layers.items()
-    }
+    formula = scorers.pick(run.scorer)
+    return {name: formula(*tensors) for name, *tensors in _means(run, layers, sums)}
+
+
+def _means(
+    run: Scoring, layers: dict[str, nn.Linear], sums: Moments
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield each weight's name and, of its trainable part: value, mean gradient, mean squared gradient."""
+    for name, layer in layers.items():
+        gradient, square = sums.gradient[name] / sums.examples, sums.square[name] / sums.examples
+        yield name, run.part(name, layer.weight), run.part(name, gradient), run.part(name, square)
 
 
 def _second_order(run: Scoring, layers: dict[str, nn.Linear], sums: Moments) -> float:
     """Share of the second-order term over all elements: Σ ½Fφ² / (Σ |gφ| + Σ ½Fφ²)."""
     first = second = 0.0
-    for name, layer in layers.items():
-        value, gradient, square = (
-            run.part(name, t) for t in (layer.weight, sums.gradient[name], sums.square[name])
-        )
-        first += float((gradient / sums.examples * value).abs().sum())
-        second += float((0.5 * square / sums.examples * value.square()).sum())
+    for _, value, gradient, square in _means(run, layers, sums):
+        first += float((gradient * value).abs().sum())
+        second += float((0.5 * square * value.square()).sum())
     return second / (first + second) if first + second else 0.0

@@ -184,7 +184,6 @@ def test_where_a_template_has_no_system_role_the_user_says_it(engine, monkeypatc
 
 @pytest.mark.parametrize("config", [Gemma2Config, MistralConfig])
 def test_a_window_does_not_count_padding(engine, config):
-    """A cached prefix with padding behind it would fill the window with columns that hold nothing."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "initializer_range": 0.2}

@@ -165,8 +165,12 @@ def test_processes_that_share_a_base_keep_their_batch(monkeypatch):
     """Each pass needs all of them: one that halved its own would wait for ever."""
     monkeypatch.setattr(score.fsdp, "is_sharded", lambda _: True)
     shared = scoring(score=ScoreSection(batch_size=8)).batch_size
+
+    def full() -> None:
+        raise torch.OutOfMemoryError
+
     with pytest.raises(OutOfMemoryError, match="out of memory with score.batch_size 8") as caught:
-        shared.halve(torch.OutOfMemoryError(), 8)
+        shared.attempt(8, full)
     assert caught.value.hint == "lower score.batch_size"
 
 

@@ -138,7 +138,6 @@ class Transport:
         return answer
 
     def per_server(self) -> list[Transport]:
-        """Make one transport for each of the servers."""
         return [Transport((url,), self.key, self.server, self.exit_error) for url in self.urls]
 
     def pick(self) -> str:

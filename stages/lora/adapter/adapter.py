@@ -14,22 +14,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
 from stages.errors import ArtifactError, ConfigError, first_line
 from stages.lora.adapter.shared_cast import share_casts
 from stages.models.base import language_model_path, with_adapter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -56,33 +54,35 @@ def linear_modules(base: PreTrainedModel) -> set[str]:
 
     ConfigError if there are none, as in GPT-2, whose modules are Conv1D.
     """
-    head, prefix = base.get_output_embeddings(), language_model_path(base)
-    paths = [
-        path
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and path.startswith(prefix)
-    ]
-    if not paths:
+    names = {name for name, _ in _linear(base)}
+    if not names:
         raise ConfigError(
             f"{type(base).__name__} has no linear modules except its head, so no adapter can be attached"
         )
-    return {path.rpartition(".")[2] for path in paths}
+    return names
+
+
+def _linear(base: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Every one of these modules, with its name."""
+    head, prefix = base.get_output_embeddings(), language_model_path(base)
+    for path, module in base.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and path.startswith(prefix):
+            yield path.rpartition(".")[2], module
 
 
 def weight_sizes(base: PreTrainedModel, lora: LoraSection) -> list[int]:
     """Elements of each LoRA weight, A and B of every target module; ConfigError as in `with_targets`."""
-    targets, path = with_targets(base, lora).target_modules, language_model_path(base)
-    modules = [
-        module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(path) and name.rpartition(".")[2] in targets
-    ]
+    targets = with_targets(base, lora).target_modules
+    modules = [module for name, module in _linear(base) if name in targets]
     return [lora.r * features for m in modules for features in (m.in_features, m.out_features)]
 
 
-def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | str) -> LoraConfig:
+def _with_lora(
+    base: PreTrainedModel, lora: LoraSection, dropout: float, doubled: bool, init: bool | str
+) -> PeftModel:
+    """Add LoRA; ConfigError if PEFT cannot put it on these modules, or puts it on fused experts."""
     alpha = lora.lora_alpha * ((math.sqrt(2) if lora.use_rslora else 2) if doubled else 1)
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r * (2 if doubled else 1),
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only multiplies with it, and √2 is no integer
@@ -91,10 +91,6 @@ def _lora_config(lora: LoraSection, dropout: float, doubled: bool, init: bool | 
         use_rslora=lora.use_rslora,
         init_lora_weights=init,  # type: ignore[arg-type]
     )
-
-
-def _with_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Add LoRA; ConfigError if PEFT cannot put it on these modules, or puts it on fused experts."""
     try:
         model = with_adapter(base, config)
     except ValueError as error:
@@ -106,6 +102,7 @@ def _with_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
             f"lora.target_modules: PEFT would adapt fused experts ({', '.join(fused)})",
             "name modules of attention alone",
         )
+    share_casts(model)
     return model
 
 
@@ -116,8 +113,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     """
     lora = with_targets(base, lora)
     peft_values = None if lora.init == "normal" else _peft_initial_values(base, lora, seed)
-    model = _with_lora(base, _lora_config(lora, 0.0, lora.compensated, False))
-    share_casts(model)
+    model = _with_lora(base, lora, dropout=0.0, doubled=lora.compensated, init=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Sorted by name, so that the random values do not depend on the order of the modules.
@@ -144,7 +140,7 @@ def _peft_initial_values(base: PreTrainedModel, lora: LoraSection, seed: int) ->
         if lora.init in SUBTRACTED
         and f".{name}".endswith(tuple(f".{target}" for target in lora.target_modules))
     }
-    model = _with_lora(base, _lora_config(lora, 0.0, False, init))
+    model = _with_lora(base, lora, dropout=0.0, doubled=False, init=init)
     values = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()
     for name, weight in base_weights.items():
@@ -208,8 +204,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
 def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
     """Put the adapter in `folder` on `base`; ArtifactError unless every name and shape fits."""
     lora = with_targets(base, lora)
-    model = _with_lora(base, _lora_config(lora, dropout, lora.compensated, False))
-    share_casts(model)
+    model = _with_lora(base, lora, dropout, doubled=lora.compensated, init=False)
     stored, layers = read(folder), lora_layers(model)
     # PEFT would skip names that the model lacks and leave layers that the file lacks at their initial values.
     if stored.keys() != layers.keys():
@@ -231,8 +226,6 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
 @contextmanager
 def lora_dropout(model: PeftModel, probability: float) -> Iterator[None]:
     """Context in which the adapter's input has this dropout probability (in training mode)."""
-    from peft.tuners.lora import LoraLayer
-
     dropouts = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
     originals = [dict(dropout.items()) for dropout in dropouts]  # by adapter name
     for dropout in dropouts:
@@ -245,7 +238,6 @@ def lora_dropout(model: PeftModel, probability: float) -> Iterator[None]:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

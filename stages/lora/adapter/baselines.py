@@ -6,7 +6,7 @@ All their parameters are trained: no element is scored, masked or frozen.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import (
@@ -14,6 +14,7 @@ from peft import (
     LoraConfig,
     MissConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -22,15 +23,12 @@ from peft import (
     VeraConfig,
 )
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from stages.config import BaselineSection, LoraSection
 from stages.errors import ArtifactError, ConfigError
 from stages.lora.adapter import adapter
 from stages.models.base import with_adapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 STATE = "trained.safetensors"
 """File with every trained parameter.
@@ -76,36 +74,30 @@ def attach(
 def _config(
     base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float
 ) -> PeftConfig:
-    """PEFT's config of the method."""
-    if baseline.method == "ia3":
-        return IA3Config(task_type="CAUSAL_LM")
+    method = baseline.method
     options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if method == "ia3":
+        return IA3Config(**options)
     if baseline.trains_prompt:
-        options["num_virtual_tokens"] = baseline.virtual_tokens
-        if baseline.method == "p_tuning":
-            # With None PEFT takes the model's width.
-            options["encoder_hidden_size"] = baseline.encoder_hidden
-        return PROMPTS[baseline.method](**options)
+        # An encoder of width None is as wide as the model.
+        encoder = {"encoder_hidden_size": baseline.encoder_hidden} if method == "p_tuning" else {}
+        return PROMPTS[method](**options, num_virtual_tokens=baseline.virtual_tokens, **encoder)
     lora = adapter.with_targets(base, lora)
-    options |= {"target_modules": list(lora.target_modules), "r": baseline.rank or lora.r}
+    rank = baseline.rank or (VERA_RANK if method == "vera" else lora.r)
+    options |= {"target_modules": list(lora.target_modules), "r": rank}
+    if method == "dora":
+        options |= {"lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora, "use_dora": True}
+        return LoraConfig(**options, lora_dropout=dropout)
+    if method == "miss":
+        return MissConfig(**options, miss_dropout=dropout)
     # Neither STATE nor PEFT's file has the random matrices of VeRA and RandLoRA, nor SHiRA's choice of
     # weights: each is generated again from the same seed.
-    dora = {"lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora, "use_dora": True}
-    alpha = RANDLORA_ALPHA * options["r"]
-    more: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
-        "dora": (LoraConfig, {**dora, "lora_dropout": dropout}),
-        "vera": (VeraConfig, {"projection_prng_key": seed, "vera_dropout": dropout}),
-        "randlora": (
-            RandLoraConfig,
-            {"randlora_alpha": alpha, "projection_prng_key": seed, "randlora_dropout": dropout},
-        ),
-        "shira": (ShiraConfig, {"random_seed": seed}),
-        "miss": (MissConfig, {"miss_dropout": dropout}),
-    }
-    if baseline.method == "vera":
-        options["r"] = baseline.rank or VERA_RANK
-    config_class, own = more[baseline.method]
-    return config_class(**options, **own)
+    if method == "shira":
+        return ShiraConfig(**options, random_seed=seed)
+    options |= {"projection_prng_key": seed, f"{method}_dropout": dropout}
+    if method == "vera":
+        return VeraConfig(**options)
+    return RandLoraConfig(**options, randlora_alpha=RANDLORA_ALPHA * rank)
 
 
 def save(model: PeftModel, folder: Path) -> None:

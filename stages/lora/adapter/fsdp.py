@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.config import LaunchSection, ModelSection
 from stages.errors import ConfigError
@@ -20,10 +23,6 @@ from stages.lora.adapter import adapter
 from stages.models import dtype
 from stages.models.base import decoder_layers, device, load_base
 from stages.runtime import distributed, resources
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 def is_sharded(launch: LaunchSection) -> bool:
@@ -93,8 +92,6 @@ def _shard_layers(adapted: PeftModel) -> None:
 
 def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of a decoder layer that belong to the base, not to an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     adapter_parameters = set()
     for module in layer.modules():
         if isinstance(module, BaseTunerLayer):

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.lora.adapter.adapter import lora_layers
 from stages.lora.adapter.fsdp import full_tensor
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 ADAPTED = "base_model.model."
 """Prefix that PEFT gives the name of every module of the base."""

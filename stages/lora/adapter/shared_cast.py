@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
@@ -41,8 +42,6 @@ class SharedCast:
 
 def share_casts(model: nn.Module) -> None:
     """Let all LoRA layers of a model cast by one `SharedCast`."""
-    from peft.tuners.lora import LoraLayer
-
     shared = SharedCast()
     for module in model.modules():
         if isinstance(module, LoraLayer):

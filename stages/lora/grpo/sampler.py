@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from stages.engines import Sampling
 from stages.engines.continuous_batching import generate
 from stages.lora.adapter.elements import frozen_weights
+from stages.lora.adapter.merge import MergedCopy
 from stages.packing.support import eval_mode
-from stages.runtime import resources
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-    from stages.engines import Sampling
-    from stages.lora.adapter.merge import MergedCopy
-    from stages.runtime.batch_size import BatchSize
+from stages.runtime.batch_size import BatchSize
 
 
 @dataclass(frozen=True)
@@ -44,19 +40,15 @@ class RolloutSampler:
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]
         ids: dict[int, list[int]] = {}
+
+        def complete(items: list[int], slots: int) -> None:
+            asked, drawn_by = [prompts[i] for i in items], [seeds[i] for i in items]
+            for n, completion in generate(model, self.tokenizer, asked, self.sampling, (), drawn_by, slots):
+                ids[items[n]] = completion.ids
+
         with eval_mode(self.adapted), frozen_weights(self.adapted):
             model = self.adapted if self.copy is None else self.copy.refresh(self.adapted)
             while remaining := [i for i in range(len(prompts)) if i not in ids]:
-                remaining_prompts = [prompts[i] for i in remaining]
-                remaining_seeds = [seeds[i] for i in remaining]
                 slots = min(self.size.now, len(remaining))
-                try:
-                    for i, completion in generate(
-                        model, self.tokenizer, remaining_prompts, self.sampling, (), remaining_seeds, slots
-                    ):
-                        ids[remaining[i]] = completion.ids
-                    continue
-                except (MemoryError, RuntimeError) as error:
-                    self.size.halve(error, slots)
-                resources.release_memory()
+                self.size.attempt(slots, complete, remaining, slots)
         return [ids[i] for i in range(len(prompts))]

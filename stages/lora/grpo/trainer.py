@@ -6,16 +6,18 @@ Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, s
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from stages.config import RlSection
 from stages.lora.adapter import fsdp
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
-from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler
+from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
+from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.grpo.zero_signal import (
     Completions,
     Selection,
@@ -26,11 +28,6 @@ from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.prompts import thoughts
 from stages.runtime import distributed
-
-if TYPE_CHECKING:
-    from stages.config import RlSection
-    from stages.lora.grpo.prompts import RlPrompts
-    from stages.lora.grpo.sampler import RolloutSampler
 
 
 class GrpoTrainer(ResumableTrainer, GRPOTrainer):

@@ -6,12 +6,13 @@ import importlib.util
 import os
 import shlex
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import PeftModel
 from torch import Tensor
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
@@ -21,10 +22,6 @@ from stages.errors import ConfigError, ServerError
 from stages.lora.adapter import merge
 from stages.models.size import kv_cache_bytes
 from stages.runtime import distributed, resources
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 TAKES_WEIGHTS = {
     "weight_transfer_config": {"backend": "nccl"},

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from stages.lora.grpo.metrics import equal_groups, total_rewards
@@ -81,8 +82,6 @@ def replace_zero_signal_groups(
 
 def _zero_signal_groups(trainer: GrpoTrainer, inputs: list[dict[str, Any]], rewards: Tensor) -> list[int]:
     """Groups without a signal, counted over all processes, but for those of replayed prompts."""
-    from accelerate.utils import gather_object
-
     prompts = gather_object([row["prompt"] for row in inputs])[:: trainer.num_generations]
     equal = equal_groups(total_rewards(rewards, trainer.reward_weights), trainer.num_generations).tolist()
     kept = trainer.prompts.replayed_prompts
@@ -91,8 +90,6 @@ def _zero_signal_groups(trainer: GrpoTrainer, inputs: list[dict[str, Any]], rewa
 
 def _unused_prompts(trainer: GrpoTrainer, inputs: list[dict[str, Any]]) -> list[int]:
     """Rows that are neither replayed nor in the step, in an order drawn for this step."""
-    from accelerate.utils import gather_object
-
     in_step = set(gather_object([row["prompt"] for row in inputs]))
     system2_prompts = trainer.prompts.prompts[: trainer.prompts.system2_rows]
     rows = [row for row, prompt in enumerate(system2_prompts) if prompt not in in_step]

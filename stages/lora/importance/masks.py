@@ -67,7 +67,6 @@ class Masks:
 
     @classmethod
     def load(cls, path: Path, stage: str) -> Masks:
-        """Read what `write` wrote for this stage."""
         tensors = _load(path)
         return cls(_with_prefix(f"{REGION}/", tensors), _with_prefix(f"{ACTIVE}/{stage}/", tensors))
 
@@ -83,7 +82,6 @@ def flatten_weights(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Select the tensors whose key begins with `prefix`, and remove it from the key."""
     return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from stages.errors import UnusableResult
 from stages.registry import Registry
-from stages.runtime import resources
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +40,6 @@ of GRPO's loss at SFT's adapter (`stages/score/gradients.py`); only `rl.rescore`
 
 
 def rescored_by_rollouts(config: Config) -> bool:
-    """True if RL's elements are scored by gradients of RL."""
     return config.rl.rescore is not None and scorers.has_trait(config.rl.rescore, "rollouts")
 
 
@@ -73,7 +71,6 @@ class Moments:
         return cls(zeros(), zeros(), 0, 0.0)
 
     def add(self, other: Moments) -> None:
-        """Add the sums over other examples."""
         for own, others in ((self.gradient, other.gradient), (self.square, other.square)):
             for name, value in others.items():
                 own[name] += value
@@ -151,9 +148,8 @@ def _accumulate_gradients(
         # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends on the
         # output.
         wide = torch.promote_types(torch.float32, x.dtype)
-        gradients = torch.einsum(
-            "bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide))
-        )  # (examples, out, in)
+        # (examples, out, in)
+        gradients = torch.einsum("bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide)))
         sums.gradient[name] += gradients.sum(0)
         sums.square[name] += gradients.square_().sum(0)
         pending[name] = 0
@@ -198,13 +194,9 @@ def moments(
     sums = Moments.of_no_example(weights)
     while sums.examples < len(rows):
         batch = rows[sums.examples : sums.examples + size.now]
-        try:
-            sums.add(_batch_moments(model, weights, batch, pad))
+        if found := size.attempt(len(batch), _batch_moments, model, weights, batch, pad):
+            sums.add(found)
             advance(len(batch))
-            continue
-        except (MemoryError, RuntimeError) as error:
-            size.halve(error, len(batch))
-        resources.release_memory()
     return sums
 
 

@@ -233,5 +233,4 @@ def every_element(scores: dict[int, Tensor], section: PartitionSection, seed: in
 
 
 def _same_in_both_stages(chosen: Tensor) -> Split:
-    """The chosen elements are shared and trained by both stages."""
     return Split(SHARED * chosen.byte(), {"sft": chosen, "rl": chosen.clone()})

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import TrainerCallback
 
-from stages.engines.continuous_batching import padded
 from stages.errors import UnusableResult
+from stages.packing.batch import padded
 
 if TYPE_CHECKING:
     from stages.lora.grpo.trainer import GrpoTrainer
@@ -108,9 +109,6 @@ class LongestBatch(TrainerCallback):
 
 
 def longest_of_sft(trainer: Any, rows: list[Row]) -> LongestBatch:
-    """Dry run on the longest rows."""
-    from accelerate.utils import send_to_device
-
     size = trainer.args.per_device_train_batch_size
     longest = sorted(rows, key=lambda row: len(row.input_ids))[-size:]
 

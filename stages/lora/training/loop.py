@@ -9,9 +9,10 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PrinterCallback
 
 from stages.config import TrainSection
@@ -24,9 +25,6 @@ from stages.lora.training.start import Training
 from stages.lora.training.watchdog import Watchdog
 from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +158,8 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         watchdog.stop()
-        if (
-            "wandb" in trainer.args.report_to
-        ):  # else a second round of SFT in this process would go on with its run
+        if "wandb" in trainer.args.report_to:
+            # Else a second round of SFT in this process would go on with its run.
             import wandb
 
             wandb.finish()
@@ -207,7 +204,6 @@ def refuse_untested(trainer: Any) -> None:
 
 
 def _digest(model: PeftModel) -> str:
-    """sha256 over the trained parameters."""
     digest = hashlib.sha256()
     for _, weight in sorted(adapter.trained_parameters(model).items()):
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

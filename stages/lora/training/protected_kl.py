@@ -6,24 +6,21 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from stages.lora.adapter import adapter
 from stages.lora.adapter.elements import sparse_layers
 from stages.lora.training.curves import PROTECTED_KL
+from stages.lora.training.start import Training
 from stages.packing import losses
 from stages.packing.support import eval_mode
 from stages.prompts.renderer import IGNORED, Row
 from stages.records import read_labels
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from stages.lora.training.start import Training
 
 TOKENS_AT_ONCE = 128
 """Answer tokens whose probabilities of the whole vocabulary exist at a time, in 64 bits and of two models."""

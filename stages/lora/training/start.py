@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SftSection
 from stages.lora.adapter import adapter, baselines, elements, fsdp
@@ -16,10 +18,6 @@ from stages.lora.importance.masks import Masks
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.records import Labelled, read_labels
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from stages.errors import ArtifactError, OutOfMemoryError, UnusableResult, is_out_of_memory
 from stages.lora.adapter import adapter, baselines, fsdp
@@ -220,8 +221,6 @@ def full_warmup(schedule: Any, warmup_steps: int) -> Any:
 
     The library has (i - 1)/w there, so that its first step does nothing. After the warm-up nothing changes.
     """
-    from torch.optim.lr_scheduler import LambdaLR
-
     factor = schedule.lr_lambdas[0]  # the same for every group
 
     def share_of_peak(steps_done: int) -> float:
@@ -250,7 +249,6 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Restore what `save_optimizer` wrote."""
     content = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {int(index): values for index, values in content["state"].items()}
     for name, value in load_file(folder / "optimizer.safetensors").items():
