@@ -12,10 +12,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,18 @@ def paths(tiny: Path, data: Path, home: Path) -> list[str]:
         f"eval.benchmarks.demo.path={data / 'test.jsonl'}",
         f"runs_dir={home / 'runs'}",
     ]
+
+
+def flags(settings: Iterable[str]) -> list[str]:
+    """With which a command reads these settings."""
+    return [part for text in settings for part in ("--set", text)]
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(true: Callable[[], object], seconds: float = 120) -> bool:

@@ -64,10 +64,10 @@ def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, 
 
 
 def test_scorer_moved_makes_masks_that_sft_trains(begun):
-    few = ["score.scorer=moved", "score.examples=6", "lora.init=default"]
     config = begun(
-        *few, "partition.strategy=topk", "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1"
-    )
+        "score.scorer=moved", "score.examples=6", "lora.init=default", "partition.strategy=topk",
+        "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1",
+    )  # fmt: skip
     made = artifacts(config, "classify:train", "score", "partition", "sft")
     summary = made["score"].manifest["summary"]["system1"]
     assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0

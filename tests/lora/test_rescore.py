@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import ROOT
-from results import artifacts, flags
+from conftest import ROOT, flags
+from results import artifacts
 
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
@@ -25,18 +25,11 @@ def test_the_adapter_of_sft_is_scored_after_it_and_for_rl_alone(begun):
     assert list(now["score:rl"].inputs) == ["classify:train", "sft"]
     assert list(now["partition:rl"].inputs) == ["score:rl"] and list(now["partition:sft"].inputs) == ["score"]
     config = resolved(begun(*RL, AGAIN, "eval.targets=[rl]"))
-    assert [
-        (task.stage.name, task.variants)
-        for task in pending_stages(config, plan_steps(config), Store(config.root), None, "rl")
-    ] == [
-        ("classify", ["train"]),
-        ("score", ["score"]),
-        ("partition", ["sft"]),
-        ("sft", []),
-        ("score", ["rl"]),
-        ("partition", ["rl"]),
-        ("rl", []),
-    ]
+    pending = pending_stages(config, plan_steps(config), Store(config.root), None, "rl")
+    assert [(task.stage.name, *task.variants) for task in pending] == [
+        ("classify", "train"), ("score", "score"), ("partition", "sft"), ("sft",),
+        ("score", "rl"), ("partition", "rl"), ("rl",),
+    ]  # fmt: skip
 
 
 def test_importance_is_taken_where_sft_ended(begun):
@@ -49,14 +42,12 @@ def test_importance_is_taken_where_sft_ended(begun):
 
 
 def test_each_step_of_score_can_be_made_alone(own, lorapar):
-    settings = [*own.home, *RL, AGAIN]
-    sets = flags(settings)
-    done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "score")
-    assert done.code == 0
-    done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "rl")
-    assert done.code == 66 and "lorapar run" in done.err
-    done = lorapar("score", ROOT / "configs/smoke.yaml", *sets, "--only", "sft")
-    assert done.code == 78 and "choose from: score, rl" in done.err
+    command = ("score", ROOT / "configs/smoke.yaml", *flags([*own.home, *RL, AGAIN]), "--only")
+    for only, code, said in (
+        ("score", 0, ""), ("rl", 66, "lorapar run"), ("sft", 78, "choose from: score, rl"),
+    ):  # fmt: skip
+        done = lorapar(*command, only)
+        assert done.code == code and said in done.err
 
 
 @pytest.mark.slow

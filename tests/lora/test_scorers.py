@@ -42,6 +42,17 @@ def adapted(tiny, lora: LoraSection, dtype: torch.dtype):
     return adapter.initial(base, lora, 0).to(dtype).eval()
 
 
+def frozen(tiny, dtype: torch.dtype = torch.float32):
+    """As it is scored, and its layers."""
+    model = adapted(tiny, LoraSection(r=3), dtype).requires_grad_(False)
+    return model, adapter.lora_layers(model)
+
+
+def scored(model, examples: list[Row], batch: BatchSize, counted: list[int] | None = None) -> Moments:
+    done = [] if counted is None else counted
+    return moments(model, adapter.lora_layers(model), examples, batch, done.append, 0)
+
+
 def one_by_one(model, examples) -> tuple[dict, dict]:
     """Σ g and Σ g² by autograd, an example at a time, without padding: the definition."""
     layers = adapter.lora_layers(model)
@@ -75,7 +86,7 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
     counted: list[int] = []
-    sums = moments(model, adapter.lora_layers(model), rows(), size(4), counted.append, 0)
+    sums = scored(model, rows(), size(4), counted)
     assert counted == [4, 3] and sums.examples == 7
     for got, want in ((sums.gradient, wanted[0]), (sums.square, wanted[1])):
         for name in want:
@@ -83,10 +94,8 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
 
 
 def test_sums_over_a_model_of_16_bits_have_32(tiny):
-    model = adapted(tiny, LoraSection(r=3), torch.bfloat16)
-    model.requires_grad_(False)
     # Of one example: the sum over several would not be a number of 16 bits anyway.
-    sums = moments(model, adapter.lora_layers(model), rows(1), size(4), lambda n: None, 0)
+    sums = scored(frozen(tiny, torch.bfloat16)[0], rows(1), size(4))
     for value in (*sums.gradient.values(), *sums.square.values()):
         assert value.dtype == torch.float32 and not torch.equal(value.bfloat16().float(), value)
 
@@ -136,11 +145,10 @@ class Full:
 def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypatch, caplog):
     """Layers above the first have added their gradients when memory runs out."""
     monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
-    model = adapted(tiny, LoraSection(r=3), torch.float64)
-    model.requires_grad_(False)
-    wanted = moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
+    model, _ = frozen(tiny, torch.float64)
+    wanted = scored(model, rows(), size(2))
     full, counted, halved = Full(model, 2), [], size(16)
-    sums = moments(model, adapter.lora_layers(model), rows(), halved, counted.append, 0)
+    sums = scored(model, rows(), halved, counted)
     assert full.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and sum(counted) == 7 and halved.now == 1
     assert caplog.messages == [
         "out of memory with score.batch_size 7: going on with 3",
@@ -149,15 +157,9 @@ def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypa
     for name, value in wanted.square.items():
         torch.testing.assert_close(sums.square[name], value)
         torch.testing.assert_close(sums.gradient[name], wanted.gradient[name])
-
-
-def test_one_example_without_memory_says_what_helps(tiny, monkeypatch):
-    monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
-    model = adapted(tiny, LoraSection(r=3), torch.float64)
-    model.requires_grad_(False)
-    Full(model, 0)
+    full.room = 0
     with pytest.raises(OutOfMemoryError, match=r"^out of memory with score\.batch_size 1$") as caught:
-        moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
+        scored(model, rows(), size(2))
     assert caught.value.hint == "shorten the rows" and caught.value.exit_code == 74
 
 
@@ -180,37 +182,33 @@ def test_formulas():
 
 
 def test_a_loss_that_is_not_finite_names_the_example(tiny):
-    model = adapted(tiny, LoraSection(r=3), torch.float32)
-    model.requires_grad_(False)
-    next(iter(adapter.lora_layers(model).values())).weight[0, 0] = float("inf")
+    model, layers = frozen(tiny)
+    next(iter(layers.values())).weight[0, 0] = float("inf")
     with pytest.raises(UnusableResult, match="loss is not finite for 0, 1"):
-        moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
+        scored(model, rows()[:2], size(4))
 
 
 def test_a_module_that_runs_twice_is_refused(tiny):
-    model = adapted(tiny, LoraSection(r=3), torch.float32)
-    model.requires_grad_(False)
+    model, _ = frozen(tiny)
     layers = model.base_model.model.model.layers
     layers[1] = layers[0]
     with pytest.raises(UnusableResult, match="runs 2 times in a forward pass"):
-        moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
+        scored(model, rows()[:2], size(4))
 
 
 def test_the_stage_scores_by_means_over_examples(tiny):
     """Of two examples Σg = 2 and Σg² = 8: g = 1, F = 4, |φ - 2φ²|."""
-    lora = LoraSection(r=3)
-    model = adapted(tiny, lora, torch.float32)
-    layers = adapter.lora_layers(model)
+    _, layers = frozen(tiny)
 
     def sums(rows):
         first, second = ({n: torch.full_like(m.weight, x) for n, m in layers.items()} for x in (2.0, 8.0))
         return Moments(first, second, 2, 3.0)
 
-    found, told = score._importance(scoring(lora=lora), layers, [[]], sums)
+    found, told = score._importance(scoring(lora=LoraSection(r=3)), layers, [[]], sums)
     for name, layer in layers.items():
         torch.testing.assert_close(found[name], (layer.weight - 2 * layer.weight**2).abs())
-    first = sum(float(m.weight.detach().abs().sum()) for m in layers.values())
-    second = sum(float((2 * m.weight.detach() ** 2).sum()) for m in layers.values())
+    first = sum(float(m.weight.abs().sum()) for m in layers.values())
+    second = sum(float((2 * m.weight**2).sum()) for m in layers.values())
     assert told == {"mean_loss": 1.5, "second_order": pytest.approx(second / (first + second), rel=1e-4)}
 
 

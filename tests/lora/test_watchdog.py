@@ -10,7 +10,7 @@ import time
 from typing import IO
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 SCRIPT = """
 import logging, sys, time
@@ -86,13 +86,9 @@ def test_a_run_that_was_stopped_for_a_while_has_not_hung(tmp_path):
 
 @pytest.mark.slow
 def test_of_several_processes_the_missing_one_is_named(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     failure = str(tmp_path / "failure.json")
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LORAPAR_FAILURE": failure}
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"LORAPAR_FAILURE": failure}
     command = [sys.executable, "-c", TOGETHER, str(tmp_path / "beats")]
     children = [
         subprocess.Popen(
