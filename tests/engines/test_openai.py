@@ -13,7 +13,7 @@ from email.utils import formatdate
 
 import pytest
 from conftest import wait_for
-from mock_server import Mock, probability, serve
+from mock_server import Mock, probability, serve, with_logprobs
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
@@ -26,6 +26,7 @@ from stages.errors import AnswerError, ConfigError, ServerError
 CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
 TEXT = ChoiceRequest("q", (" one", " many"))
 QUICK = ServerSection(concurrency=4, timeout_s=0.5, stall_s=5)
+ONE_BY_ONE = QUICK.model_copy(update={"concurrency": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -58,23 +59,20 @@ def test_probabilities_of_words_and_their_mass(ballot, text):
 
 
 def test_it_learns_how_many_tokens_it_needs():
-    bodies = []
-    with serve(Mock(lambda n, path, body: bodies.append(body))) as mock:
-        list(connect(mock, server=ServerSection(concurrency=1)).choose_words([CHAT] * 4))
-    assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
-    assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
-    assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
+    with serve(Mock()) as mock:
+        ask(mock, *[CHAT] * 4, server=ServerSection(concurrency=1))
+    assert [body["max_tokens"] for body in mock.bodies] == [1, 1, 2, 2, 2, 2]
+    choices = [body["structured_outputs"]["choice"] for body in mock.bodies]
+    assert choices == [["zebra", "quartz"], *[["System1", "System2"]] * 5]
 
 
 @pytest.mark.parametrize(("top_k", "asked"), [(0, -1), (50, 50)])
 def test_top_k_is_always_said(top_k, asked):
     """vLLM would take the one of the model's generation_config."""
-    bodies = []
     answer = ("body", {"choices": [{"token_ids": [5], "finish_reason": "stop"}]})
-    with serve(Mock(lambda n, path, body: bodies.append(body) or answer)) as mock:
-        client = connect(mock)
-        list(client.generate([GenerateRequest([1])], Sampling(4, (), 1.0, top_k=top_k)))
-    assert [body["top_k"] for body in bodies] == [asked]
+    with serve(Mock(lambda n, path, body: answer)) as mock:
+        list(connect(mock).generate([GenerateRequest([1])], Sampling(4, (), 1.0, top_k=top_k)))
+    assert [body["top_k"] for body in mock.bodies] == [asked]
 
 
 def refusal(code: int):
@@ -93,7 +91,7 @@ def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constra
     """The question that met it fails, and is asked again by the next run; the others get probabilities."""
     faults = iter([("status", (429, {}, "busy")), ("status", (503, {}, "starting"))] * (session.TRIES // 2))
     with serve(Mock(lambda n, p, b: next(faults, None) if "structured_outputs" in b else None)) as mock:
-        found = ask(mock, *[CHAT] * 3, server=QUICK.model_copy(update={"concurrency": 1}))
+        found = ask(mock, *[CHAT] * 3, server=ONE_BY_ONE)
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
     two = probability(CHAT.text[0]["content"])
     assert [found[i].probabilities[1] for i in (1, 2)] == pytest.approx([two, two])
@@ -112,7 +110,7 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
 
     with serve(Mock(strict, constrains=False)) as mock:
         client = connect(mock, model="judge")
-        assert len(client.fingerprint()) == 5
+        assert client.fingerprint()
         found = dict(client.choose_words([CHAT] * 3))
     assert all(choice.probabilities in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
 
@@ -148,37 +146,24 @@ WORDS = ("System1", "System2")
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("System1", 0), ("system 2.", 1), ("**System2**", 1), ("The answer is System1.", 0),
-        ("Final answer: System 2", 1), ("It needs several steps.\n\nSystem2\n", 1),
-        ("System1\nBecause it is recall.", 0), ("<think>System1 or System2</think>System2", 1),
-        ("<think>System2 is", None), ("", None), ("System1\nSystem2", None), ("System12", None),
-        ("系统2", None), ("1", None), ('{"system": "System2"}', None),
+        ("system 2.", 1), ("**System2**", 1), ("Final answer: System 2", 1),
+        ("It needs several steps.\n\nSystem2\n", 1), ("System1\nBecause it is recall.", 0),
+        ("<think>System1 or System2</think>System2", 1), ("<think>System2 is", None), ("", None),
+        ("System1\nSystem2", None), ("System12", None), ("1", None), ('{"system": "System2"}', None),
     ],
 )  # fmt: skip
 def test_a_word_is_read_strictly(text, found):
     assert parse_word(text, WORDS) == found
 
 
-def of_tokens(*tokens: tuple[str, dict[str, float]]) -> tuple[str, dict]:
-    content = [
-        {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in tokens
-    ]
-    return "body", {"choices": [{"logprobs": {"content": content}}]}
-
-
-@pytest.mark.parametrize("odd", [of_tokens(), of_tokens(("Sure", {"Sure": -0.1}))])
-def test_odd_alternatives_are_asked_for_again_and_teach_nothing(odd):
+@pytest.mark.parametrize("tokens", [[], [("Sure", {"Sure": -0.1})]])
+def test_odd_alternatives_are_asked_for_again_and_teach_nothing(tokens):
     """Such a reply in the middle costs one question more, and no more tokens for all that follow."""
-    bodies, faults = [], iter([None, None, odd])
-
-    def script(n: int, path: str, body: dict) -> object:
-        bodies.append(body)
-        return next(faults, None)
-
-    with serve(Mock(script)) as mock:
-        found = ask(mock, *[TEXT] * 4, server=QUICK.model_copy(update={"concurrency": 1}))
+    faults = iter([None, None, ("body", with_logprobs(tokens, chat=True))])
+    with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
+        found = ask(mock, *[TEXT] * 4, server=ONE_BY_ONE)
     assert [choice.probabilities[1] for choice in found.values()] == pytest.approx([probability("q")] * 4)
-    assert [body["max_tokens"] for body in bodies[1:]] == [1] * 5
+    assert [body["max_tokens"] for body in mock.bodies[1:]] == [1] * 5
 
 
 def test_one_odd_reply_to_the_first_question_does_not_change_how_all_are_asked():
@@ -200,7 +185,8 @@ def test_failures_of_a_while_are_tried_again(no_waiting):
     assert "cookie" not in mock.headers and mock.headers["accept-encoding"] == "identity"
 
 
-SURE = json.dumps(of_tokens((" one", {" one": math.log(0.99), " many": math.log(0.01)}))[1])
+ALTERNATIVES = {" one": math.log(0.99), " many": math.log(0.01)}
+SURE = json.dumps(with_logprobs([(" one", ALTERNATIVES)], chat=True))
 
 
 @pytest.mark.parametrize(

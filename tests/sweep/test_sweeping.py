@@ -10,14 +10,14 @@ from conftest import ROOT
 
 from lorapar_cli import sweep
 from stages.errors import ConfigError
-from stages.sweep.local import Outcome
+from stages.sweep.local import Outcome, Worker
 
 TABLE = """
 title: Two masks
-base: {base}
-rows: {{one: {{partition.theta: 0.9}}, two: {{partition.theta: 0.5}}}}
+base: base.yaml
+rows: {one: {partition.theta: 0.9}, two: {partition.theta: 0.5}}
 seeds: [1, 2]
-columns: {{SFT: {column}}}
+columns: {SFT: sft@demo}
 """
 
 
@@ -31,15 +31,15 @@ def two(tiny, demo_data, tmp_path) -> list[Path]:
         f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
     )
     found = []
-    for name in ("a", "b"):
-        found.append(tmp_path / f"{name}.yaml")
-        found[-1].write_text(TABLE.format(base="base.yaml", column="sft@demo"))
+    for path in (tmp_path / "a.yaml", tmp_path / "b.yaml"):
+        path.write_text(TABLE)
+        found.append(path)
     return found
 
 
 def test_mistakes_of_all_tables_are_said_at_once(two, lorapar):
     for path, column in zip(two, ("dpo@demo", "ppo@demo"), strict=True):
-        path.write_text(TABLE.format(base="base.yaml", column=column))
+        path.write_text(TABLE.replace("sft@demo", column))
     for command in (("sweep", *two, "--dry-run"), ("report", *two, "--out", two[0].with_name("out"))):
         done = lorapar(*command)
         assert done.code == 78 and "no row has dpo@demo" in done.err and "no row has ppo@demo" in done.err
@@ -54,9 +54,11 @@ def test_two_missing_files_are_missing_files(tmp_path, lorapar):
     assert done.code == 66 and "no file" in done.err and not (tmp_path / "out").exists()
 
 
-def test_how_many_cells_share_a_stage_is_said(two, lorapar):
+def test_how_many_cells_share_a_stage_is_said_and_nothing_started(two, lorapar, monkeypatch):
     """Four cells: labels of training and test rows, importance of two seeds, and a training of each."""
+    monkeypatch.setattr(Worker, "start", lambda *_: pytest.fail("started"))
     done = lorapar("sweep", two[0], "--dry-run")
+    assert done.code == 0 and "how long it takes is not known" in done.err
     lines = {line.split()[0]: line.split()[1:] for line in done.out.splitlines()}
     assert lines["classify"][:3] == ["2", "4", "0"] and lines["score"][:3] == ["2", "4", "0"]
     assert lines["sft"][:3] == ["4", "4", "0"]
