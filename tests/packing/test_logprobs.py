@@ -24,7 +24,7 @@ def expected(hidden, layer, targets, temperature):
 
 
 @pytest.mark.parametrize("part", [1, 29 * 5, 2**24])
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.5])
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_is_a_log_softmax_in_parts(bias, temperature, part, monkeypatch):
     """A part of one logit still takes a token at a time; five tokens at a time leave a smaller part."""
