@@ -59,7 +59,6 @@ def made_by(small, overrides: list[str], stage: str, processes: int, backend: st
 @pytest.mark.parametrize(
     ("stage", "how", "launcher"),
     [
-        ("sft", [], (1, "single")),
         ("sft", ["sft.padding_free=off", "sft.loraplus_lr_ratio=8"], (1, "single")),
         ("rl", ["rl.prefix_sharing=off"], (1, "single")),
         pytest.param("sft", [], (2, "ddp"), marks=pair),

@@ -77,17 +77,6 @@ def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old
     assert (start != end)[~needed].float().mean() > 0.9
 
 
-def test_what_the_systems_have_is_protected_too(begun, old):
-    settings = [*QUICK, "partition.rl_elements=not_system1"]
-    runs = [artifacts(begun(*settings, *more), "score", "partition") for more in ((), (old,))]
-    for stage in ("sft", "rl"):
-        folders = (made[f"partition:{stage}"].path for made in runs)
-        before, now = (Masks.load(folder / "masks.safetensors", stage) for folder in folders)
-        active, left = flatten_weights(before.active), flatten_weights(now.active)
-        assert 0 < int(left.sum()) < int(active.sum()) and not bool((left & ~active).any())
-        assert torch.equal(flatten_weights(before.region), flatten_weights(now.region))
-
-
 def test_drift_by_hand_after_every_second_step_and_the_last(monkeypatch):
     """Of p = (1/2, 1/2) at the start and q = (9/10, 1/10) now: Σ p log p/q, and not the other way round."""
     start, policy = (torch.tensor([p]).log() for p in ([0.5, 0.5], [0.9, 0.1]))
