@@ -1,25 +1,24 @@
-"""Batched per-example gradients against one example at a time in plain autograd.
-
-And the formula against its definition.
-"""
+"""Importance, by batched gradients or a pilot run, against plain autograd; and its formulas."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_steps
-from safetensors.torch import load_file
+from conftest import labels_of, make_steps
+from results import artifacts
 
 from stages.config import LoraSection, ModelSection, RlSection, ScoreSection
 from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
-from stages.lora.importance.masks import read_importance, write_importance
+from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
-from stages.packing.losses import answer_losses, collate, pack_rows, packed_answer_losses
-from stages.prompts.renderer import IGNORED, Row
+from stages.models.tokenizer import load_tokenizer
+from stages.packing.losses import answer_losses, collate
+from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.runtime.batch_size import BatchSize
+from stages.score import pilot
 from stages.score import run as score
 
 
@@ -105,18 +104,6 @@ def test_padding_is_masked_by_length_and_not_by_its_token():
     batch = collate([long, short], 0, torch.device("cpu"))
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels.tolist() == [long.labels, [IGNORED, 0, IGNORED, IGNORED]]
-
-
-def test_loss_is_the_mean_over_answer_tokens(tiny):
-    """In a padded batch and in a row without padding."""
-    model = adapted(tiny, LoraSection(r=3), torch.float64)
-    examples = rows()
-    row = pack_rows(model, examples, torch.device("cpu"))
-    assert row is not None and row.input_ids.numel() == sum(len(e.input_ids) - 1 for e in examples)
-    batch = answer_losses(model, collate(examples, 0, torch.device("cpu")))
-    single = torch.cat([answer_losses(model, collate([row], 0, torch.device("cpu"))) for row in examples])
-    torch.testing.assert_close(batch, single)
-    torch.testing.assert_close(packed_answer_losses(model, row), single)
 
 
 def scoring(**sections) -> score.Scoring:
@@ -212,13 +199,6 @@ def test_the_stage_scores_by_means_over_examples(tiny):
     assert told == {"mean_loss": 1.5, "second_order": pytest.approx(second / (first + second), rel=1e-4)}
 
 
-def test_importance_is_filed_by_system(tmp_path):
-    write_importance(tmp_path / "i", {1: {"a": torch.ones(2)}, 2: {"a": torch.full((2,), 3.0)}})
-    assert load_file(tmp_path / "i")["s1/a"].tolist() == [1, 1]
-    found = read_importance(tmp_path / "i")
-    assert {system: part["a"].tolist() for system, part in found.items()} == {1: [1, 1], 2: [3, 3]}
-
-
 def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     lines = (demo_data / "train.jsonl").read_text().splitlines()[:7]
     labels = {json.loads(line)["question"]: 1 if i < 5 else 2 for i, line in enumerate(lines)}
@@ -229,3 +209,75 @@ def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     )  # fmt: skip
     made = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
     assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)
+
+
+LR = pilot.LR
+BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
+
+
+def by_autograd(model, lora) -> dict[str, torch.Tensor]:
+    """The weights after one AdamW step for each batch, on the mean of the rows' losses."""
+    layers = adapter.lora_layers(model)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=LR, weight_decay=0)
+    for batch in BATCHES:
+        optimizer.zero_grad()
+        answer_losses(model, collate(batch, 0, torch.device("cpu"))).mean().backward()
+        for name, layer in layers.items():
+            whole = torch.zeros_like(layer.weight)
+            adapter.trainable_part(name, whole, lora).fill_(1)
+            layer.weight.grad *= whole
+        optimizer.step()
+    return {name: layer.weight.detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, compensate):
+    lora = LoraSection(r=3, compensate=compensate)
+    wanted = by_autograd(adapted(tiny, lora, torch.float64), lora)
+    model = adapted(tiny, lora, torch.float64).requires_grad_(False)
+    layers = adapter.lora_layers(model)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+
+    after, loss = pilot.run(layers, lora, BATCHES, lambda batch: scored(model, batch, size(4)))
+    assert loss == pytest.approx(7 * 5.5, rel=0.1)  # a random model, 256 tokens
+    moved = 0.0
+    for name, layer in layers.items():
+        # Losses are float32, and AdamW moves an element by a whole rate where its gradient is all rounding.
+        torch.testing.assert_close(after[name], wanted[name], rtol=0, atol=1e-2 * LR)
+        assert torch.equal(layer.weight, before[name]) and layer.weight.grad is None
+        distance = scorers.pick("moved")(before[name], after[name])
+        moved += float(adapter.trainable_part(name, distance, lora).sum())
+        adapter.trainable_part(name, distance, lora).zero_()
+        assert not distance.any(), name  # what is not trained has not moved
+    assert moved > 0
+
+
+def test_scorer_moved_makes_masks_that_sft_trains(begun):
+    config = begun(
+        "score.scorer=moved", "score.examples=6", "lora.init=default", "partition.strategy=topk",
+        "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1",
+    )  # fmt: skip
+    made = artifacts(config, "classify:train", "score", "partition", "sft")
+    summary = made["score"].manifest["summary"]["system1"]
+    assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0
+    scores = read_importance(made["score"].path / "importance.safetensors")
+    largest = max(float(one.max()) for one in scores[1].values())
+    assert summary["pilot_steps"] == 6
+    assert 0 < largest <= 6.1 * pilot.LR  # six steps of AdamW, of one rate each at most
+    assert any(not torch.equal(scores[1][name], scores[2][name]) for name in scores[1])
+    trained = made["sft"].manifest["summary"]
+    assert trained["frozen_drift"] == 0 and 0.25 <= trained["active_share"] <= 0.2501
+
+
+def test_rows_that_are_dropped_leave_no_empty_step(begun):
+    """The examples are fewer than the steps of the pilot run would be, and of these some are too long."""
+    renderer = Renderer(load_tokenizer(begun().model), begun().prompt)
+    slow = [renderer.row(row.example) for row in labels_of(begun()) if row.system == 2]
+    lengths = sorted(len(row.input_ids) for row in slow)
+    few = ["score.scorer=moved", "score.examples=12", "data.too_long=drop"]
+    config = begun(*few, f"data.max_length={lengths[len(lengths) // 2]}")
+    summary = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
+    told = summary["system2"]
+    assert told["pilot_steps"] == told["examples"] < 12 and told["too_long"]
