@@ -47,20 +47,20 @@ def connect(*mocks: Mock, model: str | None = None, server: ServerSection = QUIC
 
 
 def ask(mock: Mock, *ballots: ChoiceRequest, **how: object) -> dict:
-    return dict(connect(mock, **how).choose_words(ballots))
+    """What a server, started for them, answers to these."""
+    with serve(mock):
+        return dict(connect(mock, **how).choose_words(ballots))
 
 
 @pytest.mark.parametrize(("ballot", "text"), [(CHAT, CHAT.text[0]["content"]), (TEXT, "q")])
 def test_probabilities_of_words_and_their_mass(ballot, text):
-    with serve(Mock()) as mock:
-        found = ask(mock, ballot, replace(ballot, measure_mass=True))
+    found = ask(Mock(), ballot, replace(ballot, measure_mass=True))
     assert [found[i].probabilities[1] for i in (0, 1)] == pytest.approx([probability(text)] * 2)
     assert found[0].mass == -1 and found[1].mass == pytest.approx(0.004)
 
 
 def test_it_learns_how_many_tokens_it_needs():
-    with serve(Mock()) as mock:
-        ask(mock, *[CHAT] * 4, server=ServerSection(concurrency=1))
+    ask(mock := Mock(), *[CHAT] * 4, server=ServerSection(concurrency=1))
     assert [body["max_tokens"] for body in mock.bodies] == [1, 1, 2, 2, 2, 2]
     choices = [body["structured_outputs"]["choice"] for body in mock.bodies]
     assert choices == [["zebra", "quartz"], *[["System1", "System2"]] * 5]
@@ -81,8 +81,7 @@ def refusal(code: int):
 
 @pytest.mark.parametrize("fault", [None, refusal(400), refusal(422)], ids=["ignores", "400", "422"])
 def test_a_server_that_does_not_constrain_is_read(fault):
-    with serve(Mock(fault, constrains=False)) as mock:
-        (choice,) = ask(mock, CHAT).values()
+    (choice,) = ask(Mock(fault, constrains=False), CHAT).values()
     assert choice.probabilities == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
     assert choice.text.startswith("**System")
 
@@ -90,8 +89,8 @@ def test_a_server_that_does_not_constrain_is_read(fault):
 def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constrain():
     """The question that met it fails, and is asked again by the next run; the others get probabilities."""
     faults = iter([("status", (429, {}, "busy")), ("status", (503, {}, "starting"))] * (session.TRIES // 2))
-    with serve(Mock(lambda n, p, b: next(faults, None) if "structured_outputs" in b else None)) as mock:
-        found = ask(mock, *[CHAT] * 3, server=ONE_BY_ONE)
+    mock = Mock(lambda n, path, body: next(faults, None) if "structured_outputs" in body else None)
+    found = ask(mock, *[CHAT] * 3, server=ONE_BY_ONE)
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
     two = probability(CHAT.text[0]["content"])
     assert [found[i].probabilities[1] for i in (1, 2)] == pytest.approx([two, two])
@@ -134,9 +133,8 @@ def test_what_a_gateway_lists(listed, asked):
 
 
 def test_a_thought_is_not_the_answer():
-    with serve(Mock(say="<think>System1? No.</think>\n\nSystem2")) as mock:
-        ballot = ChoiceRequest(CHAT.text, CHAT.words, max_thinking_tokens=100, temperature=0.6, seed=7)
-        (choice,) = ask(mock, ballot).values()
+    ballot = ChoiceRequest(CHAT.text, CHAT.words, max_thinking_tokens=100, temperature=0.6, seed=7)
+    (choice,) = ask(Mock(say="<think>System1? No.</think>\n\nSystem2"), ballot).values()
     assert choice.probabilities == (0.0, 1.0)
 
 
@@ -160,8 +158,8 @@ def test_a_word_is_read_strictly(text, found):
 def test_odd_alternatives_are_asked_for_again_and_teach_nothing(tokens):
     """Such a reply in the middle costs one question more, and no more tokens for all that follow."""
     faults = iter([None, None, ("body", with_logprobs(tokens, chat=True))])
-    with serve(Mock(lambda n, path, body: next(faults, None))) as mock:
-        found = ask(mock, *[TEXT] * 4, server=ONE_BY_ONE)
+    mock = Mock(lambda n, path, body: next(faults, None))
+    found = ask(mock, *[TEXT] * 4, server=ONE_BY_ONE)
     assert [choice.probabilities[1] for choice in found.values()] == pytest.approx([probability("q")] * 4)
     assert [body["max_tokens"] for body in mock.bodies[1:]] == [1] * 5
 
@@ -169,8 +167,7 @@ def test_odd_alternatives_are_asked_for_again_and_teach_nothing(tokens):
 def test_one_odd_reply_to_the_first_question_does_not_change_how_all_are_asked():
     """Votes would be read from words, and kept beside those that are probabilities."""
     faults = iter([("body", {"choices": [{"message": {"content": "zebra"}, "logprobs": None}]})])
-    with serve(Mock(lambda n, p, b: next(faults, None))) as mock:
-        (choice,) = ask(mock, CHAT).values()
+    (choice,) = ask(Mock(lambda n, path, body: next(faults, None)), CHAT).values()
     assert choice.probabilities[1] == pytest.approx(probability(CHAT.text[0]["content"]))
 
 
@@ -210,8 +207,8 @@ def test_one_bad_question_stops_no_other(fault, reason, monkeypatch):
     server = QUICK.model_copy(update={"concurrency": 2})
     number = 60 if reason == "timeout" else 4
     ballots = [ChoiceRequest("bad" if i == 3 else f"q{i}", TEXT.words) for i in range(number)]
-    with serve(Mock(lambda n, path, body: fault if body["prompt"] == "bad" else time.sleep(0.02))) as mock:
-        found = ask(mock, *ballots, server=server)
+    mock = Mock(lambda n, path, body: fault if body["prompt"] == "bad" else time.sleep(0.02))
+    found = ask(mock, *ballots, server=server)
     assert [i for i, one in found.items() if isinstance(one, Failure)] == [3]
     assert found[3].reason == reason and len(found) == len(ballots)
 
@@ -230,10 +227,10 @@ def test_one_bad_question_stops_no_other(fault, reason, monkeypatch):
 def test_faults_of_a_server_are_named(fault, error, text, monkeypatch):
     monkeypatch.setattr(session, "TRIES", 2)
     server = ServerSection(timeout_s=60, stall_s=0.6) if fault[1] == 1.01 else QUICK
-    with serve(Mock(lambda n, path, body: fault)) as mock, pytest.raises(error, match=text):
-        ask(mock, TEXT, server=server)
+    with pytest.raises(error, match=text):
+        ask(mock := Mock(lambda n, path, body: fault), TEXT, server=server)
     with pytest.raises(ServerError, match="does not answer: ConnectError"):
-        ask(mock, TEXT)  # it is gone
+        list(connect(mock).choose_words([TEXT]))  # it is gone
 
 
 @pytest.mark.parametrize(
@@ -309,11 +306,11 @@ def test_unlike_servers_of_one_model_are_noticed():
             connect(one, model="judge").fingerprint()
 
 
-@pytest.mark.parametrize(("words", "fits"), [(4087, True), (4088, True), (4089, False)])
+@pytest.mark.parametrize(("words", "fits"), [(4088, True), (4089, False)])
 def test_what_is_too_long_is_not_sent(words, fits):
-    with serve(Mock()) as mock:
-        (found,) = ask(mock, ChoiceRequest("long " * words, TEXT.words), server=ServerSection()).values()
-        sent = [key for key in mock.log if "long" in key and len(json.loads(key)[0]) > 100]
+    ballot = ChoiceRequest("long " * words, TEXT.words)
+    (found,) = ask(mock := Mock(), ballot, server=ServerSection()).values()
+    sent = [key for key in mock.log if "long" in key and len(json.loads(key)[0]) > 100]
     assert isinstance(found, ChoiceResult) is fits and bool(sent) is fits
     if not fits:
         assert (found.reason, found.detail) == ("too_long", "4089 tokens, and judge has room for 4088")

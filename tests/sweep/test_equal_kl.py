@@ -56,11 +56,6 @@ def test_arms_are_read_on_the_items_of_part_and_compared_where_the_weakest_ends(
     *_, first, second = equal_kl.equal_table({"a": points, "b": other})
     assert (first, second) == ("| a | -37.5 | -37.5 | +50.0 |", "| b | -25.0 | -25.0 | +50.0 |")
     assert equal_kl.missing_steps(reader, cell) == []
-    artifacts["eval:rl-30@part"] = artifacts["eval:rl-20@part"]
-    rl = SimpleNamespace(keep_steps=[30, 20], max_steps=40)
-    unmeasured = SimpleNamespace(config=SimpleNamespace(rl=rl))
-    assert equal_kl.missing_steps(reader, unmeasured) == ["KL at step 30 (rl.kl_probe_steps)"]
-    assert list(equal_kl.targets(unmeasured)) == [20, 30, 40]
     del artifacts["eval:rl-20@part"]
     assert equal_kl.missing_steps(reader, cell) == ["eval:rl-20@part"]
 

@@ -246,18 +246,17 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
         slurm.queued()
 
 
-def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
-    call = slurm.Call(["list", "nothing"], "")
+def test_a_job_ends_as_its_command_does_and_a_signal_between_two_tries_gives_another_run(monkeypatch):
+    """As while another process makes the artifact: there is no child then."""
+    codes, call = iter([78, 75]), slurm.Call(["x"], "")
+
+    def guarded(command, **options):
+        return Guarded([sys.executable, "-c", f"raise SystemExit({next(codes)})"], **options)
+
+    monkeypatch.setattr(slurm, "Guarded", guarded)
     with pytest.raises(SystemExit) as caught:
         call()
     assert caught.value.code == 78
-
-
-def test_a_signal_between_two_tries_gives_another_run(monkeypatch):
-    """As while another process makes the artifact: there is no child then."""
-    call = slurm.Call(["x"], "")
-    busy = [sys.executable, "-c", "raise SystemExit(75)"]
-    monkeypatch.setattr(slurm, "Guarded", lambda command, **options: Guarded(busy, **options))
 
     def told(seconds):
         assert call.checkpoint().function.command == ["x"]
