@@ -42,15 +42,6 @@ def test_it_is_a_log_softmax_in_parts(bias, temperature, part, monkeypatch):
     torch.testing.assert_close(slope, wanted, rtol=0, atol=1e-12)
 
 
-def test_entropy_has_no_gradient():
-    hidden, layer, targets = given(bias=False)
-    found = selected_logprobs(hidden, layer, targets)
-    assert found.log_probs.requires_grad
-    assert not found.entropy.requires_grad and not found.is_top1.requires_grad
-    with torch.no_grad():
-        assert not selected_logprobs(hidden, layer, targets).log_probs.requires_grad
-
-
 def test_16_bit_states_give_32_bit_numbers():
     """Of the logits as the head has them in 16 bits; the gradient is again in 16 bits."""
     hidden, layer, targets = given(bias=True)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from stages.packing import support
-from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, common_prefix_length
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
 from stages.packing.support import packed_logprobs, supports_packing
 
 WORDS = 97
@@ -141,23 +141,6 @@ def test_a_row_gives_what_each_sequence_gives_alone(exact, shape, seed, temperat
     assert float(apart.norm()) <= 1e-6 * float(wanted.norm())
 
 
-@settings(max_examples=10)
-@given(SHAPES, st.integers(0, 99), st.data())
-def test_no_completion_sees_another(exact, shape, seed, data):
-    """To the bit: one is changed, and all others stay as they were."""
-    texts = some(shape, seed)
-    group = data.draw(st.integers(0, len(texts) - 1))
-    prompt, completions = texts[group]
-    one = data.draw(st.integers(0, len(completions) - 1))
-    changed = [(p, list(own)) for p, own in texts]
-    changed[group][1][one] = [3 + (token - 2) % (WORDS - 3) for token in completions[one]]
-    first = sum(map(len, (ids for _, own in texts[:group] for ids in own))) + sum(map(len, completions[:one]))
-    end = first + len(completions[one])
-    before, after = (packed_logprobs(exact, row_of(t)).log_probs for t in (texts, changed))
-    assert torch.equal(before[:first], after[:first]) and torch.equal(before[end:], after[end:])
-    assert not torch.equal(before[first:end], after[first:end])
-
-
 @pytest.mark.parametrize("kind", support.KINDS)
 @pytest.mark.parametrize("name", TAKEN)
 def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
@@ -242,14 +225,6 @@ def test_the_question_draws_no_number_and_leaves_every_mode():
     assert supports_packing(model, [5, 6, 7, 8, 9])
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
-
-
-@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6))
-def test_the_common_beginning_is_the_longest(rows):
-    size = common_prefix_length(rows)
-    assert all(row[:size] == rows[0][:size] and len(row) >= size for row in rows)
-    with_next_token = {tuple(row[: size + 1]) for row in rows}
-    assert len(with_next_token) > 1 or len(with_next_token.pop()) == size
 
 
 def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
