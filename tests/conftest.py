@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_curves() -> Iterator[None]:
-    """Drawing its curves took half of a small run of RL; test_curves.py draws some."""
+    """Drawing its curves took half of a small run of RL; test_logged.py draws some."""
     from stages.lora.training import curves
 
     with pytest.MonkeyPatch.context() as patch:
@@ -162,6 +163,13 @@ def config_file(config: Config, folder: Path) -> Path:
     file = folder / "config.json"
     file.write_text(config.model_dump_json(), encoding="utf-8")
     return file
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(true: Callable[[], object], seconds: float = 120) -> bool:

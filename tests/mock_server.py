@@ -42,7 +42,7 @@ class Mock:
         """The unconstrained next token: the words weigh 0.004 together."""
         weights = {"Sure": 0.9, " one": 0.002, "System": 0.004, "": 1e-4, " many": 0.002}
         alternatives = {text: math.log(weight) for text, weight in weights.items()}
-        return _with_logprobs([("Sure", alternatives)], "messages" in body)
+        return with_logprobs([("Sure", alternatives)], "messages" in body)
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         chat = "messages" in body
@@ -59,10 +59,10 @@ class Mock:
         rest = [word.removeprefix(common or "") for word in words]
         steps.append((rest[two > 0.5], {rest[0]: math.log(1 - two), rest[1]: math.log(two)}))
         steps = steps[: body["max_tokens"]]
-        return _with_logprobs(steps, chat)
+        return with_logprobs(steps, chat)
 
 
-def _with_logprobs(steps: list[tuple[str, dict[str, float]]], chat: bool) -> dict[str, Any]:
+def with_logprobs(steps: list[tuple[str, dict[str, float]]], chat: bool) -> dict[str, Any]:
     """A reply of these tokens, each with the log-probabilities of its alternatives."""
     if not chat:
         tokens, alternatives = zip(*steps, strict=True)

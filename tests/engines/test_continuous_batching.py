@@ -84,10 +84,6 @@ def test_what_a_model_s_own_file_says_of_sampling_changes_nothing(model, tokeniz
     wanted = by_library(model, tokenizer, PROMPTS["different"], sampling)
     own = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=2, min_new_tokens=2, num_beams=2)
     monkeypatch.setattr(model, "generation_config", own)
-    told = [
-        model.generate(torch.tensor([ids]), max_new_tokens=12)[0, len(ids) :] for ids in PROMPTS["different"]
-    ]
-    assert [ids.tolist() for ids in told] != [answer.ids for answer in wanted]
     assert by_library(model, tokenizer, PROMPTS["different"], sampling) == wanted
     assert model.generation_config is own
 
@@ -109,15 +105,15 @@ def test_an_answer_ends_at_its_stop_token_or_incomplete_at_its_length(model, tok
 def test_an_answer_ends_with_its_stop_text(model, tokenizer):
     prompts = PROMPTS["different"]
     whole = answers(model, tokenizer, prompts, Sampling(16, ()))
-    i, at = next(
-        (i, at)
-        for i, answer in enumerate(whole)
+    prompt, ids, at = next(
+        (prompt, answer.ids, at)
+        for prompt, answer in zip(prompts, whole, strict=True)
         for at in range(15)
         if all(35 < token < 128 for token in answer.ids[at : at + 2])  # two whole characters
     )
-    text = tokenizer.decode(whole[i].ids[at : at + 2])
-    (cut,) = answers(model, tokenizer, [prompts[i]], Sampling(16, ()), stops=("never said", text))
-    assert cut.complete and cut.ids == whole[i].ids[: len(cut.ids)] and len(cut.ids) <= at + 2
+    text = tokenizer.decode(ids[at : at + 2])
+    (cut,) = answers(model, tokenizer, [prompt], Sampling(16, ()), stops=("never said", text))
+    assert cut.complete and cut.ids == ids[: len(cut.ids)] and len(cut.ids) <= at + 2
     written = [tokenizer.decode(cut.ids[:n]) for n in range(len(cut.ids) + 1)]
     assert text in written[-1] and text not in written[-2]
 
@@ -148,9 +144,6 @@ LOGITS = torch.tensor([0.3, -1.2, 1.5, float("-inf"), 0.0, -0.4])
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(1, (), temperature=0.5),
-        Sampling(1, (), temperature=2.0, top_k=3),
-        Sampling(1, (), temperature=1.0, top_p=0.8),
         Sampling(1, (), temperature=1.5, top_p=0.7, top_k=4),
         Sampling(1, (), temperature=1.0, top_k=99),
     ],
@@ -173,18 +166,16 @@ def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
 
 
 def test_the_first_and_the_last_draw_are_tokens_that_can_be():
+    plain = Sampling(1, (), temperature=1.0)
     for dead in ([0], [5], [0, 1, 4, 5]):
         logits = torch.randn(6, generator=torch.Generator().manual_seed(0))
         logits[dead] = float("-inf")
         alive = [i for i in range(6) if i not in dead]
-        draws = torch.tensor([0.0, 1 - 1e-16, 0.5], dtype=torch.float64)
-        first, last, middle = sample_tokens(
-            logits.expand(3, -1), Sampling(1, (), temperature=1.0), draws
-        ).tolist()
-        assert (first, last) == (alive[0], alive[-1]) and middle in alive
+        draws = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
+        assert sample_tokens(logits.expand(2, -1), plain, draws).tolist() == [alive[0], alive[-1]]
     # Behind sums that are 1 in float32.
     logits, draws = torch.tensor([[0.0, 0.0, 0.0, -18.0]]), torch.tensor([1 - 1e-10], dtype=torch.float64)
-    assert sample_tokens(logits, Sampling(1, (), temperature=1.0), draws).tolist() == [3]
+    assert sample_tokens(logits, plain, draws).tolist() == [3]
 
 
 @pytest.fixture
@@ -212,28 +203,6 @@ def test_each_prompt_is_computed_once_and_a_shared_beginning_for_all(model, toke
     assert calls[0] == read
     # The last token of an answer is never computed.
     assert sum(calls) == read + sum(len(answer.ids) - 1 for answer in made)
-
-
-def test_slots_whose_answers_ended_are_given_to_others_or_up(model, tokenizer, monkeypatch):
-    """One by one the answers end: the memory is never read for more rows than a third above those in use."""
-    prompts = random(*range(3, 15))
-    rows, usual = [], continuous_batching.KVCache.set_positions
-
-    def aim(memory, aimed, at):
-        rows.append((len(aimed), memory.rows))
-        usual(memory, aimed, at)
-
-    monkeypatch.setattr(continuous_batching.KVCache, "set_positions", aim)
-    sampling = Sampling(20, tuple(range(100, 130)))
-    wanted = by_library(model, tokenizer, prompts, sampling)
-    lengths = [len(answer.ids) for answer in wanted]
-    assert len(set(lengths)) > 5, "answers end at different times"
-    assert answers(model, tokenizer, prompts, sampling) == wanted
-    assert rows[0] == (12, 12) and rows[-1][1] < 6
-    assert all(of * (1 - continuous_batching.FREE_SHARE) < used <= of for used, of in rows)
-    rows.clear()
-    assert answers(model, tokenizer, prompts, sampling, slots=4) == wanted
-    assert max(of for _, of in rows) == 4 and sum(used for used, _ in rows) == sum(lengths) - 12
 
 
 def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplog):

@@ -73,15 +73,10 @@ def test_the_least_probability_of_a_completion_is_that_of_its_own_tokens(engine)
     assert least == {0: pytest.approx(min(each)), 1: 1.0, 2: pytest.approx(each[0])}
 
 
-def test_a_batch_ends_where_another_long_beginning_starts(monkeypatch):
-    first, second = [[1] * 50 + [i] for i in range(5)], [[2] * 50 + [i] for i in range(4)]
-    assert list(batch_sizes(first + second)) == [5, 4]
-    assert list(batch_sizes([[i, 5, 6] for i in range(7)])) == [7]
-    # One long row would be the length of all others.
-    assert list(batch_sizes([*([[i] * 20 for i in range(40)]), [50] * 1000])) == [40, 1]
+def test_a_batch_has_so_many_tokens_at_most(monkeypatch):
+    """And ends where another long beginning starts."""
     monkeypatch.setattr("stages.engines.in_process.BATCH_TOKENS", 52)
-    assert list(batch_sizes(first + second)) == [2, 2, 1, 2, 2]
-    assert list(batch_sizes([])) == []
+    assert list(batch_sizes([[n] * 50 + [i] for n in (1, 2) for i in range(5)])) == [2, 2, 1, 2, 2, 1]
 
 
 def test_a_thought_comes_before_the_choice(engine, monkeypatch):
@@ -96,13 +91,11 @@ def test_a_thought_comes_before_the_choice(engine, monkeypatch):
     plain, written, with_thought, again = (choices[i].probabilities for i in range(4))
     assert with_thought == pytest.approx(written, abs=1e-6) and with_thought == pytest.approx(again, abs=1e-6)
     assert plain != pytest.approx(with_thought, abs=1e-6)
-    written = []
-    usual = in_process.generate
-    count = lambda *given: written.extend(given[2]) or usual(*given)  # noqa: E731
-    monkeypatch.setattr(in_process, "generate", count)
+    written, usual = [], in_process.generate
+    monkeypatch.setattr(in_process, "generate", lambda *given: written.extend(given[2]) or usual(*given))
     made = engine.choose_words([replace(asked[2], text=[40, 9, 60 + i]) for i in range(40)])
-    next(made)  # before all have thought
-    assert len(written) == in_process.THINKING_BATCHES * engine.batch_size < 40 and len(list(made)) == 39
+    next(made)
+    assert len(written) < 40 and len(list(made)) == 39, "the first chooses before all have thought"
 
 
 def test_what_gives_no_choice(engine, monkeypatch):
@@ -119,18 +112,6 @@ def test_what_gives_no_choice(engine, monkeypatch):
         list(engine.choose_words([ChoiceRequest("Is it?", (" Yes", " No"))]))
 
 
-def sixteen_bits(tiny, **config):
-    """An engine over a bfloat16 model, with what its head was given at each call."""
-    if config:
-        torch.manual_seed(0)
-        model = Gemma2ForCausalLM(Gemma2Config(**config)).to(torch.bfloat16).eval()
-    else:
-        model = load_base(ModelSection(name=str(tiny), dtype="bfloat16"))
-    given = []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    return InProcess(model, load_tokenizer(ModelSection(name=str(tiny))), 4), given
-
-
 GEMMA = {
     "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
     "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.5,
@@ -141,12 +122,16 @@ GEMMA = {
 @pytest.mark.parametrize("config", [{}, GEMMA], ids=["llama", "capped"])
 def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     """Of the hidden state as the model has it; a cap on its logits is kept, and so is the head."""
-    engine, given = sixteen_bits(tiny, **config)
+    torch.manual_seed(0)
+    section = ModelSection(name=str(tiny), dtype="bfloat16")
+    model = Gemma2ForCausalLM(Gemma2Config(**config)).to(torch.bfloat16) if config else load_base(section)
+    engine, given = InProcess(model.eval(), load_tokenizer(section), 4), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     prompts = [[40 + i, 9, 60 + i] for i in range(PADDED_BATCH)]
     found = dict(engine.choose_words([ChoiceRequest(ids, ("A", "B")) for ids in prompts]))
     # By 16 bits, though the head gives 32.
-    assert support.supports_packing(engine.model, prompts[0]) != bool(config)
-    weight = engine.model.get_output_embeddings().weight
+    assert support.supports_packing(model, prompts[0]) != bool(config)
+    weight = model.get_output_embeddings().weight
     assert given[-1].dtype == weight.dtype == torch.bfloat16
     states = given[-1].detach().flatten(0, -2)  # one token of each prompt
     logits = states.double() @ weight.detach().double().T
@@ -157,7 +142,7 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     for i, row in enumerate(expected):
         assert found[i].mass == pytest.approx(float(row.sum()), rel=1e-6)
         assert found[i].probabilities == pytest.approx((row / row.sum()).tolist(), abs=1e-6)
-    assert engine.model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
+    assert model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
     assert config or len({choice.probabilities for choice in found.values()}) == len(prompts)
 
 
@@ -182,14 +167,13 @@ def test_where_a_template_has_no_system_role_the_user_says_it(engine, monkeypatc
     assert engine.tokenizer.decode(ids) == "user: Judge.\n\n2 + 2?"
 
 
-@pytest.mark.parametrize("config", [Gemma2Config, MistralConfig])
-def test_a_window_does_not_count_padding(engine, config):
+def test_a_window_does_not_count_padding(engine):
+    """A cached prefix with padding behind it would fill the window with columns that hold nothing."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "initializer_range": 0.2}
-    kind = Gemma2ForCausalLM if config is Gemma2Config else MistralForCausalLM
-    model = kind(config(**shape, sliding_window=48, max_position_embeddings=256)).eval()
-    windowed = InProcess(model, engine.tokenizer, 4)
+    config = MistralConfig(**shape, sliding_window=48, max_position_embeddings=256)
+    windowed = InProcess(MistralForCausalLM(config).eval(), engine.tokenizer, 4)
     common = torch.randint(3, 100, (40,)).tolist()
     prompts = [common + torch.randint(3, 100, (more,)).tolist() for more in (1, 5, 20, 30)]
     together = windowed._last_logits_padded(prompts)

@@ -13,7 +13,7 @@ from email.utils import formatdate
 
 import pytest
 from conftest import wait_for
-from mock_server import Mock, probability, serve
+from mock_server import Mock, probability, serve, with_logprobs
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
@@ -26,6 +26,7 @@ from stages.errors import AnswerError, ConfigError, ServerError
 CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
 TEXT = ChoiceRequest("q", (" one", " many"))
 QUICK = ServerSection(concurrency=4, timeout_s=0.5, stall_s=5)
+ONE_BY_ONE = QUICK.model_copy(update={"concurrency": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -46,35 +47,32 @@ def connect(*mocks: Mock, model: str | None = None, server: ServerSection = QUIC
 
 
 def ask(mock: Mock, *ballots: ChoiceRequest, **how: object) -> dict:
-    return dict(connect(mock, **how).choose_words(ballots))
+    """What a server, started for them, answers to these."""
+    with serve(mock):
+        return dict(connect(mock, **how).choose_words(ballots))
 
 
 @pytest.mark.parametrize(("ballot", "text"), [(CHAT, CHAT.text[0]["content"]), (TEXT, "q")])
 def test_probabilities_of_words_and_their_mass(ballot, text):
-    with serve(Mock()) as mock:
-        found = ask(mock, ballot, replace(ballot, measure_mass=True))
+    found = ask(Mock(), ballot, replace(ballot, measure_mass=True))
     assert [found[i].probabilities[1] for i in (0, 1)] == pytest.approx([probability(text)] * 2)
     assert found[0].mass == -1 and found[1].mass == pytest.approx(0.004)
 
 
 def test_it_learns_how_many_tokens_it_needs():
-    bodies = []
-    with serve(Mock(lambda n, path, body: bodies.append(body))) as mock:
-        list(connect(mock, server=ServerSection(concurrency=1)).choose_words([CHAT] * 4))
-    assert [body["max_tokens"] for body in bodies] == [1, 1, 2, 2, 2, 2]
-    assert bodies[0]["structured_outputs"]["choice"] == ["zebra", "quartz"]
-    assert bodies[1]["structured_outputs"]["choice"] == ["System1", "System2"]
+    ask(mock := Mock(), *[CHAT] * 4, server=ServerSection(concurrency=1))
+    assert [body["max_tokens"] for body in mock.bodies] == [1, 1, 2, 2, 2, 2]
+    choices = [body["structured_outputs"]["choice"] for body in mock.bodies]
+    assert choices == [["zebra", "quartz"], *[["System1", "System2"]] * 5]
 
 
 @pytest.mark.parametrize(("top_k", "asked"), [(0, -1), (50, 50)])
 def test_top_k_is_always_said(top_k, asked):
     """vLLM would take the one of the model's generation_config."""
-    bodies = []
     answer = ("body", {"choices": [{"token_ids": [5], "finish_reason": "stop"}]})
-    with serve(Mock(lambda n, path, body: bodies.append(body) or answer)) as mock:
-        client = connect(mock)
-        list(client.generate([GenerateRequest([1])], Sampling(4, (), 1.0, top_k=top_k)))
-    assert [body["top_k"] for body in bodies] == [asked]
+    with serve(Mock(lambda n, path, body: answer)) as mock:
+        list(connect(mock).generate([GenerateRequest([1])], Sampling(4, (), 1.0, top_k=top_k)))
+    assert [body["top_k"] for body in mock.bodies] == [asked]
 
 
 def test_the_least_probability_is_read_from_the_prompts_own_tokens():
@@ -104,8 +102,7 @@ def refusal(code: int):
 
 @pytest.mark.parametrize("fault", [None, refusal(400), refusal(422)], ids=["ignores", "400", "422"])
 def test_a_server_that_does_not_constrain_is_read(fault):
-    with serve(Mock(fault, constrains=False)) as mock:
-        (choice,) = ask(mock, CHAT).values()
+    (choice,) = ask(Mock(fault, constrains=False), CHAT).values()
     assert choice.probabilities == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
     assert choice.text.startswith("**System")
 
@@ -113,8 +110,8 @@ def test_a_server_that_does_not_constrain_is_read(fault):
 def test_a_server_that_is_busy_at_first_is_not_taken_for_one_that_cannot_constrain():
     """The question that met it fails, and is asked again by the next run; the others get probabilities."""
     faults = iter([("status", (429, {}, "busy")), ("status", (503, {}, "starting"))] * (session.TRIES // 2))
-    with serve(Mock(lambda n, p, b: next(faults, None) if "structured_outputs" in b else None)) as mock:
-        found = ask(mock, *[CHAT] * 3, server=QUICK.model_copy(update={"concurrency": 1}))
+    mock = Mock(lambda n, path, body: next(faults, None) if "structured_outputs" in body else None)
+    found = ask(mock, *[CHAT] * 3, server=ONE_BY_ONE)
     assert isinstance(found[0], Failure) and found[0].reason == "server_error"
     two = probability(CHAT.text[0]["content"])
     assert [found[i].probabilities[1] for i in (1, 2)] == pytest.approx([two, two])
@@ -133,7 +130,7 @@ def test_a_server_that_wants_other_words_is_asked_in_these():
 
     with serve(Mock(strict, constrains=False)) as mock:
         client = connect(mock, model="judge")
-        assert len(client.fingerprint()) == 5
+        assert client.fingerprint()
         found = dict(client.choose_words([CHAT] * 3))
     assert all(choice.probabilities in ((0.0, 1.0), (1.0, 0.0)) for choice in found.values())
 
@@ -157,9 +154,8 @@ def test_what_a_gateway_lists(listed, asked):
 
 
 def test_a_thought_is_not_the_answer():
-    with serve(Mock(say="<think>System1? No.</think>\n\nSystem2")) as mock:
-        ballot = ChoiceRequest(CHAT.text, CHAT.words, max_thinking_tokens=100, temperature=0.6, seed=7)
-        (choice,) = ask(mock, ballot).values()
+    ballot = ChoiceRequest(CHAT.text, CHAT.words, max_thinking_tokens=100, temperature=0.6, seed=7)
+    (choice,) = ask(Mock(say="<think>System1? No.</think>\n\nSystem2"), ballot).values()
     assert choice.probabilities == (0.0, 1.0)
 
 
@@ -169,44 +165,30 @@ WORDS = ("System1", "System2")
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("System1", 0), ("system 2.", 1), ("**System2**", 1), ("The answer is System1.", 0),
-        ("Final answer: System 2", 1), ("It needs several steps.\n\nSystem2\n", 1),
-        ("System1\nBecause it is recall.", 0), ("<think>System1 or System2</think>System2", 1),
-        ("<think>System2 is", None), ("", None), ("System1\nSystem2", None), ("System12", None),
-        ("系统2", None), ("1", None), ('{"system": "System2"}', None),
+        ("system 2.", 1), ("**System2**", 1), ("Final answer: System 2", 1),
+        ("It needs several steps.\n\nSystem2\n", 1), ("System1\nBecause it is recall.", 0),
+        ("<think>System1 or System2</think>System2", 1), ("<think>System2 is", None), ("", None),
+        ("System1\nSystem2", None), ("System12", None), ("1", None), ('{"system": "System2"}', None),
     ],
 )  # fmt: skip
 def test_a_word_is_read_strictly(text, found):
     assert parse_word(text, WORDS) == found
 
 
-def of_tokens(*tokens: tuple[str, dict[str, float]]) -> tuple[str, dict]:
-    content = [
-        {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in tokens
-    ]
-    return "body", {"choices": [{"logprobs": {"content": content}}]}
-
-
-@pytest.mark.parametrize("odd", [of_tokens(), of_tokens(("Sure", {"Sure": -0.1}))])
-def test_odd_alternatives_are_asked_for_again_and_teach_nothing(odd):
+@pytest.mark.parametrize("tokens", [[], [("Sure", {"Sure": -0.1})]])
+def test_odd_alternatives_are_asked_for_again_and_teach_nothing(tokens):
     """Such a reply in the middle costs one question more, and no more tokens for all that follow."""
-    bodies, faults = [], iter([None, None, odd])
-
-    def script(n: int, path: str, body: dict) -> object:
-        bodies.append(body)
-        return next(faults, None)
-
-    with serve(Mock(script)) as mock:
-        found = ask(mock, *[TEXT] * 4, server=QUICK.model_copy(update={"concurrency": 1}))
+    faults = iter([None, None, ("body", with_logprobs(tokens, chat=True))])
+    mock = Mock(lambda n, path, body: next(faults, None))
+    found = ask(mock, *[TEXT] * 4, server=ONE_BY_ONE)
     assert [choice.probabilities[1] for choice in found.values()] == pytest.approx([probability("q")] * 4)
-    assert [body["max_tokens"] for body in bodies[1:]] == [1] * 5
+    assert [body["max_tokens"] for body in mock.bodies[1:]] == [1] * 5
 
 
 def test_one_odd_reply_to_the_first_question_does_not_change_how_all_are_asked():
     """Votes would be read from words, and kept beside those that are probabilities."""
     faults = iter([("body", {"choices": [{"message": {"content": "zebra"}, "logprobs": None}]})])
-    with serve(Mock(lambda n, p, b: next(faults, None))) as mock:
-        (choice,) = ask(mock, CHAT).values()
+    (choice,) = ask(Mock(lambda n, path, body: next(faults, None)), CHAT).values()
     assert choice.probabilities[1] == pytest.approx(probability(CHAT.text[0]["content"]))
 
 
@@ -221,7 +203,8 @@ def test_failures_of_a_while_are_tried_again(no_waiting):
     assert "cookie" not in mock.headers and mock.headers["accept-encoding"] == "identity"
 
 
-SURE = json.dumps(of_tokens((" one", {" one": math.log(0.99), " many": math.log(0.01)}))[1])
+ALTERNATIVES = {" one": math.log(0.99), " many": math.log(0.01)}
+SURE = json.dumps(with_logprobs([(" one", ALTERNATIVES)], chat=True))
 
 
 @pytest.mark.parametrize(
@@ -245,8 +228,8 @@ def test_one_bad_question_stops_no_other(fault, reason, monkeypatch):
     server = QUICK.model_copy(update={"concurrency": 2})
     number = 60 if reason == "timeout" else 4
     ballots = [ChoiceRequest("bad" if i == 3 else f"q{i}", TEXT.words) for i in range(number)]
-    with serve(Mock(lambda n, path, body: fault if body["prompt"] == "bad" else time.sleep(0.02))) as mock:
-        found = ask(mock, *ballots, server=server)
+    mock = Mock(lambda n, path, body: fault if body["prompt"] == "bad" else time.sleep(0.02))
+    found = ask(mock, *ballots, server=server)
     assert [i for i, one in found.items() if isinstance(one, Failure)] == [3]
     assert found[3].reason == reason and len(found) == len(ballots)
 
@@ -265,10 +248,10 @@ def test_one_bad_question_stops_no_other(fault, reason, monkeypatch):
 def test_faults_of_a_server_are_named(fault, error, text, monkeypatch):
     monkeypatch.setattr(session, "TRIES", 2)
     server = ServerSection(timeout_s=60, stall_s=0.6) if fault[1] == 1.01 else QUICK
-    with serve(Mock(lambda n, path, body: fault)) as mock, pytest.raises(error, match=text):
-        ask(mock, TEXT, server=server)
+    with pytest.raises(error, match=text):
+        ask(mock := Mock(lambda n, path, body: fault), TEXT, server=server)
     with pytest.raises(ServerError, match="does not answer: ConnectError"):
-        ask(mock, TEXT)  # it is gone
+        list(connect(mock).choose_words([TEXT]))  # it is gone
 
 
 @pytest.mark.parametrize(
@@ -344,11 +327,11 @@ def test_unlike_servers_of_one_model_are_noticed():
             connect(one, model="judge").fingerprint()
 
 
-@pytest.mark.parametrize(("words", "fits"), [(4087, True), (4088, True), (4089, False)])
+@pytest.mark.parametrize(("words", "fits"), [(4088, True), (4089, False)])
 def test_what_is_too_long_is_not_sent(words, fits):
-    with serve(Mock()) as mock:
-        (found,) = ask(mock, ChoiceRequest("long " * words, TEXT.words), server=ServerSection()).values()
-        sent = [key for key in mock.log if "long" in key and len(json.loads(key)[0]) > 100]
+    ballot = ChoiceRequest("long " * words, TEXT.words)
+    (found,) = ask(mock := Mock(), ballot, server=ServerSection()).values()
+    sent = [key for key in mock.log if "long" in key and len(json.loads(key)[0]) > 100]
     assert isinstance(found, ChoiceResult) is fits and bool(sent) is fits
     if not fits:
         assert (found.reason, found.detail) == ("too_long", "4089 tokens, and judge has room for 4088")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,26 +18,23 @@ import psutil
 import pytest
 import torch
 import trl
-from conftest import HAS_VLLM, ROOT, alive, make_steps, servers, wait_for
+from conftest import HAS_VLLM, ROOT, alive, flags, free_port, make_steps, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.errors import ServerError
+from stages.lora.adapter import adapter
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.records import read_samples
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")]
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="V2 needs Triton"))
 BALLOTS = [
     ChoiceRequest("Question: 2 + 2?\nSteps:", (" one", " many")),
     ChoiceRequest([{"role": "user", "content": "Is it hard?"}], ("System1", "System2")),
 ]
-
-
-def runner(log: str) -> str:
-    """The model runner that a log of vLLM tells of."""
-    return "V2" if "Using V2 Model Runner" in log else "V1"
 
 
 def test_one_server_answers_for_several_targets(begun, demo_data):
@@ -51,7 +47,7 @@ def test_one_server_answers_for_several_targets(begun, demo_data):
     make_steps(begun(*overrides), "sft", "rl")
     answers = {}
     for engine in ("vllm", "transformers"):
-        sets = [part for text in (*overrides, f"eval.engine={engine}") for part in ("--set", text)]
+        sets = flags(*overrides, f"eval.engine={engine}")
         command = [sys.executable, "-m", "lorapar_cli", "eval", "configs/smoke.yaml", *sets]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stderr.count("starting a vLLM server") == (engine == "vllm")
@@ -66,62 +62,41 @@ def test_one_server_answers_for_several_targets(begun, demo_data):
     assert servers() == []
 
 
-@pytest.mark.parametrize("how", ["merged", "module"])
-def test_votes_agree_with_the_model_in_process(tiny, tmp_path, how):
-    """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here."""
-    from stages.lora.adapter import adapter
+@pytest.mark.parametrize(
+    ("how", "runner"),
+    [("merged", None), ("module", None), *(pytest.param("module", v, marks=NEEDS_GPU) for v in ("V1", "V2"))],
+)
+def test_votes_agree_with_the_model_in_process(tiny, tmp_path, monkeypatch, how, runner):
+    """Greedy tokens and choices of a merged adapter, and of a LoRA module, are the merged model's here.
 
+    runner: which of vLLM's model runners, V2 by default on CUDA and V1 on a CPU.
+    """
+    monkeypatch.delenv(RUNNER, raising=False)
+    if runner is not None:
+        monkeypatch.setenv(RUNNER, "1" if runner == "V2" else "0")
     model = ModelSection(name=str(tiny), dtype="float32")
     adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)
     questions = [
         GenerateRequest([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)
     ]
     words = [*BALLOTS, *(ChoiceRequest(question.ids, (" a", " b", " c")) for question in questions)]
-    given, chosen, least = {}, {}, {}
+    said, given, chosen, least = [], {}, {}, {}
     for name, folder in (("vllm", tmp_path), ("transformers", tmp_path), ("base", None)):
         with EngineCache() as pool:
             served = EngineSpec("vllm" if name == "vllm" else "transformers", model, folder)
-            engine = pool.get(served, ServerSection(adapter=how), print)
+            engine = pool.get(served, ServerSection(adapter=how), said.append)
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
             chosen[name] = {i: choice.probabilities for i, choice in engine.choose_words(words)}
             rows = [(question.ids, given["vllm"][i].ids) for i, question in enumerate(questions)]
             least[name] = dict(engine.least_probabilities(rows))
     assert least["vllm"] == pytest.approx(least["transformers"], abs=1e-3) != least["base"]
+    log = Path(said[0].partition("log in ")[2]).read_text(encoding="utf-8")
+    assert runner is None or ("Using V2 Model Runner" in log) == (runner == "V2")
     assert given["vllm"] == given["transformers"] != given["base"]
     for i in range(len(words)):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)
         assert chosen["vllm"][i] != pytest.approx(chosen["base"][i], abs=1e-3)
     assert servers() == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the model runner V2 needs Triton, and so a GPU")
-@pytest.mark.parametrize("asked", [None, "0", "1"], ids=["default", "V1", "V2"])
-def test_votes_and_adapters_by_each_model_runner(tiny, tmp_path, monkeypatch, capsys, asked):
-    """vLLM has two, and takes V2 on CUDA and V1 on a CPU: with either, choices are those of this process."""
-    from stages.engines import vllm
-    from stages.lora.adapter import adapter
-
-    monkeypatch.delenv(RUNNER, raising=False)
-    if asked is not None:
-        monkeypatch.setenv(RUNNER, asked)
-    model = ModelSection(name=str(tiny), dtype="float32")
-    adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)
-    said, given = [], {}
-    with vllm.open_modules(model, {"adapted": tmp_path}, ServerSection(), said.append) as clients:
-        for name, client in clients.items():
-            given[name] = {i: choice.probabilities[1] for i, choice in client.choose_words(BALLOTS)}
-        log = Path(said[0].partition("log in ")[2]).read_text(encoding="utf-8")
-    ran = runner(log)
-    with capsys.disabled():
-        print(f"\n  votes and adapters by vLLM's model runner {ran}", end="")
-    assert asked is None or ran == ("V2" if asked == "1" else "V1")
-    for name, folder in ((model.name, None), ("adapted", tmp_path)):
-        with EngineCache() as pool:
-            engine = pool.get(EngineSpec("transformers", model, folder), ServerSection(), print)
-            here = {i: choice.probabilities[1] for i, choice in engine.choose_words(BALLOTS)}
-        assert given[name] == pytest.approx(here, abs=1e-3)
-    assert given["adapted"] != pytest.approx(given[model.name], abs=1e-3)
 
 
 def test_a_killed_parent_leaves_no_server(tiny):
@@ -147,65 +122,41 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     assert "its log is" in caught.value.hint
 
 
-MOMENTS = int(os.environ.get("LORAPAR_KILLS", "1"))
-"""Moments at which each of the two is killed; every one takes the start of a server."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["lorapar", "server"])
-def test_kill_at_any_moment_of_a_real_run(tiny, tmp_path, capsys, whom):
-    """kill -9 when the journal has so many votes: the same command goes on there, no server stays behind."""
+def test_a_run_goes_on_after_its_server_was_killed(tiny, tmp_path):
+    """It ends when so many votes are in the journal; the same command asks only for the others."""
     rows = [
         {"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
-        "run": "killed",
-        "runs_dir": str(tmp_path / "runs"),
-        "model": {"name": str(tiny), "dtype": "float32"},
-        "data": {"path": str(tmp_path / "rows.jsonl")},
-        "server": {"concurrency": 16},
+        "runs_dir": str(tmp_path / "runs"), "model": {"name": str(tiny), "dtype": "float32"},
+        "data": {"path": str(tmp_path / "rows.jsonl")}, "server": {"concurrency": 16},
         "eval": {"targets": ["base"]},
         "classify": {"accept_weak": True, "voters": [{"engine": "vllm", "persona": "judge"}]},
-    }
+    }  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
-    journals = tmp_path / "runs/votes"
 
     def lines() -> list[bytes]:
-        found = list(journals.glob("*.jsonl"))
+        found = list((tmp_path / "runs/votes").glob("*.jsonl"))
         return found[0].read_bytes().splitlines() if found else []
 
-    for moment in range(MOMENTS):
-        before, wanted = len(lines()), 1 + (moment + 1) * 1000 // (MOMENTS + 1)
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while len(lines()) < wanted:
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.01)
-        if whom == "lorapar":
-            child.kill()
-        else:
-            engine = [line.split()[1] for line in servers() if ("VLLM::" in line) == bool(moment % 2)]
-            os.kill(int(engine[0]), signal.SIGKILL)
-        said = child.communicate(timeout=120)[1]
-        assert child.returncode == (-9 if whom == "lorapar" else 69), said
-        kept = lines()
-        deadline = time.monotonic() + 20
-        while servers() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert servers() == []
-        with capsys.disabled():
-            end = said.strip().splitlines()[-2:] if whom == "server" else ""
-            print(f"\n  {whom} killed at {len(kept)} votes, {before} of them from before {end}", end="")
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while len(lines()) < 500:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    server = next(line.split()[1] for line in servers() if "VLLM::" not in line)
+    os.kill(int(server), signal.SIGKILL)
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == ServerError.exit_code, said
+    kept = lines()
+    assert wait_for(lambda: not servers(), 20)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert lines()[: len(kept) - 1] == kept[:-1]
     ballots = [json.loads(line)["question"] for line in lines()]
     assert len(ballots) == len(set(ballots)) == 1200 + 32
-    assert (
-        f"votes  {1232 - len(kept)}/{1232 - len(kept)}" in done.stderr
-        or f"/{1233 - len(kept)}" in done.stderr
-    )
     assert servers() == []
 
 
@@ -222,11 +173,9 @@ def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path
     router = ("prompt.choice=Say fast or slow.", "eval.router={by: [vote, choice]}")
     thinking = [f"model.name={model}", modes, *router, "classify.strategy=known", "classify.known=intended"]
     make_steps(begun(*thinking), "classify:train", "score", "partition", "sft", "rl")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
-    command += [part for text in [*begun.home, *thinking] for part in ("--set", text)]
+    command += flags(*begun.home, *thinking)
     with ExitStack() as stack:
         child = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
         stack.callback(child.kill)

@@ -12,7 +12,6 @@ ULIMIT = (
     "automatically increase. This can cause fd limit errors like `OSError: [Errno 24] Too many open files`."
 )
 INVALID = "api_server.py: error: argument --dtype: invalid choice: 'x'"
-DEAD = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."
 
 
 @pytest.mark.parametrize(
@@ -33,20 +32,16 @@ DEAD = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an iss
             ["E.ValidationError: 1 error", "  Value error, no model"],
             "E.ValidationError: 1 error Value error, no model",
         ),
-        ([DEAD], DEAD),
         ([ULIMIT, "INFO Errors: none"], "no error in its log"),
     ],
-    ids=["arguments", "cause of the engine", "validation", "nothing but the front's", "none"],
+    ids=["arguments", "cause of the engine", "validation", "none"],
 )
 def test_the_last_error_is_the_cause(tmp_path, lines, error):
     (tmp_path / "log").write_text("\n".join(lines))
     assert last_error(tmp_path / "log") == error
 
 
-@pytest.mark.parametrize(
-    ("given", "length"),
-    [(4096, 4096), ("32k", 32_000), ("2K", 2048), ("1.5k", 1500), ("auto", None), (-1, None)],
-)
+@pytest.mark.parametrize(("given", "length"), [("2K", 2048), ("1.5k", 1500), ("auto", None), (-1, None)])
 def test_lengths_as_vllm_reads_them(tiny, given, length):
     server = ServerSection(vllm={"max_model_len": given})
     model = ModelSection(name=str(tiny))

@@ -16,13 +16,9 @@ from stages.lora.adapter.merge import merged_parameters
 from stages.models.base import decoder_layers, load_base
 from stages.runtime import distributed
 
-FSDP2 = LaunchSection(backend="fsdp2")
+FSDP2, LORA = LaunchSection(backend="fsdp2"), LoraSection(r=4)
 EXACT = {"rtol": 0.0, "atol": 0.0} if fsdp.device().type == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
 """A GPU rounds in another order than the CPU with the whole model."""
-
-
-def adapted(base):
-    return adapter.initial(base, LoraSection(r=4), seed=0)
 
 
 def watch(log: Path) -> None:
@@ -52,9 +48,9 @@ def watch(log: Path) -> None:
 
 def main(folder: str, log: Path) -> None:
     model = ModelSection(name=folder, dtype="float32")
-    one = adapted(load_base(model, torch.device("cpu")))
+    one = adapter.initial(load_base(model, torch.device("cpu")), LORA, seed=0)
     watch(log)
-    two = adapted(fsdp.load(model, FSDP2))
+    two = adapter.initial(fsdp.load(model, FSDP2), LORA, seed=0)
     fsdp.shard_base(two, model, FSDP2)
     held = {name: weight for name, weight in two.named_parameters() if isinstance(weight, DTensor)}
     layers = {name for name, _ in one.named_parameters() if ".layers." in name and ".lora_" not in name}
@@ -64,9 +60,8 @@ def main(folder: str, log: Path) -> None:
     assert Accelerator(cpu=fsdp.device().type == "cpu").prepare_model(two) is two  # no DDP around it
 
     # Each process asks something else.
-    ids = torch.randint(
-        5, 100, (1, 7 + distributed.rank()), generator=torch.Generator().manual_seed(distributed.rank())
-    )
+    generator = torch.Generator().manual_seed(distributed.rank())
+    ids = torch.randint(5, 100, (1, 7 + distributed.rank()), generator=generator)
     where = fsdp.device()
     with torch.no_grad():
         wanted = one(input_ids=ids).logits

@@ -1,8 +1,9 @@
-"""What tests read of the artifacts of a run, and the flags with which a command reads its settings."""
+"""What tests read of the artifacts of a run."""
 
 import json
-from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from conftest import make_steps
 from torch import Tensor
 
@@ -23,8 +24,12 @@ def history(artifact: Artifact) -> list[dict]:
     return json.loads((artifact.path / "history.json").read_text())
 
 
-def flags(settings: Iterable[str]) -> list[str]:
-    return [part for text in settings for part in ("--set", text)]
+def untimed(folder: Path) -> list[dict]:
+    """The history of a run without what only a clock knows."""
+    return [
+        {k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
+        for row in json.loads((folder / "history.json").read_text())
+    ]
 
 
 def stored(config: Config, step: str) -> Artifact:
@@ -42,3 +47,12 @@ def trained_weights(
     active = Masks.load(inputs[f"partition:{stage}"].path / "masks.safetensors", stage).active
     masks = {name: adapter.full_mask(name, mask, start[name]) for name, mask in active.items()}
     return start, adapter.read(stored(config, stage).adapter), masks
+
+
+def moved_share(config: Config, stage: str) -> float:
+    """The share of the active elements that moved; asserts that frozen ones kept their bits in the files."""
+    before, after, masks = trained_weights(config, stage)
+    for name, old in before.items():
+        assert torch.equal(after[name][~masks[name]], old[~masks[name]]), name
+    moved = sum(int((after[name] != old)[masks[name]].sum()) for name, old in before.items())
+    return moved / sum(int(mask.sum()) for mask in masks.values())

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, make_steps
-from results import flags
+from conftest import ROOT, flags, make_steps
 from safetensors.torch import save_file
 
 from stages.errors import ArtifactError
@@ -19,14 +18,12 @@ RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "eval.benchmarks.demo.limit=4"]
 TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
 
 
-def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begun, lorapar, tmp_path):
-    settings = [*begun.home, *RL, TARGETS]
+def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begun, lorapar):
     config = begun(*RL, TARGETS)
     make_steps(config, "classify:demo", "sft", "rl", "eval")
     steps = plan_steps(resolved(config))
     assert list(steps["eval:shared@demo"].inputs) == ["classify:demo", "score", "partition:rl", "rl"]
-    sets = flags(settings)
-    done = lorapar("show", ROOT / "configs/smoke.yaml", *sets)
+    done = lorapar("show", ROOT / "configs/smoke.yaml", *flags(*begun.home, *RL, TARGETS))
     assert done.code == 0 and "Regions alone are tested against the model that they are of" in done.out
     shown = next(line for line in done.out.splitlines() if line.startswith("demo"))
     assert shown.split() == ["demo", "n", "rl", "s1_only", "s2_only", "shared"]

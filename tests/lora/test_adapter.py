@@ -16,11 +16,14 @@ from stages.lora.adapter.shared_cast import SharedCast
 from stages.models import cancellation
 from stages.models.base import load_adapted, load_base
 
-INITS = ["normal", "pissa", "pissa_niter_16", "olora", "default"]
-
 
 def base(tiny, dtype="float32"):
     return load_base(ModelSection(name=str(tiny), dtype=dtype))
+
+
+def base_weights(adapted) -> dict[str, torch.Tensor]:
+    """The weights of a model to which PEFT has added an adapter, by the names that they had before."""
+    return {n.replace(".base_layer", ""): p for n, p in adapted.named_parameters() if ".lora_" not in n}
 
 
 def logits(model) -> torch.Tensor:
@@ -32,12 +35,9 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("init", "compensate", "rslora"),
     [
-        ("normal", "auto", False),
-        ("normal", True, True),
-        ("pissa", "auto", True),
-        ("pissa_niter_16", True, False),
-        ("olora", "auto", False),
-        ("default", False, True),
+        ("normal", "auto", True),
+        ("pissa_niter_16", "auto", True),
+        ("olora", True, False),
         ("orthogonal", False, False),
     ],
 )
@@ -54,10 +54,14 @@ def test_saved_adapter_in_plain_peft(tiny, tmp_path, init, compensate, rslora):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("init", INITS)
-def test_a_compensated_adapter_starts_as_the_base(tiny, init):
-    lora = LoraSection(r=4, init=init, compensate=True)
-    assert float((logits(adapter.initial(base(tiny), lora, 0)) - logits(base(tiny))).abs().max()) < 1e-5
+@pytest.mark.parametrize("init", ["normal", "pissa", "olora", "default"])
+def test_a_compensated_adapter_starts_as_the_base_and_leaves_it_as_it_was(tiny, init):
+    """PEFT subtracts what some inits give from the weights of the base."""
+    plain, changed = base(tiny), base(tiny)
+    model = adapter.initial(changed, LoraSection(r=4, init=init, compensate=True), 0)
+    assert float((logits(model) - logits(plain)).abs().max()) < 1e-5
+    before, after = dict(plain.named_parameters()), base_weights(changed)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_pissa_trains_as_pissa_on_the_residual(tiny):
@@ -85,10 +89,8 @@ def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny, dtype, boun
     for name, layer in adapted_weights(model).items():  # the sum is rounded, and not its terms
         weight = layer.base_layer.weight.float() + layer.get_delta_weight("default")
         assert torch.equal(merged.get_parameter(name), weight.to(plain.dtype))
-    after = dict(model.get_base_model().named_parameters())
-    for name, value in before.items():
-        name = name if name in after else name.replace(".weight", ".base_layer.weight")
-        assert torch.equal(after[name], value), name
+    after = base_weights(model.get_base_model())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_all_linear_modules_are_those_of_peft(tiny, tmp_path):
@@ -116,16 +118,6 @@ def test_the_base_s_revision_is_named_and_no_hub_is_asked(tiny, tmp_path, monkey
         adapter.save(model, tmp_path, ModelSection(name=name, revision=revision))
         config = PeftConfig.from_pretrained(str(tmp_path))
         assert (config.base_model_name_or_path, config.revision) == (name, kept)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_what_peft_subtracts_from_the_base_is_put_back(tiny, init):
-    changed = base(tiny)
-    adapter.initial(changed, LoraSection(r=4, init=init), 0)
-    before = dict(base(tiny).named_parameters())
-    after = {n.replace(".base_layer", ""): p for n, p in changed.named_parameters() if ".lora_" not in n}
-    after = {name.removeprefix("base_model.model."): p for name, p in after.items()}
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):

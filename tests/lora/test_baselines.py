@@ -4,42 +4,41 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, make_step
-from results import flags
+from conftest import ROOT, flags, make_step
 from safetensors.torch import load_file
 
+from stages.engines import Sampling
+from stages.engines.continuous_batching import generate
+from stages.engines.in_process import InProcess
 from stages.lora.adapter import adapter, baselines
 from stages.models.base import load_adapted, load_base
+from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 
-METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"]
-STAGES = [
-    pytest.param(method, dtype, marks=() if (method, dtype) == ("ia3", "float32") else pytest.mark.slow)
-    for method in METHODS
-    for dtype in ("float32", "bfloat16")
-]
+METHODS = ["ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "dora", "miss", "randlora", "shira", "vera"]
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]]
 COMMON = [
-    "eval.targets=[base,sft,rl]",
-    "baseline.virtual_tokens=4",
-    "baseline.encoder_hidden=16",
+    "eval.targets=[base,sft,rl]", "baseline.virtual_tokens=4", "baseline.encoder_hidden=16",
     "sft.num_train_epochs=9",
-]
+]  # fmt: skip
 
 
 def chosen(begun, method: str, *more: str):
     return begun(f"baseline.method={method}", *COMMON, *more)
 
 
-@pytest.mark.parametrize(("method", "dtype"), STAGES)
-def test_sft_rl_and_eval_run(begun, method, dtype):
+@pytest.mark.parametrize("method", ["ia3", *SLOW])
+def test_sft_rl_and_eval_run(begun, method):
+    """In 16 bits every second of them."""
+    dtype = ("float32", "bfloat16")[METHODS.index(method) % 2]
     config = chosen(begun, method, f"model.dtype={dtype}")
     assert not {"score", "partition"} & set(plan_steps(resolved(config)))
     _, *made = [make_step(config, step) for step in ("classify", "sft", "rl", "eval:rl@demo")]
     # In 16 bits two ways of computing may differ by more than their resolution in a token of a hundred.
     agree = json.loads((made[2].path / "metrics.json").read_text())["parity"]["agree"]
-    assert agree == 1 or (dtype == "bfloat16" and agree >= 0.98)
+    assert agree >= (1 if dtype == "float32" else 0.98)
     for stage in made[:2]:
         summary = stage.manifest["summary"]
         assert summary["active_share"] == 1 and summary["moved"] > 0.9 * summary["elements"] > 0
@@ -50,7 +49,6 @@ def test_sft_rl_and_eval_run(begun, method, dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_dropout_reaches_the_methods_that_have_one(begun, method):
     config = chosen(begun, method)
-    assert config.baseline is not None
     adapted = baselines.attach(load_base(config.model), config.baseline, config.lora, 0, None, 0.5)
     without = method in ("shira", "ia3") or config.baseline.trains_prompt
     assert support.has_active_dropout(adapted) == (not without)
@@ -63,7 +61,6 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method, tmp_path):
     """PEFT's own file on the plain base, against the parameters from which RL goes on."""
     config = chosen(begun, method)
     ids = torch.arange(5, 25)[None]
-    assert config.baseline is not None
     made = baselines.attach(load_base(config.model), config.baseline, config.lora, config.seed, None)
     for weight in adapter.trained_parameters(made).values():
         weight.data += 0.1 * torch.randn(weight.shape)
@@ -72,46 +69,32 @@ def test_what_is_saved_answers_like_what_was_trained(begun, method, tmp_path):
     base = load_base(config.model)
     trained = baselines.attach(base, config.baseline, config.lora, config.seed, tmp_path).eval()
     plain = load_adapted(config.model, tmp_path)
-    base = load_base(config.model)
     wanted = trained(ids).logits[:, -20:]
     assert torch.allclose(plain(ids).logits[:, -20:], wanted, atol=1e-6)
-    assert float((base(ids).logits - wanted).abs().max()) > 1e-3
+    assert float((load_base(config.model)(ids).logits - wanted).abs().max()) > 1e-3
 
 
-def test_texts_after_a_trained_prompt_are_never_padded(begun, monkeypatch):
+def test_texts_after_a_trained_prompt_are_never_padded(begun):
     """Padding or a shared cache would part the two."""
-    from stages.engines import Sampling
-    from stages.engines.continuous_batching import generate
-    from stages.engines.in_process import InProcess
-    from stages.models.tokenizer import load_tokenizer
-
     config = chosen(begun, "prefix_tuning")
     model = load_adapted(config.model, make_step(config, "sft").path / "adapter")
     prompts = [list(range(5, 60)), list(range(5, 50)), list(range(90, 95))]
     tokenizer = load_tokenizer(config.model)
-    usual, widths = model.generate, []
-    monkeypatch.setattr(
-        model, "generate", lambda **given: widths.append(given["input_ids"].shape) or usual(**given)
-    )
-    made = dict(generate(model, tokenizer, prompts, Sampling(4, (tokenizer.eos_token_id,))))
-    assert widths == [(1, 5), (1, 45), (1, 55)] and all(len(made[i].ids) == 4 for i in range(3))
+    sampling = Sampling(4, (tokenizer.eos_token_id,))
+    made = dict(generate(model, tokenizer, prompts, sampling))
+    assert all(len(made[i].ids) == 4 for i in range(3))
+    for i, ids in enumerate(prompts):
+        assert dict(generate(model, tokenizer, [ids], sampling)) == {0: made[i]}
     with torch.no_grad():
         together = InProcess(model, tokenizer, 8)._last_logits(prompts)
         alone = torch.cat([model(torch.tensor([ids])).logits[:, -1] for ids in prompts])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_reversed_order_and_no_start(begun):
-    config = chosen(begun, "ia3", "sft.start_from=rl", "rl.start_from=init")
-    steps = plan_steps(resolved(config))
-    assert list(steps["rl"].inputs) == ["classify:train"]
-    assert list(steps["sft"].inputs) == ["classify:train", "rl"]
-
-
 def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
     config = chosen(begun, "p_tuning")
     make_step(config, "sft")
-    settings = flags([*begun.home, "baseline.method=p_tuning", *COMMON])
+    settings = flags(*begun.home, "baseline.method=p_tuning", *COMMON)
     export = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out", "--target", "sft")
     done = lorapar(*export, *settings, "--merged")
     assert done.code == 78 and "p_tuning trains a prompt, which no weight can hold" in done.err

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import make_step
+from results import artifacts
 from safetensors.torch import load_file
 
 from stages import export
@@ -16,14 +17,8 @@ from stages.models.base import load_base
 FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param([], marks=pytest.mark.slow),
-        pytest.param(["lora.compensate=true"], marks=pytest.mark.slow),
-        pytest.param(["lora.init=default", "partition.strategy=all"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["lora.compensate=true"], ["lora.init=default", "partition.strategy=all"]])
 def test_the_stages_run_and_frozen_elements_stay(begun, how):
     """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""
     config = begun(*FOUR, *how, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
@@ -32,20 +27,16 @@ def test_the_stages_run_and_frozen_elements_stay(begun, how):
         if step in ("sft", "rl"):
             summary = made.manifest["summary"]
             assert summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
-            assert {weight.dtype for weight in adapter.read(made.path / "adapter").values()} == {
-                torch.float32
-            }
+            weights = adapter.read(made.path / "adapter").values()
+            assert {weight.dtype for weight in weights} == {torch.float32}
     assert json.loads((made.path / "metrics.json").read_text())["parity"]["agree"] == 1
 
 
 def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
     four, whole = begun(*FOUR).model, begun("model.dtype=bfloat16").model
     small, large = load_base(four), load_base(whole)
-    layer = small.model.layers[0].mlp.down_proj
-    assert (
-        layer.weight.dtype == torch.uint8
-        and layer.weight.numel() * 2 == large.model.layers[0].mlp.down_proj.weight.numel()
-    )
+    weight, wide = (model.model.layers[0].mlp.down_proj.weight for model in (small, large))
+    assert weight.dtype == torch.uint8 and weight.numel() * 2 == wide.numel()
     ids = torch.arange(5, 40, device=small.device)[None]
     gap = (small(ids).logits - large(ids).logits).float().norm() / large(ids).logits.float().norm()
     assert 0 < gap < 0.3
@@ -53,13 +44,10 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
 
 def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_path, silent):
     config = begun(*FOUR, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
-    for step in ("classify", "score", "partition"):
-        make_step(config, step)
-    artifact = make_step(config, "sft")
+    artifact = artifacts(config, "classify", "score", "partition", "sft")["sft"]
     export.write(artifact, config, tmp_path / "out", "merged")
-    assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    weights = load_file(tmp_path / "out/model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
     (row,) = export.check(artifact, config, tmp_path / "out", "merged", 2, silent.say)
     assert row["engine"] == "transformers" and row["agree"] == 1
 

@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, make_step
-from results import flags, stored, trained_weights
+from conftest import ROOT, make_step, wait_for
+from results import stored, trained_weights
 from safetensors.torch import load_file
-from test_frozen import command, made_by, pair, settings
+from test_frozen import command, made_by, pair, settings, staged
 from transformers import AutoModelForCausalLM
 
 from stages.lora.importance.masks import read_importance
@@ -35,9 +34,10 @@ def assert_alike(one: torch.Tensor, two: torch.Tensor) -> None:
     assert float(one.norm()) > 0 and float((one - two).norm()) <= APART * float(one.norm())
 
 
-def held(config, stage: str) -> float | None:
-    """The share of the base that a process held, by the manifest."""
-    return stored(config, stage).manifest["summary"].get("base_held")
+def assert_held(config, stage: str, backend: str) -> None:
+    """A part of the base if it was divided, by the manifest."""
+    share = stored(config, stage).manifest["summary"].get("base_held")
+    assert share is None if backend == "ddp" else 0.5 < share < 0.8
 
 
 @pytest.fixture
@@ -52,12 +52,9 @@ def test_a_divided_base_holds_its_part_and_answers_as_the_whole(half, tmp_path):
     """And the processes copy the whole one after the other."""
     log = tmp_path / "log"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests/lora/divided.py"), str(half), str(log)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "tests/lora/divided.py"), str(half), str(log)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == ["0 reads", "0 shares", "1 reads", "1 shares"]
 
@@ -81,8 +78,7 @@ def test_sft_is_that_of_ddp_to_the_bit(own, how):
         made_by(own, changes, "sft", 2, backend)
         before, after, _ = trained_weights(own(*changes), "sft")
         found.append(joined(after) - joined(before))
-        share = held(own(*changes), "sft")
-        assert share is None if backend == "ddp" else 0.5 < share < 0.8
+        assert_held(own(*changes), "sft", backend)
     assert_alike(*found)
 
 
@@ -95,8 +91,7 @@ def test_importance_is_that_of_ddp_also_where_one_process_has_fewer_batches(own,
         config = own(*changes)
         systems = read_importance(stored(config, "score").path / "importance.safetensors")
         found.append(torch.cat([joined(systems[system]) for system in (1, 2)]))
-        share = held(config, "score")
-        assert share is None if backend == "ddp" else 0.5 < share < 0.8
+        assert_held(config, "score", backend)
     assert_alike(*found)
 
 
@@ -105,20 +100,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(own):
     changes += ["sft.launch.processes=2", "sft.max_steps=30", "sft.num_train_epochs=99"]
     config = own(*changes)
     make_step(config, "partition")
-    arguments = flags([*own.home, *changes])
-    command = [sys.executable, "-m", "lorapar_cli", "sft", str(ROOT / "configs/smoke.yaml"), *arguments]
+    *command, force = staged("sft", [*own.home, *changes])
     store, key = Store(config.root), plan_steps(resolved(config))["sft"].key
     running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list(config.root.glob(f"sft/checkpoints/{key}/checkpoint-*/{SEAL}")):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    sealed = f"sft/checkpoints/{key}/checkpoint-*/{SEAL}"
+    assert wait_for(lambda: running.poll() is not None or list(config.root.glob(sealed)), 240)
+    assert running.poll() is None
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "from step" in done.stderr, done.stderr
     adapter = store.folder("sft", key) / "adapter/adapter_model.safetensors"
     resumed = load_file(adapter)
-    assert subprocess.run([*command, "--force"], cwd=ROOT, capture_output=True).returncode == 0
+    assert subprocess.run([*command, force], cwd=ROOT, capture_output=True).returncode == 0
     before = joined(trained_weights(config, "sft")[0])
     assert_alike(joined(load_file(adapter)) - before, joined(resumed) - before)

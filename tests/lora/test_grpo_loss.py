@@ -46,17 +46,15 @@ def objective(model, inputs: dict[str, Tensor]) -> Tensor:
 def gradient(model, loss: Tensor) -> Tensor:
     model.zero_grad()
     loss.backward()
-    return torch.cat(
-        [p.grad.flatten().double() for _, p in sorted(adapter.trained_parameters(model).items())]
-    )
+    trained = sorted(adapter.trained_parameters(model).items())
+    return torch.cat([parameter.grad.flatten().double() for _, parameter in trained])
 
 
 @pytest.mark.parametrize("way", ["auto", "off"])
 def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
     """TRL's correction changes the gradient and not the loss: where it is on, the oracle must see it."""
-    config = begun(
-        f"rl.beta={BETA}", "rl.loss_type=grpo", "sft.learning_rate=0.1", f"rl.prefix_sharing={way}"
-    )
+    loss = [f"rl.beta={BETA}", "rl.loss_type=grpo", f"rl.prefix_sharing={way}"]
+    config = begun("sft.learning_rate=0.1", *loss)
     make_step(config, "sft")
     trainer, model, start = trainer_of(config, monkeypatch)
     assert trainer.prefix_sharing == (way == "auto")

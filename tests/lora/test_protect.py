@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_step, make_steps
+from conftest import make_step, make_steps, once
 from results import artifacts, history
 
 from stages.config import ScoreSection
@@ -34,10 +34,8 @@ QUICK = ["rl.max_steps=2", "sft.max_steps=3", "score.examples=4", "rl.kl_probe_s
 @pytest.fixture(scope="session")
 def old(demo_data: Path, common_folder: Path) -> str:
     """A setting that names 12 rows to protect."""
-    path = common_folder / "old.jsonl"
-    if not path.exists():
-        lines = (demo_data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[60:72]), encoding="utf-8")
+    lines = (demo_data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = once(common_folder / "old.jsonl", lambda file: file.write_text("".join(lines[60:72])))
     return f"partition.protect={path}"
 
 
@@ -79,22 +77,6 @@ def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old
     assert (start != end)[~needed].float().mean() > 0.9
 
 
-def test_what_the_systems_have_is_protected_too(begun, old):
-    settings = [*QUICK, "partition.rl_elements=not_system1"]
-    for stage in ("sft", "rl"):
-        before, now = (
-            Masks.load(
-                make_steps(begun(*settings, *more), "score", "partition")[f"partition:{stage}"][0].path
-                / "masks.safetensors",
-                stage,
-            )
-            for more in ((), (old,))
-        )
-        active, left = flatten_weights(before.active), flatten_weights(now.active)
-        assert 0 < int(left.sum()) < int(active.sum()) and not bool((left & ~active).any())
-        assert torch.equal(flatten_weights(before.region), flatten_weights(now.region))
-
-
 def test_drift_by_hand_after_every_second_step_and_the_last(monkeypatch):
     """Of p = (1/2, 1/2) at the start and q = (9/10, 1/10) now: Σ p log p/q, and not the other way round."""
     start, policy = (torch.tensor([p]).log() for p in ([0.5, 0.5], [0.9, 0.1]))
@@ -109,28 +91,27 @@ def test_drift_by_hand_after_every_second_step_and_the_last(monkeypatch):
 
 
 @pytest.mark.slow
-def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
+def test_drift_is_logged_and_changes_no_result(begun, old):
     """With θ 0 masks and adapters are those of a run without protected rows, although drift is logged."""
     measured = [old, "partition.protect_theta=0"]
     stages = ("score", "partition", "sft", "rl")
-    plain = make_steps(begun(*QUICK), *stages)
-    made = make_steps(begun(*QUICK, *measured), *stages)
+    plain, made = (artifacts(begun(*QUICK, *more), *stages) for more in ([], measured))
     for stage in ("sft", "rl"):
-        [first, second] = (adapter.read(run[stage][0].adapter) for run in (plain, made))
+        first, second = (adapter.read(run[stage].adapter) for run in (plain, made))
         assert all(torch.equal(first[name], second[name]) for name in first)
-        steps = history(made[stage][0])
+        steps = history(made[stage])
         # The first step of RL may earn nothing and move nothing; then rounding is left.
         assert steps[-1][PROTECTED_KL] > 1e-5 and all(row[PROTECTED_KL] > -1e-6 for row in steps)
-        assert made[stage][0].manifest["summary"]["protected_kl"] == steps[-1][PROTECTED_KL]
-        assert "protected_kl" not in plain[stage][0].manifest["summary"]
+        assert made[stage].manifest["summary"]["protected_kl"] == steps[-1][PROTECTED_KL]
+        assert "protected_kl" not in plain[stage].manifest["summary"]
 
     config = begun()
-    rows = read_labels(made["score:protected"][0].path / "held_out.jsonl")
+    rows = read_labels(made["score:protected"].path / "held_out.jsonl")
     renderer = Renderer(load_tokenizer(config.model), config.prompt)
     batch = losses.collate([renderer.row(row.example) for row in rows], 0, torch.device("cpu"))
 
     def log_probs(stage: str) -> torch.Tensor:
-        model = adapter.attach(load_base(config.model), config.lora, made[stage][0].adapter).eval()
+        model = adapter.attach(load_base(config.model), config.lora, made[stage].adapter).eval()
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
         return logits[batch.labels[:, 1:] != IGNORED].double().log_softmax(-1)
@@ -138,7 +119,7 @@ def test_drift_is_logged_and_changes_no_result(begun, old, tiny):
     start, sft, rl = (log_probs(stage) for stage in ("score", "sft", "rl"))
     for before, after, stage in ((start, sft, "sft"), (sft, rl, "rl")):
         divergence = float((before.exp() * (before - after)).sum(-1).mean())
-        measured = made[stage][0].manifest["summary"]["protected_kl"]
+        measured = made[stage].manifest["summary"]["protected_kl"]
         assert measured == pytest.approx(divergence, rel=1e-4, abs=1e-9)
 
 

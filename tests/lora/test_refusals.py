@@ -18,15 +18,12 @@ REFUSED = [
     (f"{FOUR_BITS};lora.init=pissa", "load_in_4bit: PEFT cannot make init pissa over 4 bits; use normal"),
     (f"{FOUR_BITS};sft.launch.backend=fsdp2", "sft.launch.backend fsdp2 cannot divide 4 bits; use ddp"),
     (f"{FOUR_BITS};baseline.method=ia3", "is for LoRA: TRL would round baseline ia3 to bfloat16"),
-    (f"{FOUR_BITS};eval.engine=vllm", "what vllm would serve has other base weights; use engine transform"),
     (f"{FOUR_BITS};{COLOCATED}", "what vllm would serve has other base weights; use engine transformers"),
     # elements
     ("partition.rl_density=0.1;partition.rl_elements=all", "rl_density takes"),
     ("partition.rl_density=0.1;partition.strategy=random_half", "rl_density takes"),
-    ("partition.rl_density=0.1;partition.strategy=swapped", "rl_density takes"),
     ("lora.init=default", "lora.init default has B = 0, so every importance is zero"),
     ("partition.strategy=all;partition.alpha=0.5", "strategy all trains all shared elements, got alpha 0.5"),
-    ("partition.strategy=random_half;partition.beta=0.5", "random_half trains all shared .* beta 0.5"),
     ("lora.init=orthogonal;lora.r=3", "init orthogonal needs an even r, got 3"),
     (f"{PROTECT};partition.strategy=random", "protect it would train more"),
     (f"{PROTECT};partition.rl_elements=random_within", "protect it would train more"),
@@ -42,7 +39,6 @@ REFUSED = [
     ("rl.max_steps=3;rl.keep_steps=[4]", "keep_steps: 4 is more than max_steps 3"),
     # optimizers and losses
     ("rl.optim=adafactor", "adafactor works on whole matrices, and lorapar trains single elements"),
-    ("sft.optim=muon", "muon works on whole matrices, and lorapar trains single elements"),
     ("sft.optim=sgdm", "unknown optimizer 'sgdm'"),
     ("rl.importance_sampling_level=sequence", "dapo would weigh a completion by its length"),
     ("rl.loss_type=cispo", "loss_type cispo clips the ratio itself, at epsilon_high; set it"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import labels_of, make_step, trainer_of
-from results import history
+from results import artifacts, history
 from trl.trainer.utils import RepeatSampler
 
 from stages.errors import DataError, UnusableResult
@@ -16,6 +16,7 @@ from stages.lora.grpo import zero_signal
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
 from stages.lora.grpo.prompts import ReplaySampler
 from stages.lora.training.curves import KL_FROM_START
+from stages.records import read_samples
 from stages.rl.kl_probe import KlProbe
 
 REWARDS = """
@@ -28,8 +29,8 @@ def same(completions, **_):
 def of_the_question(completions, question, **_):
     return [float(len(q)) for q in question]
 
-def sometimes(completions, **columns):
-    CALLS.append(sorted(columns))
+def sometimes(completions, **_):
+    CALLS.append(None)
     return [None if len(CALLS) == 2 else float(sum(map(ord, t)) % 97) for t in completions]
 
 def never(completions, **_):
@@ -148,8 +149,7 @@ def test_equal_groups_are_drawn_again_with_other_prompts_and_it_ends(with_reward
 
 def test_groups_without_signal_are_seen_also_where_rewards_are_scaled_by_batch(with_reward):
     """All of a group earn the same, and each group something else."""
-    config = with_reward("of_the_question", "rl.scale_rewards=batch")
-    made = make_step(config, "rl")
+    made = make_step(with_reward("of_the_question", "rl.scale_rewards=batch"), "rl")
     assert [step["frac_reward_zero_std"] for step in history(made)] == [1, 1, 1]
     assert made.manifest["summary"]["equal_reward_steps"] == 3
 
@@ -185,10 +185,9 @@ def test_only_equal_groups_are_drawn_again(with_reward, watched):
 
 @pytest.mark.slow
 def test_without_equal_groups_resampling_changes_nothing(with_reward):
-    found = [make_step(with_reward("odd", f"rl.dynamic_sampling={n}"), "rl") for n in (0, 3)]
-    weights = [adapter.read(made.path / "adapter") for made in found]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert [step["resampled/groups"] for step in history(found[1])] == [0, 0, 0]
+    plain, made = (make_step(with_reward("odd", f"rl.dynamic_sampling={n}"), "rl") for n in (0, 3))
+    assert (plain.adapter / adapter.ADAPTER).read_bytes() == (made.adapter / adapter.ADAPTER).read_bytes()
+    assert [step["resampled/groups"] for step in history(made)] == [0, 0, 0]
 
 
 def test_equal_groups_and_metrics_by_hand():
@@ -260,24 +259,18 @@ def test_a_system_message_by_label_reaches_sft_rl_and_eval(begun, monkeypatch):
     def right(text: str, label: int) -> None:
         assert messages[label] in text and messages[3 - label] not in text
 
-    for name in ("score", "partition"):
-        make_step(config, name)
-    trainer, *_ = trainer_of(config, monkeypatch, "sft")
-    tokenizer = trainer.processing_class
-    texts = [tokenizer.decode(row) for row in trainer.train_dataset["input_ids"]]
+    made = artifacts(config, "score", "partition", "sft", "classify:demo", "eval")
+    with monkeypatch.context() as patch:
+        trainer, *_ = trainer_of(config, patch, "sft")
+    texts = [trainer.processing_class.decode(row) for row in trainer.train_dataset["input_ids"]]
     for question, label in of.items():
         right(next(text for text in texts if question in text), label)
-    monkeypatch.undo()
-    make_step(config, "sft")
     trainer, *_ = trainer_of(config, monkeypatch)
     found = [of[question] for question in trainer.train_dataset["question"]]
     assert set(found) == {1, 2}
     for prompt, label in zip(trainer.train_dataset["prompt"], found, strict=True):
         right(prompt, label)
-    monkeypatch.undo()
-    make_step(config, "classify:demo")
-    folder = make_step(config, "eval").path
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert {row["system"] for row in samples} == {1, 2}
+    samples = read_samples(made["eval:base@demo"].path / "samples.jsonl")
+    assert {row.system for row in samples} == {1, 2}
     for row in samples:
-        right(row["prompt"], row["system"])
+        right(row.prompt, row.system)

@@ -1,29 +1,41 @@
-"""What the rl stage makes of its settings."""
+"""What the rl stage makes of its settings, and the adapters that it keeps on its way."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import labels_of, make_step
-from results import history
+import torch
+from conftest import labels_of, make_step, make_steps
+from results import artifacts, history
 from trl import GRPOTrainer
 
 from stages.config import ModelSection
 from stages.engines.continuous_batching import generate
-from stages.errors import DataError, UnusableResult
+from stages.errors import ConfigError, DataError, UnusableResult
+from stages.lora.adapter import adapter
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.trainer import GrpoTrainer
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
 from stages.rl import run as rl
+
+THREE = ("rl.max_steps=3", "rl.num_train_epochs=9")
 
 
 @pytest.fixture
 def ready(own):
     """The config of a run whose RL can start, in one step from the initial adapter."""
     return lambda *more: own("rl.start_from=init", "rl.max_steps=1", *more)
+
+
+@pytest.fixture
+def renderer(ready):
+    return Renderer(load_tokenizer(ready().model), ready().prompt)
 
 
 @pytest.fixture
@@ -62,9 +74,8 @@ def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
     assert load_adapted(config.model, made.path / "adapter")
 
 
-def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, monkeypatch):
+def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, renderer, monkeypatch):
     """First the longest are a token too long, then all are. An error names the rows of cut prompts too."""
-    renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
     slow = [row.example for row in labels_of(ready()) if row.system == 2]
     ids = {example.id: renderer.ids(renderer.prompt(example.prompt)) for example in slow}
     most = max(map(len, ids.values())) - 1
@@ -77,11 +88,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     assert (summary["prompts"], summary["dropped_prompts"]) == (len(ids) - len(long), len(long))
 
     seen, usual = [], GRPOTrainer.compute_loss
-
-    def watched(model, tokenizer, prompts, *rest):
-        seen.extend(prompts)
-        return generate(model, tokenizer, prompts, *rest)
-
+    watched = lambda *given: seen.extend(given[2]) or generate(*given)  # noqa: E731
     monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
@@ -101,29 +108,18 @@ def test_top_k_reaches_the_sampling(ready, odd):
     assert make_step(ready(*odd, "rl.top_k=1"), "rl").manifest["summary"]["equal_reward_steps"] == 1
 
 
-def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
-    renderer = Renderer(load_tokenizer(ready().model), ready().prompt)
-    mixed = ["rl.system1_share=0.25", "rl.kl_probe_prompts=0"]
-    lengths = {
-        system: [
-            len(renderer.ids(renderer.prompt(row.example.prompt)))
-            for row in labels_of(ready())
-            if row.system == system
-        ]
-        for system in (1, 2)
-    }
-    longest = max(lengths[1])
+def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready, renderer):
+    rows = labels_of(ready())
+    lengths = [len(renderer.ids(renderer.prompt(row.example.prompt))) for row in rows]
+    longest = max(length for length, row in zip(lengths, rows, strict=True) if row.system == 1)
     labels = [
-        replace(
-            row, system=1 if len(renderer.ids(renderer.prompt(row.example.prompt))) >= longest else row.system
-        )
-        for row in labels_of(ready())
-    ]
-    functions = {name: loading.load(name, None) for name in ready().rl.rewards}
+        replace(row, system=1) if length >= longest else row
+        for length, row in zip(lengths, rows, strict=True)
+    ]  # none of System 2 is too long
 
     def pool(how: str):
-        config = ready(*mixed, f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}")
-        return RlPrompts.from_labels(labels, renderer, config.rl, functions, 0)
+        limits = [f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}", "rl.kl_probe_prompts=0"]
+        return RlPrompts.from_labels(labels, renderer, ready("rl.system1_share=0.25", *limits).rl, {}, 0)
 
     with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {longest - 1}"):
         pool("error")
@@ -131,7 +127,7 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready):
     assert dropped.long == cut.long == cut.replayed - dropped.replayed > 0
 
 
-def test_rewards_get_the_values_that_the_rows_have(ready):
+def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
     """A column of one type would fill up objects and turn whole numbers into fractions."""
     values = [{"city": "Paris"}, {"x": 1}, 3, 2.5, "three", ["a"], None, 2**70]
 
@@ -145,12 +141,9 @@ def test_rewards_get_the_values_that_the_rows_have(ready):
         replace(row, example=replace(row.example, extra={"target": values[i % 8], "more": [3, 2.5][i % 2]}))
         for i, row in enumerate(labels_of(config))
     ]
-    renderer = Renderer(load_tokenizer(config.model), config.prompt)
     pool = RlPrompts.from_labels(labels, renderer, config.rl, {"mine": mine}, 0)
-    reward = loading.with_checks("mine", mine, pool.encoded)
-    reward(
-        completions=["a"] * pool.system2_rows, **{name: list(pool.rows[name]) for name in ("target", "more")}
-    )
+    columns = {name: list(pool.rows[name]) for name in ("target", "more")}
+    loading.with_checks("mine", mine, pool.encoded)(completions=["a"] * pool.system2_rows, **columns)
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
 
@@ -182,3 +175,27 @@ def test_rewards_read_the_thought_that_a_prompt_opens(tiny):
     columns = {"gold": ["4"] * 3, "answer_format": ["hash"] * 3}
     for name, earned in (("correctness", [1, 0, 1]), ("trl.think_format_reward", [1, 0, 0])):
         assert loading.load(name, None)(completions=texts, **columns) == earned
+
+
+def test_the_adapter_of_a_step_is_that_of_a_run_up_to_it(own, odd):
+    given = (*THREE, *odd, "rl.learning_rate=0.01")
+    config = own(*given, "rl.keep_steps=[1, 3]", "eval.targets=[rl-1, rl]", "eval.benchmarks.demo.limit=2")
+    made = artifacts(config)
+    first, last = (adapter.read(made["rl"].kept_adapter(step)) for step in ("1", "3"))
+    end = adapter.read(made["rl"].adapter)
+    assert all(torch.equal(value, last[name]) for name, value in end.items())
+    assert any(not torch.equal(value, first[name]) for name, value in end.items())
+    assert json.loads((made["eval:rl-1@demo"].path / "metrics.json").read_text())["target"] == "rl-1"
+
+
+def test_only_runs_that_keep_a_step_have_another_key(begun):
+    plain, same, kept = (
+        plan_steps(resolved(begun(*THREE, *more)))["rl"].key
+        for more in ((), ("rl.keep_steps=[]",), ("rl.keep_steps=[2]",))
+    )
+    assert plain == same != kept
+
+
+def test_a_step_after_the_last_one_cannot_be_kept(begun):
+    with pytest.raises(ConfigError, match="9 is more than the . steps of RL"):
+        make_steps(begun("rl.max_steps=null", "rl.keep_steps=[9]"), "score", "partition", "sft", "rl")

@@ -10,16 +10,17 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
-from conftest import ROOT, make_step, make_steps
+from conftest import ROOT, flags, make_step, make_steps
 from results import history
 from torch import Tensor
+from transformers import Qwen2Config
 from trl.generation import vllm_generation
 
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
 from stages.engines import Sampling
 from stages.errors import ConfigError, OutOfMemoryError, ServerError
-from stages.lora.adapter import adapter, merge
+from stages.lora.adapter import adapter
 from stages.lora.grpo import sampler, vllm_rollouts
 from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
@@ -27,6 +28,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
 
 SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
+COLOCATED = RolloutsSection(engine="vllm_colocate")
 MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8000"]}
 MODE_CASES = ["vllm_colocate", pytest.param("vllm_server", marks=pytest.mark.slow)]
 
@@ -138,18 +140,6 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(ow
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
 
 
-def test_merged_weights_are_those_of_peft(begun):
-    """In float32, where merging in place is exact enough to compare with."""
-    config = begun("lora.init=orthogonal")
-    model = adapter.initial(load_base(config.model), config.lora, 3)
-    for layer in adapter.lora_layers(model).values():
-        torch.nn.init.normal_(layer.weight)
-    ours = dict(merge.merged_parameters(model))
-    theirs = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
-
-
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):
     """What had ended is kept, and all are those of a machine with more memory. Nothing drops out of them."""
     section = ModelSection(name=str(tiny))
@@ -182,22 +172,17 @@ def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeyp
 
 def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
     monkeypatch.setattr(vllm_rollouts, "snapshot_download", lambda name, revision: f"/hub/{name}/{revision}")
-    for name, revision, called in (
-        ("a/b", "c1", "/hub/a/b/c1"),
-        ("a/b", "main", "a/b"),
-        (str(tiny), "c1", "a/b"),
-    ):
+    revisions = {("a/b", "c1"): "/hub/a/b/c1", ("a/b", "main"): "a/b", (str(tiny), "c1"): "a/b"}
+    for (name, revision), called in revisions.items():
         base = SimpleNamespace(name_or_path="a/b")
-        model = ModelSection(name=name, revision=revision)
-        vllm_rollouts.name_revision(base, RolloutsSection(engine="vllm_colocate"), model)
+        vllm_rollouts.name_revision(base, COLOCATED, ModelSection(name=name, revision=revision))
         assert base.name_or_path == called
 
 
 def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch):
     """vLLM in this process has seeded all generators with the rank, whatever the config's seed is."""
     generation = SimpleNamespace(_iter_named_params=None)
-    colocated = RolloutsSection(engine="vllm_colocate", tensor_parallel_size=2)
-    drawn = []
+    colocated, drawn = RolloutsSection(engine="vllm_colocate", tensor_parallel_size=2), []
     for seed, rank in ((3, 0), (3, 1), (3, 2), (7, 0)):
         monkeypatch.setattr(vllm_rollouts.distributed, "rank", lambda rank=rank: rank)
         torch.manual_seed(0)
@@ -209,40 +194,31 @@ def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch
 def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: object())
-    for section, said in (
-        (SERVER, "rl.rollouts.engine vllm_server needs a GPU"),
-        (
-            RolloutsSection(engine="vllm_colocate", tensor_parallel_size=2),
-            "tensor_parallel_size 2 does not divide 1 processes",
-        ),
-        (
-            RolloutsSection(engine="vllm_colocate", enable_sleep_mode=True),
-            "rl.rollouts.enable_sleep_mode needs a GPU",
-        ),
+    for changes, said in (
+        ({"engine": "vllm_server", "base_url": "http://gpu"}, "engine vllm_server needs a GPU"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size 2 does not divide 1 processes"),
+        ({"enable_sleep_mode": True}, "rl.rollouts.enable_sleep_mode needs a GPU"),
     ):
         with pytest.raises(ConfigError, match=said):
-            vllm_rollouts.prepare(section, "m")
+            vllm_rollouts.prepare(COLOCATED.model_copy(update=changes), "m")
+    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_colocate: vllm is not installed"):
-        monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
-        vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), "m")
+        vllm_rollouts.prepare(COLOCATED, "m")
 
 
 RAW_LOGPROBS = {
-    "weight_transfer_config": {"backend": "nccl"},
-    "model_config": {"logprobs_mode": "raw_logprobs"},
-}
+    "weight_transfer_config": {"backend": "nccl"}, "model_config": {"logprobs_mode": "raw_logprobs"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (None, r"base_url http://gpu:8000: ConnectError"),
-        ({}, "takes no new weights"),
-        (RAW_LOGPROBS, "reports raw_logprobs"),
-        ({"model_config": None}, "AttributeError"),
+        (None, r"base_url http://gpu:8000: ConnectError"), ({}, "takes no new weights"),
+        (RAW_LOGPROBS, "reports raw_logprobs"), ({"model_config": None}, "AttributeError"),
     ],
     ids=["gone", "no weights", "raw", "no object"],
-)
+)  # fmt: skip
 def test_a_server_that_will_not_do_is_named_with_the_command(monkeypatch, config, said):
     def get(url, **_):
         if config is None:
@@ -260,14 +236,12 @@ def test_a_server_that_will_not_do_is_named_with_the_command(monkeypatch, config
 GIB = 2**30
 # Parameters, and bytes of a token's keys and values: 2 · layers · key heads · 128 · 2 bytes.
 LLAMA2_7B, QWEN25_7B = (6_738_415_616, 2 * 32 * 32 * 128 * 2), (7_615_616_512, 2 * 28 * 4 * 128 * 2)
-PAPER = RlSection(rollouts=RolloutsSection(engine="vllm_colocate"))  # 256 completions of 128 + 256 tokens
+PAPER = RlSection(rollouts=COLOCATED)  # 256 completions of 128 + 256 tokens
 
 
 @pytest.mark.parametrize(
     ("model", "card", "settings", "weights", "cache"),
     [
-        # 256 · 384 · 56 KiB are 5.25 GiB, less than half of what is free.
-        (QWEN25_7B, 80, {}, 14.18, 5.25),
         # 256 · 2,560 · 56 KiB would be 35 GiB; half of 80 - 2 · 14.185 - 3 is 24.31.
         (QWEN25_7B, 80, {"max_prompt_length": 512, "max_completion_length": 2048}, 14.18, 24.31),
         # 256 · 384 · 512 KiB would be 48 GiB; nine tenths of 48 - 2 · 12.551 - 3 are 17.91.
@@ -280,12 +254,9 @@ def test_a_colocated_engine_takes_its_weights_and_what_completions_need(
     model, card, settings, weights, cache
 ):
     rollouts = {name: settings[name] for name in settings.keys() & RolloutsSection.model_fields.keys()}
-    rl = PAPER.model_copy(
-        update={**settings, "rollouts": RolloutsSection(engine="vllm_colocate", **rollouts)}
-    )
-    processes = rl.rollouts.tensor_parallel_size
+    rl = PAPER.model_copy(update={**settings, "rollouts": COLOCATED.model_copy(update=rollouts)})
     free = card * GIB - 2 * model[0]
-    found = vllm_rollouts.colocated_bytes(rl, *model, free, processes)
+    found = vllm_rollouts.colocated_bytes(rl, *model, free, rl.rollouts.tensor_parallel_size)
     assert found / GIB == pytest.approx(weights + 3 + cache, abs=0.02)
 
 
@@ -294,28 +265,21 @@ def test_an_engine_that_does_not_fit_beside_the_base_is_refused():
     with pytest.raises(ConfigError, match=r"11\.4 GiB of the GPU are free, and vLLM needs 12\.6") as caught:
         vllm_rollouts.colocated_bytes(PAPER, *LLAMA2_7B, 24 * GIB - 2 * LLAMA2_7B[0], 1)
     assert "rl.rollouts.engine=transformers" in caught.value.hint
-    assert "rl.rollouts.tensor_parallel_size" in caught.value.hint
 
 
 def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
-    layers = SimpleNamespace(
-        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, hidden_size=3584
-    )
-    base = SimpleNamespace(
-        num_parameters=lambda: QWEN25_7B[0], config=SimpleNamespace(get_text_config=lambda: layers)
-    )
+    """256 · 384 · 56 KiB are 5.25 GiB, less than half of what is free."""
+    layers = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    config = Qwen2Config(**layers, hidden_size=3584)
+    base = SimpleNamespace(num_parameters=lambda: QWEN25_7B[0], config=config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (33 * GIB, 48 * GIB))
     made = vllm_rollouts.with_memory_share(PAPER, base).rollouts
-    assert vllm_rollouts.arguments(made, 384, [])["vllm_gpu_memory_utilization"] == pytest.approx(
-        (14.185 + 3 + 5.25) / 48, abs=0.001
-    )
-    given = PAPER.model_copy(
-        update={"rollouts": PAPER.rollouts.model_copy(update={"gpu_memory_utilization": 0.2})}
-    )
-    assert vllm_rollouts.with_memory_share(given, base) is given
-    own = RlSection()
-    assert vllm_rollouts.with_memory_share(own, base) is own
+    share = vllm_rollouts.arguments(made, 384, [])["vllm_gpu_memory_utilization"]
+    assert share == pytest.approx((14.185 + 3 + 5.25) / 48, abs=0.001)
+    own = COLOCATED.model_copy(update={"gpu_memory_utilization": 0.2})
+    for given in (PAPER.model_copy(update={"rollouts": own}), RlSection()):
+        assert vllm_rollouts.with_memory_share(given, base) is given
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert vllm_rollouts.with_memory_share(PAPER, base).rollouts.gpu_memory_utilization == 0.3
 
@@ -342,19 +306,11 @@ def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, caps
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     config = begun("rl.rollouts.engine=vllm_colocate", "rl.max_steps=3")
     make_step(config, "sft")
-    arguments = [
-        part
-        for text in (
-            *begun.home,
-            "rl.rollouts.engine=vllm_colocate",
-            f"rl.rollouts.enable_sleep_mode={sleeps}".lower(),
-            "rl.max_steps=3",
-            "rl.learning_rate=0.05",
-        )
-        for part in ("--set", text)
-    ]
+    asleep = f"rl.rollouts.enable_sleep_mode={sleeps}".lower()
+    settings = [*begun.home, "rl.rollouts.engine=vllm_colocate", asleep]
+    settings += ["rl.max_steps=3", "rl.learning_rate=0.05"]
     command = [sys.executable, "-m", "lorapar_cli", "rl", "--force", str(ROOT / "configs/smoke.yaml")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*command, *flags(*settings)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     ran = "Using V2 Model Runner" in done.stdout + done.stderr
     assert runner is None or ran == (runner == "1")

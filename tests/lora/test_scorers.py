@@ -1,25 +1,24 @@
-"""Batched per-example gradients against one example at a time in plain autograd.
-
-And the formula against its definition.
-"""
+"""Importance, by batched gradients or a pilot run, against plain autograd; and its formulas."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_steps
-from safetensors.torch import load_file
+from conftest import labels_of, make_steps
+from results import artifacts
 
 from stages.config import LoraSection, ModelSection, RlSection, ScoreSection
 from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
-from stages.lora.importance.masks import read_importance, write_importance
+from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
-from stages.packing.losses import answer_losses, collate, pack_rows, packed_answer_losses
-from stages.prompts.renderer import IGNORED, Row
+from stages.models.tokenizer import load_tokenizer
+from stages.packing.losses import answer_losses, collate
+from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.runtime.batch_size import BatchSize
+from stages.score import pilot
 from stages.score import run as score
 
 
@@ -40,6 +39,17 @@ def size(now: int) -> BatchSize:
 def adapted(tiny, lora: LoraSection, dtype: torch.dtype):
     base = load_base(ModelSection(name=str(tiny))).to(dtype)
     return adapter.initial(base, lora, 0).to(dtype).eval()
+
+
+def frozen(tiny, dtype: torch.dtype = torch.float32):
+    """As it is scored, and its layers."""
+    model = adapted(tiny, LoraSection(r=3), dtype).requires_grad_(False)
+    return model, adapter.lora_layers(model)
+
+
+def scored(model, examples: list[Row], batch: BatchSize, counted: list[int] | None = None) -> Moments:
+    done = [] if counted is None else counted
+    return moments(model, adapter.lora_layers(model), examples, batch, done.append, 0)
 
 
 def one_by_one(model, examples) -> tuple[dict, dict]:
@@ -75,7 +85,7 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
     counted: list[int] = []
-    sums = moments(model, adapter.lora_layers(model), rows(), size(4), counted.append, 0)
+    sums = scored(model, rows(), size(4), counted)
     assert counted == [4, 3] and sums.examples == 7
     for got, want in ((sums.gradient, wanted[0]), (sums.square, wanted[1])):
         for name in want:
@@ -83,10 +93,8 @@ def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, comp
 
 
 def test_sums_over_a_model_of_16_bits_have_32(tiny):
-    model = adapted(tiny, LoraSection(r=3), torch.bfloat16)
-    model.requires_grad_(False)
     # Of one example: the sum over several would not be a number of 16 bits anyway.
-    sums = moments(model, adapter.lora_layers(model), rows(1), size(4), lambda n: None, 0)
+    sums = scored(frozen(tiny, torch.bfloat16)[0], rows(1), size(4))
     for value in (*sums.gradient.values(), *sums.square.values()):
         assert value.dtype == torch.float32 and not torch.equal(value.bfloat16().float(), value)
 
@@ -96,18 +104,6 @@ def test_padding_is_masked_by_length_and_not_by_its_token():
     batch = collate([long, short], 0, torch.device("cpu"))
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels.tolist() == [long.labels, [IGNORED, 0, IGNORED, IGNORED]]
-
-
-def test_loss_is_the_mean_over_answer_tokens(tiny):
-    """In a padded batch and in a row without padding."""
-    model = adapted(tiny, LoraSection(r=3), torch.float64)
-    examples = rows()
-    row = pack_rows(model, examples, torch.device("cpu"))
-    assert row is not None and row.input_ids.numel() == sum(len(e.input_ids) - 1 for e in examples)
-    batch = answer_losses(model, collate(examples, 0, torch.device("cpu")))
-    single = torch.cat([answer_losses(model, collate([row], 0, torch.device("cpu"))) for row in examples])
-    torch.testing.assert_close(batch, single)
-    torch.testing.assert_close(packed_answer_losses(model, row), single)
 
 
 def scoring(**sections) -> score.Scoring:
@@ -136,11 +132,10 @@ class Full:
 def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypatch, caplog):
     """Layers above the first have added their gradients when memory runs out."""
     monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
-    model = adapted(tiny, LoraSection(r=3), torch.float64)
-    model.requires_grad_(False)
-    wanted = moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
+    model, _ = frozen(tiny, torch.float64)
+    wanted = scored(model, rows(), size(2))
     full, counted, halved = Full(model, 2), [], size(16)
-    sums = moments(model, adapter.lora_layers(model), rows(), halved, counted.append, 0)
+    sums = scored(model, rows(), halved, counted)
     assert full.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and sum(counted) == 7 and halved.now == 1
     assert caplog.messages == [
         "out of memory with score.batch_size 7: going on with 3",
@@ -149,15 +144,9 @@ def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypa
     for name, value in wanted.square.items():
         torch.testing.assert_close(sums.square[name], value)
         torch.testing.assert_close(sums.gradient[name], wanted.gradient[name])
-
-
-def test_one_example_without_memory_says_what_helps(tiny, monkeypatch):
-    monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
-    model = adapted(tiny, LoraSection(r=3), torch.float64)
-    model.requires_grad_(False)
-    Full(model, 0)
+    full.room = 0
     with pytest.raises(OutOfMemoryError, match=r"^out of memory with score\.batch_size 1$") as caught:
-        moments(model, adapter.lora_layers(model), rows(), size(2), lambda n: None, 0)
+        scored(model, rows(), size(2))
     assert caught.value.hint == "shorten the rows" and caught.value.exit_code == 74
 
 
@@ -184,45 +173,34 @@ def test_formulas():
 
 
 def test_a_loss_that_is_not_finite_names_the_example(tiny):
-    model = adapted(tiny, LoraSection(r=3), torch.float32)
-    model.requires_grad_(False)
-    next(iter(adapter.lora_layers(model).values())).weight[0, 0] = float("inf")
+    model, layers = frozen(tiny)
+    next(iter(layers.values())).weight[0, 0] = float("inf")
     with pytest.raises(UnusableResult, match="loss is not finite for 0, 1"):
-        moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
+        scored(model, rows()[:2], size(4))
 
 
 def test_a_module_that_runs_twice_is_refused(tiny):
-    model = adapted(tiny, LoraSection(r=3), torch.float32)
-    model.requires_grad_(False)
+    model, _ = frozen(tiny)
     layers = model.base_model.model.model.layers
     layers[1] = layers[0]
     with pytest.raises(UnusableResult, match="runs 2 times in a forward pass"):
-        moments(model, adapter.lora_layers(model), rows()[:2], size(4), lambda n: None, 0)
+        scored(model, rows()[:2], size(4))
 
 
 def test_the_stage_scores_by_means_over_examples(tiny):
     """Of two examples Σg = 2 and Σg² = 8: g = 1, F = 4, |φ - 2φ²|."""
-    lora = LoraSection(r=3)
-    model = adapted(tiny, lora, torch.float32)
-    layers = adapter.lora_layers(model)
+    _, layers = frozen(tiny)
 
     def sums(rows):
         first, second = ({n: torch.full_like(m.weight, x) for n, m in layers.items()} for x in (2.0, 8.0))
         return Moments(first, second, 2, 3.0)
 
-    found, told = score._importance(scoring(lora=lora), layers, [[]], sums)
+    found, told = score._importance(scoring(lora=LoraSection(r=3)), layers, [[]], sums)
     for name, layer in layers.items():
         torch.testing.assert_close(found[name], (layer.weight - 2 * layer.weight**2).abs())
-    first = sum(float(m.weight.detach().abs().sum()) for m in layers.values())
-    second = sum(float((2 * m.weight.detach() ** 2).sum()) for m in layers.values())
+    first = sum(float(m.weight.abs().sum()) for m in layers.values())
+    second = sum(float((2 * m.weight**2).sum()) for m in layers.values())
     assert told == {"mean_loss": 1.5, "second_order": pytest.approx(second / (first + second), rel=1e-4)}
-
-
-def test_importance_is_filed_by_system(tmp_path):
-    write_importance(tmp_path / "i", {1: {"a": torch.ones(2)}, 2: {"a": torch.full((2,), 3.0)}})
-    assert load_file(tmp_path / "i")["s1/a"].tolist() == [1, 1]
-    found = read_importance(tmp_path / "i")
-    assert {system: part["a"].tolist() for system, part in found.items()} == {1: [1, 1], 2: [3, 3]}
 
 
 def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
@@ -235,3 +213,75 @@ def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     )  # fmt: skip
     made = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
     assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)
+
+
+LR = pilot.LR
+BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
+
+
+def by_autograd(model, lora) -> dict[str, torch.Tensor]:
+    """The weights after one AdamW step for each batch, on the mean of the rows' losses."""
+    layers = adapter.lora_layers(model)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=LR, weight_decay=0)
+    for batch in BATCHES:
+        optimizer.zero_grad()
+        answer_losses(model, collate(batch, 0, torch.device("cpu"))).mean().backward()
+        for name, layer in layers.items():
+            whole = torch.zeros_like(layer.weight)
+            adapter.trainable_part(name, whole, lora).fill_(1)
+            layer.weight.grad *= whole
+        optimizer.step()
+    return {name: layer.weight.detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, compensate):
+    lora = LoraSection(r=3, compensate=compensate)
+    wanted = by_autograd(adapted(tiny, lora, torch.float64), lora)
+    model = adapted(tiny, lora, torch.float64).requires_grad_(False)
+    layers = adapter.lora_layers(model)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+
+    after, loss = pilot.run(layers, lora, BATCHES, lambda batch: scored(model, batch, size(4)))
+    assert loss == pytest.approx(7 * 5.5, rel=0.1)  # a random model, 256 tokens
+    moved = 0.0
+    for name, layer in layers.items():
+        # Losses are float32, and AdamW moves an element by a whole rate where its gradient is all rounding.
+        torch.testing.assert_close(after[name], wanted[name], rtol=0, atol=1e-2 * LR)
+        assert torch.equal(layer.weight, before[name]) and layer.weight.grad is None
+        distance = scorers.pick("moved")(before[name], after[name])
+        moved += float(adapter.trainable_part(name, distance, lora).sum())
+        adapter.trainable_part(name, distance, lora).zero_()
+        assert not distance.any(), name  # what is not trained has not moved
+    assert moved > 0
+
+
+def test_scorer_moved_makes_masks_that_sft_trains(begun):
+    config = begun(
+        "score.scorer=moved", "score.examples=6", "lora.init=default", "partition.strategy=topk",
+        "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1",
+    )  # fmt: skip
+    made = artifacts(config, "classify:train", "score", "partition", "sft")
+    summary = made["score"].manifest["summary"]["system1"]
+    assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0
+    scores = read_importance(made["score"].path / "importance.safetensors")
+    largest = max(float(one.max()) for one in scores[1].values())
+    assert summary["pilot_steps"] == 6
+    assert 0 < largest <= 6.1 * pilot.LR  # six steps of AdamW, of one rate each at most
+    assert any(not torch.equal(scores[1][name], scores[2][name]) for name in scores[1])
+    trained = made["sft"].manifest["summary"]
+    assert trained["frozen_drift"] == 0 and 0.25 <= trained["active_share"] <= 0.2501
+
+
+def test_rows_that_are_dropped_leave_no_empty_step(begun):
+    """The examples are fewer than the steps of the pilot run would be, and of these some are too long."""
+    renderer = Renderer(load_tokenizer(begun().model), begun().prompt)
+    slow = [renderer.row(row.example) for row in labels_of(begun()) if row.system == 2]
+    lengths = sorted(len(row.input_ids) for row in slow)
+    few = ["score.scorer=moved", "score.examples=12", "data.too_long=drop"]
+    config = begun(*few, f"data.max_length={lengths[len(lengths) // 2]}")
+    summary = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
+    told = summary["system2"]
+    assert told["pilot_steps"] == told["examples"] < 12 and told["too_long"]

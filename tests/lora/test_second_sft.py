@@ -1,12 +1,11 @@
 """A second round of SFT: System 2's elements on System 2 rows, from the adapter of the first."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, labels_of, make_steps
-from results import artifacts, flags
+from conftest import ROOT, flags, labels_of, make_steps
+from results import artifacts
 
 from stages import export
 from stages.lora.adapter import adapter
@@ -16,6 +15,7 @@ from stages.pipeline.run import pending_stages
 from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
 from stages.plan.preflight import problems
+from stages.records import write_jsonl
 from stages.report import run_page
 from stages.store.artifacts import Store
 
@@ -36,11 +36,9 @@ def test_only_rl_and_what_follows_from_it_has_another_key(smoke):
 
 
 def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
-    for benchmarks in ([], ["eval.benchmarks={}"]):
-        config = resolved(smoke(*TWO, "eval.targets=[base, sft2]", *benchmarks))
-        pending = pending_stages(config, plan_steps(config), Store(config.root), None, None)
-        tasks = [task.stage.name for task in pending]
-        assert tasks == ["classify", "score", "partition", "sft", *([] if benchmarks else ["eval"])]
+    config = resolved(smoke(*TWO, "eval.targets=[base, sft2]"))
+    pending = pending_stages(config, plan_steps(config), Store(config.root), None, None)
+    assert [task.stage.name for task in pending] == ["classify", "score", "partition", "sft", "eval"]
 
 
 def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun):
@@ -75,9 +73,9 @@ def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
 def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):
     export_command = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out")
     make_steps(begun(*TWO), "sft")
-    done = lorapar(*export_command, *flags([*begun.home, *TWO, "eval.targets=[sft2]"]))
+    done = lorapar(*export_command, *flags(*begun.home, *TWO, "eval.targets=[sft2]"))
     assert done.code == 0 and "adapter of sft2" in done.out + done.err
-    done = lorapar(*export_command, *flags(begun.home), "--target", "sft2")
+    done = lorapar(*export_command, *flags(*begun.home), "--target", "sft2")
     assert done.code == 78 and "--target sft2: SFT has one round" in done.err
 
 
@@ -90,13 +88,11 @@ def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch,
 
     assert stopped("rl.rewards={text_overlap: 1}") == []
     bare = tmp_path / "bare.jsonl"
-    bare.write_text(
-        "".join(json.dumps({"prompt": f"{i} + 1?", "gold": str(i + 1)}) + "\n" for i in range(48))
-    )
+    write_jsonl(bare, ({"prompt": f"{i} + 1?", "gold": str(i + 1)} for i in range(48)))
     assert stopped(f"data.path={bare}") == [("sft", SECOND)]
-    rows = labels_of(begun())
     without = [
-        replace(row, example=replace(row.example, response="")) if row.system == 2 else row for row in rows
+        replace(row, example=replace(row.example, response="")) if row.system == 2 else row
+        for row in labels_of(begun())
     ]
     monkeypatch.setattr(preflight, "_labels", lambda texts, steps: without)
     assert stopped("rl.rewards={correctness: 1}") == [(SECOND,)]

@@ -8,22 +8,20 @@ from torch import nn
 from stages.lora.adapter.elements import SparseLinear, frozen_weights
 
 
-def layer(share: float = 0.4) -> tuple[nn.Linear, torch.Tensor]:
+def layer() -> tuple[nn.Linear, torch.Tensor]:
     torch.manual_seed(0)
     linear = nn.Linear(12, 7, bias=False)
-    return linear, torch.rand(7, 12) < share
+    return linear, torch.rand(7, 12) < 0.4
 
 
 @pytest.mark.parametrize(
     "optimizer",
     [
-        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-        lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
     ],
-    ids=["adamw", "fused", "foreach", "sgd", "adafactor"],
+    ids=["fused", "foreach", "sgd"],
 )
 def test_frozen_elements_stay_to_the_bit_and_active_ones_move(optimizer):
     linear, mask = layer()
@@ -41,11 +39,13 @@ def test_frozen_elements_stay_to_the_bit_and_active_ones_move(optimizer):
     assert torch.equal(now[mask], packed.values.detach())
 
 
-def test_gradients_are_those_of_the_plain_layer():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_of_the_plain_layer(autocast):
     linear, mask = layer()
     packed, x = SparseLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
-    linear(x).square().sum().backward()
-    packed(x).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        linear(x).square().sum().backward()
+        packed(x).square().sum().backward()
     assert torch.equal(packed.values.grad, linear.weight.grad[mask])
 
 
@@ -65,9 +65,8 @@ def test_state_dict_is_dense_under_the_plain_name_and_loads_back():
 def test_without_active_elements_there_is_no_parameter():
     linear, _ = layer()
     packed = SparseLinear(linear, torch.zeros(7, 12, dtype=torch.bool))
-    assert list(packed.parameters()) == []
+    assert list(packed.parameters()) == [] and list(packed.state_dict()) == ["weight"]
     assert torch.equal(packed.weight, linear.weight)
-    assert list(packed.state_dict()) == ["weight"]
 
 
 def test_copies_and_pickles_are_independent():
@@ -94,12 +93,3 @@ def test_fixed_weights_are_made_once_and_train_again_afterwards():
         packed.values -= packed.values.grad
     assert torch.equal(packed.weight[mask], packed.values)
     assert torch.equal(packed.weight[~mask], linear.weight[~mask])
-
-
-def test_gradients_under_autocast_are_those_of_the_plain_layer():
-    linear, mask = layer()
-    packed, x = SparseLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
-    with torch.autocast("cpu", torch.bfloat16):
-        linear(x).square().sum().backward()
-        packed(x).square().sum().backward()
-    assert torch.equal(packed.values.grad, linear.weight.grad[mask])

@@ -8,23 +8,15 @@ import torch
 from conftest import make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from results import artifacts
 from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.errors import UnusableResult
 from stages.lora import read_masks
 from stages.lora.importance.masks import Masks, flatten_weights
-from stages.lora.importance.strategies import (
-    NONE,
-    S1_ONLY,
-    S2_ONLY,
-    SHARED,
-    exact_total,
-    needed_set,
-    strategies,
-)
+from stages.lora.importance.strategies import NONE, S1_ONLY, S2_ONLY, SHARED, needed_set, strategies
 
-UNIT = Fraction(1, 2**173)
 # Few distinct values, so that ties are the rule; the smallest and largest float32 among them.
 tied = st.sampled_from([0.0, 1e-45, 1.4e-42, 1e-38, 0.1, 0.25, 0.3, 1.0, 1.5, 3.4e38])
 scores = st.lists(tied | st.floats(0, 2.0**100, width=32), min_size=1, max_size=60)
@@ -45,12 +37,6 @@ def oracle(values: list[float], theta: Fraction) -> list[bool]:
 
 def tensor(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-@given(scores)
-def test_total_is_exact(values):
-    t = tensor(values)
-    assert exact_total(t) * UNIT == sum(Fraction(v) for v in t.tolist())
 
 
 @given(scores.filter(any), shares)
@@ -79,18 +65,16 @@ def test_the_element_that_crosses_theta_is_kept():
     assert split([5.0, 4.0, 1.0], [0.5, 1.0, 8.5]).region.tolist() == [S1_ONLY, S1_ONLY | S2_ONLY, S2_ONLY]
 
 
-def test_theta_one_is_every_element_even_a_zero():
+def test_theta_one_is_every_element_even_a_zero_and_minus_zero_is_zero():
     assert split([0.0, 1.0], [1.0, 1.0], theta=1).region.tolist() == [SHARED, SHARED]
+    assert split([-0.0, 1.0], [1.0, 1.0]).region.tolist() == [S2_ONLY, SHARED]
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(0.015625, 8, width=32), st.floats(0.015625, 8, width=32)), min_size=2, max_size=40
-    ),
-    shares,
-    shares,
-    shares,
-)
+positive = st.floats(0.015625, 8, width=32)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(positive, positive), min_size=2, max_size=40), shares, shares, shares)
 def test_active_elements(pairs, theta, alpha, beta):
     one, two = map(list, zip(*pairs, strict=True))
     s = split(one, two, theta=theta, alpha=alpha, beta=beta)
@@ -125,8 +109,8 @@ def test_a_control_is_a_seeded_permutation(strategy, sizes):
 
 def test_swapped_exchanges_the_systems():
     one, two = [5.0, 4.0, 1.0], [1.0, 1.0, 8.0]
-    assert torch.equal(split(one, two, strategy="swapped").active["sft"], split(one, two).active["rl"])
-    assert torch.equal(split(one, two, strategy="swapped").active["rl"], split(one, two).active["sft"])
+    swapped, real = split(one, two, strategy="swapped").active, split(one, two).active
+    assert torch.equal(swapped["sft"], real["rl"]) and torch.equal(swapped["rl"], real["sft"])
 
 
 def test_complement_trains_what_importance_leaves_frozen():
@@ -137,7 +121,7 @@ def test_complement_trains_what_importance_leaves_frozen():
     assert control.region.tolist() == [3 - r for r in real.region.tolist()]
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(tied, tied), min_size=2, max_size=60), st.sampled_from([0.25, 0.5, 0.9, 1]))
 def test_topk_takes_so_many_of_each_system(pairs, density):
     one, two = (list(values) for values in zip(*pairs, strict=True))
@@ -158,16 +142,11 @@ def test_random_half_needs_no_scores_and_trains_one_half_in_both_stages():
     assert int(split([0.0] * 10, [0.0] * 10, strategy="random_half", density=0.1).active["sft"].sum()) == 1
 
 
-def test_all_trains_everything():
-    assert split([0.0, 0.0], [0.0, 0.0], strategy="all").active["rl"].all()
-
-
 @pytest.mark.parametrize(
     ("values", "text"),
     [
         ([0.0, 0.0], "zero for every element"),
-        ([math.nan, 1.0], "1 non-finite"),
-        ([math.inf, 1.0], "1 non-finite"),
+        ([math.nan, math.inf], "2 non-finite"),
         ([-1.0, 1.0], "negative"),
     ],
 )
@@ -176,24 +155,10 @@ def test_meaningless_scores_are_refused(values, text):
         split(values, [1.0, 1.0])
 
 
-def test_minus_zero_is_zero():
-    assert split([-0.0, 1.0], [1.0, 1.0]).region.tolist() == [S2_ONLY, SHARED]
-
-
-def test_masks_come_back_as_written(tmp_path):
-    s = split([3.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 3.0], theta=0.6)
-    masks = Masks.from_flat(s.region, s.active["rl"], {"b": torch.Size([1, 2]), "a": torch.Size([2, 1])})
-    masks.write(tmp_path / "m.safetensors", "rl")
-    back = Masks.load(tmp_path / "m.safetensors", "rl")
-    assert torch.equal(flatten_weights(back.region), s.region)
-    assert torch.equal(flatten_weights(back.active), s.active["rl"])
-    assert back.active["a"].shape == (2, 1) and back.active["a"].dtype == torch.bool
-
-
 def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(begun):
-    made = make_steps(begun("partition.theta=0.5", "partition.alpha=0", "partition.beta=0"), "partition")
+    made = artifacts(begun("partition.theta=0.5", "partition.alpha=0", "partition.beta=0"), "partition")
     for stage, only in (("sft", S1_ONLY), ("rl", S2_ONLY)):
-        artifact, _ = made[f"partition:{stage}"]
+        artifact = made[f"partition:{stage}"]
         masks = Masks.load(artifact.path / "masks.safetensors", stage)
         assert read_masks(artifact.path, stage).keys() == masks.active.keys()
         assert all(torch.equal(masks.active[name], region == only) for name, region in masks.region.items())
@@ -209,23 +174,20 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
 )
 def test_rl_may_train_more_than_system_2_s_elements(begun, rl_elements, regions):
     plain, wider = (
-        make_steps(begun("partition.theta=0.5", *more), "partition")
+        artifacts(begun("partition.theta=0.5", *more), "partition")
         for more in ((), (f"partition.rl_elements={rl_elements}",))
     )
-    masks = Masks.load(wider["partition:rl"][0].path / "masks.safetensors", "rl")
+    masks = Masks.load(wider["partition:rl"].path / "masks.safetensors", "rl")
     for name, region in masks.region.items():
         assert torch.equal(masks.active[name], torch.isin(region, torch.tensor(sorted(regions))))
-    keys = {
-        stage: {made[f"partition:{stage}"][0].manifest["key"] for made in (plain, wider)}
-        for stage in ("sft", "rl")
-    }
-    assert len(keys["sft"]) == 1 and len(keys["rl"]) == 2
+    changed = [name for name in plain if plain[name].manifest["key"] != wider[name].manifest["key"]]
+    assert changed == ["partition:rl"]
 
 
 def test_rl_may_train_as_many_random_elements_of_each_weight_or_a_share_of_its_own(begun):
     def active(*settings: str) -> dict[str, Tensor]:
-        made = make_steps(begun("partition.theta=0.5", *settings), "partition")
-        return Masks.load(made["partition:rl"][0].path / "masks.safetensors", "rl").active
+        made = artifacts(begun("partition.theta=0.5", *settings), "partition")
+        return Masks.load(made["partition:rl"].path / "masks.safetensors", "rl").active
 
     plain, control = active(), active("partition.rl_elements=random_within")
     assert all(int(mask.sum()) == int(control[name].sum()) for name, mask in plain.items())
@@ -236,9 +198,8 @@ def test_rl_may_train_as_many_random_elements_of_each_weight_or_a_share_of_its_o
 
 
 def test_system_1_may_have_all_elements(begun):
-    for chosen, size in ((["all"], "theta"), (["topk", "partition.density=1"], "density")):
-        strategy, *density = chosen
-        config = begun(f"partition.strategy={strategy}", *density, "partition.rl_elements=not_system1")
+    for size, *chosen in (("theta", "strategy=all"), ("density", "strategy=topk", "density=1")):
+        config = begun(*(f"partition.{setting}" for setting in (*chosen, "rl_elements=not_system1")))
         with pytest.raises(UnusableResult) as caught:
             make_steps(config, "score", "partition:rl")
         assert f"System 1 has all of them: lower partition.{size}" in caught.value.hint

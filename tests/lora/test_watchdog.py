@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from typing import IO
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port, wait_for
 
 SCRIPT = """
 import logging, sys, time
@@ -41,58 +41,43 @@ dist.all_reduce(torch.ones(1))
 """  # fmt: skip
 
 
-class Run:
-    """The code in a forked child, which has the libraries already."""
+def begun(code: str, folder: Path) -> multiprocessing.Process:
+    """The code in a forked child, which has the libraries already; what it says is in files of the folder."""
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(code, folder))
+    child.start()
+    return child
 
-    def __init__(self, code: str, folder: object) -> None:
-        (self.out, out), (self.err, err) = self._pipe(), self._pipe()
-        fork = multiprocessing.get_context("fork")
-        self.child = fork.Process(target=self._child, args=(code, str(folder), out, err))
-        self.child.start()
-        out.close()
-        err.close()
 
-    def _pipe(self) -> tuple[IO[str], IO[str]]:
-        read, write = os.pipe()
-        return os.fdopen(read), os.fdopen(write, "w", buffering=1)
-
-    def _child(self, code: str, folder: str, out: IO[str], err: IO[str]) -> None:
-        sys.argv, sys.stdout, sys.stderr = ["", folder], out, err
-        exec(compile(code, "a script", "exec"), {})
-
-    def ended(self) -> tuple[int, str]:
-        """Its exit code, and what it said in the meantime."""
-        said = self.err.read()
-        self.child.join()
-        return self.child.exitcode, said
+def _child(code: str, folder: Path) -> None:
+    sys.argv = ["", str(folder)]
+    sys.stdout, sys.stderr = ((folder / name).open("w", buffering=1) for name in ("out", "err"))
+    exec(compile(code, "a script", "exec"), {})
 
 
 def test_a_step_that_hangs_ends_the_run_and_says_where(tmp_path):
-    code, said = Run(ALONE, tmp_path).ended()
-    assert code == 69 and "in a_reward_that_hangs" in said
+    child = begun(ALONE, tmp_path)
+    child.join()
+    said = (tmp_path / "err").read_text()
+    assert child.exitcode == 69 and "in a_reward_that_hangs" in said
     told = r"error: step 6 has taken \d+ s, 20 times the median or more\n  hint: where it stands"
     assert re.search(told, said)
 
 
 def test_a_run_that_was_stopped_for_a_while_has_not_hung(tmp_path):
-    run = Run(SCRIPT + "time.sleep(0.3)", tmp_path)
-    assert run.out.readline()
-    os.kill(run.child.pid, signal.SIGSTOP)
+    child = begun(SCRIPT + "time.sleep(0.3)", tmp_path)
+    assert wait_for(lambda: "five steps" in "".join(file.read_text() for file in tmp_path.glob("out")))
+    os.kill(child.pid, signal.SIGSTOP)
     time.sleep(1.5)
-    os.kill(run.child.pid, signal.SIGCONT)
-    code, said = run.ended()
-    assert code == 0 and "stands here" not in said
+    os.kill(child.pid, signal.SIGCONT)
+    child.join()
+    assert child.exitcode == 0 and "stands here" not in (tmp_path / "err").read_text()
 
 
 @pytest.mark.slow
 def test_of_several_processes_the_missing_one_is_named(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     failure = str(tmp_path / "failure.json")
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LORAPAR_FAILURE": failure}
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"LORAPAR_FAILURE": failure}
     command = [sys.executable, "-c", TOGETHER, str(tmp_path / "beats")]
     children = [
         subprocess.Popen(

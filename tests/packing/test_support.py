@@ -12,11 +12,9 @@ from transformers import (
     DiffLlamaConfig,
     Gemma2Config,
     Gemma3Config,
-    Gemma3TextConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
@@ -24,7 +22,7 @@ from transformers import (
 )
 
 from stages.packing import support
-from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, common_prefix_length
+from stages.packing.batch import PackedBatch, PrefixGroup, Suffix
 from stages.packing.support import packed_logprobs, supports_packing
 
 WORDS = 97
@@ -39,11 +37,9 @@ VISION = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-IMAGES = {"vision_config": VISION, "mm_tokens_per_image": 4}
 OPT = {name: value for name, value in SMALL.items() if name not in ("intermediate_size", "initializer_range")}
 TAKEN = {
     "llama": LlamaConfig(**GROUPED),
-    "llama, one key head": LlamaConfig(**GROUPED | {"num_key_value_heads": 1}),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED),
     "mistral without a window": MistralConfig(**GROUPED, sliding_window=None),
@@ -52,7 +48,6 @@ TAKEN = {
 }
 REFUSED = {
     "mistral": (MistralConfig(**GROUPED, sliding_window=8), "its layers see 8 tokens back"),
-    "gemma2": (Gemma2Config(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
     "gemma3 with images": (
         Gemma3Config(
             text_config=GROUPED | {"sliding_window": 8}, vision_config=VISION, mm_tokens_per_image=4
@@ -60,11 +55,6 @@ REFUSED = {
         "it has layers of sliding_attention",
     ),
     "diffllama": (DiffLlamaConfig(**GROUPED), "its layers attend several times"),
-    "gemma3": (Gemma3TextConfig(**GROUPED, sliding_window=8), "it has layers of sliding_attention"),
-    "capped logits": (
-        Gemma2Config(**GROUPED, **FULL, final_logit_softcapping=0.5),
-        "log-probabilities in a row differ by",
-    ),
     "capped attention": (
         Gemma2Config(**GROUPED, **FULL, final_logit_softcapping=None, attn_logit_softcapping=0.1),
         "log-probabilities in a row differ by",
@@ -137,8 +127,8 @@ SHAPES = st.lists(
 )
 
 
-@settings(max_examples=40)
-@given(SHAPES, st.integers(0, 99), st.sampled_from([0.7, 1.0, 1.6]))
+@settings(max_examples=15)
+@given(SHAPES, st.integers(0, 99), st.sampled_from([0.7, 1.6]))
 def test_a_row_gives_what_each_sequence_gives_alone(exact, shape, seed, temperature):
     texts = some(shape, seed)
     found = packed_logprobs(exact, row_of(texts), temperature)
@@ -149,23 +139,6 @@ def test_a_row_gives_what_each_sequence_gives_alone(exact, shape, seed, temperat
     wanted = gradient(exact, log_probs)
     apart = gradient(exact, found.log_probs) - wanted
     assert float(apart.norm()) <= 1e-6 * float(wanted.norm())
-
-
-@settings(max_examples=20)
-@given(SHAPES, st.integers(0, 99), st.data())
-def test_no_completion_sees_another(exact, shape, seed, data):
-    """To the bit: one is changed, and all others stay as they were."""
-    texts = some(shape, seed)
-    group = data.draw(st.integers(0, len(texts) - 1))
-    prompt, completions = texts[group]
-    one = data.draw(st.integers(0, len(completions) - 1))
-    changed = [(p, list(own)) for p, own in texts]
-    changed[group][1][one] = [3 + (token - 2) % (WORDS - 3) for token in completions[one]]
-    first = sum(map(len, (ids for _, own in texts[:group] for ids in own))) + sum(map(len, completions[:one]))
-    end = first + len(completions[one])
-    before, after = (packed_logprobs(exact, row_of(t)).log_probs for t in (texts, changed))
-    assert torch.equal(before[:first], after[:first]) and torch.equal(before[end:], after[end:])
-    assert not torch.equal(before[first:end], after[first:end])
 
 
 @pytest.mark.parametrize("kind", support.KINDS)
@@ -195,10 +168,6 @@ def test_architectures_take_rows_and_their_own_pass_stays_as_it_was(name, kind):
     torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=2e-5)
 
 
-def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == support.log.name]
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_rows_would_get_wrong_is_refused_with_one_warning(name, caplog):
     config, reason = REFUSED[name]
@@ -208,7 +177,7 @@ def test_what_rows_would_get_wrong_is_refused_with_one_warning(name, caplog):
         before = model(input_ids=torch.tensor([ids])).logits
     with caplog.at_level(logging.WARNING):
         assert not supports_packing(model, ids) and not supports_packing(model, ids)
-    (said,) = warnings_of(caplog)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == support.log.name]
     assert said.startswith(f"{type(model).__name__} computes every sequence by itself: {reason}")
     with torch.no_grad():
         assert torch.equal(model(input_ids=torch.tensor([ids])).logits, before)
@@ -258,31 +227,24 @@ def test_the_question_draws_no_number_and_leaves_every_mode():
     assert [module.training for module in model.modules()] == modes
 
 
-@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=6))
-def test_the_common_beginning_is_the_longest(rows):
-    size = common_prefix_length(rows)
-    assert all(row[:size] == rows[0][:size] and len(row) >= size for row in rows)
-    with_next_token = {tuple(row[: size + 1]) for row in rows}
-    assert len(with_next_token) > 1 or len(with_next_token.pop()) == size
-
-
 def test_dropout_of_the_model_s_own_is_seen_and_acts_in_a_row():
     """In training; the numbers of a shared beginning would drop out for all its branches alike."""
-    config = LlamaConfig(**GROUPED, attention_dropout=0.5)
-    model = LlamaForCausalLM(config).eval()
-    assert support.has_active_dropout(model) and not support.has_active_dropout(
-        LlamaForCausalLM(LlamaConfig(**GROUPED))
-    )
-    assert support.supports_packing(model, [3, 4, 5, 6, 7])
-    row = PackedBatch.from_groups(
-        [PrefixGroup([], [Suffix([3, 4, 5, 6], [4, 5, 6, 7])])], torch.device("cpu")
-    )
+    model = made(LlamaConfig(**GROUPED, attention_dropout=0.5))
+    assert support.has_active_dropout(model) and not support.has_active_dropout(made(TAKEN["llama"]))
+    assert supports_packing(model, [3, 4, 5, 6, 7])
+    row = row_of([([3], [[4, 5, 6, 7]])])
 
     def alike() -> bool:
-        return torch.equal(
-            support.packed_logprobs(model, row).log_probs, support.packed_logprobs(model, row).log_probs
-        )
+        return torch.equal(*(packed_logprobs(model, row).log_probs for _ in range(2)))
 
     assert alike()
     model.train()
     assert not alike()
+
+
+def test_behind_prompts_of_one_length_all_layers_and_completions_have_one_mask():
+    """Kept by each layer of a 7B model, those of 8 completions of 2,048 tokens took 13 GiB."""
+    for prompts, masks in (((11, 11), 1), ((11, 8), 4)):
+        row = row_of(some([(length, [23, 18]) for length in prompts]))
+        mask = row.mask(torch.float32, 3)
+        assert mask is row.mask(torch.float32, 3) and len(mask) == masks

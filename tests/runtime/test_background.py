@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, flags, paths, wait_for
 from mock_server import Mock, serve
 
 from stages.runtime import background as module
@@ -43,22 +43,15 @@ def test_an_error_stops_the_others_and_waits_for_none_that_cannot_stop(monkeypat
     deaf.set()
 
 
-def test_a_signal_ends_classify_though_no_server_answers(tiny, tmp_path):
+def test_a_signal_ends_classify_though_no_server_answers(tiny, demo_data, tmp_path):
     with serve(Mock(lambda n, path, body: ("hang", 600) if n else None)) as mock:
-        (tmp_path / "rows.jsonl").write_text('{"question": "How many?", "answer": "3\\n#### 3"}\n')
-        config = {
-            "runs_dir": str(tmp_path / "runs"),
-            "model": {"name": str(tiny)},
-            "data": {"path": str(tmp_path / "rows.jsonl")},
-            "eval": {"targets": ["base"]},
-            "classify": {"voters": [{"model": "judge", "base_url": mock.url}]},
-        }
-        (tmp_path / "c.json").write_text(json.dumps(config))
-        command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
+        voters = json.dumps([{"model": "judge", "base_url": mock.url}])
+        sets = flags(*paths(tiny, demo_data, tmp_path), f"classify.voters={voters}", "data.limit=1")
+        config = str(ROOT / "configs/smoke.yaml")
+        command = [sys.executable, "-m", "lorapar_cli", "classify", config, *sets]
         child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
-            while len(mock.log) < 2 and child.poll() is None:
-                time.sleep(0.05)
+            assert wait_for(lambda: len(mock.log) > 1 or child.poll() is not None)
             child.send_signal(signal.SIGTERM)
             assert child.wait(120) == 128 + signal.SIGTERM, child.stderr.read()
         finally:

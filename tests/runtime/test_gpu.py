@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, flags
 
 from lorapar_cli import doctor
 from stages.config import ModelSection
@@ -46,10 +46,8 @@ def test_the_reason_is_torch_s_own(old_driver, monkeypatch, tmp_path):
 
 def test_doctor_names_it_and_fails(old_driver, capsys):
     assert not doctor._show([doctor._device()])
-    assert (
-        f"- device               torch cannot use the NVIDIA GPU: {TOO_OLD}; update"
-        in capsys.readouterr().out
-    )
+    said = f"- device               torch cannot use the NVIDIA GPU: {TOO_OLD}; update"
+    assert said in capsys.readouterr().out
 
 
 def test_no_base_is_loaded(old_driver, tiny):
@@ -59,8 +57,7 @@ def test_no_base_is_loaded(old_driver, tiny):
 
 
 def test_a_run_s_check_stops_unless_the_cpu_is_asked_for(old_driver, lorapar, begun):
-    sets = [part for text in begun.home for part in ("--set", text)]
-    check = ["plan", ROOT / "configs/smoke.yaml", "--check", *sets]
+    check = ["plan", ROOT / "configs/smoke.yaml", "--check", *flags(*begun.home)]
     stopped = lorapar(*check)
     assert stopped.code == 65 and TOO_OLD in stopped.err and "--set model.device=cpu" in stopped.err
     assert lorapar(*check, "--set", "model.device=cpu").code == 0

@@ -67,6 +67,11 @@ def path(tiny, demo_data, tmp_path) -> Path:
 
 
 @pytest.fixture
+def sweep(path, lorapar):
+    return lambda *options: lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"), *options)
+
+
+@pytest.fixture
 def submitted(monkeypatch):
     """What is submitted to a Slurm that starts nothing: settings and command of each job; and its queue."""
     import submitit
@@ -94,8 +99,8 @@ def submitted(monkeypatch):
     return seen
 
 
-def test_each_job_waits_for_those_that_make_its_inputs(path, lorapar, submitted):
-    done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
+def test_each_job_waits_for_those_that_make_its_inputs(path, sweep, submitted):
+    done = sweep()
     assert done.code == 0 and "13 steps are queued or running" in done.err, done.err
     nodes = graph.build_graph(table(path).cells)
     number = {"/".join(place): str(100 + i) for i, place in enumerate(nodes)}
@@ -117,10 +122,9 @@ def test_auto_is_evaluated_with_the_answers_that_it_chooses_from(path):
     assert commands and all("eval.targets=[sft, rl, auto]" in command for command in commands)
 
 
-def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar, submitted, monkeypatch):
-    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
-    lorapar(*command)
-    assert "job 100 is pending" in lorapar(*command).err and len(submitted.jobs) == 13
+def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, sweep, submitted, monkeypatch):
+    sweep()
+    assert "job 100 is pending" in sweep().err and len(submitted.jobs) == 13
     nodes = list(graph.build_graph(table(path).cells).values())
     at = next(i for i, node in enumerate(nodes) if node.step.name == "sft")
     after = [i for i, node in enumerate(nodes) if i == at or {nodes[at].id} & above(node, nodes)]
@@ -129,7 +133,7 @@ def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar
             del submitted.queue[number, name]
     cancelled = []
     monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: cancelled.append(command))
-    again = lorapar(*command)
+    again = sweep()
     assert f"job {100 + at} ended without its artifact, and never ran" in again.err
     # What waits for it is taken back, and waits for the new job.
     assert [job[1] for job in submitted.jobs[13:]] == [nodes[i].command for i in after] and len(after) == 3
@@ -137,39 +141,37 @@ def test_what_is_queued_stays_and_what_has_gone_is_submitted_again(path, lorapar
     assert "113" in submitted.jobs[14][0]["dependency"].split(":")
 
 
-def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, lorapar, submitted, monkeypatch):
+def test_a_job_that_ends_while_the_sweep_looks_is_not_submitted_again(path, sweep, submitted, monkeypatch):
     """Neither is what waited for it, which may be running by now."""
-    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
-    lorapar(*command)
+    sweep()
     nodes = graph.build_graph(table(path).cells).values()
     ended = next(i for i, node in enumerate(nodes) if node.stage == "sft")
     submitted.queue = {job: how for job, how in submitted.queue.items() if job[0] != str(100 + ended)}
     monkeypatch.setattr(slurm, "is_current", lambda node: node.stage == "sft")
     monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: pytest.fail("cancelled"))
-    lorapar(*command)
+    sweep()
     assert len(submitted.jobs) == 13
 
 
-def test_a_dry_run_looks_and_submits_nothing(path, lorapar, submitted, monkeypatch):
-    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml"), "--dry-run"]
+def test_a_dry_run_looks_and_submits_nothing(path, sweep, submitted, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    done = lorapar(*command)
+    done = sweep("--dry-run")
     assert done.code == 0 and "squeue is not installed here" in done.err
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    done = lorapar(*command)
+    done = sweep("--dry-run")
     assert done.code == 0 and "13 not submitted" in done.err and not submitted.jobs
-    lorapar(*command[:-1])
+    sweep()
     number, name = next(iter(submitted.queue))
     submitted.queue[number, name] = "RUNNING"
-    done = lorapar(*command)
+    done = sweep("--dry-run")
     assert done.code == 0 and "1 running, 12 pending" in done.err and f"running, job {number}: " in done.err
     del submitted.queue[number, name]
-    done = lorapar(*command)
+    done = sweep("--dry-run")
     assert done.code == 1 and f"job {number} ended without its artifact, and never ran: classify" in done.err
     assert "1 ended without its artifact, 12 pending" in done.err and len(submitted.jobs) == 13
     assert "set eval.engine: vllm" in done.err  # this machine has no GPU, others may
     monkeypatch.setattr(slurm, "is_current", lambda node: True)  # it ended in this moment
-    done = lorapar(*command)
+    done = sweep("--dry-run")
     assert done.code == 0 and "1 current, 12 pending" in done.err
 
 
@@ -180,11 +182,10 @@ def above(node, nodes) -> set:
     return found.union(*(above(of[place], nodes) for place in node.inputs))
 
 
-def test_a_number_that_is_another_job_s_now_is_not_believed(path, lorapar, submitted):
-    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
-    lorapar(*command)
+def test_a_number_that_is_another_job_s_now_is_not_believed(path, sweep, submitted):
+    sweep()
     submitted.queue = {(number, "someone-else"): state for (number, _), state in submitted.queue.items()}
-    lorapar(*command)
+    sweep()
     assert len(submitted.jobs) == 26
 
 
@@ -192,14 +193,11 @@ def test_a_number_that_is_another_job_s_now_is_not_believed(path, lorapar, submi
     ("text", "said"),
     [
         ("defaults: {time: 1}", "defaults: expected default or a stage"),
-        ("rl: 5", "rl: expected default or a stage, with settings below it"),
         ("rl: {tme: 5}", "rl.tme: choose from account, "),
-        ("rl: {job_name: x, time: 5}", "rl.job_name: choose from account, "),
         ("rl: {time: 5}", "default.time is missing"),
         ("default: {time: 1-00:00:00}", "default.time: expected int, got '1-00:00:00'"),
         ("default: {time: 24:00:00}", "default.time: expected minutes, got 86400"),
         ("default: {time: 5, setup: module load cuda}", "default.setup: expected list, got 'module load"),
-        ("rl: {additional_parameters: gpu}", "rl.additional_parameters: expected dict, got 'gpu'"),
         ("rl: {additional_parameters: {dependency: singleton}}", "dependency: lorapar sets it"),
         ("- 1", "list: expected default or a stage"),
         ("rl: {", "is not YAML"),
@@ -212,14 +210,13 @@ def test_wrong_settings_are_refused(tmp_path, text, said):
         slurm.settings(file, list(ORDER))
 
 
-def test_a_record_that_is_none_is_named(path, lorapar, submitted):
+def test_a_record_that_is_none_is_named(path, sweep, submitted):
     record = path.parent / "runs/sweeps/jobs.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     for text in (b"[]", b'{"a": ["x"]}', b"{", b"\xff"):
         record.write_bytes(text)
-        done = lorapar("sweep", path, "--slurm", path.with_name("slurm.yaml"))
+        done = sweep()
         assert done.code == 78 and "jobs.json is not a record of jobs" in done.err
-    record.unlink()
 
 
 def test_lines_of_squeue_that_name_no_job_of_ours(tmp_path, monkeypatch):
@@ -249,18 +246,17 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
         slurm.queued()
 
 
-def test_a_job_ends_as_its_command_does_and_can_go_on(monkeypatch):
-    call = slurm.Call(["list", "nothing"], "")
+def test_a_job_ends_as_its_command_does_and_a_signal_between_two_tries_gives_another_run(monkeypatch):
+    """As while another process makes the artifact: there is no child then."""
+    codes, call = iter([78, 75]), slurm.Call(["x"], "")
+
+    def guarded(command, **options):
+        return Guarded([sys.executable, "-c", f"raise SystemExit({next(codes)})"], **options)
+
+    monkeypatch.setattr(slurm, "Guarded", guarded)
     with pytest.raises(SystemExit) as caught:
         call()
     assert caught.value.code == 78
-
-
-def test_a_signal_between_two_tries_gives_another_run(monkeypatch):
-    """As while another process makes the artifact: there is no child then."""
-    call = slurm.Call(["x"], "")
-    busy = [sys.executable, "-c", "raise SystemExit(75)"]
-    monkeypatch.setattr(slurm, "Guarded", lambda command, **options: Guarded(busy, **options))
 
     def told(seconds):
         assert call.checkpoint().function.command == ["x"]
@@ -328,7 +324,7 @@ def real(tmp_path, monkeypatch):
         time.sleep(1)
     servers += [subprocess.Popen(["slurmctld", "-D"]), subprocess.Popen(["slurmd", "-D"])]
     try:
-        assert wait_for(lambda: "idle" in squeue("sinfo", "--noheader"), 60)
+        assert wait_for(lambda: b"idle" in subprocess.run("sinfo", capture_output=True).stdout, 60)
         yield
     finally:
         subprocess.run(["scancel", "--user=root"], check=False)
@@ -338,15 +334,10 @@ def real(tmp_path, monkeypatch):
             server.wait()
 
 
-def squeue(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout
-
-
 @pytest.mark.slow
-def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lorapar):
+def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, sweep):
     """The job of the first RL is queued again in the middle; it resumes, and all ends."""
-    command = ["sweep", path, "--slurm", path.with_name("slurm.yaml")]
-    done = lorapar(*command)
+    done = sweep()
     assert done.code == 0 and "13 steps are queued or running" in done.err, done.err
     jobs = json.loads((path.parent / "runs/sweeps/jobs.json").read_text())
     (first, *_) = [job for name, job in jobs.items() if "/rl/" in name]
@@ -360,4 +351,4 @@ def test_a_real_slurm_makes_the_table_and_a_requeued_job_goes_on(real, path, lor
     assert re.search(r"resuming from checkpoint-\d+", log.read_text())
     nodes = graph.build_graph(table(path).cells)
     assert all(node.current for node in nodes.values())
-    assert "nothing to do: every artifact is current" in lorapar(*command).err
+    assert "nothing to do: every artifact is current" in sweep().err

@@ -63,11 +63,7 @@ def failing_from(wanted: int, error: int) -> Callable[[int], None]:
 
 
 def counting(file: Path) -> Callable[[int], None]:
-
-    def act(number: int) -> None:
-        file.write_text(str(number), encoding="utf-8")
-
-    return act
+    return lambda number: file.write_text(str(number), encoding="utf-8")
 
 
 def small_files(largest: int, kills: bool) -> None:

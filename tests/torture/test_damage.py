@@ -254,9 +254,8 @@ def test_odd_places(tiny, demo_data, tmp_path, tally):
     (tmp_path / "folder.jsonl").mkdir()
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model/config.json").unlink()
-    odd = [
-        tmp_path / name for name in ("loop", "dangling", "pipe", "folder.jsonl", "model", "none", "a" * 300)
-    ]
+    names = ("loop", "dangling", "pipe", "folder.jsonl", "model", "none", "a" * 300)
+    odd = [tmp_path / name for name in names]
     odd += [Path("/dev/null"), Path("/proc/self/mem"), Path("/"), Path("x" * 5000), Path("/dev/zero/x")]
     known = [*paths(tiny, demo_data, tmp_path), "classify.strategy=known"]
     for name in ("model.name", "data.path", "classify.labels_file", "eval.benchmarks.demo.path", "runs_dir"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_steps
-from mock_server import Mock, serve
+from mock_server import Mock, serve, with_logprobs
 from tally import FULL
 
 from stages.engines.openai import session
@@ -27,7 +27,6 @@ ODD = [
       for value in (math.nan, math.inf, 0.7, None, "x", [], False, "0", 9e-4, 0.0)),
 ]  # fmt: skip
 """Replies that are none. Of the words alone, 0.0 would be a probability of 1 for each."""
-WORDS = ("System1", "System2")
 SURE = math.log(0.99), math.log(0.01)
 
 
@@ -56,10 +55,8 @@ def contradiction(rng: random.Random) -> str:
 
 
 def chosen(one: object, two: object) -> list[dict[str, object]]:
-    top = [{"token": word[-1], "logprob": value} for word, value in zip(WORDS, (one, two), strict=True)]
-    content = [{"token": "System", "top_logprobs": [{"token": "System", "logprob": 0.0}]}]
     taken = "2" if isinstance(one, float) and isinstance(two, float) and two > one else "1"
-    return [{"logprobs": {"content": [*content, {"token": taken, "top_logprobs": top}]}}]
+    return with_logprobs([("System", {"System": 0.0}), (taken, {"1": one, "2": two})], chat=True)["choices"]
 
 
 def fault(rng: random.Random) -> tuple[str, object]:

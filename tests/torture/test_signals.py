@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import HAS_VLLM, ROOT, descendants, paths, processes, servers
+from conftest import HAS_VLLM, ROOT, descendants, paths, processes, servers, wait_for
 from tally import FULL
 
 from stages.pipeline.resolve import load, resolved
@@ -60,9 +60,7 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             tally.tracebacks.append(f"{title}: {said[-300:]}")
         if child.returncode not in (0, 128 + number, -number):
             tally.lost.append(f"{title}: exit code {child.returncode}: {said[-300:]}")
-        deadline = time.monotonic() + 15
-        while processes(str(file)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(lambda: not processes(str(file)), 15)
         tally.left += [f"{title}: process {left}" for left in processes(str(file))]
         ended = subprocess.run([*command, stage, str(file)], cwd=ROOT, capture_output=True, text=True)
         steps = [step for step in plan_steps(config).values() if step.stage.name == stage]
@@ -109,9 +107,7 @@ def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
             except subprocess.TimeoutExpired:
                 tally.hangs.append(f"{who}, {number.name}")
                 child.kill()
-            deadline = time.monotonic() + 20
-            while (ours() or processes(str(file))) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            wait_for(lambda file=file: not (ours() or processes(str(file))), 20)
             tally.left += [f"{who}, {number.name}: {line}" for line in (*ours(), *processes(str(file)))]
 
 
@@ -122,10 +118,4 @@ def _send(run: subprocess.Popen, who: str, number: signal.Signals, of: set[int])
     elif who == "run":
         run.send_signal(number)
     else:
-        table = [line.split(None, 1) for line in _ps("pid,args")]
-        os.kill(next(int(pid) for pid, args in table if GUARD in args and int(pid) in of), number)
-
-
-def _ps(columns: str) -> list[str]:
-    done = subprocess.run(["ps", "-wweo", columns], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[1:]
+        os.kill(next(pid for pid in processes(GUARD) if pid in of), number)

@@ -42,10 +42,8 @@ class Pipeline:
         self.files: dict[str, dict] = {}
         self.counts: dict[str, int] = {}
         for stage in STAGES:
-            if self.runs.exists():
-                shutil.copytree(self.runs, folder / f"before-{stage}", symlinks=True)
-            else:
-                (folder / f"before-{stage}").mkdir()
+            self.runs.mkdir(exist_ok=True)
+            shutil.copytree(self.runs, folder / f"before-{stage}", symlinks=True)
             counted = folder / f"count-{stage}"
             count = partial(forked.writes, self.runs, forked.counting(counted))
             ended = self.make(stage, count)
