@@ -33,10 +33,7 @@ EXAMPLE = (
 
 
 def command(
-    data: Annotated[
-        str | None,
-        typer.Argument(metavar="DATA", help=DATA),
-    ] = None,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA)] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base model: a folder or a hub id.")
     ] = None,

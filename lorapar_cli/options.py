@@ -39,12 +39,7 @@ def _quiet(is_quiet: bool) -> bool:
 
 
 Quiet = Annotated[
-    bool,
-    flag(
-        "--quiet",
-        callback=_quiet,
-        help="Print only errors, and at the end the results.",
-    ),
+    bool, flag("--quiet", callback=_quiet, help="Print only errors, and at the end the results.")
 ]
 Only = Annotated[
     list[str] | None,

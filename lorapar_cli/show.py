@@ -27,8 +27,7 @@ def command(
     ] = False,
     wrong: Annotated[bool, flag("--wrong", help="Show only samples that are not correct.")] = False,
     by: Annotated[
-        str | None,
-        typer.Option(help="Split the results by this field of the test rows; system if left out."),
+        str | None, typer.Option(help="Split the results by this field of the test rows; system if left out.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many samples; 5 if left out.")] = None,
     as_json: Json = False,

@@ -27,14 +27,7 @@ from stages.config.evaluation import (
 from stages.config.fields import Section, setting
 from stages.config.labels import UNVOTED, ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
-from stages.config.sources import (
-    CHOICE,
-    DataSection,
-    LoraSection,
-    ModelSection,
-    PromptSection,
-    SourceSection,
-)
+from stages.config.sources import CHOICE, DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
     SECOND_SFT,
     BaselineSection,

@@ -4,15 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.config import (
-    UNVOTED,
-    BenchmarkSection,
-    Config,
-    ModelSection,
-    RouterSection,
-    SourceSection,
-    Voter,
-)
+from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, RouterSection, SourceSection, Voter
 from stages.config.fields import cache_key_fields
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source

@@ -103,8 +103,7 @@ def require_current(store: Store, step: Step, wanted: Step | None = None) -> Art
     if now.state == "damaged":
         raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
     raise MissingInputError(
-        f"{step.name} is {now.state} ({now.why})",
-        f"lorapar run CONFIG --to {(wanted or step).stage.name}",
+        f"{step.name} is {now.state} ({now.why})", f"lorapar run CONFIG --to {(wanted or step).stage.name}"
     )
 
 
