@@ -11,7 +11,7 @@ from lorapar_cli.options import ConfigPath, Overrides, flag, plan_of
 from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
-from stages.pipeline.state import require_current, state
+from stages.pipeline.state import current_artifact, require_current
 from stages.store.artifacts import Store
 
 MAX_CHECKS = 10_000
@@ -75,8 +75,8 @@ def command(
     store = Store(settings.root)
     trained = {name: require_current(store, steps[TRAINED[name]]) for name in targets}
     prefixes = tuple(f"eval:{name}@" for name in targets)
-    states = (state(store, step) for name, step in steps.items() if name.startswith(prefixes))
-    evaluated = [now.artifact for now in states if now.state == "current" and now.artifact]
+    evaluations = (current_artifact(store, step) for name, step in steps.items() if name.startswith(prefixes))
+    evaluated = list(filter(None, evaluations))
     if views:
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")

@@ -11,7 +11,7 @@ from stages.config.evaluation import KEPT
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import Interval, paired_difference, paired_p
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_json, read_samples
 from stages.report.page import Block, Grid, Text
@@ -67,11 +67,11 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     fields = {"system"}
     for step in steps:
         target, _, benchmark = step.variant.partition("@")
-        now = state(store, step)
-        if now.state != "current" or now.artifact is None:
+        artifact = current_artifact(store, step)
+        if artifact is None:
             continue
         answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
-        for sample in read_samples(now.artifact.path / "samples.jsonl"):
+        for sample in read_samples(artifact.path / "samples.jsonl"):
             fields |= sample.extra.keys()
             value = sample.system if by == "system" else sample.extra.get(by)
             # "all" is the group of all items, even where a field has that value.

@@ -10,7 +10,7 @@ from stages.config import ROUTED, SECOND_SFT, TRAINED, Config
 from stages.evaluation.metrics import accuracy_by_item
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import Sample, read_json
 from stages.report import comparison, elements, figures, provenance, voters
@@ -58,8 +58,7 @@ def build(
     config: Config, steps: dict[str, Step], store: Store
 ) -> tuple[list[str | Tiles], list[PageSection], list[str]]:
     """Build the lead, all sections, and the names of the steps that are not current."""
-    states = {name: state(store, step) for name, step in steps.items()}
-    current = {name: now.artifact for name, now in states.items() if now.state == "current"}
+    current = {name: current_artifact(store, step) for name, step in steps.items()}
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
     evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]

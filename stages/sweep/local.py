@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from stages.config import Config
 from stages.errors import BusyError, ServerError
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 from stages.sweep.graph import ArtifactId, Node
@@ -83,7 +83,7 @@ def _end_workers() -> None:
 
 def is_current(node: Node) -> bool:
     """True if the node's artifact is up to date now."""
-    return state(Store(Path(node.id[0])), node.step).state == "current"
+    return bool(current_artifact(Store(Path(node.id[0])), node.step))
 
 
 @dataclass(frozen=True)

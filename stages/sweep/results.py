@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import Interval, holm
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
@@ -51,10 +51,7 @@ class Artifacts:
 
     def current(self, cell: Cell, step: str) -> Artifact | None:
         """Return a step's artifact; None if the cell has no such step, or the artifact is not current."""
-        if step not in cell.steps:
-            return None
-        now = state(self.store(cell), cell.steps[step])
-        return now.artifact if now.state == "current" else None
+        return current_artifact(self.store(cell), cell.steps[step]) if step in cell.steps else None
 
     def needed(self, cell: Cell, column: Column) -> Artifact:
         """Return the artifact of a column; _Missing if it is not current."""
