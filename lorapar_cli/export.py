@@ -105,7 +105,6 @@ def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> 
 
 
 def _print_check(row: dict[str, Any]) -> None:
-    """Print what was checked of an engine or a view."""
     agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
     gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
     differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"

@@ -25,8 +25,6 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class Position:
-    """The position of a stage within a run."""
-
     number: int
     stages: int
     planned: dict[str, float | None]
@@ -120,7 +118,6 @@ class TerminalProgress:
         terminal.say(text)
 
     def done(self) -> None:
-        """End the step."""
         self._end_task()
         self._step = ""
         terminal.live_line.erase()

@@ -52,8 +52,6 @@ def _print(text: str) -> None:
 
 
 class LogHandler(logging.Handler):
-    """Prints log records as messages."""
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
             (conclude if record.levelno >= logging.ERROR else say)(self.format(record))

@@ -180,7 +180,6 @@ class Config(Section):
 
     @property
     def served_by_vllm(self) -> bool:
-        """True if vLLM can serve the trained model."""
         return self.baseline is None and not self.model.load_in_4bit
 
     def labelling_strategy(self, rows: str) -> str:
@@ -190,5 +189,4 @@ class Config(Section):
 
     @property
     def root(self) -> Path:
-        """Folder of the run."""
         return Path(self.runs_dir) / self.run

@@ -200,7 +200,6 @@ class RlSection(TrainSection):
 
     @property
     def replay_prompts(self) -> int:
-        """Number of System 1 prompts in a step."""
         return round(self.system1_share * self.prompts_per_step)
 
     def _conflicts_of_replay_and_resampling(self) -> Iterator[str]:

@@ -106,8 +106,6 @@ Without this rule, 61 to 67 % of the one-step items of `final` had their worked 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the set."""
-
     question: str
     answer: str
     """The worked answer; its last line is `#### ` and the final answer."""
@@ -127,7 +125,6 @@ class _Story:
     operations: list[str]
 
     def apply(self, sign: str, n: int, sentence: str) -> None:
-        """Change the quantity by `value sign n`, and record the operation and the sentence."""
         result = {"+": self.value + n, "-": self.value - n, "*": self.value * n}[sign]
         self.operations.append(f"{self.value} {sign} {n} = {result}")
         self.value = result

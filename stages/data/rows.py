@@ -250,7 +250,6 @@ def may_be_hub_id(path: str) -> bool:
 
 
 def missing_path_error(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
-    """Return the error for a missing `data.path`."""
     return ConfigError("data.path is not set", hint)
 
 

@@ -31,8 +31,6 @@ READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 
 @dataclass(frozen=True)
 class DataProfile:
-    """Profile of training rows, rendered for a model."""
-
     rows: Rows
     answers: Counter[str]
     """Rows by the kind of their verifiable answer: number, letter, text, tests or none."""

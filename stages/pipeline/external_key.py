@@ -65,7 +65,6 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
 
 
 def _answer_changing(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a vLLM server that change its answers."""
     return {name: value for name, value in arguments.items() if name not in SCALE}
 
 
@@ -98,12 +97,10 @@ def of_source(source: SourceSection, cache: DigestCache) -> str:
 
 
 def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
-    """Cache-key part of the worked examples in a benchmark's prompt, if there are any."""
     return {"shots": of_source(shots_source(benchmark), cache)} if benchmark.shots else {}
 
 
 def model_part(config: Config, cache: DigestCache) -> dict[str, str]:
-    """Cache-key part of the base."""
     return {"model": of_model(config.model, cache)}
 
 

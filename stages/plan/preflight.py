@@ -35,8 +35,6 @@ from stages.store.artifacts import Store
 
 @dataclass(frozen=True)
 class CertainFailure:
-    """An error that is certain."""
-
     stopped: tuple[str, ...]
     """Names of the steps that it would stop."""
     error: LoraparError

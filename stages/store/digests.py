@@ -80,7 +80,6 @@ class DigestCache:
             self._entries = CACHE_FILE.validate_json(path.read_text(encoding="utf-8"))
 
     def file(self, path: Path) -> str:
-        """Return the sha256 of a file."""
         status = path.stat()
         version = (status.st_size, status.st_mtime_ns, status.st_ino)
         name = str(path.resolve())

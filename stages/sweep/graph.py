@@ -19,8 +19,6 @@ ArtifactId = tuple[str, str, str]
 
 @dataclass
 class Node:
-    """One artifact of the sweep, with the step that makes it."""
-
     id: ArtifactId
     config: Config
     step: Step

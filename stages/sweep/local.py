@@ -82,14 +82,11 @@ def _end_workers() -> None:
 
 
 def is_current(node: Node) -> bool:
-    """True if the node's artifact is up to date now."""
     return bool(current_artifact(Store(Path(node.id[0])), node.step))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a step that has ended."""
-
     node: Node
     status: str
     """done, failed, or left out (an input failed)."""
@@ -130,8 +127,6 @@ class Lease:
 
 @dataclass(frozen=True)
 class Running:
-    """A step that a worker is making."""
-
     worker: Worker
     started: float
     """time.monotonic() at the start."""
@@ -268,5 +263,4 @@ class Sweep:
             self.say(f"{reason}: {node.title}; see {log}")
 
     def log(self, node: Node) -> Path:
-        """Return the file that a step's output goes to."""
         return self.logs / f"{node.stage}-{node.step.key}.log"

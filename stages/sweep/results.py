@@ -104,7 +104,6 @@ class Results:
 
 
 def results(table: Table) -> Results:
-    """Read all values and comparisons of a table from its artifacts."""
     artifacts = Artifacts()
     found = Results(table, {}, {}, artifacts, {})
     for row, name in itertools.product(table.rows, table.file.columns):
