@@ -127,7 +127,8 @@ class Cluster:
                 dependencies = [job_of[upstream] for upstream in node.inputs if upstream in job_of]
                 job_of[artifact] = self._submit_job(node, dependencies)
                 submitted.add(artifact)
-                self._record_job("/".join(artifact), job_of[artifact])
+                self.jobs["/".join(artifact)] = job_of[artifact]
+                replace_file(self.record, json.dumps(self.jobs, indent=1).encode())
                 self.say(f"job {job_of[artifact]} submitted: {node.title}")
             return job_of
 
@@ -169,10 +170,6 @@ class Cluster:
                 f"{self.record} is not a record of jobs",
                 "scancel jobs that are still queued, or they are submitted twice; then move the file away",
             ) from None
-
-    def _record_job(self, name: str, job: str) -> None:
-        self.jobs[name] = job
-        replace_file(self.record, json.dumps(self.jobs, indent=1).encode())
 
     def _submit_job(self, node: Node, dependencies: list[str]) -> str:
         """Submit the job of a node, to start after `dependencies` have succeeded, and return its number."""
