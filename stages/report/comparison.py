@@ -207,21 +207,19 @@ def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
     if not config.partition.protect or not trained:
         return []
-    accuracies = {
-        benchmark: {
-            target: accuracy_by_item(answers_of(artifacts[step]))
-            for target in ("base", *TRAINED)
-            if (step := f"eval:{target}@{benchmark}") in artifacts
-        }
-        for benchmark in config.eval.benchmarks
-    }
     rows = []
-    for name, by_target in accuracies.items():
+    for benchmark in config.eval.benchmarks:
+        evaluations = {target: f"eval:{target}@{benchmark}" for target in ("base", *TRAINED)}
+        by_target = {
+            target: accuracy_by_item(answers_of(artifacts[step]))
+            for target, step in evaluations.items()
+            if step in artifacts
+        }
         if by_target:
             base = by_target.get("base", {})
-            mean = f"{100 * sum(base.values()) / len(base):.1f}" if base else ""
+            mean = f"{100 * fmean(base.values()):.1f}" if base else ""
             changes = (_change(base, by_target.get(target, {})) for target in trained)
-            rows.append([name, str(len(base) or ""), mean, *changes])
+            rows.append([benchmark, str(len(base) or ""), mean, *changes])
     summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
     drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
     if any(drift):

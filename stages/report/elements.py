@@ -175,14 +175,19 @@ def _maps(masks: Artifact) -> list[Block]:
     cells = _cells(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     if not cells:
         return []
+    layers = sorted({layer for layer, _ in cells})
+    modules = list(dict.fromkeys(module for _, module in cells))
+    names = list(map(str, layers)), _short_names(modules)
     pictures = []
     for name, code in CODES.items():
-        overall = _share(list(cells.values()), code)
-        rows, columns, shares = _grid(cells, code)
-        title = f"{REGION_TITLES[name]}: {overall:.1f} % of all"
-        present = [share for row in shares for share in row if not math.isnan(share)]
-        text = f"{title}; by layer and module from {min(present):.0f} to {max(present):.0f} %."
-        pictures.append(Picture(figures.svg(figures.heat_map(rows, columns, shares, title)), text))
+        percent = {cell: _percent(codes, code) for cell, codes in cells.items()}
+        title = f"{REGION_TITLES[name]}: {_percent(torch.cat(list(cells.values())), code):.1f} % of all"
+        text = (
+            f"{title}; by layer and module from {min(percent.values()):.0f} to {max(percent.values()):.0f} %."
+        )
+        # In a hybrid model some layers lack some modules.
+        grid = [[percent.get((layer, module), math.nan) for module in modules] for layer in layers]
+        pictures.append(Picture(figures.svg(figures.heat_map(*names, grid, title)), text))
     how_to_read = (
         "How to read the maps: a cell is one module of one layer, and its colour is the share of its "
         "elements, A and B together, that lie in the region. If the elements lay anywhere at random, all "
@@ -199,20 +204,9 @@ def _cells(region: dict[str, Tensor]) -> Cells:
     return {place: torch.cat(codes) for place, codes in matrices.items()}
 
 
-def _grid(cells: Cells, code: int) -> tuple[list[str], list[str], list[list[float]]]:
-    """Return names of layers and modules, and a region's share of each; NaN where a layer lacks a module."""
-    layers = sorted({layer for layer, _ in cells})
-    modules = list(dict.fromkeys(module for _, module in cells))
-    shares = [
-        [_share([cells[layer, m]], code) if (layer, m) in cells else math.nan for m in modules]
-        for layer in layers
-    ]
-    return [str(layer) for layer in layers], _short_names(modules), shares
-
-
-def _share(codes: list[Tensor], code: int) -> float:
-    """Compute the percentage of the elements that have this region code."""
-    return 100 * sum(int((c == code).sum()) for c in codes) / sum(c.numel() for c in codes)
+def _percent(codes: Tensor, code: int) -> float:
+    """The percentage of the elements that have this region code."""
+    return 100 * int((codes == code).sum()) / codes.numel()
 
 
 def _short_names(modules: list[str]) -> list[str]:
