@@ -100,10 +100,7 @@ def survey(
             f"no row of {data.path} has a response to imitate, or an answer that a reward here can verify",
             "give each row a field gold, or test and entry_point, or write a config with your own reward",
         )
-    asks = set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
-    section = section or PromptSection(
-        template="chat" if tokenizer.chat_template else "plain", system=ASKS if asks else None
-    )
+    section = section or _prompt_settings(tokenizer, set(kinds), tests)
     renderer = _renderer(tokenizer, section, rows.examples)
     systems = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)
@@ -125,6 +122,13 @@ def survey(
         refuses_system=renderer.section.system != section.system,
         positions=getattr(base.config, "max_position_embeddings", None),
         linear=linear_modules(base),
+    )
+
+
+def _prompt_settings(tokenizer: Any, kinds: set[str], tests: list[BenchmarkSection]) -> PromptSection:
+    asks = kinds <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
+    return PromptSection(
+        template="chat" if tokenizer.chat_template else "plain", system=ASKS if asks else None
     )
 
 

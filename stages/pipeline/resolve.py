@@ -37,10 +37,10 @@ def registries() -> dict[str, Any]:
     return {
         "scorers": scorers,
         "strategies": strategies,
-        "personas": personas,
+        "rewards": loading,
         "benchmarks": benchmarks,
         "engines": engines,
-        "rewards": loading,
+        "personas": personas,
     }
 
 
