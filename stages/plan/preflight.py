@@ -158,9 +158,7 @@ def _check_room(texts: Texts, trained: int) -> None:
 def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     """The labels of the training rows; none if they are still to be made, unless the rows bring them."""
     config = texts.config
-    labelling = next(
-        (step.inputs[name] for step in steps for name in step.inputs if name == "classify:train"), None
-    )
+    labelling = next(filter(None, (step.inputs.get("classify:train") for step in steps)), None)
     if labelling and (artifact := current_artifact(Store(config.root), labelling)):
         return read_labels(artifact.path / "labels.jsonl")
     classify = config.classify

@@ -14,9 +14,7 @@ KEY_DIGITS = 12
 
 def canonical_json(value: Any) -> bytes:
     """Canonical JSON of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def key_of(identity: dict[str, Any]) -> str:

@@ -66,19 +66,16 @@ class Plot(Section):
 class TableFile(Section):
     title: str = setting(..., "Title of the table.")
     base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
-    set: dict[str, Any] = setting(
-        {}, f"Settings of every cell, by their dotted names. {SEED} in a text, here or in a row, is the seed."
-    )
+    set: dict[str, Any] = setting({})
+    """Settings of every cell, by their dotted names. {seed} in a text, here or in a row, is the seed."""
     rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting({})
     """Settings of each row, by their dotted names; `base` and `columns` override the table's."""
     grid: dict[str, list[Any]] = setting({})
     """Instead of rows: settings and their values; each combination is a row."""
     seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
-    make_data: str = setting(
-        "",
-        f"Command that writes the data of a seed, named with {SEED}. It is not run, but shown where data are "
-        "missing.",
-    )
+    make_data: str = setting("")
+    """Command that writes the data of a seed, named with {seed}. It is not run, but shown where data are
+    missing."""
     columns: dict[str, str] = setting(..., min_length=1)
     """What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or .FIELD=VALUE
     for a group of items, or by .flexible to parse answers flexibly. A difference of two accuracies, such as

@@ -41,6 +41,7 @@ RESERVED_BY_SBATCH_NAME = {"dependency", "job-name", "job_name", "signal", "no-r
 """The same among `additional_parameters`, which submitit writes last, so that they would win."""
 CURRENT, NOT_SUBMITTED, FAILED = "current", "not submitted", "ended without its artifact"
 """States of a node beside those of its job."""
+SEE_FILE = "see the file given with --slurm"
 MAX_MINUTES = 60 * 24 * 31
 """A larger time is a mistake: YAML reads 24:00:00 as 86,400."""
 TYPES: dict[str, type] = {"time": int, "setup": list, "srun_args": list, "additional_parameters": dict}
@@ -190,13 +191,9 @@ class Cluster:
             )
             return str(executor.submit(Call(node.command, node.step.key)).job_id)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"submitit rejects the settings: {error}", "see the file given with --slurm"
-            ) from None
+            raise ConfigError(f"submitit rejects the settings: {error}", SEE_FILE) from None
         except (FailedJobError, FailedSubmissionError) as error:
-            raise ServerError(
-                f"Slurm refuses {node.title}: {error}", "see the file given with --slurm"
-            ) from None
+            raise ServerError(f"Slurm refuses {node.title}: {error}", SEE_FILE) from None
 
 
 def _job_name(node: Node) -> str:
