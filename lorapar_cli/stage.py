@@ -47,7 +47,8 @@ def _answer_together(
     """Let targets that one server can serve be answered by one, if there are several."""
     may_share = steps[0].stage.answers_together
     sharing = [step for step in steps if may_share and may_share(settings, step.variant)]
-    if len(calls := calls_of_pending(settings, store, sharing, progress, engines)) > 1:
+    calls = list(calls_of_pending(settings, store, sharing, progress, engines))
+    if len(calls) > 1:
         with libraries.hide_packages(*libraries.UNUSED):
             answer_together = steps[0].stage.function("answer_together")
         answer_together(calls)

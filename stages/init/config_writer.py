@@ -102,7 +102,7 @@ def choices(
         chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
     if protected:
         chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
-    rl = _rl(profile)
+    rl = list(_rl(profile))
     limits = {choice.name: choice.value for choice in rl}
     chosen += [] if profile.imitable else RL_ALONE
     chosen += SECOND_SFT if profile.unverifiable else rl
@@ -152,13 +152,12 @@ def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _lines(node, indent + "  ")
 
 
-def _lengths(profiles: list[DataProfile]) -> list[Choice]:
+def _lengths(profiles: list[DataProfile]) -> Iterator[Choice]:
     """Lengths of the rows to train on, and of protected ones if there are any."""
     longest, why = max(_limit(profile.row, profile.positions) for profile in profiles)
-    chosen = [Choice("data.max_length", longest, f"prompt and response: {why}")]
+    yield Choice("data.max_length", longest, f"prompt and response: {why}")
     if any(longest < profile.row.longest for profile in profiles):
-        chosen.append(Choice("data.too_long", "drop", "the longer rows are left out of SFT and score"))
-    return chosen
+        yield Choice("data.too_long", "drop", "the longer rows are left out of SFT and score")
 
 
 def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
@@ -174,7 +173,7 @@ def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
     return rounded, why
 
 
-def _rl(profile: DataProfile) -> list[Choice]:
+def _rl(profile: DataProfile) -> Iterator[Choice]:
     defaults = Config.model_fields["rl"].default
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
@@ -191,7 +190,6 @@ def _rl(profile: DataProfile) -> list[Choice]:
         completion = max(profile.positions - prompt, profile.positions // 4)
         prompt = profile.positions - completion
         response_why = f"{response_why}, and with its prompt the model reads {profile.positions}"
-    chosen = []
     system2, rows_text = profile.system2_rows, f"{profile.system2_rows} System 2 rows"
     if system2 is None:
         rows = len(profile.rows.examples)
@@ -200,13 +198,10 @@ def _rl(profile: DataProfile) -> list[Choice]:
     if largest < defaults.prompts_per_step:
         # `-` binds before `<<`: the largest power of two that is not above `largest`, and at least 1.
         power_of_two = 1 << max(largest, 1).bit_length() - 1
-        chosen.append(Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}"))
-    chosen += [
-        Choice("rl.max_prompt_length", prompt, prompt_why),
-        Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}"),
-        Choice("rl.rewards", *_reward(profile)),
-    ]
-    return chosen
+        yield Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}")
+    yield Choice("rl.max_prompt_length", prompt, prompt_why)
+    yield Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}")
+    yield Choice("rl.rewards", *_reward(profile))
 
 
 def _server(profile: DataProfile, limits: dict[str, Any]) -> list[Choice]:

@@ -80,18 +80,15 @@ def give_memory_back() -> None:
 
 def calls_of_pending(
     config: Config, store: Store, steps: list[Step], progress: Progress, engines: EngineCache
-) -> list[tuple[StageContext, dict[str, Any]]]:
+) -> Iterator[tuple[StageContext, dict[str, Any]]]:
     """The arguments of the stage function for each step that is not current and whose inputs are."""
-    calls = []
     for step in steps:
         sources = {name: current_artifact(store, source) for name, source in step.inputs.items()}
         inputs = {name: artifact for name, artifact in sources.items() if artifact}
         if current_artifact(store, step) or len(inputs) < len(step.inputs):
             continue
         out = store.partial(step.stage.name, step.key)
-        context = _context(config, step, inputs, out, False, progress, engines)
-        calls.append((context, _sections(config, step)))
-    return calls
+        yield _context(config, step, inputs, out, False, progress, engines), _sections(config, step)
 
 
 def _sections(config: Config, step: Step) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_each_step_of_score_can_be_made_alone(own, lorapar):
 @pytest.mark.slow
 def test_a_page_has_the_elements_of_both(begun):
     config = begun(*RL, AGAIN)
-    parts = elements.parts(config, artifacts(config, "score", "partition", "sft"))
+    parts = list(elements.parts(config, artifacts(config, "score", "partition", "sft")))
     at = parts.index(Text("For RL the elements were scored again, by taylor2 at the adapter of SFT."))
     *of_sft, maps_text, maps = parts[:at]  # the maps are of SFT's elements alone
     assert [type(part) for part in of_sft] == [type(part) for part in parts[at + 1 :]]
