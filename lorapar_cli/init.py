@@ -109,7 +109,7 @@ def _write_config(
         section = DataSection(path=old.train, empty="drop", duplicates="first")
         old_profile = survey(base, section, measured, profile.section)
         protected = config_writer.Protected(old.train, old_profile, old.test)
-    settings = config_writer.choices(profile, model, data, benchmarks, labels, protected)
+    settings = list(config_writer.choices(profile, model, data, benchmarks, labels, protected))
     questions = open_questions(profile, benchmarks, labels, protected)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from stages.config import Config
@@ -88,17 +89,15 @@ def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     return [Details(title, [table]) for title, table in tables.items() if table.rows]
 
 
-def _changed(section: Settings, prefix: str = "") -> list[tuple[str, Any]]:
-    """List dotted name and value of each setting that differs from its default."""
-    changed: list[tuple[str, Any]] = []
+def _changed(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of each setting that differs from its default."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         default = None if field.is_required() else field.default
         if value == default:
             continue
         if isinstance(value, Settings) and (isinstance(default, Settings) or field.is_required()):
-            changed += _changed(value, f"{prefix}{name}.")
+            yield from _changed(value, f"{prefix}{name}.")
         else:
             plain = section.model_dump(mode="json", exclude_defaults=True)
-            changed.append((f"{prefix}{name}", plain.get(name)))
-    return changed
+            yield f"{prefix}{name}", plain.get(name)
