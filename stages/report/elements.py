@@ -173,19 +173,13 @@ def _maps(masks: Artifact) -> Iterator[Block]:
     cells = _cells(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     if not cells:
         return
-    layers = sorted({layer for layer, _ in cells})
-    modules = list(dict.fromkeys(module for _, module in cells))
-    names = list(map(str, layers)), _short_names(modules)
     pictures = []
     for name, code in CODES.items():
-        percent = {cell: _percent(codes, code) for cell, codes in cells.items()}
         title = f"{REGION_TITLES[name]}: {_percent(torch.cat(list(cells.values())), code):.1f} % of all"
-        text = (
-            f"{title}; by layer and module from {min(percent.values()):.0f} to {max(percent.values()):.0f} %."
-        )
-        # In a hybrid model some layers lack some modules.
-        grid = [[percent.get((layer, module), math.nan) for module in modules] for layer in layers]
-        pictures.append(Picture(figures.svg(figures.heat_map(*names, grid, title)), text))
+        rows, columns, shares = _grid(cells, code)
+        present = [share for row in shares for share in row if not math.isnan(share)]
+        text = f"{title}; by layer and module from {min(present):.0f} to {max(present):.0f} %."
+        pictures.append(Picture(figures.svg(figures.heat_map(rows, columns, shares, title)), text))
     yield Text(
         "How to read the maps: a cell is one module of one layer, and its colour is the share of its "
         "elements, A and B together, that lie in the region. If the elements lay anywhere at random, all "
@@ -200,6 +194,15 @@ def _cells(region: dict[str, Tensor]) -> Cells:
         if match := re.search(r"\.(\d+)\.([\w.]+)\.lora_[AB]\b", name):
             matrices.setdefault((int(match[1]), match[2]), []).append(codes.flatten())
     return {place: torch.cat(codes) for place, codes in matrices.items()}
+
+
+def _grid(cells: Cells, code: int) -> tuple[list[str], list[str], list[list[float]]]:
+    """Return names of layers and modules, and a region's share of each; NaN where a layer lacks a module."""
+    layers = sorted({layer for layer, _ in cells})
+    modules = list(dict.fromkeys(module for _, module in cells))
+    percent = {place: _percent(codes, code) for place, codes in cells.items()}
+    shares = [[percent.get((layer, module), math.nan) for module in modules] for layer in layers]
+    return [str(layer) for layer in layers], _short_names(modules), shares
 
 
 def _percent(codes: Tensor, code: int) -> float:
