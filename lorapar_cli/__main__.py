@@ -4,7 +4,6 @@ import sys
 
 
 def main() -> None:
-    """Run the command of the command line."""
     try:
         if sys.argv[1:] in ([], ["--help"], ["-h"]):
             from lorapar_cli.commands import usage

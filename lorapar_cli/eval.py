@@ -5,16 +5,7 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import (
-    ConfigPath,
-    Force,
-    Json,
-    Overrides,
-    Quiet,
-    Unsafe,
-    plan_of,
-    without_sandbox,
-)
+from lorapar_cli.options import ConfigPath, Force, Json, Overrides, Quiet, Unsafe, plan_of, without_sandbox
 from lorapar_cli.stage import make_alone
 from stages.errors import ConfigError
 from stages.store.artifacts import Store
@@ -42,8 +33,7 @@ def command(
     evaluations = [s for s in evaluations if s.variant.partition("@")[2] in chosen]
     if not evaluations:
         raise ConfigError(
-            "nothing to evaluate",
-            "set eval.benchmarks; without data.path, also eval.targets=[base]",
+            "nothing to evaluate", "set eval.benchmarks; without data.path, also eval.targets=[base]"
         )
     make_alone(settings, evaluations, force, quiet, as_json)
     if not as_json:

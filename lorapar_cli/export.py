@@ -11,7 +11,7 @@ from lorapar_cli.options import ConfigPath, Overrides, flag, plan_of
 from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
-from stages.pipeline.state import require_current, state
+from stages.pipeline.state import current_artifact, require_current
 from stages.store.artifacts import Store
 
 MAX_CHECKS = 10_000
@@ -75,8 +75,8 @@ def command(
     store = Store(settings.root)
     trained = {name: require_current(store, steps[TRAINED[name]]) for name in targets}
     prefixes = tuple(f"eval:{name}@" for name in targets)
-    states = (state(store, step) for name, step in steps.items() if name.startswith(prefixes))
-    evaluated = [now.artifact for now in states if now.state == "current" and now.artifact]
+    evaluations = (current_artifact(store, step) for name, step in steps.items() if name.startswith(prefixes))
+    evaluated = list(filter(None, evaluations))
     if views:
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
@@ -105,7 +105,6 @@ def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> 
 
 
 def _print_check(row: dict[str, Any]) -> None:
-    """Print what was checked of an engine or a view."""
     agree = f"{row['agree']:.1%} of {row['tokens']} tokens are the adapter's own choice"
     gap = f"within {row['tolerance']} logits, largest gap {row['worst_gap']:.3f}"
     differ = f"{row['differ_from_base']} of {row['items']} answers differ from the base's"

@@ -33,10 +33,7 @@ EXAMPLE = (
 
 
 def command(
-    data: Annotated[
-        str | None,
-        typer.Argument(metavar="DATA", help=DATA),
-    ] = None,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA)] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base model: a folder or a hub id.")
     ] = None,
@@ -71,7 +68,20 @@ def command(
             "or copy an example: lorapar init --example demo",
         )
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
+    _check_paths(data, path, labels, protect)
     _write_config(data, model, path, labels, tests or [], protect)
+
+
+def _check_paths(data: str, path: Path, labels: str | None, protect: str | None) -> None:
+    """Raise the error of a wrong path at once, before libraries are loaded."""
+    if path.exists():
+        raise OutputError(f"{path} exists already", "another name: --out FILE")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_store(path)
+    for rows in filter(None, (data, protect)):
+        local_file(DataSection(path=rows))
+    if labels and not Path(labels).is_file():
+        raise MissingInputError(f"--labels {labels}: no such file")
 
 
 def _write_config(
@@ -83,34 +93,23 @@ def _write_config(
     from stages.init.open_questions import open_questions
     from stages.lora.examples import protected as protected_examples
 
-    if path.exists():
-        raise OutputError(f"{path} exists already", "another name: --out FILE")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    refuse_store(path)
-    local_file(DataSection(path=data))  # before libraries are loaded: a wrong path is said at once
-    if protect:
-        local_file(DataSection(path=protect))
-    if labels and not Path(labels).is_file():
-        raise MissingInputError(f"--labels {labels}: no such file")
     benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
-    title = "protected" if protect and stem(protect) == stem(data) else ""  # else the files would be one
-    new = None
+    new = old = protected = None
     if protect:
         protected_examples(protect, ScoreSection(), 0)  # raises if no row has a response to score
-    if protect and not benchmarks:
-        new = hold_out(data, path.parent)
-        data, benchmarks = new.train, [new.test] if new.test else []
-    old = hold_out(protect, path.parent, title) if protect else None
+        title = "protected" if stem(protect) == stem(data) else ""  # else the files would be one
+        if not benchmarks:
+            new = hold_out(data, path.parent)
+            data, benchmarks = new.train, [new.test] if new.test else []
+        old = hold_out(protect, path.parent, title)
     measured = [*benchmarks, *([old.test] if old and old.test else [])]
     base = ModelSection(name=model)
     profile = survey(base, DataSection(path=data, empty="drop", duplicates="first"), measured)
-    protected = None
     if old:
         section = DataSection(path=old.train, empty="drop", duplicates="first")
-        protected = config_writer.Protected(
-            old.train, survey(base, section, measured, profile.section), old.test
-        )
-    settings = config_writer.choices(profile, model, data, benchmarks, labels, protected)
+        old_profile = survey(base, section, measured, profile.section)
+        protected = config_writer.Protected(old.train, old_profile, old.test)
+    settings = list(config_writer.choices(profile, model, data, benchmarks, labels, protected))
     questions = open_questions(profile, benchmarks, labels, protected)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")

@@ -24,20 +24,9 @@ def command(
 
 def kinds() -> dict[str, dict[str, str]]:
     """Map kind → name → one-line description."""
-    from stages.engines import engines
-    from stages.evaluation.benchmarks import benchmarks
     from stages.init import examples
-    from stages.labelling.personas import personas
-    from stages.lora.importance.scorers import scorers
-    from stages.lora.importance.strategies import strategies
+    from stages.pipeline.resolve import registries
     from stages.rewards.builtin import rewards
 
-    return {
-        "scorers": scorers.describe(),
-        "strategies": strategies.describe(),
-        "rewards": rewards.describe(),
-        "benchmarks": benchmarks.describe(),
-        "engines": engines.describe(),
-        "personas": personas.describe(),
-        "examples": examples.describe(),
-    }
+    listed = {**registries(), "rewards": rewards, "examples": examples}
+    return {kind: choices.describe() for kind, choices in listed.items()}

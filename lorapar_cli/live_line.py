@@ -21,8 +21,6 @@ BAR, LONG_BAR = 10, 24
 
 @dataclass(frozen=True)
 class Content:
-    """The texts of a live line."""
-
     title: str
     labels: tuple[str, str] = ("", "")
     """The position of the stage in the run, in a long and in a short form."""

@@ -39,12 +39,7 @@ def _quiet(is_quiet: bool) -> bool:
 
 
 Quiet = Annotated[
-    bool,
-    flag(
-        "--quiet",
-        callback=_quiet,
-        help="Print only errors, and at the end the results.",
-    ),
+    bool, flag("--quiet", callback=_quiet, help="Print only errors, and at the end the results.")
 ]
 Only = Annotated[
     list[str] | None,
@@ -70,7 +65,6 @@ LastStage = Annotated[
 
 
 def without_sandbox(unsafe: bool, *stages: str) -> list[str]:
-    """Return the overrides for --unsafe-no-sandbox."""
     return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
 
 
@@ -84,7 +78,6 @@ typed_config = ""
 
 
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
-    """Load a config with overrides and plan its steps."""
     global typed_config
     typed_config = typed(path, overrides)
     config = resolved(load(path, overrides))

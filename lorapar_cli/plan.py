@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from stages.plan.lengths import Span
 
 
+Check = Annotated[
+    bool,
+    flag("--check", help="Measure nothing and print nothing, unless something is certain to stop the run."),
+]
+
+
 def command(
     config: ConfigPath,
     set_: Overrides = None,
@@ -32,12 +38,7 @@ def command(
         bool, flag("--verbose", help="Also what fills the memory, and all lengths of texts.")
     ] = False,
     brief: Annotated[bool, flag("--brief", help="Only how long it takes, and what is wrong.")] = False,
-    check: Annotated[
-        bool,
-        flag(
-            "--check", help="Measure nothing and print nothing, unless something is certain to stop the run."
-        ),
-    ] = False,
+    check: Check = False,
     last: LastStage = None,
     as_json: Json = False,
 ) -> None:
@@ -61,12 +62,7 @@ def command(
         check_for_failures(settings, pending, quietly=check)
     if check:
         return
-    predicted = Estimate({}, [])
-    if pending:
-        predicted = estimate(settings, pending)
-        costs = {step.key: predicted.costs[step.name] for step in pending}
-        planned = {key: PlannedCost(seconds=cost.seconds, mib=cost.mib) for key, cost in costs.items()}
-        estimates.save(settings.root, planned)
+    predicted = _estimate(settings, pending) if pending else Estimate({}, [])
     if as_json:
         print(json.dumps(_as_json(states, predicted)))
         return
@@ -82,6 +78,15 @@ def command(
     if pending and not brief:
         first = "change that, and lorapar plan" if remedies else "lorapar run"
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
+
+
+def _estimate(settings: Config, pending: list[Step]) -> Estimate:
+    """Estimate the cost of these steps, and store it for comparison with what they will take."""
+    predicted = estimate(settings, pending)
+    costs = {step.key: predicted.costs[step.name] for step in pending}
+    planned = {key: PlannedCost(seconds=cost.seconds, mib=cost.mib) for key, cost in costs.items()}
+    estimates.save(settings.root, planned)
+    return predicted
 
 
 def check_for_failures(settings: Config, pending: list[Step], quietly: bool = False) -> None:

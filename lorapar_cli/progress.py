@@ -13,7 +13,7 @@ from lorapar_cli import terminal
 from lorapar_cli.live_line import Content, interactive
 from lorapar_cli.terminal import duration
 from stages.pipeline.run import Task
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.store import estimates
 from stages.store.artifacts import Store
 
@@ -25,8 +25,6 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class Position:
-    """The position of a stage within a run."""
-
     number: int
     stages: int
     planned: dict[str, float | None]
@@ -39,7 +37,7 @@ class Position:
 
     @classmethod
     def from_task(cls, task: Task, store: Store) -> Position:
-        pending = [step for step in task.remaining if task.force or state(store, step).state != "current"]
+        pending = [step for step in task.remaining if task.force or not current_artifact(store, step)]
         costs = {step.name: estimates.load(store.root, step.key) for step in pending}
         return cls(task.number, task.tasks, {name: cost and cost.seconds for name, cost in costs.items()})
 
@@ -120,7 +118,6 @@ class TerminalProgress:
         terminal.say(text)
 
     def done(self) -> None:
-        """End the step."""
         self._end_task()
         self._step = ""
         terminal.live_line.erase()

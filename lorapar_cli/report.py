@@ -11,7 +11,7 @@ from lorapar_cli.options import Overrides, plan_of, sets, typed
 from lorapar_cli.sweep import Base, Columns, MaxCells, Rows, Seeds, load_tables
 from stages import escaping
 from stages.errors import ConfigError, MissingInputError
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
 from stages.store.artifacts import Store, refuse_store
 from stages.sweep import render
@@ -63,7 +63,7 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     requested = ancestors(settings, steps, None)
     store = Store(settings.root)
     arguments = typed(path, set_)
-    if not any(state(store, step).state == "current" for step in requested.values()):
+    if not any(current_artifact(store, step) for step in requested.values()):
         raise MissingInputError(
             f"nothing to report: no step of {path} is current", f"lorapar run {arguments}"
         )

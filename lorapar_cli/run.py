@@ -24,7 +24,7 @@ from stages.config import TRAINED, Config, LaunchSection
 from stages.errors import ConfigError
 from stages.pipeline import launch
 from stages.pipeline.run import Task, pending_stages
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
 from stages.store.artifacts import Store
 
@@ -55,7 +55,7 @@ def command(
             continue
         if must_check:
             forced = task.steps if task.force else []
-            pending = [s for s in requested.values() if s in forced or state(store, s).state != "current"]
+            pending = [s for s in requested.values() if s in forced or not current_artifact(store, s)]
             check_for_failures(settings, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
@@ -83,7 +83,7 @@ def _launch(launcher: LaunchSection | None, arguments: list[str], store: Store, 
     """Make a task in other processes, which load the config; ConfigError if they made something else."""
     launch.run(launcher, arguments, [step.key for step in task.steps])
     store.look_again()
-    if any(state(store, step).state != "current" for step in task.steps):
+    if not all(current_artifact(store, step) for step in task.steps):
         raise ConfigError(f"{task.stage.name} is no longer what was planned", "run the same command again")
 
 

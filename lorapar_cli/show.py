@@ -7,7 +7,7 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Json, Overrides, flag, plan_of, typed
 from stages.errors import ConfigError, MissingInputError
-from stages.pipeline.state import require_current, state
+from stages.pipeline.state import current_artifact, require_current, state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
@@ -27,8 +27,7 @@ def command(
     ] = False,
     wrong: Annotated[bool, flag("--wrong", help="Show only samples that are not correct.")] = False,
     by: Annotated[
-        str | None,
-        typer.Option(help="Split the results by this field of the test rows; system if left out."),
+        str | None, typer.Option(help="Split the results by this field of the test rows; system if left out.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many samples; 5 if left out.")] = None,
     as_json: Json = False,
@@ -66,7 +65,7 @@ def _show_results(store: Store, evaluations: list[Step], by: str | None, as_json
     """Print the table of results. config: with its overrides, as they are typed."""
     if not evaluations:
         raise ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
-    if not any(state(store, step).state == "current" for step in evaluations):
+    if not any(current_artifact(store, step) for step in evaluations):
         first = state(store, evaluations[0])
         if first.state == "damaged":
             require_current(store, evaluations[0])

@@ -16,7 +16,7 @@ from stages.errors import ConfigError
 from stages.pipeline import launch
 from stages.pipeline.run import calls_of_pending, give_memory_back, run_step
 from stages.pipeline.stage import Stage
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.runtime import distributed, libraries
 from stages.store.artifacts import Artifact, Store
@@ -47,7 +47,8 @@ def _answer_together(
     """Let targets that one server can serve be answered by one, if there are several."""
     may_share = steps[0].stage.answers_together
     sharing = [step for step in steps if may_share and may_share(settings, step.variant)]
-    if len(calls := calls_of_pending(settings, store, sharing, progress, engines)) > 1:
+    calls = list(calls_of_pending(settings, store, sharing, progress, engines))
+    if len(calls) > 1:
         with libraries.hide_packages(*libraries.UNUSED):
             answer_together = steps[0].stage.function("answer_together")
         answer_together(calls)
@@ -80,7 +81,7 @@ def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as
     launch.check_key(steps)
     store = Store(settings.root)
     launcher = launch.section(settings, steps[0].stage)
-    if launcher and (force or any(state(store, step).state != "current" for step in steps)):
+    if launcher and (force or not all(current_artifact(store, step) for step in steps)):
         launch.run(launcher, sys.argv[1:])
         return
     is_shown = distributed.is_main() and not quiet

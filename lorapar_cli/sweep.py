@@ -42,6 +42,16 @@ Columns = Annotated[
 Seeds = Annotated[
     str | None, typer.Option(metavar="N,N", help="Use these seeds instead of the table's, comma-separated.")
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N", help="Run one step at a time on each of these GPUs; 0+1,2+3 gives two to each step."
+    ),
+]
+Cluster = Annotated[
+    Path | None,
+    typer.Option("--slurm", metavar="FILE", help="Submit Slurm jobs, with the settings in this file."),
+]
 MaxCells = Annotated[
     int, typer.Option(metavar="N", min=1, help="Refuse tables of more cells (rows times seeds).")
 ]
@@ -58,17 +68,8 @@ def command(
     jobs: Annotated[
         int | None, typer.Option(help="Steps at a time on this machine.", min=1, max=MAX_JOBS)
     ] = None,
-    devices: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N",
-            help="Run one step at a time on each of these GPUs; 0+1,2+3 gives two to each step.",
-        ),
-    ] = None,
-    cluster: Annotated[
-        Path | None,
-        typer.Option("--slurm", metavar="FILE", help="Submit Slurm jobs, with the settings in this file."),
-    ] = None,
+    devices: Devices = None,
+    cluster: Cluster = None,
     dry_run: Annotated[
         bool,
         flag("--dry-run", help="Only print what would be done; with --slurm, also the state of the jobs."),

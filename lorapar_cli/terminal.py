@@ -14,7 +14,7 @@ from lorapar_cli.live_line import LiveLine, colored, interactive
 from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.errors import LoraparError
-from stages.pipeline.state import State, state
+from stages.pipeline.state import State, current_artifact
 from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison, voters
@@ -52,8 +52,6 @@ def _print(text: str) -> None:
 
 
 class LogHandler(logging.Handler):
-    """Prints log records as messages."""
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
             (conclude if record.levelno >= logging.ERROR else say)(self.format(record))
@@ -208,10 +206,9 @@ def places(store: Store, steps: dict[str, Step]) -> None:
     """Print the folder of each current artifact, with its share of active elements."""
     rows = table("artifact", "active elements", "where", text="where")
     for name, step in steps.items():
-        now = state(store, step)
-        if now.artifact is not None and now.state == "current":
-            share = now.artifact.manifest["summary"].get("active_share")
-            rows.add_row(name, "" if share is None else f"{share:.1%}", str(now.artifact.path))
+        if artifact := current_artifact(store, step):
+            share = artifact.manifest["summary"].get("active_share")
+            rows.add_row(name, "" if share is None else f"{share:.1%}", str(artifact.path))
     show(rows)
 
 

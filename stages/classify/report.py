@@ -143,7 +143,6 @@ def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
 
 
 def _voter_warnings(voters: dict[str, Any]) -> Iterator[str]:
-    """Warnings about voters whose answers mean little."""
     for title, voter in voters.items():
         area, mass = voter["held_out_auc"], voter["mass_on_words"]
         if area is not None and area < POOR_AUC:

@@ -32,14 +32,7 @@ from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.aggregate import MIN_EXAMPLES, Calibration, VoterResult, aggregate, calibrate
 from stages.labelling.known import with_known_labels
-from stages.labelling.personas import (
-    CONTENT_FREE,
-    content_free,
-    held_out,
-    personas,
-    question_of,
-    shots_of,
-)
+from stages.labelling.personas import CONTENT_FREE, content_free, held_out, personas, question_of, shots_of
 from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
 from stages.pipeline.context import StageContext

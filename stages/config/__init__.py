@@ -1,8 +1,8 @@
 """All settings as pydantic models, one class per section.
 
-The description of a field is its only documentation; `lorapar config` prints it. A setting declared with
-`in_cache_key=False` does not enter the keys of artifacts: it changes no result, or a digest of what it names
-is in the key. `loading.py` reads files into these models.
+The description of a field, in its declaration or below it, is its only documentation; `lorapar config` prints
+it. A setting declared with `in_cache_key=False` does not enter the keys of artifacts: it changes no result,
+or a digest of what it names is in the key. `loading.py` reads files into these models.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,14 +27,7 @@ from stages.config.evaluation import (
 from stages.config.fields import Section, setting
 from stages.config.labels import UNVOTED, ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
-from stages.config.sources import (
-    CHOICE,
-    DataSection,
-    LoraSection,
-    ModelSection,
-    PromptSection,
-    SourceSection,
-)
+from stages.config.sources import CHOICE, DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
     SECOND_SFT,
     BaselineSection,
@@ -47,38 +40,26 @@ from stages.config.training import (
 
 
 class Config(Section):
-    run: str = setting(
-        "default",
-        "Name of the run; its artifacts are in the folder of this name in runs_dir.",
-        in_cache_key=False,
-        pattern=r"^[\w][\w.-]*$",
-    )
+    run: str = setting("default", in_cache_key=False, pattern=r"^[\w][\w.-]*$")
+    """Name of the run; its artifacts are in the folder of this name in runs_dir."""
     runs_dir: str = setting("runs", "Folder of all runs.", in_cache_key=False)
-    seed: int = setting(
-        41, "Seed of the initial adapter, the sampling of rows, random masks and training.", ge=0
-    )
+    seed: int = setting(41, ge=0)
+    """Seed of the initial adapter, the sampling of rows, random masks and training."""
     model: ModelSection = setting(..., "The base model.")
     data: DataSection = setting(DataSection(), "The training rows.")
-    prompt: PromptSection = setting(
-        PromptSection(), "How score, sft, rl and eval format a question as a prompt."
-    )
+    prompt: PromptSection = setting(PromptSection())
+    """How score, sft, rl and eval format a question as a prompt."""
     lora: LoraSection = setting(LoraSection(), "The adapter.")
-    baseline: BaselineSection | None = setting(
-        None,
-        "PEFT method to train in place of LoRA, with all its parameters; score and partition are skipped.",
-        advanced=True,
-    )
-    server: ServerSection = setting(
-        ServerSection(), "Servers and batches of the models that vote or are evaluated.", advanced=True
-    )
+    baseline: BaselineSection | None = setting(None, advanced=True)
+    """PEFT method to train in place of LoRA, with all its parameters; score and partition are skipped."""
+    server: ServerSection = setting(ServerSection(), advanced=True)
+    """Servers and batches of the models that vote or are evaluated."""
     classify: ClassifySection = setting(ClassifySection(), "Labelling of examples as System 1 or System 2.")
     score: ScoreSection = setting(ScoreSection(), "Importance scores of all LoRA elements.")
-    partition: PartitionSection = setting(
-        PartitionSection(), "Split of the LoRA elements between the two systems."
-    )
-    sft: SftSection = setting(
-        SftSection(), "Supervised fine-tuning of System 1's elements, and in a second round of System 2's."
-    )
+    partition: PartitionSection = setting(PartitionSection())
+    """Split of the LoRA elements between the two systems."""
+    sft: SftSection = setting(SftSection())
+    """Supervised fine-tuning of System 1's elements, and in a second round of System 2's."""
     rl: RlSection = setting(RlSection(), "GRPO on the System 2 elements.")
     eval: EvalSection = setting(EvalSection(), "Evaluation of the base model and the adapters on benchmarks.")
 
@@ -188,7 +169,6 @@ class Config(Section):
 
     @property
     def served_by_vllm(self) -> bool:
-        """True if vLLM can serve the trained model."""
         return self.baseline is None and not self.model.load_in_4bit
 
     def labelling_strategy(self, rows: str) -> str:
@@ -198,5 +178,4 @@ class Config(Section):
 
     @property
     def root(self) -> Path:
-        """Folder of the run."""
         return Path(self.runs_dir) / self.run

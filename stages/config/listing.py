@@ -19,10 +19,14 @@ def section_type(field: FieldInfo) -> type[Section] | None:
 
 def describe(field: FieldInfo) -> str:
     """Return the description of a setting, with its possible values unless the description names them all."""
-    text, values = str(field.description), list(map(str, _literals(field.annotation)))
+    text, values = _on_one_line(field.description), list(map(str, _literals(field.annotation)))
     if values and bool in get_args(field.annotation):
         values += ["true", "false"]
     return text if all(value in text for value in values) else f"{text} One of: {', '.join(values)}."
+
+
+def _on_one_line(description: str | None) -> str:
+    return " ".join(str(description).split())
 
 
 def _literals(annotation: Any) -> Iterator[Any]:
@@ -95,6 +99,8 @@ def json_schema(section: type[Section] = Config) -> dict[str, Any]:
         definition.pop("required", None)
         definition.pop("description", None)  # the docstring of the class, which is for developers
         for name, field in definition["properties"].items():
+            if "description" in field:
+                field["description"] = _on_one_line(field["description"])
             for internal in (*MARKS, "title"):
                 field.pop(internal, None)
             if name in REMOVABLE:

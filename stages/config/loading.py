@@ -61,9 +61,8 @@ def read_with_extends(
             del settings[name]  # a section of which every setting is commented out
     if base is None:
         return settings
-    return _merge(
-        read_with_extends(path.parent / str(base), adjust, (*extended_by, path.resolve())), settings
-    )
+    extended = read_with_extends(path.parent / str(base), adjust, (*extended_by, path.resolve()))
+    return _merge(extended, settings)
 
 
 def _merge(base: dict[str, Any], overriding: dict[str, Any]) -> dict[str, Any]:

@@ -24,33 +24,23 @@ from stages.config.training import DROPOUT, SAVE_STEPS, WARMUP, AutoOff, TrainSe
 
 
 class RolloutsSection(Section):
-    engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting(
-        "transformers",
-        "What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the "
-        "trainer's GPUs; vllm_server: a vLLM server on other GPUs.",
-    )
-    batch_size: PositiveInt = unkeyed(
-        64, "Completions that engine transformers samples at a time; halved if memory runs out."
-    )
+    engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting("transformers")
+    """What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the trainer's
+    GPUs; vllm_server: a vLLM server on other GPUs."""
+    batch_size: PositiveInt = unkeyed(64)
+    """Completions that engine transformers samples at a time; halved if memory runs out."""
     base_url: str | None = unkeyed(None, "Address of the vLLM server, without /v1.")
-    gpu_memory_utilization: float | None = unkeyed(
-        None,
-        "Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of "
-        "a step's completions take, at most half of what is free beside the weights.",
-        gt=0,
-        lt=1,
-    )
+    gpu_memory_utilization: float | None = unkeyed(None, gt=0, lt=1)
+    """Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of a
+    step's completions take, at most half of what is free beside the weights."""
     tensor_parallel_size: PositiveInt = unkeyed(1, "Number of GPUs that share one colocated vLLM.")
-    enable_sleep_mode: bool = advanced_unkeyed(
-        False, "Free the memory of a colocated vLLM during optimizer steps."
-    )
+    enable_sleep_mode: bool = advanced_unkeyed(False)
+    """Free the memory of a colocated vLLM during optimizer steps."""
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
-        advanced(
-            "sequence_mask",
-            "Importance sampling correction of the difference between vLLM's probabilities and the "
-            "trainer's: mask or truncate large ratios, of whole sequences or of tokens.",
-        )
+        advanced("sequence_mask")
     )
+    """Importance sampling correction of the difference between vLLM's probabilities and the trainer's: mask
+    or truncate large ratios, of whole sequences or of tokens."""
     correction_max: PositiveFloat = advanced(3.0, "Ratio above which the correction masks or truncates.")
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
@@ -65,107 +55,73 @@ OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt"
 
 
 class RlSection(TrainSection):
-    start_from: Literal["sft", "init"] = advanced(
-        "sft", "Adapter to start from: that of SFT, after its last round, or the initial one."
-    )
+    start_from: Literal["sft", "init"] = advanced("sft")
+    """Adapter to start from: that of SFT, after its last round, or the initial one."""
     learning_rate: PositiveFloat = setting(5e-6, "Peak learning rate; the default is the paper's.")
     warmup_ratio: ShareBelowOne = advanced(0.1, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
     adam_beta2: ShareBelowOne = advanced(0.99, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
-    rescore: Annotated[str, registry_name("scorers")] | None = advanced_unkeyed(
-        None,
-        "Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): "
-        "e.g. taylor2, or grpo_sign, which scores System 2's by RL's own gradients on its first eight "
-        "batches of prompts; none: no second scores.",
-    )
-    data: Literal["system2", "all"] = setting(
-        "system2", "Rows to train on: System 2 or all. Undecided rows are never used."
-    )
+    rescore: Annotated[str, registry_name("scorers")] | None = advanced_unkeyed(None)
+    """Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): e.g.
+    taylor2, or grpo_sign, which scores System 2's by RL's own gradients on its first eight batches of
+    prompts; none: no second scores."""
+    data: Literal["system2", "all"] = setting("system2")
+    """Rows to train on: System 2 or all. Undecided rows are never used."""
     prompts_per_step: PositiveInt = setting(32, "Prompts per optimizer step.")
-    system1_share: ShareBelowOne = setting(
-        0.0,
-        "Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1.",
-    )
-    dynamic_sampling: NonNegativeInt = advanced(
-        0,
-        "Dynamic sampling (DAPO): how many times a step replaces the System 2 groups whose rewards are all "
-        "equal with groups of new prompts.",
-    )
+    system1_share: ShareBelowOne = setting(0.0)
+    """Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1."""
+    dynamic_sampling: NonNegativeInt = advanced(0)
+    """Dynamic sampling (DAPO): how many times a step replaces the System 2 groups whose rewards are all equal
+    with groups of new prompts."""
     num_generations: int = setting(8, "Completions per prompt (group size).", gt=1)
-    per_device_train_batch_size: PositiveInt = setting(
-        8, "Completions per forward pass; must divide prompts_per_step × num_generations."
-    )
-    prefix_sharing: AutoOff = advanced(
-        "auto",
-        "auto: if the architecture allows it, compute each prompt once for all its completions and, without "
-        "a KL term, skip completions whose advantage is zero; off: as TRL does.",
-    )
+    per_device_train_batch_size: PositiveInt = setting(8)
+    """Completions per forward pass; must divide prompts_per_step × num_generations."""
+    prefix_sharing: AutoOff = advanced("auto")
+    """auto: if the architecture allows it, compute each prompt once for all its completions and, without a KL
+    term, skip completions whose advantage is zero; off: as TRL does."""
     num_iterations: PositiveInt = advanced(1, "Optimizer passes over each batch of completions (μ).")
     temperature: PositiveFloat = setting(1.0, "Sampling temperature (the paper: 0.9).")
     top_p: PositiveShare = advanced(1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.")
-    top_k: NonNegativeInt = advanced(
-        0, "Number of most likely tokens to sample from (the paper: 50); 0: all tokens."
-    )
+    top_k: NonNegativeInt = advanced(0)
+    """Number of most likely tokens to sample from (the paper: 50); 0: all tokens."""
     max_prompt_length: PositiveInt = setting(128, "Longest prompt in tokens.")
-    too_long: Literal["error", "drop", "truncate_left"] = advanced(
-        "drop",
-        "What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens.",
-    )
+    too_long: Literal["error", "drop", "truncate_left"] = advanced("drop")
+    """What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens."""
     max_completion_length: PositiveInt = setting(256, "Longest completion in tokens.")
     beta: NonNegativeFloat = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.")
-    kl_reference: Literal["auto", "base", "sft"] = advanced(
-        "auto",
-        "Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline.",
-    )
-    use_bias_correction_kl: bool = advanced(
-        False, "Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO."
-    )
-    kl_probe_prompts: NonNegativeInt = advanced(
-        16,
-        "Number of held-out System 1 prompts on which the KL divergence from the start of RL is logged; none "
-        "with 0 or data all.",
-    )
-    kl_probe_steps: PositiveInt = advanced(
-        5, "Optimizer steps between two measurements on kl_probe_prompts and on the held-out protected rows."
-    )
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting(
-        "dapo",
-        "How token losses are averaged, as in TRL (the paper: grpo); cispo: as dapo, with clipped ratios as "
-        "weights (arXiv 2506.13585).",
-    )
-    importance_sampling_level: Literal["token", "sequence"] = advanced(
-        "token",
-        "Importance ratio to the policy that sampled: of each token, or of the whole completion (GSPO).",
-    )
+    kl_reference: Literal["auto", "base", "sft"] = advanced("auto")
+    """Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline."""
+    use_bias_correction_kl: bool = advanced(False)
+    """Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO."""
+    kl_probe_prompts: NonNegativeInt = advanced(16)
+    """Number of held-out System 1 prompts on which the KL divergence from the start of RL is logged; none
+    with 0 or data all."""
+    kl_probe_steps: PositiveInt = advanced(5)
+    """Optimizer steps between two measurements on kl_probe_prompts and on the held-out protected rows."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting("dapo")
+    """How token losses are averaged, as in TRL (the paper: grpo); cispo: as dapo, with clipped ratios as
+    weights (arXiv 2506.13585)."""
+    importance_sampling_level: Literal["token", "sequence"] = advanced("token")
+    """Importance ratio to the policy that sampled: of each token, or of the whole completion (GSPO)."""
     epsilon: PositiveFloat = advanced(0.2, "How far a ratio may move from 1 before it is clipped.")
-    epsilon_high: PositiveFloat | None = advanced(
-        None,
-        "How far a ratio may rise above 1; none: epsilon. For cispo it is the largest ratio itself, e.g. 5.",
-    )
-    scale_rewards: Literal["group", "batch", "none"] = advanced(
-        "group",
-        "Divide advantages by the standard deviation of the rewards in the group or batch; none: do not.",
-    )
-    rewards: Annotated[dict[str, float], WithoutFalse] = setting(
-        {"correctness": 2.0},
-        "Reward functions and their weights: functions in `lorapar list rewards` or rewards_file, or TRL's "
-        "trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward.",
-        min_length=1,
-    )
-    rewards_file: str | None = unkeyed(
-        None, "Python file with your own reward functions, with the signature that TRL expects."
-    )
+    epsilon_high: PositiveFloat | None = advanced(None)
+    """How far a ratio may rise above 1; none: epsilon. For cispo it is the largest ratio itself, e.g. 5."""
+    scale_rewards: Literal["group", "batch", "none"] = advanced("group")
+    """Divide advantages by the standard deviation of the rewards in the group or batch; none: do not."""
+    rewards: Annotated[dict[str, float], WithoutFalse] = setting({"correctness": 2.0}, min_length=1)
+    """Reward functions and their weights: functions in `lorapar list rewards` or rewards_file, or TRL's
+    trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward."""
+    rewards_file: str | None = unkeyed(None)
+    """Python file with your own reward functions, with the signature that TRL expects."""
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of rewards that run code.")
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
     save_steps: PositiveInt = advanced_unkeyed(5, SAVE_STEPS)
-    keep_steps: list[PositiveInt] = advanced_unkeyed(
-        [], "Steps after which the adapter is kept, too, for targets such as rl-20."
-    )
-    max_zero_signal_steps: PositiveInt = advanced_unkeyed(
-        20, "Stop after this many consecutive steps in which all rewards of each group are equal."
-    )
+    keep_steps: list[PositiveInt] = advanced_unkeyed([])
+    """Steps after which the adapter is kept, too, for targets such as rl-20."""
+    max_zero_signal_steps: PositiveInt = advanced_unkeyed(20)
+    """Stop after this many consecutive steps in which all rewards of each group are equal."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:
@@ -200,7 +156,6 @@ class RlSection(TrainSection):
 
     @property
     def replay_prompts(self) -> int:
-        """Number of System 1 prompts in a step."""
         return round(self.system1_share * self.prompts_per_step)
 
     def _conflicts_of_replay_and_resampling(self) -> Iterator[str]:

@@ -51,18 +51,14 @@ Optimizer = Annotated[str, AfterValidator(_check_optimizer)]
 
 
 class LaunchSection(Section):
-    backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting(
-        "single",
-        "single: one process; ddp: several processes, each with the whole model; fsdp2: several processes, "
-        "each with a shard of every layer of the base model and the whole adapter; zero2 is refused: the "
-        "gradients and optimizer state that it shards are small.",
-    )
-    processes: int | None = setting(
-        None, "Number of processes on this machine; none: one for each GPU.", gt=0, le=1024
-    )
-    config: str | None = advanced(
-        None, "Your own accelerate config file, e.g. for several machines; it replaces backend and processes."
-    )
+    backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting("single")
+    """single: one process; ddp: several processes, each with the whole model; fsdp2: several processes, each
+    with a shard of every layer of the base model and the whole adapter; zero2 is refused: the gradients and
+    optimizer state that it shards are small."""
+    processes: int | None = setting(None, gt=0, le=1024)
+    """Number of processes on this machine; none: one for each GPU."""
+    config: str | None = advanced(None)
+    """Your own accelerate config file, e.g. for several machines; it replaces backend and processes."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.processes and self.backend == "single" and self.config is None:
@@ -87,18 +83,14 @@ LAUNCH = "How many processes run the stage, and what each of them holds."
 class BaselineSection(Section):
     method: Literal[
         "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"
-    ] = setting(
-        ...,
-        "PEFT method. dora, miss, randlora, shira and vera use lora.target_modules; dora also uses "
-        "lora.lora_alpha and lora.use_rslora.",
-    )
+    ] = setting(...)
+    """PEFT method. dora, miss, randlora, shira and vera use lora.target_modules; dora also uses
+    lora.lora_alpha and lora.use_rslora."""
     virtual_tokens: PositiveInt = advanced(20, "Length of the trained prompt or prefix, in tokens.")
-    encoder_hidden: PositiveInt | None = advanced(
-        None, "Hidden size of p_tuning's prompt encoder; none: that of the model."
-    )
-    rank: PositiveInt | None = advanced(
-        None, "Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera."
-    )
+    encoder_hidden: PositiveInt | None = advanced(None)
+    """Hidden size of p_tuning's prompt encoder; none: that of the model."""
+    rank: PositiveInt | None = advanced(None)
+    """Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera."""
 
     @property
     def trains_prompt(self) -> bool:
@@ -112,15 +104,13 @@ DROPOUT = "Dropout on the input of the adapter; shira, ia3 and the prompt method
 
 
 class ScoreSection(Section):
-    scorer: Scorer = setting(
-        "taylor2", "Importance formula, one of `lorapar list scorers`.", ignored_by="score:rl"
-    )
+    scorer: Scorer = setting("taylor2", ignored_by="score:rl")
+    """Importance formula, one of `lorapar list scorers`."""
     examples: PositiveInt = setting(100, "Number of examples of each system.")
     batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
     launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
-    prompt: PromptSection | None = advanced(
-        None, "Prompt settings of this stage, used instead of the section `prompt`."
-    )
+    prompt: PromptSection | None = advanced(None)
+    """Prompt settings of this stage, used instead of the section `prompt`."""
 
 
 BY_DENSITY = ("topk", "topk_within", "random_half")
@@ -137,47 +127,29 @@ advanced_of_rl = partial(advanced, ignored_by="partition:sft")
 
 
 class PartitionSection(Section):
-    strategy: Strategy = setting(
-        "importance", "How the elements are split between the systems, one of `lorapar list strategies`."
-    )
-    theta: PositiveShare = setting(
-        0.9,
-        "θ: a system gets its most important elements until they have this share of its total importance.",
-        ignored_by=("all", *BY_DENSITY),
-    )
-    density: PositiveShare = advanced(
-        0.5,
-        "Share of all elements that topk and topk_within take for each system, and random_half in total.",
-        ignored_by=("all", *BY_THETA),
-    )
-    alpha: Share = setting(
-        1, "α: share that SFT trains of the elements that both systems have.", ignored_by="partition:rl"
-    )
-    beta: Share = of_rl(
-        1, "β: share that RL, or a second round of SFT, trains of the elements that both systems have."
-    )
-    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = advanced_of_rl(
-        "system2",
-        "Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and "
-        "beta of the shared ones; not_system1: all that System 1 does not have, so that no element of "
-        "System 1's set moves; all; random_within: as many of each LoRA weight as with system2, drawn at "
-        "random, as a control.",
-    )
-    rl_density: PositiveShare | None = advanced_of_rl(
-        None,
-        "Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; "
-        "none: as many as strategy and beta give it.",
-    )
-    protect: str | None = unkeyed(
-        None,
-        "Rows whose skill must survive training: a file in any format of data.path. No stage trains an "
-        "element that these rows need.",
-    )
-    protect_theta: Share = unkeyed(
-        0.9,
-        "Elements are protected, the most important ones first, until they have this share of the protected "
-        "rows' total importance; 0: none, and what the rows lose is only measured.",
-    )
+    strategy: Strategy = setting("importance")
+    """How the elements are split between the systems, one of `lorapar list strategies`."""
+    theta: PositiveShare = setting(0.9, ignored_by=("all", *BY_DENSITY))
+    """θ: a system gets its most important elements until they have this share of its total importance."""
+    density: PositiveShare = advanced(0.5, ignored_by=("all", *BY_THETA))
+    """Share of all elements that topk and topk_within take for each system, and random_half in total."""
+    alpha: Share = setting(1, ignored_by="partition:rl")
+    """α: share that SFT trains of the elements that both systems have."""
+    beta: Share = of_rl(1)
+    """β: share that RL, or a second round of SFT, trains of the elements that both systems have."""
+    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = advanced_of_rl("system2")
+    """Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and beta of
+    the shared ones; not_system1: all that System 1 does not have, so that no element of System 1's set moves;
+    all; random_within: as many of each LoRA weight as with system2, drawn at random, as a control."""
+    rl_density: PositiveShare | None = advanced_of_rl(None)
+    """Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; none:
+    as many as strategy and beta give it."""
+    protect: str | None = unkeyed(None)
+    """Rows whose skill must survive training: a file in any format of data.path. No stage trains an element
+    that these rows need."""
+    protect_theta: Share = unkeyed(0.9)
+    """Elements are protected, the most important ones first, until they have this share of the protected
+    rows' total importance; 0: none, and what the rows lose is only measured."""
 
     def _conflicts_of_rl_density(self) -> Iterator[str]:
         if self.rl_density is None:
@@ -207,32 +179,26 @@ class TrainSection(Section):
     optim: Optimizer = advanced(
         "adamw", f"Optimizer, one of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU)."
     )
-    loraplus_lr_ratio: PositiveFloat | None = advanced(
-        None, "LoRA+: ratio of the learning rate of B to that of A; none: the same rate."
-    )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = advanced(
-        "cosine", "Learning rate schedule after the warmup."
-    )
+    loraplus_lr_ratio: PositiveFloat | None = advanced(None)
+    """LoRA+: ratio of the learning rate of B to that of A; none: the same rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = advanced("cosine")
+    """Learning rate schedule after the warmup."""
     warmup_ratio: ShareBelowOne = advanced(0.03, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.0, "Weight decay.")
     adam_beta1: ShareBelowOne = advanced(0.9, "AdamW β₁.")
     adam_beta2: ShareBelowOne = advanced(0.999, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(1.0, "Norm to which gradients are clipped.")
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
-    max_steps: PositiveInt | None = setting(
-        None, "At most this many optimizer steps, if num_train_epochs needs more; none: no limit."
-    )
-    gradient_checkpointing: bool = unkeyed(
-        False, "Recompute activations in the backward pass: less memory, more time."
-    )
+    max_steps: PositiveInt | None = setting(None)
+    """At most this many optimizer steps, if num_train_epochs needs more; none: no limit."""
+    gradient_checkpointing: bool = unkeyed(False)
+    """Recompute activations in the backward pass: less memory, more time."""
     save_steps: PositiveInt = advanced_unkeyed(25, SAVE_STEPS)
     launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
-    report_to: list[Tracker] = unkeyed(
-        [], "Experiment trackers that receive the logs; the package of each must be installed."
-    )
-    prompt: PromptSection | None = advanced(
-        None, "Prompt settings of this stage, used instead of the section `prompt`."
-    )
+    report_to: list[Tracker] = unkeyed([])
+    """Experiment trackers that receive the logs; the package of each must be installed."""
+    prompt: PromptSection | None = advanced(None)
+    """Prompt settings of this stage, used instead of the section `prompt`."""
 
 
 of_first_round = partial(setting, ignored_by=SECOND_SFT)
@@ -241,38 +207,27 @@ advanced_of_first_round = partial(advanced, ignored_by=SECOND_SFT)
 
 
 class SftSection(TrainSection):
-    rounds: Literal[1, 2] = unkeyed(
-        1,
-        "1: System 1's elements on System 1 rows; 2: then, with the same settings, System 2's elements on "
-        "System 2 rows, for rows whose answers no reward can verify. RL starts from the last round.",
-    )
-    start_from: Literal["init", "rl"] = advanced_of_first_round(
-        "init", "Adapter to start from: init, or rl for the paper's reversed order."
-    )
-    data: Literal["system1", "all"] = of_first_round(
-        "system1", "Rows to train on: System 1 or all. Undecided rows are never used."
-    )
-    system2_share: Share = of_first_round(
-        0.0, "Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows."
-    )
-    system1_targets: Literal["full", "answer"] = advanced_of_first_round(
-        "full",
-        "Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning "
-        "(rows without a verifiable answer keep their responses).",
-    )
-    loss_type: Literal["nll", "dft"] = advanced(
-        "nll",
-        "nll: cross-entropy; dft: cross-entropy with each token weighted by its probability (arXiv "
-        "2508.05629).",
-    )
+    rounds: Literal[1, 2] = unkeyed(1)
+    """1: System 1's elements on System 1 rows; 2: then, with the same settings, System 2's elements on System
+    2 rows, for rows whose answers no reward can verify. RL starts from the last round."""
+    start_from: Literal["init", "rl"] = advanced_of_first_round("init")
+    """Adapter to start from: init, or rl for the paper's reversed order."""
+    data: Literal["system1", "all"] = of_first_round("system1")
+    """Rows to train on: System 1 or all. Undecided rows are never used."""
+    system2_share: Share = of_first_round(0.0)
+    """Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows."""
+    system1_targets: Literal["full", "answer"] = advanced_of_first_round("full")
+    """Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning (rows
+    without a verifiable answer keep their responses)."""
+    loss_type: Literal["nll", "dft"] = advanced("nll")
+    """nll: cross-entropy; dft: cross-entropy with each token weighted by its probability (arXiv
+    2508.05629)."""
     batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
     per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
     lora_dropout: ShareBelowOne = advanced(0.05, DROPOUT)
-    padding_free: AutoOff = advanced(
-        "auto",
-        "auto: compute a micro-batch as one row without padding if the architecture allows it; off: with "
-        "TRL's padding.",
-    )
+    padding_free: AutoOff = advanced("auto")
+    """auto: compute a micro-batch as one row without padding if the architecture allows it; off: with TRL's
+    padding."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.batch_size % self.per_device_train_batch_size:

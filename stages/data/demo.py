@@ -11,8 +11,9 @@ The output depends on the order in which the functions call the random generator
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SETS: dict[str, dict[str, tuple[int, Shares]]] = {
     "long": {"train": (360, HARDER), "test": (200, HARDER), "valid": (400, HARDER), "final": (1000, HARDER)},
 }
 """Set → split → number of items and shares of their kinds. Splits are generated in this order."""
+STEPS = {"one_step": 1, "two_step": 2, "three_step": 3}
+"""Kind of chain → its number of operations."""
 UNSEEN = ("test", "tune", "final")
 """Splits that ask for nothing which `train` or `valid` works out: other facts, and other worked answers."""
 
@@ -106,8 +109,6 @@ Without this rule, 61 to 67 % of the one-step items of `final` had their worked 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the set."""
-
     question: str
     answer: str
     """The worked answer; its last line is `#### ` and the final answer."""
@@ -127,7 +128,6 @@ class _Story:
     operations: list[str]
 
     def apply(self, sign: str, n: int, sentence: str) -> None:
-        """Change the quantity by `value sign n`, and record the operation and the sentence."""
         result = {"+": self.value + n, "-": self.value - n, "*": self.value * n}[sign]
         self.operations.append(f"{self.value} {sign} {n} = {result}")
         self.value = result
@@ -175,13 +175,8 @@ def _items(
 ) -> Iterator[Problem]:
     """Yield the items of one split; their questions are added to `questions`, and none there is repeated."""
     facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split in UNSEEN)]
-    makers: dict[str, Callable[[], Problem]] = {
-        "recall": lambda: _recall(rng, facts),
-        "reading": lambda: _reading(rng),
-        "one_step": lambda: _chain(rng, 1),
-        "two_step": lambda: _chain(rng, 2),
-        "three_step": lambda: _chain(rng, 3),
-    }
+    makers = {"recall": partial(_recall, rng, facts), "reading": partial(_reading, rng)}
+    makers |= {kind: partial(_chain, rng, kind) for kind in STEPS}
     for kind, share in shares.items():
         written = 0
         while written < round(total * share):
@@ -198,14 +193,10 @@ def _is_unseen(answer: str) -> bool:
     return zlib.crc32(answer.encode()) % UNSEEN_ANSWER_EVERY == 0
 
 
-def _aside(rng: random.Random) -> str:
-    return rng.choice(ASIDES).format(n=rng.randint(4, 12))
-
-
 def _item(
     rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int
 ) -> Problem:
-    leading = [_aside(rng) for _ in range(asides)]
+    leading = [rng.choice(ASIDES).format(n=rng.randint(4, 12)) for _ in range(asides)]
     return Problem(" ".join(leading + sentences), f"{worked}\n#### {gold}", intended, kind)
 
 
@@ -227,11 +218,13 @@ def _reading(rng: random.Random) -> Problem:
     return _item(rng, [story, question], worked, str(counts[target]), 1, "reading", rng.randint(0, 2))
 
 
-def _chain(rng: random.Random, steps: int) -> Problem:
-    """Ask for the result of `steps` operations on one quantity."""
+def _chain(rng: random.Random, kind: str) -> Problem:
+    """Ask for the result of some operations on one quantity."""
+    steps = STEPS[kind]
     story = _Story(rng.choice(NAMES), rng.choice(THINGS), 0, [], [])
     if rng.random() < 0.5:
-        _packs(rng, story)
+        story.value, n, box = rng.randint(2, 6), rng.randint(2, 6), rng.choice(BOXES)
+        story.apply("*", n, f"{story.name} buys {story.value} {box} with {n} {story.thing} each.")
     else:
         story.value = rng.randint(3, 15)
         story.sentences.append(f"{story.name} has {story.value} {story.thing}.")
@@ -248,13 +241,7 @@ def _chain(rng: random.Random, steps: int) -> Problem:
     asides = rng.choice([0, 1, 1, 2, 2]) if steps == 1 else rng.choice([0, 0, 0, 1])
     worked = ". ".join(story.operations) + "."
     intended = 1 if steps == 1 else 2
-    kind = {1: "one_step", 2: "two_step", 3: "three_step"}[steps]
     return _item(rng, [*story.sentences, question], worked, str(story.value), intended, kind, asides)
-
-
-def _packs(rng: random.Random, story: _Story) -> None:
-    story.value, n, box = rng.randint(2, 6), rng.randint(2, 6), rng.choice(BOXES)
-    story.apply("*", n, f"{story.name} buys {story.value} {box} with {n} {story.thing} each.")
 
 
 def _gain(rng: random.Random, story: _Story) -> None:

@@ -245,12 +245,10 @@ def local_file(source: SourceSection) -> Path | None:
 
 def may_be_hub_id(path: str) -> bool:
     """True if a path has the form of a hub id, OWNER/NAME, and is neither a file nor a folder."""
-    named_as_file = path.lower().endswith(SUFFIXES)
-    return not Path(path).exists() and not named_as_file and path.count("/") == 1
+    return path.count("/") == 1 and not path.lower().endswith(SUFFIXES) and not Path(path).exists()
 
 
 def missing_path_error(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:
-    """Return the error for a missing `data.path`."""
     return ConfigError("data.path is not set", hint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -71,49 +72,43 @@ def choices(
     tests: list[BenchmarkSection],
     labels: str | None = None,
     protected: Protected | None = None,
-) -> list[Choice]:
-    """The settings that differ from the defaults for these rows.
+) -> Iterator[Choice]:
+    """Yield the settings that differ from the defaults for these rows.
 
     tests: one benchmark for each test file. labels: file with known labels.
     """
     run = _word(data).lstrip("-") or "default"
-    chosen = [Choice("run", run), Choice("model.name", model), Choice("data.path", data)]
+    yield from (Choice("run", run), Choice("model.name", model), Choice("data.path", data))
     if empty := profile.rows.empty:
-        chosen.append(Choice("data.empty", "drop", f"{empty} rows have no prompt or no response"))
+        yield Choice("data.empty", "drop", f"{empty} rows have no prompt or no response")
     if repeated := profile.rows.repeated:
-        chosen.append(Choice("data.duplicates", "first", f"{repeated} rows repeat one before"))
-    chosen += _lengths([profile, *([protected.profile] if protected else [])])
+        yield Choice("data.duplicates", "first", f"{repeated} rows repeat one before")
+    yield from _lengths([profile, *([protected.profile] if protected else [])])
     if profile.section.template == "plain":
-        chosen.append(Choice("prompt.template", "plain", "the tokenizer has no chat template"))
+        yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
     if profile.system2_rows is None and labels is None:
-        chosen += _voters(profile, model)
+        yield from _voters(profile, model)
     if profile.section.system:
-        chosen.append(Choice("prompt.system", profile.section.system, "so that answers can be verified"))
+        yield Choice("prompt.system", profile.section.system, "so that answers can be verified")
     if modes := profile.section.chat_template_kwargs_by_system:
         why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
-        chosen.append(Choice("prompt.chat_template_kwargs_by_system", modes, why))
+        yield Choice("prompt.chat_template_kwargs_by_system", modes, why)
     if missing := sorted(set(LoraSection().target_modules) - profile.linear):
         why = f"{', '.join(sorted(profile.linear))}: the model has no {', '.join(missing)}"
-        chosen.append(Choice("lora.target_modules", ALL_LINEAR, why))
+        yield Choice("lora.target_modules", ALL_LINEAR, why)
     if labels:
-        chosen.append(Choice("classify.strategy", "known", "no model votes"))
-        chosen.append(Choice("classify.labels_file", labels))
+        yield Choice("classify.strategy", "known", "no model votes")
+        yield Choice("classify.labels_file", labels)
     elif profile.system2_rows is not None:
-        chosen.append(Choice("classify.strategy", "known", "each row has a field system"))
+        yield Choice("classify.strategy", "known", "each row has a field system")
     if protected:
-        chosen.append(Choice("partition.protect", protected.path, "no stage trains what its rows need"))
-    rl = _rl(profile)
+        yield Choice("partition.protect", protected.path, "no stage trains what its rows need")
+    rl = list(_rl(profile))
     limits = {choice.name: choice.value for choice in rl}
-    chosen += [] if profile.imitable else RL_ALONE
-    chosen += SECOND_SFT if profile.unverifiable else rl
-    chosen += [*_server(profile, limits), *_eval(tests, limits["rl.max_completion_length"])]
-    if protected and protected.test:
-        longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
-        names = {choice.name.split(".")[2] for choice in chosen if choice.name.startswith("eval.benchmarks.")}
-        own = _eval([protected.test], longest, "protected", names)
-        label = f"{own[0].name.rpartition('.')[0]}.label"
-        chosen += [*own, Choice(label, False, "the systems are those of the new rows")]
-    return chosen
+    yield from [] if profile.imitable else RL_ALONE
+    yield from SECOND_SFT if profile.unverifiable else rl
+    yield from _server(profile, limits)
+    yield from _benchmarks(tests, protected, limits["rl.max_completion_length"])
 
 
 def _voters(profile: DataProfile, model: str) -> list[Choice]:
@@ -152,13 +147,12 @@ def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _lines(node, indent + "  ")
 
 
-def _lengths(profiles: list[DataProfile]) -> list[Choice]:
+def _lengths(profiles: list[DataProfile]) -> Iterator[Choice]:
     """Lengths of the rows to train on, and of protected ones if there are any."""
     longest, why = max(_limit(profile.row, profile.positions) for profile in profiles)
-    chosen = [Choice("data.max_length", longest, f"prompt and response: {why}")]
+    yield Choice("data.max_length", longest, f"prompt and response: {why}")
     if any(longest < profile.row.longest for profile in profiles):
-        chosen.append(Choice("data.too_long", "drop", "the longer rows are left out of SFT and score"))
-    return chosen
+        yield Choice("data.too_long", "drop", "the longer rows are left out of SFT and score")
 
 
 def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
@@ -174,7 +168,7 @@ def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
     return rounded, why
 
 
-def _rl(profile: DataProfile) -> list[Choice]:
+def _rl(profile: DataProfile) -> Iterator[Choice]:
     defaults = Config.model_fields["rl"].default
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
@@ -191,7 +185,6 @@ def _rl(profile: DataProfile) -> list[Choice]:
         completion = max(profile.positions - prompt, profile.positions // 4)
         prompt = profile.positions - completion
         response_why = f"{response_why}, and with its prompt the model reads {profile.positions}"
-    chosen = []
     system2, rows_text = profile.system2_rows, f"{profile.system2_rows} System 2 rows"
     if system2 is None:
         rows = len(profile.rows.examples)
@@ -200,13 +193,10 @@ def _rl(profile: DataProfile) -> list[Choice]:
     if largest < defaults.prompts_per_step:
         # `-` binds before `<<`: the largest power of two that is not above `largest`, and at least 1.
         power_of_two = 1 << max(largest, 1).bit_length() - 1
-        chosen.append(Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}"))
-    chosen += [
-        Choice("rl.max_prompt_length", prompt, prompt_why),
-        Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}"),
-        Choice("rl.rewards", *_reward(profile)),
-    ]
-    return chosen
+        yield Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}")
+    yield Choice("rl.max_prompt_length", prompt, prompt_why)
+    yield Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}")
+    yield Choice("rl.rewards", *_reward(profile))
 
 
 def _server(profile: DataProfile, limits: dict[str, Any]) -> list[Choice]:
@@ -232,36 +222,41 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
 
 
-def _eval(
-    tests: list[BenchmarkSection], longest: int, title: str = "", taken: Collection[str] = ()
-) -> list[Choice]:
-    """One benchmark for each test file. longest: tokens of an answer. title: name in place of the file's.
-
-    taken: names that other benchmarks have.
-    """
-    chosen: list[Choice] = []
-    names = set(taken)
+def _benchmarks(tests: list[BenchmarkSection], protected: Protected | None, longest: int) -> Iterator[Choice]:
+    """A benchmark for each test file and for the protected rows. longest: tokens of an answer."""
+    names: list[str] = []
     for test in tests:
-        kind, path = test.kind, str(test.path)
-        word = title or _word(path).strip("-_")
-        candidates = [word if word not in ("", "train") else kind]
-        candidates += [f"{kind}-{number}" for number in range(1, len(tests) + len(names) + 2)]
-        names.add(unique := next(name for name in candidates if name not in names))
-        name = f"eval.benchmarks.{unique}"
-        chosen += [Choice(f"{name}.kind", kind, "which can read its rows"), Choice(f"{name}.path", path)]
-        if "split" in test.model_fields_set:
-            chosen.append(Choice(f"{name}.split", test.split, "not the rows that are trained"))
-        if test.duplicates == "first":
-            chosen.append(Choice(f"{name}.empty", "drop", "some rows are empty or repeat one before"))
-            chosen.append(Choice(f"{name}.duplicates", "first"))
-        defaults = benchmarks.pick(kind).DEFAULTS
-        if defaults.get("shots"):
-            chosen.append(Choice(f"{name}.shots", 0, "no rows for worked examples are named"))
-        # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
-        if "max_new_tokens" not in defaults or "revision" not in defaults:
-            why = "a quarter more than their responses" if title else "as many as in RL"
-            chosen.append(Choice(f"{name}.max_new_tokens", longest, why))
-    return chosen
+        names.append(_benchmark_name(_word(str(test.path)).strip("-_"), test.kind, names))
+        yield from _benchmark(names[-1], test, longest, "as many as in RL")
+    if protected and protected.test:
+        name = _benchmark_name("protected", protected.test.kind, names)
+        longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
+        yield from _benchmark(name, protected.test, longest, "a quarter more than their responses")
+        yield Choice(f"eval.benchmarks.{name}.label", False, "the systems are those of the new rows")
+
+
+def _benchmark_name(word: str, kind: str, taken: Collection[str]) -> str:
+    """The word, or the kind of benchmark with a number where another one has that name."""
+    names = chain([kind if word in ("", "train") else word], (f"{kind}-{number}" for number in count(1)))
+    return next(name for name in names if name not in taken)
+
+
+def _benchmark(name: str, test: BenchmarkSection, longest: int, why: str) -> Iterator[Choice]:
+    """A benchmark of this name. longest: tokens of an answer, and why so many."""
+    section = f"eval.benchmarks.{name}"
+    yield Choice(f"{section}.kind", test.kind, "which can read its rows")
+    yield Choice(f"{section}.path", str(test.path))
+    if "split" in test.model_fields_set:
+        yield Choice(f"{section}.split", test.split, "not the rows that are trained")
+    if test.duplicates == "first":
+        yield Choice(f"{section}.empty", "drop", "some rows are empty or repeat one before")
+        yield Choice(f"{section}.duplicates", "first")
+    defaults = benchmarks.pick(test.kind).DEFAULTS
+    if defaults.get("shots"):
+        yield Choice(f"{section}.shots", 0, "no rows for worked examples are named")
+    # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
+    if "max_new_tokens" not in defaults or "revision" not in defaults:
+        yield Choice(f"{section}.max_new_tokens", longest, why)
 
 
 def _word(path: str) -> str:

@@ -31,8 +31,6 @@ READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 
 @dataclass(frozen=True)
 class DataProfile:
-    """Profile of training rows, rendered for a model."""
-
     rows: Rows
     answers: Counter[str]
     """Rows by the kind of their verifiable answer: number, letter, text, tests or none."""
@@ -102,14 +100,9 @@ def survey(
             f"no row of {data.path} has a response to imitate, or an answer that a reward here can verify",
             "give each row a field gold, or test and entry_point, or write a config with your own reward",
         )
-    section = section or PromptSection(
-        template="chat" if tokenizer.chat_template else "plain",
-        system=ASKS if set(kinds) <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests) else None,
-    )
+    section = section or _prompt_settings(tokenizer, set(kinds), tests)
     renderer = _renderer(tokenizer, section, rows.examples)
-    shown = renderer.row((answered or rows.examples)[0])
-    start = shown.labels.count(IGNORED)
-    labels = [system_of(example.extra.get("system")) for example in rows.examples]
+    systems = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)
     return DataProfile(
         rows=rows,
@@ -117,16 +110,12 @@ def survey(
         **_measured(renderer, rows.examples),
         unanswered=len(rows.examples) - len(answered),
         bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
-        system2_rows=labels.count(2) if None not in labels else None,
+        system2_rows=systems.count(2) if None not in systems else None,
         ignores_system=sum(
-            label is None and isinstance(e.extra.get("system"), str)
-            for label, e in zip(labels, rows.examples, strict=True)
+            isinstance(text := e.extra.get("system"), str) and system_of(text) is None for e in rows.examples
         ),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
-        sample=(
-            tokenizer.decode(shown.input_ids[:start]),
-            tokenizer.decode(shown.input_ids[start:]) if answered else "",
-        ),
+        sample=_shown(renderer, (answered or rows.examples)[0]),
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,
@@ -134,6 +123,20 @@ def survey(
         positions=getattr(base.config, "max_position_embeddings", None),
         linear=linear_modules(base),
     )
+
+
+def _prompt_settings(tokenizer: Any, kinds: set[str], tests: list[BenchmarkSection]) -> PromptSection:
+    asks = kinds <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
+    return PromptSection(
+        template="chat" if tokenizer.chat_template else "plain", system=ASKS if asks else None
+    )
+
+
+def _shown(renderer: Renderer, example: Example) -> tuple[str, str]:
+    """Prompt and trained text of a row, as the model sees them."""
+    row, decode = renderer.row(example), renderer.tokenizer.decode
+    start = row.labels.count(IGNORED)
+    return decode(row.input_ids[:start]), decode(row.input_ids[start:]) if example.response else ""
 
 
 def _measured(renderer: Renderer, examples: list[Example]) -> dict[str, Any]:

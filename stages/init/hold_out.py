@@ -23,8 +23,6 @@ ONE_IN, MOST = 5, 300
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The two parts of a file."""
-
     train: str
     """The file of the rows to train on: the original one if nothing is held out."""
     test: BenchmarkSection | None

@@ -32,10 +32,7 @@ class Calibration:
 
 
 def calibrate(
-    method: str,
-    labelled: list[Labelled],
-    votes: list[float | None],
-    content_free_votes: list[float | None],
+    method: str, labelled: list[Labelled], votes: list[float | None], content_free_votes: list[float | None]
 ) -> Calibration:
     """Find the threshold by `method`, and the AUC on the labelled examples.
 

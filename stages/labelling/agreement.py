@@ -109,7 +109,6 @@ def compare_with_known(
 
 
 def surface_scores(examples: list[Example]) -> dict[str, dict[str, float]]:
-    """Each score of SURFACE, per example id."""
     return {name: {e.id: float(score(e.conversation)) for e in examples} for name, score in SURFACE.items()}
 
 

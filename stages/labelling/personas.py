@@ -182,5 +182,4 @@ def is_for_calibration(example: Example) -> bool:
 
 
 def content_free(text: str) -> Example:
-    """A question without content as an example to vote on."""
     return Example(f"content_free/{text}", text, text, None)

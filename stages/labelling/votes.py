@@ -98,7 +98,6 @@ class VoteJournal:
         return self._journal.path
 
     def set_examples(self, examples: list[Example]) -> None:
-        """Set the examples to vote on."""
         self.examples = examples
         self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
 

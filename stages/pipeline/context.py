@@ -39,7 +39,6 @@ class StageContext:
 
     @property
     def labels(self) -> Path:
-        """The file of labels of the rows that the stage reads."""
         return self.inputs["classify"].path / "labels.jsonl"
 
     def adapter(self, *stages: str) -> Path | None:

@@ -4,15 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.config import (
-    UNVOTED,
-    BenchmarkSection,
-    Config,
-    ModelSection,
-    RouterSection,
-    SourceSection,
-    Voter,
-)
+from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, RouterSection, SourceSection, Voter
 from stages.config.fields import cache_key_fields
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
@@ -73,7 +65,6 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
 
 
 def _answer_changing(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a vLLM server that change its answers."""
     return {name: value for name, value in arguments.items() if name not in SCALE}
 
 
@@ -106,12 +97,10 @@ def of_source(source: SourceSection, cache: DigestCache) -> str:
 
 
 def of_shots(benchmark: BenchmarkSection, cache: DigestCache) -> dict[str, str]:
-    """Cache-key part of the worked examples in a benchmark's prompt, if there are any."""
     return {"shots": of_source(shots_source(benchmark), cache)} if benchmark.shots else {}
 
 
 def model_part(config: Config, cache: DigestCache) -> dict[str, str]:
-    """Cache-key part of the base."""
     return {"model": of_model(config.model, cache)}
 
 

@@ -74,21 +74,7 @@ def run(launch: LaunchSection | None, arguments: list[str], keys: Iterable[str] 
 def command(launch: LaunchSection) -> list[str]:
     """The launcher's command; ConfigError if it cannot start what the section asks for."""
     if launch.config is not None:
-        if not Path(launch.config).is_file():
-            raise MissingInputError(
-                f"launch.config {launch.config} is not a file", "write it with: accelerate config"
-            )
-        settings = read_yaml(Path(launch.config), f"launch.config {launch.config}")
-        if not isinstance(settings, dict):
-            raise ConfigError(
-                f"launch.config {launch.config} holds no settings", "write it with: accelerate config"
-            )
-        _check_readable(launch.config)
-        if settings.get("distributed_type") in ("NO", "MULTI_CPU", False):  # YAML reads a bare NO as false
-            raise ConfigError(
-                f"launch.config {launch.config} starts a single process (distributed_type)",
-                "leave launch.config out, or --set STAGE.launch.backend=ddp",
-            )
+        _check_config(launch.config)
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch.config]
     if launch.backend == "zero2":
         raise ConfigError(
@@ -106,16 +92,25 @@ def command(launch: LaunchSection) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
 
 
-def _check_readable(path: str) -> None:
-    """Raise ConfigError if accelerate cannot read its file: its launcher would end with a traceback."""
+def _check_config(path: str) -> None:
+    """Raise an error unless accelerate can read its file, which starts several processes."""
     from accelerate.commands.config.config_args import load_config_from_file
 
+    title, hint = f"launch.config {path}", "write it with: accelerate config"
+    if not Path(path).is_file():
+        raise MissingInputError(f"{title} is not a file", hint)
+    settings = read_yaml(Path(path), title)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{title} holds no settings", hint)
     try:
         load_config_from_file(path)
-    except Exception as error:
+    except Exception as error:  # accelerate's launcher would end with a traceback
+        raise ConfigError(f"{title}: {first_line(error)}", hint) from None
+    if settings.get("distributed_type") in ("NO", "MULTI_CPU", False):  # YAML reads a bare NO as false
         raise ConfigError(
-            f"launch.config {path}: {first_line(error)}", "write it with: accelerate config"
-        ) from None
+            f"{title} starts a single process (distributed_type)",
+            "leave launch.config out, or --set STAGE.launch.backend=ddp",
+        )
 
 
 def processes(launch: LaunchSection) -> tuple[int, int]:

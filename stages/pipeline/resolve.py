@@ -37,10 +37,10 @@ def registries() -> dict[str, Any]:
     return {
         "scorers": scorers,
         "strategies": strategies,
-        "personas": personas,
+        "rewards": loading,
         "benchmarks": benchmarks,
         "engines": engines,
-        "rewards": loading,
+        "personas": personas,
     }
 
 
@@ -84,8 +84,5 @@ def resolved(config: Config) -> Config:
         pairs = zip(classify.voters, engines, strict=True)
         voters = [voter.model_copy(update={"engine": engine}) for voter, engine in pairs]
         classify = classify.model_copy(update={"voters": voters})
-    update = {
-        "classify": classify,
-        "eval": config.eval.model_copy(update={"engine": grading}),
-    }
+    update = {"classify": classify, "eval": config.eval.model_copy(update={"engine": grading})}
     return config.model_copy(update=update)

@@ -18,7 +18,7 @@ from stages.engines import EngineCache
 from stages.errors import ArtifactError, ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stage import Stage, section
-from stages.pipeline.state import State, rebuild_hint, require_current, state
+from stages.pipeline.state import State, current_artifact, rebuild_hint, require_current, state
 from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged, stage_names
 from stages.progress import Progress
 from stages.runtime import distributed, libraries, resources
@@ -38,17 +38,25 @@ def run_step(
     """
     stage = step.stage
     # First without the lock, so that a store on which this user cannot write serves, too.
-    if not force and (artifact := _current_artifact(store, step)):
+    if not force and (artifact := _linked_artifact(store, step)):
         return artifact, False
     with store.lock(stage.name, step.key) if distributed.is_main() else nullcontext():
         store.look_again()  # another process may have made it meanwhile
         inputs = {name: require_current(store, upstream, step) for name, upstream in step.inputs.items()}
-        if not force and (artifact := _current_artifact(store, step)):
+        if not force and (artifact := _linked_artifact(store, step)):
             return artifact, False
         if not force and (now := state(store, step)).state == "damaged":
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
         check_unchanged(config, step)
-        context = _begin(config, store, step, inputs, force, progress, engines)
+        distributed.barrier()  # no process changes the store before all have read its state
+        build = store.start_partial if distributed.is_main() else store.partial
+        out = build(stage.name, step.key)
+        gc.collect()  # models of earlier steps are in reference cycles
+        resources.reset_peak()
+        context = _context(config, step, inputs, out, force, progress, engines)
+        if force and distributed.is_main():
+            context.checkpoints.start_over()
+        distributed.barrier()  # old checkpoints are gone before any process looks for one
         with libraries.hide_packages(*libraries.UNUSED):
             function = stage.function()
         with _user_code():
@@ -72,48 +80,21 @@ def give_memory_back() -> None:
 
 def calls_of_pending(
     config: Config, store: Store, steps: list[Step], progress: Progress, engines: EngineCache
-) -> list[tuple[StageContext, dict[str, Any]]]:
+) -> Iterator[tuple[StageContext, dict[str, Any]]]:
     """The arguments of the stage function for each step that is not current and whose inputs are."""
-    calls = []
     for step in steps:
-        states = {name: state(store, source) for name, source in step.inputs.items()}
-        inputs = {
-            name: now.artifact for name, now in states.items() if now.state == "current" and now.artifact
-        }
-        if state(store, step).state == "current" or inputs.keys() != step.inputs.keys():
+        sources = {name: current_artifact(store, source) for name, source in step.inputs.items()}
+        inputs = {name: artifact for name, artifact in sources.items() if artifact}
+        if current_artifact(store, step) or len(inputs) < len(step.inputs):
             continue
         out = store.partial(step.stage.name, step.key)
-        context = _context(config, step, inputs, out, False, progress, engines)
-        calls.append((context, _sections(config, step)))
-    return calls
+        yield _context(config, step, inputs, out, False, progress, engines), _sections(config, step)
 
 
 def _sections(config: Config, step: Step) -> dict[str, Any]:
     """The config sections that the stage function takes."""
     reads = (*step.stage.sections(config, step.variant), *step.stage.unkeyed_sections)
     return dict(section(config, path) for path in reads)
-
-
-def _begin(
-    config: Config,
-    store: Store,
-    step: Step,
-    inputs: dict[str, Artifact],
-    force: bool,
-    progress: Progress,
-    engines: EngineCache,
-) -> StageContext:
-    """Make the folder that the step builds in, and what its stage function gets."""
-    distributed.barrier()  # no process changes the store before all have read its state
-    build = store.start_partial if distributed.is_main() else store.partial
-    out = build(step.stage.name, step.key)
-    gc.collect()  # models of earlier steps are in reference cycles
-    resources.reset_peak()
-    context = _context(config, step, inputs, out, force, progress, engines)
-    if force and distributed.is_main():
-        context.checkpoints.start_over()
-    distributed.barrier()  # old checkpoints are gone before any process looks for one
-    return context
 
 
 def _commit(
@@ -132,15 +113,13 @@ def _commit(
         store.point_latest(step.stage.name, step.variant, step.key)
 
 
-def _current_artifact(store: Store, step: Step) -> Artifact | None:
+def _linked_artifact(store: Store, step: Step) -> Artifact | None:
     """The artifact of the step if it is current; the link to the latest artifact is then set to it."""
-    now = state(store, step)
-    if now.state != "current" or now.artifact is None:
-        return None
+    artifact = current_artifact(store, step)
     with suppress(OSError):
-        if distributed.is_main():
+        if artifact and distributed.is_main():
             store.point_latest(step.stage.name, step.variant, step.key)
-    return now.artifact
+    return artifact
 
 
 @contextmanager

@@ -90,21 +90,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def require_current(store: Store, step: Step, wanted: Step | None = None) -> Artifact:
-    """The artifact of a step if it is current.
-
-    Else raises ArtifactError or MissingInputError, with the command that helps. wanted: a later step that
-    needs it, and that the command makes, too.
-    """
+def current_artifact(store: Store, step: Step) -> Artifact | None:
+    """The artifact of a step if it is current."""
     now = state(store, step)
-    if now.state == "current":
-        assert now.artifact is not None
-        return now.artifact
+    return now.artifact if now.state == "current" else None
+
+
+def require_current(store: Store, step: Step, wanted: Step | None = None) -> Artifact:
+    """The artifact of a step; ArtifactError or MissingInputError, with what helps, unless it is current.
+
+    wanted: a later step that needs it, and that the command of the hint makes, too.
+    """
+    if artifact := current_artifact(store, step):
+        return artifact
+    now = state(store, step)
     if now.state == "damaged":
         raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
     raise MissingInputError(
-        f"{step.name} is {now.state} ({now.why})",
-        f"lorapar run CONFIG --to {(wanted or step).stage.name}",
+        f"{step.name} is {now.state} ({now.why})", f"lorapar run CONFIG --to {(wanted or step).stage.name}"
     )
 
 

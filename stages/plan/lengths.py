@@ -19,26 +19,12 @@ class Lengths:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.ordered = sorted(numbers)
-
-    @property
-    def median(self) -> int:
-        return self._quantile(0.5)
-
-    @property
-    def p99(self) -> int:
-        return self._quantile(0.99)
+        self.median, self.p99 = self._quantile(0.5), self._quantile(0.99)
+        self.mean, self.longest = fmean(self.ordered), self.ordered[-1]
 
     def _quantile(self, share: float) -> int:
         """Nearest rank: the smallest length that at least this share of the texts do not exceed."""
         return self.ordered[math.ceil(share * len(self.ordered)) - 1]
-
-    @property
-    def longest(self) -> int:
-        return self.ordered[-1]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.ordered)
 
     def beyond(self, limit: int) -> int:
         """The number of texts that are longer than the limit."""

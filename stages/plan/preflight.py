@@ -24,7 +24,7 @@ from stages.lora.training import loop
 from stages.models import base
 from stages.pipeline import launch
 from stages.pipeline.stage import Check, section
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.plan.lengths import sampled
 from stages.plan.prompt_lengths import TRAINING_SAMPLE, Texts, spans
@@ -35,8 +35,6 @@ from stages.store.artifacts import Store
 
 @dataclass(frozen=True)
 class CertainFailure:
-    """An error that is certain."""
-
     stopped: tuple[str, ...]
     """Names of the steps that it would stop."""
     error: LoraparError
@@ -160,12 +158,9 @@ def _check_room(texts: Texts, trained: int) -> None:
 def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     """The labels of the training rows; none if they are still to be made, unless the rows bring them."""
     config = texts.config
-    labelling = next(
-        (step.inputs[name] for step in steps for name in step.inputs if name == "classify:train"), None
-    )
-    now = labelling and state(Store(config.root), labelling)
-    if now and now.state == "current" and now.artifact is not None:
-        return read_labels(now.artifact.path / "labels.jsonl")
+    labelling = next(filter(None, (step.inputs.get("classify:train") for step in steps)), None)
+    if labelling and (artifact := current_artifact(Store(config.root), labelling)):
+        return read_labels(artifact.path / "labels.jsonl")
     classify = config.classify
     if classify.strategy == "known" and not classify.swap:
         with suppress(LoraparError):  # which the check of classify raises

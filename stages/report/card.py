@@ -45,7 +45,7 @@ def card(
     """
     manifest, view, config = artifact.manifest, view_of(artifact), _config(artifact)
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    base, dtype = config.model.name, manifest["provenance"].get("dtype", "")
+    dtype = manifest["provenance"].get("dtype", "")
     baseline, trained_by = identity["baseline"], identity[stage]
     sections = {"baseline": baseline} if baseline else {
         "partition": config.partition.model_dump(mode="json"), "lora": identity["lora"]
@@ -59,11 +59,11 @@ def card(
     subject = "The adapter" if form == "adapter" else "The merged model"
     trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
     return f"""---
-{_base_model_line(base)}library_name: {"peft" if form == "adapter" else "transformers"}
+{_base_model_line(config.model)}library_name: {"peft" if form == "adapter" else "transformers"}
 tags: [lorapar, {baseline["method"] if baseline else "lora"}]
 ---
 
-# {_title(base)} after {_method_name(config)} {view.target}
+# {escaping.markdown(config.model.title)} after {_method_name(config)} {view.target}
 
 {subject} of step `{view.step}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
@@ -135,13 +135,9 @@ def _untrained_note(form: Form, config: Config, base_dtype: bool) -> str:
     return f"; the others are those that it started from, {precision}"
 
 
-def _base_model_line(base: str) -> str:
+def _base_model_line(base: ModelSection) -> str:
     """Write the metadata line of the base model, or nothing for a folder, which the hub would refuse."""
-    return f"base_model: {base}\n" if ModelSection(name=base).may_be_on_hub else ""
-
-
-def _title(base: str) -> str:
-    return escaping.markdown(base.rstrip("/").split("/")[-1])
+    return f"base_model: {base.name}\n" if base.may_be_on_hub else ""
 
 
 def card_of_views(adapters: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
@@ -151,7 +147,7 @@ def card_of_views(adapters: dict[str, Artifact], folder: Path, evaluated: Sequen
     """
     configs = {name: _config(artifact) for name, artifact in adapters.items()}
     views = {name: view_of(artifact) for name, artifact in adapters.items()}
-    base, slow = configs["fast"].model.name, configs["slow"]
+    base, slow = configs["fast"].model, configs["slow"]
     server = usage.server_command(adapters["slow"], slow, folder, {name: folder / name for name in views})
     modes = "\n".join(
         f"| {name} | {_learned(view, configs[name])} | `{adapters[name].manifest['key']}` | "
@@ -165,7 +161,7 @@ def card_of_views(adapters: dict[str, Artifact], folder: Path, evaluated: Sequen
 tags: [lorapar, lora]
 ---
 
-# {_title(base)}, fast and slow
+# {escaping.markdown(base.title)}, fast and slow
 
 Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started in this folder, has both
 beside the base model, and a request chooses by `model`, which is `fast` or `slow`:

@@ -11,7 +11,7 @@ from stages.config.evaluation import KEPT
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import Interval, paired_difference, paired_p
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_json, read_samples
 from stages.report.page import Block, Grid, Text
@@ -68,11 +68,11 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     fields = {"system"}
     for step in steps:
         target, _, benchmark = step.variant.partition("@")
-        now = state(store, step)
-        if now.state != "current" or now.artifact is None:
+        artifact = current_artifact(store, step)
+        if artifact is None:
             continue
         answers = answers_by_benchmark.setdefault(benchmark, {}).setdefault(target, {})
-        for sample in read_samples(now.artifact.path / "samples.jsonl"):
+        for sample in read_samples(artifact.path / "samples.jsonl"):
             fields |= sample.extra.keys()
             value = sample.system if by == "system" else sample.extra.get(by)
             # "all" is the group of all items, even where a field has that value.
@@ -208,21 +208,19 @@ def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
     if not config.partition.protect or not trained:
         return []
-    accuracies = {
-        benchmark: {
-            target: accuracy_by_item(answers_of(artifacts[step]))
-            for target in ("base", *TRAINED)
-            if (step := f"eval:{target}@{benchmark}") in artifacts
-        }
-        for benchmark in config.eval.benchmarks
-    }
     rows = []
-    for name, by_target in accuracies.items():
+    for benchmark in config.eval.benchmarks:
+        evaluations = {target: f"eval:{target}@{benchmark}" for target in ("base", *TRAINED)}
+        by_target = {
+            target: accuracy_by_item(answers_of(artifacts[step]))
+            for target, step in evaluations.items()
+            if step in artifacts
+        }
         if by_target:
             base = by_target.get("base", {})
-            mean = f"{100 * sum(base.values()) / len(base):.1f}" if base else ""
+            mean = f"{100 * fmean(base.values()):.1f}" if base else ""
             changes = (_change(base, by_target.get(target, {})) for target in trained)
-            rows.append([name, str(len(base) or ""), mean, *changes])
+            rows.append([benchmark, str(len(base) or ""), mean, *changes])
     summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
     drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
     if any(drift):

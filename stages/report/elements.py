@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -33,24 +34,22 @@ CODES = {"s1_only": S1_ONLY, "s2_only": S2_ONLY, "shared": SHARED}
 """Name of a region that a system needs → its code in the masks."""
 
 
-def parts(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
+def parts(config: Config, artifacts: dict[str, Artifact]) -> Iterator[Block]:
     """Build the blocks of SFT's elements, and those of RL's if they were scored again.
 
     The maps are of SFT's alone: more than three are not compared by eye.
     """
     masks = artifacts.get("partition:sft")
-    blocks = _stage(config, artifacts.get("score"), masks, "")
-    blocks += [] if masks is None else _maps(masks)
+    yield from _stage(config, artifacts.get("score"), masks, "")
+    if masks is not None:
+        yield from _maps(masks)
     if "score:rl" in artifacts:
-        again = f"For RL the elements were scored again, by {config.rl.rescore} at the adapter of SFT."
-        blocks.append(Text(again))
-        blocks += _stage(config, artifacts["score:rl"], artifacts.get("partition:rl"), "for RL")
-    return blocks
+        yield Text(f"For RL the elements were scored again, by {config.rl.rescore} at the adapter of SFT.")
+        yield from _stage(config, artifacts["score:rl"], artifacts.get("partition:rl"), "for RL")
 
 
-def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title: str) -> list[Block]:
+def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title: str) -> Iterator[Block]:
     """Build the blocks of one training stage. title: of the scatter plot, where a page has several."""
-    blocks: list[Block] = []
     if masks is not None:
         summary = masks.manifest["summary"]
         total = summary["elements"]
@@ -59,13 +58,12 @@ def _stage(config: Config, score: Artifact | None, masks: Artifact | None, title
             for name, region in REGION_TITLES.items()
             if name in summary
         ]
-        blocks.append(Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements."))
+        yield Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements.")
     if score is not None and (score.path / "importance.safetensors").is_file():
         pictures = [cumulative_importance(config, score)]
         if masks is not None:
             pictures.append(importance_by_system(config, score, masks, title))
-        blocks.append(Pictures(pictures))
-    return blocks
+        yield Pictures(pictures)
 
 
 def _products(config: Config, score: Artifact) -> dict[int, dict[str, Tensor]]:
@@ -170,25 +168,24 @@ Cells = dict[tuple[int, str], Tensor]
 """Layer and module → the region codes of its A and B."""
 
 
-def _maps(masks: Artifact) -> list[Block]:
+def _maps(masks: Artifact) -> Iterator[Block]:
     """Draw a heat map of each region's share of the elements by layer and module, and say how to read it."""
     cells = _cells(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
     if not cells:
-        return []
+        return
     pictures = []
     for name, code in CODES.items():
-        overall = _share(list(cells.values()), code)
+        title = f"{REGION_TITLES[name]}: {_percent(torch.cat(list(cells.values())), code):.1f} % of all"
         rows, columns, shares = _grid(cells, code)
-        title = f"{REGION_TITLES[name]}: {overall:.1f} % of all"
         present = [share for row in shares for share in row if not math.isnan(share)]
         text = f"{title}; by layer and module from {min(present):.0f} to {max(present):.0f} %."
         pictures.append(Picture(figures.svg(figures.heat_map(rows, columns, shares, title)), text))
-    how_to_read = (
+    yield Text(
         "How to read the maps: a cell is one module of one layer, and its colour is the share of its "
         "elements, A and B together, that lie in the region. If the elements lay anywhere at random, all "
         "cells of a map would have about the share in its title."
     )
-    return [Text(how_to_read), Pictures(pictures)]
+    yield Pictures(pictures)
 
 
 def _cells(region: dict[str, Tensor]) -> Cells:
@@ -203,16 +200,14 @@ def _grid(cells: Cells, code: int) -> tuple[list[str], list[str], list[list[floa
     """Return names of layers and modules, and a region's share of each; NaN where a layer lacks a module."""
     layers = sorted({layer for layer, _ in cells})
     modules = list(dict.fromkeys(module for _, module in cells))
-    shares = [
-        [_share([cells[layer, m]], code) if (layer, m) in cells else math.nan for m in modules]
-        for layer in layers
-    ]
+    percent = {place: _percent(codes, code) for place, codes in cells.items()}
+    shares = [[percent.get((layer, module), math.nan) for module in modules] for layer in layers]
     return [str(layer) for layer in layers], _short_names(modules), shares
 
 
-def _share(codes: list[Tensor], code: int) -> float:
-    """Compute the percentage of the elements that have this region code."""
-    return 100 * sum(int((c == code).sum()) for c in codes) / sum(c.numel() for c in codes)
+def _percent(codes: Tensor, code: int) -> float:
+    """The percentage of the elements that have this region code."""
+    return 100 * int((codes == code).sum()) / codes.numel()
 
 
 def _short_names(modules: list[str]) -> list[str]:

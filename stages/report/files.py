@@ -17,14 +17,9 @@ MARKS = {
 
 def refuse_others(files: Iterable[Path]) -> None:
     """Raise OutputError if one of the files exists, and is not of an earlier report."""
-    for file in files:
-        if file.exists() and not (file.is_file() and _is_marked(file)):
+    for file in filter(Path.exists, files):
+        if not (file.is_file() and MARKS[file.suffix].encode() in file.read_bytes()[:400]):
             raise OutputError(f"{file} exists already, and is not of a report", "another folder: --out DIR")
-
-
-def _is_marked(file: Path) -> bool:
-    with file.open(encoding="utf-8", errors="replace") as start:
-        return MARKS[file.suffix] in start.read(400)
 
 
 def write(texts: dict[Path, str]) -> None:

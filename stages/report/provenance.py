@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from stages.config import Config
@@ -20,11 +21,12 @@ TWOFOLD = 2
 def cost(artifacts: dict[str, Artifact]) -> Grid:
     """Tabulate each step's actual cost beside its estimate; estimates off by TWOFOLD or more are flagged."""
     rows: list[list[str]] = []
-    flagged = set()
+    costs, flagged = [], set()
     for name, artifact in artifacts.items():
         provenance, summary = artifact.manifest["provenance"], artifact.manifest["summary"]
         share = summary.get("active_share")
         actual, planned = actual_and_planned(provenance)
+        costs.append((actual.seconds, planned.seconds))
         factors = {2: _factor(actual.seconds, planned.seconds), 4: _factor(actual.mib, planned.mib)}
         flagged |= {(len(rows), column) for column, factor in factors.items() if factor}
         rows.append([
@@ -40,9 +42,8 @@ def cost(artifacts: dict[str, Artifact]) -> Grid:
         "of two or more. Tokens: trained on, with prompts, or written by the evaluated model. Joules: by "
         "GPUs that report their energy."
     )
-    costs = [actual_and_planned(artifact.manifest["provenance"]) for artifact in artifacts.values()]
-    if all(planned.seconds is not None for _, planned in costs):
-        sums = [sum(cost.seconds or 0 for cost in column) for column in zip(*costs, strict=True)]
+    if all(planned_s is not None for _, planned_s in costs):
+        sums = [sum(seconds or 0 for seconds in column) for column in zip(*costs, strict=True)]
         caption += " Together {:.0f} seconds, planned {:.0f}.".format(*sums)
     return Grid([*head, "active elements"], rows, caption, frozenset(flagged))
 
@@ -80,23 +81,23 @@ def settings(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
     numbers = [[package, ", ".join(sorted(found))] for package, found in sorted(versions.items())]
     folders = [[name, str(artifact.path)] for name, artifact in artifacts.items()]
     title = f"The {len(changed)} settings that differ from the defaults"
-    blocks: list[Block] = [Details(title, [Grid(["setting", "value"], changed, prose=True)])]
-    blocks += [Details("Versions", [Grid(["package", "version"], numbers)])] if numbers else []
-    of_artifacts = Details("Folders of the artifacts", [Grid(["step", "folder"], folders, prose=True)])
-    return [*blocks, *([of_artifacts] if folders else [])]
+    tables = {
+        title: Grid(["setting", "value"], changed, prose=True),
+        "Versions": Grid(["package", "version"], numbers),
+        "Folders of the artifacts": Grid(["step", "folder"], folders, prose=True),
+    }
+    return [Details(title, [table]) for title, table in tables.items() if table.rows]
 
 
-def _changed(section: Settings, prefix: str = "") -> list[tuple[str, Any]]:
-    """List dotted name and value of each setting that differs from its default."""
-    changed: list[tuple[str, Any]] = []
+def _changed(section: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of each setting that differs from its default."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         default = None if field.is_required() else field.default
         if value == default:
             continue
         if isinstance(value, Settings) and (isinstance(default, Settings) or field.is_required()):
-            changed += _changed(value, f"{prefix}{name}.")
+            yield from _changed(value, f"{prefix}{name}.")
         else:
             plain = section.model_dump(mode="json", exclude_defaults=True)
-            changed.append((f"{prefix}{name}", plain.get(name)))
-    return changed
+            yield f"{prefix}{name}", plain.get(name)

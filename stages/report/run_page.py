@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stages.config import ROUTED, SECOND_SFT, SYSTEMS, TRAINED, Config
@@ -11,7 +12,7 @@ from stages.evaluation.metrics import accuracy_by_item
 from stages.evaluation.routing import ORACLE
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import Sample, read_json
 from stages.report import comparison, elements, figures, provenance, voters
@@ -59,8 +60,7 @@ def build(
     config: Config, steps: dict[str, Step], store: Store
 ) -> tuple[list[str | Tiles], list[PageSection], list[str]]:
     """Build the lead, all sections, and the names of the steps that are not current."""
-    states = {name: state(store, step) for name, step in steps.items()}
-    current = {name: now.artifact for name, now in states.items() if now.state == "current"}
+    current = {name: current_artifact(store, step) for name, step in steps.items()}
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
     evaluations = [
@@ -73,13 +73,13 @@ def build(
     tables = comparison.tables(store, evaluations, "system")
     missing = [name for name in steps if name not in artifacts]
     sections = [
-        PageSection("results", "Results", _results(tables, comparison.routed(artifacts))),
+        PageSection("results", "Results", list(_results(tables, comparison.routed(artifacts)))),
         PageSection("protection", "Gain and loss", comparison.protection(config, artifacts)),
         PageSection("routing", "Routing", comparison.routings(artifacts)),
-        PageSection("items", "Won and lost", _items(artifacts, tables)),
-        PageSection("training", "Training", _training(artifacts)),
-        PageSection("elements", "Elements", elements.parts(config, artifacts)),
-        PageSection("labels", "Labels", _label_counts(artifacts)),
+        PageSection("items", "Won and lost", list(_items(artifacts, tables))),
+        PageSection("training", "Training", list(_training(artifacts))),
+        PageSection("elements", "Elements", list(elements.parts(config, artifacts))),
+        PageSection("labels", "Labels", list(_label_counts(artifacts))),
         PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
         PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
@@ -117,12 +117,11 @@ def _tokens(row: dict[str, Any], most: int) -> str:
     return ", ".join(parts)
 
 
-def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """Say for each benchmark how the last target does, beside the others, and whether that may be chance.
 
     Derived targets are left out.
     """
-    sentences = []
     for name, rows in tables.items():
         measured = [row for row in rows if row["accuracy"] is not None]
         graded = [row for row in measured if not comparison.is_derived(row["target"])]
@@ -139,8 +138,7 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
             sentence += f", {target} {_accuracy(row)}"
             sentence += f" of {row['n']}" if row["n"] != last["n"] else ""
         sentence += _meaning(last, overall[-1]) if overall else ""
-        sentences.append(f"{sentence}.{_gain_of_auto(measured, last)}")
-    return sentences
+        yield f"{sentence}.{_gain_of_auto(measured, last)}"
 
 
 def _gain_of_auto(rows: list[dict[str, Any]], last: dict[str, Any]) -> str:
@@ -176,9 +174,10 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f}\N{NO-BREAK SPACE}%"
 
 
-def _results(tables: dict[str, list[dict[str, Any]]], routed: dict[str, comparison.Routed]) -> list[Block]:
+def _results(
+    tables: dict[str, list[dict[str, Any]]], routed: dict[str, comparison.Routed]
+) -> Iterator[Block]:
     """Build a table and a figure of accuracies for each benchmark."""
-    blocks: list[Block] = []
     for name, measurements in tables.items():
         head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}")
         targets = head[2:]
@@ -186,7 +185,7 @@ def _results(tables: dict[str, list[dict[str, Any]]], routed: dict[str, comparis
         caption += comparison.p_note(targets)
         if fewer := comparison.answered_fewer(measurements):
             caption += f" On {name}, {fewer}"
-        blocks.append(Grid(head, rows, caption))
+        yield Grid(head, rows, caption)
         groups = dict.fromkeys(row["group"] for row in measurements)
         series: dict[str, dict[str, Value]] = {target: {} for target in targets}
         for row in measurements:
@@ -205,20 +204,17 @@ def _results(tables: dict[str, list[dict[str, Any]]], routed: dict[str, comparis
         if len(points) > 1:
             svg = figures.svg(figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %"))
             pictures.append(Picture(svg, f"Accuracy on {name} by the mean tokens of an answer."))
-        blocks.append(Pictures(pictures))
-    return blocks
+        yield Pictures(pictures)
 
 
-def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> list[Block]:
+def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> Iterator[Block]:
     """Show, for each benchmark, items that its last two targets answered differently."""
-    blocks: list[Block] = []
     for name, rows in tables.items():
         targets = dict.fromkeys(row["target"] for row in rows if not comparison.is_derived(row["target"]))
         evaluated = {target: artifacts[f"eval:{target}@{name}"] for target in list(targets)[-2:]}
         if len(evaluated) == 2:
             sides = (Answered(target, comparison.answers_of(one)) for target, one in evaluated.items())
-            blocks += won_and_lost(f"{name}: ", *sides)
-    return blocks
+            yield from won_and_lost(f"{name}: ", *sides)
 
 
 class Answered(NamedTuple):
@@ -277,9 +273,8 @@ def _frame(prompts: list[str]) -> tuple[str, str]:
     return start, end[0] if end else ""
 
 
-def _training(artifacts: dict[str, Artifact]) -> list[Block]:
+def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
     """Draw the curves of each training, a figure for each panel."""
-    blocks: list[Block] = []
     windows = {"sft": 1, SECOND_SFT: 1, "rl": figures.WINDOW}
     for name, window in windows.items():  # the rewards of one step are few and noisy
         if name not in artifacts:
@@ -291,22 +286,19 @@ def _training(artifacts: dict[str, Artifact]) -> list[Block]:
             lasts = ", ".join(f"{label} {values[-1][1]:.3g}" for label, values in points.items())
             text = f"{name}: {title}, by optimizer step; at the end: {lasts}."
             pictures.append(Picture(figures.svg(figures.training_panel(title, points, window)), text))
-        blocks.append(Heading(f"{name}, {len(history)} steps"))
+        yield Heading(f"{name}, {len(history)} steps")
         if window > 1:
-            blocks.append(Text(f"Faint: the values; bold: means of the last {window} steps.", quiet=True))
-        blocks.append(Pictures(pictures))
-    return blocks
+            yield Text(f"Faint: the values; bold: means of the last {window} steps.", quiet=True)
+        yield Pictures(pictures)
 
 
-def _label_counts(artifacts: dict[str, Artifact]) -> list[Block]:
+def _label_counts(artifacts: dict[str, Artifact]) -> Iterator[Block]:
     """Summarize the labels of each data set, and the voters where there were any."""
-    blocks: list[Block] = []
     for name, artifact in artifacts.items():
         if not name.startswith("classify:"):
             continue
         counts = {key: n for key, n in artifact.manifest["summary"].items() if isinstance(n, int)}
         titles = {key: re.sub(r"^system(?=\d)", "System ", key).replace("_", " ") for key in counts}
         listed = ", ".join(f"{n} {titles[key]}" for key, n in counts.items())
-        blocks.append(Text(f"{name.partition(':')[2]}: {listed}."))
-        blocks += voters.blocks(artifact.path)
-    return blocks
+        yield Text(f"{name.partition(':')[2]}: {listed}.")
+        yield from voters.blocks(artifact.path)

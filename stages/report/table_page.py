@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stages.config.evaluation import KEPT
@@ -98,7 +98,7 @@ def _section(results: Results, command: SweepCommand) -> PageSection:
     if choices := render_table.choices_note(results):
         blocks.append(Text(choices, quiet=True))
     plot = _line_plot(results, file.plot) or _dot_plot(results)
-    importance = _importance(results) if file.importance else []
+    importance = list(_importance(results)) if file.importance else []
     blocks += [Pictures(row) for row in (plot, importance, _training_curves(results)) if row]
     if file.make_data:
         blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
@@ -247,15 +247,13 @@ def _training_curves(results: Results) -> list[Picture]:
     return [Picture(svg, text, f"RL, moving means over {figures.WINDOW} steps.")]
 
 
-def _importance(results: Results) -> list[Picture]:
+def _importance(results: Results) -> Iterator[Picture]:
     """Plot each row's importance, by system and cumulative, from its first seed that has the artifacts."""
-    pictures: list[Picture] = []
     drawn = set()
     for cell in results.table.cells:
         score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
         if cell.row in drawn or not (score and masks and (score.path / "importance.safetensors").is_file()):
             continue
         drawn.add(cell.row)
-        pictures.append(elements.importance_by_system(cell.config, score, masks, cell.row))
-        pictures.append(elements.cumulative_importance(cell.config, score, cell.row))
-    return pictures
+        yield elements.importance_by_system(cell.config, score, masks, cell.row)
+        yield elements.cumulative_importance(cell.config, score, cell.row)

@@ -112,8 +112,6 @@ class _Fields(dict[str, Any]):
 
 
 class Store:
-    """Artifacts of one run."""
-
     def __init__(self, root: Path) -> None:
         self.root = root
         self._integrity_errors: dict[tuple[Path, str], str | None] = {}

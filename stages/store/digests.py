@@ -14,9 +14,7 @@ KEY_DIGITS = 12
 
 def canonical_json(value: Any) -> bytes:
     """Canonical JSON of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def key_of(identity: dict[str, Any]) -> str:
@@ -80,7 +78,6 @@ class DigestCache:
             self._entries = CACHE_FILE.validate_json(path.read_text(encoding="utf-8"))
 
     def file(self, path: Path) -> str:
-        """Return the sha256 of a file."""
         status = path.stat()
         version = (status.st_size, status.st_mtime_ns, status.st_ino)
         name = str(path.resolve())

@@ -33,9 +33,8 @@ Rows = Annotated[list[str], Field(min_length=1), _listed]
 
 
 class Compare(Section):
-    row: Rows | None = setting(
-        None, "Row that is compared, or a list: their mean. None: all others, one by one."
-    )
+    row: Rows | None = setting(None)
+    """Row that is compared, or a list: their mean. None: all others, one by one."""
     against: Rows = setting(..., "Row that it is compared with, or a list: their mean.")
     on: str = setting(..., "Column of accuracies.")
 
@@ -67,47 +66,32 @@ class Plot(Section):
 class TableFile(Section):
     title: str = setting(..., "Title of the table.")
     base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
-    set: dict[str, Any] = setting(
-        {}, f"Settings of every cell, by their dotted names. {SEED} in a text, here or in a row, is the seed."
-    )
-    rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting(
-        {}, "Settings of each row, by their dotted names; `base` and `columns` override the table's."
-    )
-    grid: dict[str, list[Any]] = setting(
-        {}, "Instead of rows: settings and their values; each combination is a row."
-    )
+    set: dict[str, Any] = setting({})
+    """Settings of every cell, by their dotted names. {seed} in a text, here or in a row, is the seed."""
+    rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting({})
+    """Settings of each row, by their dotted names; `base` and `columns` override the table's."""
+    grid: dict[str, list[Any]] = setting({})
+    """Instead of rows: settings and their values; each combination is a row."""
     seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
-    make_data: str = setting(
-        "",
-        f"Command that writes the data of a seed, named with {SEED}. It is not run, but shown where data are "
-        "missing.",
-    )
-    columns: dict[str, str] = setting(
-        ...,
-        "What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or "
-        ".FIELD=VALUE for a group of items, or by .flexible to parse answers flexibly. A difference of two "
-        "accuracies, such as `rl@demo - sft@demo`. Or a value of a step's summary, such as "
-        "partition:sft.active_share.",
-        min_length=1,
-    )
-    paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting(
-        {}, "Published values, by row and column."
-    )
-    compare: Comparisons = setting(
-        [],
-        "Test each row against one row, or the mean of several, paired by item and seed; or a list of "
-        "planned comparisons. p-values are corrected for their number.",
-    )
+    make_data: str = setting("")
+    """Command that writes the data of a seed, named with {seed}. It is not run, but shown where data are
+    missing."""
+    columns: dict[str, str] = setting(..., min_length=1)
+    """What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or .FIELD=VALUE
+    for a group of items, or by .flexible to parse answers flexibly. A difference of two accuracies, such as
+    `rl@demo - sft@demo`. Or a value of a step's summary, such as partition:sft.active_share."""
+    paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting({})
+    """Published values, by row and column."""
+    compare: Comparisons = setting([])
+    """Test each row against one row, or the mean of several, paired by item and seed; or a list of planned
+    comparisons. p-values are corrected for their number."""
     plot: Plot | None = setting(None, "Plot one column over another.")
-    importance: bool = setting(
-        False,
-        "Plot, for each row, the importance of its elements for System 1 against that for System 2, and how "
-        "few elements hold most of it, beside independent Gaussians.",
-    )
+    importance: bool = setting(False)
+    """Plot, for each row, the importance of its elements for System 1 against that for System 2, and how few
+    elements hold most of it, beside independent Gaussians."""
     notes: str = setting("", "Notes for the reader.")
-    chosen_on: str = setting(
-        "", "Settings that were chosen by results on items, and on which: a sentence under the table."
-    )
+    chosen_on: str = setting("")
+    """Settings that were chosen by results on items, and on which: a sentence under the table."""
 
     @model_validator(mode="after")
     def _rows_or_grid(self) -> TableFile:

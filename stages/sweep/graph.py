@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.config import ROUTED, UNVOTED, Config
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step, with_inputs
 from stages.store.artifacts import Store
 from stages.sweep.table import Cell
@@ -19,8 +19,6 @@ ArtifactId = tuple[str, str, str]
 
 @dataclass
 class Node:
-    """One artifact of the sweep, with the step that makes it."""
-
     id: ArtifactId
     config: Config
     step: Step
@@ -55,7 +53,7 @@ def build_graph(cells: list[Cell]) -> dict[ArtifactId, Node]:
         for step in with_inputs(cell.steps, shown).values():
             artifact, *inputs = ((str(root), s.stage.name, s.key) for s in (step, *step.inputs.values()))
             if artifact not in nodes:
-                current = state(store, step).state == "current"
+                current = bool(current_artifact(store, step))
                 command = _command(cell, step)
                 nodes[artifact] = Node(artifact, cell.config, step, command, inputs, current=current)
             nodes[artifact].cells.append((cell.table, cell.row, cell.seed))

@@ -7,9 +7,11 @@ import os
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from stages.config import Config
 from stages.errors import BusyError, ServerError
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 from stages.sweep.graph import ArtifactId, Node
@@ -82,14 +84,11 @@ def _end_workers() -> None:
 
 
 def is_current(node: Node) -> bool:
-    """True if the node's artifact is up to date now."""
-    return state(Store(Path(node.id[0])), node.step).state == "current"
+    return bool(current_artifact(Store(Path(node.id[0])), node.step))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a step that has ended."""
-
     node: Node
     status: str
     """done, failed, or left out (an input failed)."""
@@ -101,37 +100,22 @@ class Outcome:
     """Byte of the log at which the last try begins."""
 
 
-class Lease:
-    """Exclusive use of GPUs among all sweeps of this user on this machine.
+def lease(devices: str) -> ExitStack | None:
+    """Lock GPUs among all sweeps of this user on this machine, until `close`; None if one is in use.
 
-    It rests on file locks, which the kernel releases when the process ends.
+    devices: numbers, separated by commas. The kernel releases file locks when the process ends.
     """
-
-    def __init__(self, devices: str) -> None:
-        """devices: numbers, separated by commas."""
-        folder = Path(tempfile.gettempdir()) / f"lorapar-devices-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._locks = [FileLock(folder / f"{name}.lock", timeout=0) for name in sorted(devices.split(","))]
-
-    def acquire(self) -> bool:
-        """Lock all devices, or none. Returns whether they are locked; does not wait."""
-        try:
-            for lock in self._locks:
-                lock.acquire()
-        except Timeout:
-            self.release()
-            return False
-        return True
-
-    def release(self) -> None:
-        for lock in self._locks:
-            lock.release()
+    folder = Path(tempfile.gettempdir()) / f"lorapar-devices-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with ExitStack() as locks, suppress(Timeout):
+        for name in sorted(devices.split(",")):
+            locks.enter_context(FileLock(folder / f"{name}.lock", timeout=0))
+        return locks.pop_all()
+    return None
 
 
 @dataclass(frozen=True)
 class Running:
-    """A step that a worker is making."""
-
     worker: Worker
     started: float
     """time.monotonic() at the start."""
@@ -165,9 +149,9 @@ class Sweep:
         self.ended: dict[ArtifactId, Outcome] = {}
         self.done = {artifact for artifact, node in nodes.items() if node.current}
         """Artifacts that exist: those that were current at the start, and those that were made since."""
-        self.server_failures: dict[ArtifactId, int] = {}
+        self.server_failures: Counter[ArtifactId] = Counter()
         self.retry_at: dict[ArtifactId, float] = {}
-        self.leases: dict[str, Lease] = {}
+        self.leases: dict[str, ExitStack] = {}
         self.paused_until: dict[str, float] = {}
         """Device that was just released → the time until which it is left to other sweeps."""
         self.reported_busy: set[str] = set()
@@ -187,8 +171,8 @@ class Sweep:
                 _end_workers()
             for worker in self.workers:
                 worker.close()
-            for lease in self.leases.values():
-                lease.release()
+            for locks in self.leases.values():
+                locks.close()
         return list(self.ended.values())
 
     def _start_ready(self) -> None:
@@ -213,8 +197,8 @@ class Sweep:
                 return index
             if self.paused_until.get(device, 0) > time.monotonic():
                 continue
-            if (lease := Lease(device)).acquire():
-                self.leases[device] = lease
+            if locks := lease(device):
+                self.leases[device] = locks
                 self.reported_busy.discard(device)
                 return index
             if device not in self.reported_busy:
@@ -239,7 +223,7 @@ class Sweep:
             del self.running[artifact]
             self.slots.append(step.worker)
             if (device := step.worker.device) is not None:
-                self.leases.pop(device).release()
+                self.leases.pop(device).close()
                 self.paused_until[device] = time.monotonic() + DEVICE_PAUSE_S
             self._record(artifact, step, code)
 
@@ -247,14 +231,14 @@ class Sweep:
         """Mark a step as done or failed by its exit code, or put it back to be retried."""
         node = self.nodes[artifact]
         log, seconds = self.log(node), time.monotonic() - step.started
-        failures = self.server_failures.get(artifact, 0) + (code == SERVER_FAILED)
-        self.server_failures[artifact] = failures
+        self.server_failures[artifact] += code == SERVER_FAILED
+        may_retry = self.server_failures[artifact] < MAX_SERVER_FAILURES
         if code == 0 and is_current(node):
             self.done.add(artifact)
             self.ended[artifact] = Outcome(node, "done", 0, log, seconds)
             to_do = len(self.waiting) + len(self.running)
             self.say(f"done in {seconds:.0f} s, {to_do} left: {node.title}")
-        elif code == BUSY or (code == SERVER_FAILED and failures < MAX_SERVER_FAILURES):
+        elif code == BUSY or (code == SERVER_FAILED and may_retry):
             self.waiting.append(artifact)
             self.retry_at[artifact] = time.monotonic() + RETRY_AFTER_S
             self.say(f"exit code {code}, will be retried: {node.title}")
@@ -268,5 +252,4 @@ class Sweep:
             self.say(f"{reason}: {node.title}; see {log}")
 
     def log(self, node: Node) -> Path:
-        """Return the file that a step's output goes to."""
         return self.logs / f"{node.stage}-{node.step.key}.log"

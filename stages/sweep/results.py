@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import Interval, holm
-from stages.pipeline.state import state
+from stages.pipeline.state import current_artifact
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
@@ -51,10 +50,7 @@ class Artifacts:
 
     def current(self, cell: Cell, step: str) -> Artifact | None:
         """Return a step's artifact; None if the cell has no such step, or the artifact is not current."""
-        if step not in cell.steps:
-            return None
-        now = state(self.store(cell), cell.steps[step])
-        return now.artifact if now.state == "current" else None
+        return current_artifact(self.store(cell), cell.steps[step]) if step in cell.steps else None
 
     def needed(self, cell: Cell, column: Column) -> Artifact:
         """Return the artifact of a column; _Missing if it is not current."""
@@ -107,7 +103,6 @@ class Results:
 
 
 def results(table: Table) -> Results:
-    """Read all values and comparisons of a table from its artifacts."""
     artifacts = Artifacts()
     found = Results(table, {}, {}, artifacts, {})
     for row, name in itertools.product(table.rows, table.file.columns):
@@ -158,17 +153,13 @@ def _comparison(artifacts: Artifacts, references: list[Cell], cells: list[Cell],
 
     Of several rows on one side each item has the mean of its accuracies.
     """
-    pairs = []
-    for seed in dict.fromkeys(cell.seed for cell in references):
-        sides = [[cell for cell in side if cell.seed == seed] for side in (references, cells)]
-        if all(sides):
-            pairs.append(
-                [
-                    mean_by_item([artifacts.accuracy(cell, cell.columns[name]) for cell in side])
-                    for side in sides
-                ]
-            )
-    return difference([a for a, _ in pairs], [b for _, b in pairs], _have_own_items(cells, name))
+    shared = {cell.seed for cell in cells}
+    seeds = dict.fromkeys(cell.seed for cell in references if cell.seed in shared)
+    first, second = (
+        [mean_by_item([artifacts.accuracy(c, c.columns[name]) for c in side if c.seed == s]) for s in seeds]
+        for side in (references, cells)
+    )
+    return difference(first, second, _have_own_items(cells, name))
 
 
 def reading(column: Column) -> str:
@@ -178,21 +169,19 @@ def reading(column: Column) -> str:
 
 def answers(artifact: Artifact, column: Column) -> dict[str, list[Sample]]:
     """Map each item of the column's group to its answers, without items that have a refused answer."""
-    in_group = group_filter("" if column.qualifier == FLEXIBLE else column.qualifier)
-    return answers_by_item(
-        [sample for sample in read_samples(artifact.path / "samples.jsonl") if in_group(sample)]
-    )
+    samples = read_samples(artifact.path / "samples.jsonl")
+    return answers_by_item([sample for sample in samples if _is_in_group(sample, column.qualifier)])
 
 
-def group_filter(group: str) -> Callable[[Sample], bool]:
-    """Return a predicate for the samples of a group: empty for all, a label (`system1`) or `field=value`."""
-    if not group:
-        return lambda sample: True
+def _is_in_group(sample: Sample, group: str) -> bool:
+    """Whether a sample is of the items of a column: all, a label's (`system1`), or those of `field=value`."""
+    if group in ("", FLEXIBLE):
+        return True
     if group in SYSTEMS:
-        return lambda sample: sample.system == int(group[-1])
+        return sample.system == int(group[-1])
     name, _, value = group.partition("=")
-    # As in JSON Lines, where a boolean is `true`.
-    return lambda sample: value in (str(field := sample.extra.get(name)), json.dumps(field))
+    field = sample.extra.get(name)
+    return value in (str(field), json.dumps(field))  # in JSON Lines a boolean is `true`
 
 
 def _have_own_items(cells: list[Cell], name: str) -> bool:

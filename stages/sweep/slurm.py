@@ -41,6 +41,7 @@ RESERVED_BY_SBATCH_NAME = {"dependency", "job-name", "job_name", "signal", "no-r
 """The same among `additional_parameters`, which submitit writes last, so that they would win."""
 CURRENT, NOT_SUBMITTED, FAILED = "current", "not submitted", "ended without its artifact"
 """States of a node beside those of its job."""
+SEE_FILE = "see the file given with --slurm"
 MAX_MINUTES = 60 * 24 * 31
 """A larger time is a mistake: YAML reads 24:00:00 as 86,400."""
 TYPES: dict[str, type] = {"time": int, "setup": list, "srun_args": list, "additional_parameters": dict}
@@ -127,7 +128,8 @@ class Cluster:
                 dependencies = [job_of[upstream] for upstream in node.inputs if upstream in job_of]
                 job_of[artifact] = self._submit_job(node, dependencies)
                 submitted.add(artifact)
-                self._record_job("/".join(artifact), job_of[artifact])
+                self.jobs["/".join(artifact)] = job_of[artifact]
+                replace_file(self.record, json.dumps(self.jobs, indent=1).encode())
                 self.say(f"job {job_of[artifact]} submitted: {node.title}")
             return job_of
 
@@ -170,10 +172,6 @@ class Cluster:
                 "scancel jobs that are still queued, or they are submitted twice; then move the file away",
             ) from None
 
-    def _record_job(self, name: str, job: str) -> None:
-        self.jobs[name] = job
-        replace_file(self.record, json.dumps(self.jobs, indent=1).encode())
-
     def _submit_job(self, node: Node, dependencies: list[str]) -> str:
         """Submit the job of a node, to start after `dependencies` have succeeded, and return its number."""
         from submitit import SlurmExecutor
@@ -193,13 +191,9 @@ class Cluster:
             )
             return str(executor.submit(Call(node.command, node.step.key)).job_id)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"submitit rejects the settings: {error}", "see the file given with --slurm"
-            ) from None
+            raise ConfigError(f"submitit rejects the settings: {error}", SEE_FILE) from None
         except (FailedJobError, FailedSubmissionError) as error:
-            raise ServerError(
-                f"Slurm refuses {node.title}: {error}", "see the file given with --slurm"
-            ) from None
+            raise ServerError(f"Slurm refuses {node.title}: {error}", SEE_FILE) from None
 
 
 def _job_name(node: Node) -> str:

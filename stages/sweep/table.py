@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -197,9 +197,8 @@ def _rebased(column: Column, config: Config) -> Column:
     return Column(f"{target}@{benchmarks[0]}", column.qualifier, minus)
 
 
-def _unused_columns(file: TableFile, cells: list[Cell]) -> list[str]:
-    """Return a message for each column that no cell has, with the steps that could be named instead."""
-    mistakes = []
+def _unused_columns(file: TableFile, cells: list[Cell]) -> Iterator[str]:
+    """Yield a message for each column that no cell has, with the steps that could be named instead."""
     for name, text in file.columns.items() if cells else ():
         if any(name in cell.columns for cell in cells):
             continue
@@ -207,8 +206,7 @@ def _unused_columns(file: TableFile, cells: list[Cell]) -> list[str]:
         others = [step for step in cells[0].steps if not step.startswith("eval:")]
         choice = f"evaluations: {', '.join(evaluations) or 'none'}"
         choice = choice if Column.from_text(text).graded else f"steps: {', '.join(others)}"
-        mistakes.append(f"column {name!r}: no row has {text}; {choice}")
-    return mistakes
+        yield f"column {name!r}: no row has {text}; {choice}"
 
 
 def _duplicates(cells: list[Cell]) -> dict[str, str]:

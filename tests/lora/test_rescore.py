@@ -61,7 +61,7 @@ def test_each_step_of_score_can_be_made_alone(own, lorapar):
 @pytest.mark.slow
 def test_a_page_has_the_elements_of_both(begun):
     config = begun(*RL, AGAIN)
-    parts = elements.parts(config, artifacts(config, "score", "partition", "sft"))
+    parts = list(elements.parts(config, artifacts(config, "score", "partition", "sft")))
     at = parts.index(Text("For RL the elements were scored again, by taylor2 at the adapter of SFT."))
     assert parts[0].rows != parts[at + 1].rows
     drawn = [picture.svg for part in parts if isinstance(part, Pictures) for picture in part.figures]

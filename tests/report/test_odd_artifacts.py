@@ -37,8 +37,7 @@ def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
         for name, system, right in (("a", 1, True), ("b", 2, False), ("c", 2, False))
     ]
     write_jsonl(tmp_path / "samples.jsonl", (asdict(row) for row in rows))
-    now = SimpleNamespace(state="current", artifact=Artifact(tmp_path, {}))
-    monkeypatch.setattr(comparison, "state", lambda store, step: now)
+    monkeypatch.setattr(comparison, "current_artifact", lambda store, step: Artifact(tmp_path, {}))
     found = comparison.tables(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
     assert {row["group"]: (row["n"], row["accuracy"]) for row in found} == {
         "all": (3, 1 / 3), "system 1": (1, 1), "system 2": (2, 0),

@@ -346,7 +346,7 @@ def test_the_verdict_says_base_both_systems_and_what_it_means():
     rows = [row("base", "all", 0.05, 20), row("sft", "all", 0.3, 30), row("rl", "all", 0.575, 30), *last]
 
     def said() -> str:
-        return run_page._verdicts({"demo": rows})[0].replace("\N{NO-BREAK SPACE}", " ")
+        return next(run_page._verdicts({"demo": rows})).replace("\N{NO-BREAK SPACE}", " ")
 
     answers = "demo: rl answers 57.5 % of 30 items correctly (System 1 70.0 %, System 2 45.0 %), "
     others = "sft 30.0 %, the base model 5.0 % of 20: +27.5 points against sft"

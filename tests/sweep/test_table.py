@@ -698,26 +698,25 @@ def test_each_device_runs_one_step_at_a_time(workers, small, tmp_path):
 
 
 def test_a_step_waits_for_a_device_that_another_sweep_has(workers, small, tmp_path, monkeypatch):
-    other, looks = local.Lease("3"), []
-    assert other.acquire()
+    other, looks = local.lease("3"), []
 
     def look(sweep):
         looks.append(len(sweep.running))
         if len(looks) == 3:
             assert not any(looks)
-            other.release()
+            other.close()
 
     nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
     said = []
     ended = local.Sweep(nodes, [workers("3")], tmp_path, said.append, look).run()
     assert sum("device 3 is in use by another sweep" in line for line in said) == 1
     assert {outcome.status for outcome in ended} == {"done"} and max(looks) == 1
-    assert other.acquire()  # and is given back
+    assert local.lease("3")  # it was given back
     # A lease of two devices has both or none.
-    both, one = local.Lease("0,1"), local.Lease("1")
-    assert both.acquire() and not one.acquire()
-    both.release()
-    assert one.acquire() and not both.acquire() and local.Lease("0").acquire()
+    with local.lease("0,1"):
+        assert not local.lease("1")
+    one = local.lease("1")
+    assert one and not local.lease("0,1") and local.lease("0")
 
 
 def test_each_command_makes_its_step_alone(small):
