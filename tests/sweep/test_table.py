@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import worker_steps
 from conftest import ROOT, alive, make_steps, wait_for
 
 from stages.data.demo import write
@@ -276,14 +277,6 @@ def test_a_value_reaches_the_command_of_its_step_as_it_stands_in_the_table(small
     assert config.classify.voters[0].words == ("⚡", "😀")
     assert (config.prompt.system, config.sft.learning_rate) == (odd["prompt.system"], 2e-5)
     assert (config.data.limit, config.run) == (None, "null")
-
-
-def test_table_2_shares_what_it_can(small):
-    """Nine cells of one seed: three SFT and nine RL artifacts, one classify, one score."""
-    planned = table(ROOT / "configs/tables/alpha-beta.yaml", base=small.with_name("base.yaml"), seeds=[3])
-    names = [node.step.name for node in graph.build_graph(planned.cells).values()]
-    counts = {name: names.count(name) for name in ("classify:train", "score", "sft", "rl")}
-    assert counts == {"classify:train": 1, "score": 1, "sft": 3, "rl": 9}
 
 
 @pytest.fixture(scope="module")
@@ -552,8 +545,6 @@ def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
     assert len(captions) == 4 and captions[2].startswith("β 0: ")
     assert re.search(r"Jaccard index 0\.\d{3} \(0\.\d{3} for Gaussians by weight\)\.$", captions[2])
     assert captions[3].startswith("β 0: cumulative importance; 90 % of it is reached by about ")
-    for system in (1, 2):
-        assert re.search(rf"System {system} \(\d+ % for Gaussians by weight, \d+ % for ", captions[3])
 
 
 class Instant:
@@ -636,20 +627,12 @@ def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorap
     assert "no longer what was planned" not in lorapar(*node.command).err
 
 
-def begin(device: str | None) -> None: ...
-
-
-def wait_for_long(config, step, command, log):
-    """What a worker of the test below does."""
-    log.with_name("mark").write_text(str(os.getpid()))
-    time.sleep(600)
-
-
 def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
     """A real worker, whose step would run for ten minutes."""
     nodes = graph.build_graph(table(small, seeds=[9]).cells)
     mark = tmp_path / "mark"
-    sweep = local.Sweep(nodes, [local.Worker(None, begin, wait_for_long)], tmp_path, lambda _: None)
+    worker = local.Worker(None, worker_steps.begin, worker_steps.wait_for_long)
+    sweep = local.Sweep(nodes, [worker], tmp_path, lambda _: None)
     sleep = time.sleep
 
     def interrupted(seconds):
@@ -664,13 +647,9 @@ def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
     assert wait_for(lambda: not alive(int(mark.read_text())))
 
 
-def die(config, step, command, log):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_worker_that_was_killed_is_replaced(small, tmp_path):
     node = next(iter(graph.build_graph(table(small, seeds=[9]).cells).values()))
-    worker = local.Worker(None, begin, die)
+    worker = local.Worker(None, worker_steps.begin, worker_steps.die)
     for _ in range(2):
         worker.start(node, tmp_path / "log")
         assert wait_for(lambda: worker.poll() is not None) and worker.poll() == 137
