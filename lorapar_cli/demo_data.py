@@ -12,7 +12,9 @@ from stages.store.artifacts import refuse_store
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl, test.jsonl and tune.jsonl.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl, test.jsonl and tune.jsonl.")
+    ],
     seed: Annotated[
         int, typer.Option(help="Random seed; the same seed gives the same files.", min=0, max=MAX_INT)
     ] = 0,

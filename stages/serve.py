@@ -89,14 +89,14 @@ def open_gateway(
         modules = adapters | {VOTER: zeros}
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
-            asked = {"vote": voter, "choice": clients[MODES[0]]}
-            router.collect(asked.__getitem__, progress, "choices", config.classify)
+            voters = {"vote": voter, "choice": clients[MODES[0]]}
+            router.collect(voters.__getitem__, progress, "choices", config.classify)
             router.find_threshold(tuning)
             progress.say(router.summary())
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
                 {mode: _mode_prompt(config, mode) for mode in adapters},
-                partial(_vote, router, asked),
+                partial(_vote, router, voters),
                 router.mode,
                 voter.transport.exit_error,
                 api_key,

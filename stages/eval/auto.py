@@ -38,7 +38,7 @@ def route(evaluation: Evaluation, classify: ClassifySection) -> tuple[list[Sampl
     context.progress.say(router.summary())
     modes = {item.id: router.mode(router.system2(item)) for item in items}
     answers = answers_of_modes(evaluation.eval, name, context.inputs)
-    routed = select_answers(answers, modes, asked=len(router.journals), cascade=cascade)
+    routed = select_answers(answers, modes, choice_tokens=len(router.journals), cascade=cascade)
     return routed, {"router": router.record(), "routing": compare({**answers, ROUTED: routed})}
 
 
@@ -63,7 +63,7 @@ def _router(evaluation: Evaluation, fast: Evaluation, classify: ClassifySection)
 
 
 def _unsure(fast: Evaluation) -> dict[str, float]:
-    """By item id: 1 minus the least probability of a token in the fast answer, or the mean of answers."""
+    """1 minus the least probability of a token in the fast answer, by item id; of several answers the mean."""
     adapter, progress = fast.stored_adapter(), fast.context.progress
     answers = fast.cache(adapter)
     answers.complete(lambda: fast.engine(adapter), fast.title, progress)  # they are in the journal

@@ -24,12 +24,12 @@ ORACLE = "oracle"
 
 
 def select_answers(
-    samples: dict[str, list[Sample]], modes: dict[str, str], asked: int = 0, cascade: bool = False
+    samples: dict[str, list[Sample]], modes: dict[str, str], choice_tokens: int = 0, cascade: bool = False
 ) -> list[Sample]:
     """Return the answers of each item in its mode, in the order of the items; `extra` names the mode.
 
-    samples: the answers by mode, to the same items, else an ArtifactError. modes: mode by item id. asked:
-    tokens that the choice itself took. cascade: an item that is answered slowly was answered fast before.
+    samples: the answers by mode, to the same items, else an ArtifactError. modes: mode by item id.
+    choice_tokens: what choosing a mode took. cascade: what is answered slowly was answered fast before.
     """
     by_slot = {(mode, s.id, s.sample): s for mode, answers in samples.items() for s in answers}
     slots = [(modes.get(s.id, ""), s.id, s.sample) for s in next(iter(samples.values()))]
@@ -43,8 +43,8 @@ def select_answers(
         answer = by_slot[mode, id, number]
         tokens = answer.extra.get("tokens")
         if tokens is not None:
-            before = by_slot["fast", id, number].extra.get("tokens", 0) if cascade and mode == "slow" else 0
-            tokens = {"tokens": tokens + asked + before}
+            fast = by_slot[MODES[0], id, number].extra.get("tokens", 0) if cascade and mode != MODES[0] else 0
+            tokens = {"tokens": tokens + choice_tokens + fast}
         selected.append(replace(answer, extra={**answer.extra, **(tokens or {}), "mode": mode}))
     return selected
 
@@ -60,7 +60,7 @@ class Tuning:
     items: list[Example]
     fast: Answered
     slow: Answered
-    """With all tokens that an item costs which is answered slowly."""
+    """With all tokens of the answers to an item that is answered slowly; choosing its mode is not counted."""
 
 
 def tuning_steps(section: EvalSection) -> tuple[str, ...]:

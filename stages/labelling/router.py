@@ -93,11 +93,11 @@ class Router:
             self.threshold = best_threshold(signals, tuning, self.settings.tokens)
         elif self._rows:
             votes = [self.system2(row.example) for row in self._rows]
-            found = calibrate("held_out", self._rows, votes, [])
-            self.threshold = Threshold(found.threshold, "labels", found.examples, found.auc)
-            if found.interval and found.interval[0] <= CHANCE:
+            measured = calibrate("held_out", self._rows, votes, [])
+            self.threshold = Threshold(measured.threshold, "labels", measured.examples, measured.auc)
+            if measured.interval and measured.interval[0] <= CHANCE:
                 persona = self.journals["vote"].voter.persona
-                area = f"AUC {found.auc:.2f}, {CHANCE} is chance"
+                area = f"AUC {measured.auc:.2f}, {CHANCE} is chance"
                 log.warning(
                     "auto: the vote of %s hardly tells the systems apart: %s; %s",
                     persona, area, CHOOSE_ANOTHER,
@@ -117,13 +117,13 @@ class Router:
 
     def summary(self) -> str:
         """One line on what `auto` decides by, and what it will cost."""
-        found, by = self.threshold, " and ".join(self.settings.by)
-        line = f"auto: slow where {by} is above {found.threshold:.3f}"
-        if found.accuracy is not None:
-            line += f"; on {found.examples} rows that is {100 * found.accuracy:.1f} % right"
-            line += f" with {100 * (found.tokens or 0):.0f} % of the slow mode's tokens"
-        elif found.auc is not None:
-            line += f", AUC {found.auc:.2f} on {found.examples} labelled training rows"
+        threshold, by = self.threshold, " and ".join(self.settings.by)
+        line = f"auto: slow where {by} is above {threshold.threshold:.3f}"
+        if threshold.accuracy is not None:
+            line += f"; on {threshold.examples} rows that is {100 * threshold.accuracy:.1f} % right"
+            line += f" with {100 * (threshold.tokens or 0):.0f} % of the slow mode's tokens"
+        elif threshold.auc is not None:
+            line += f", AUC {threshold.auc:.2f} on {threshold.examples} labelled training rows"
         return line
 
     def record(self) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def best_threshold(
         ]
         share = sum(tokens for _, tokens in chosen) / all_tokens
         candidates.append((fmean(right for right, _ in chosen), -share, threshold))
-    kept = [candidate for candidate in candidates if most_tokens is None or -candidate[1] <= most_tokens]
-    accuracy, share, threshold = max(kept or candidates[:1])
+    cheap = [candidate for candidate in candidates if most_tokens is None or -candidate[1] <= most_tokens]
+    accuracy, share, threshold = max(cheap or candidates[:1])
     return Threshold(threshold, "answers", len(signals), accuracy=accuracy, tokens=-share)
 
 

@@ -21,11 +21,11 @@ class BatchSize:
     setting: str
     now: int
     hint: str
-    """What helps where no smaller batch does."""
+    """Advice for where no smaller batch helps."""
     least: int = 1
 
     def attempt(self, used: int, compute: Callable[..., T], *arguments: Any) -> T | None:
-        """What `compute` returns for a batch of `used` examples, or None if memory ran out.
+        """Return the result of `compute` for a batch of `used` examples, or None if memory ran out.
 
         Then `now` is half of `used`, and a warning says so; OutOfMemoryError if that was the least batch.
         """
