@@ -53,7 +53,7 @@ def timed(action: Callable[..., object], *arguments: Any) -> float:
 
 
 def in_turns(names: Sequence[str], rounds: int, measured: Callable[[str, int], T]) -> dict[str, list[T]]:
-    """What `measured(name, round)` gives for each name, in an order drawn at random in each round.
+    """Collect `measured(name, round)` for each name, in an order drawn at random in each round.
 
     Round 0 warms up, and does not count.
     """

@@ -186,12 +186,12 @@ def language_model_path(base: PreTrainedModel) -> str:
     """Return the path of the part that reads text; empty if no other part has linear modules but the head."""
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     path = next((name for name, module in base.named_modules() if module is decoder), "")
-    others = [
+    other_modules = [
         module
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and module is not head and not name.startswith(f"{path}.")
     ]
-    return path if others else ""
+    return path if other_modules else ""
 
 
 def load_adapted(model: ModelSection, folder: Path) -> PeftModel:

@@ -24,19 +24,19 @@ class BatchSize:
     """Advice for where no smaller batch helps."""
     least: int = 1
 
-    def attempt(self, used: int, compute: Callable[..., T], *arguments: Any) -> T | None:
-        """Return the result of `compute` for a batch of `used` examples, or None if memory ran out.
+    def attempt(self, number: int, compute: Callable[..., T], *arguments: Any) -> T | None:
+        """Return the result of `compute` for a batch of `number` examples, or None if memory ran out.
 
-        Then `now` is half of `used`, and a warning says so; OutOfMemoryError if that was the least batch.
+        Then `now` is half of `number`, and a warning says so; OutOfMemoryError if that was the least batch.
         """
         try:
             return compute(*arguments)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if used <= self.least:
-                raise OutOfMemoryError(f"out of memory with {self.setting} {used}", self.hint) from error
-        self.now = max(self.least, used // 2)
-        log.warning("out of memory with %s %d: going on with %d", self.setting, used, self.now)
+            if number <= self.least:
+                raise OutOfMemoryError(f"out of memory with {self.setting} {number}", self.hint) from error
+        self.now = max(self.least, number // 2)
+        log.warning("out of memory with %s %d: going on with %d", self.setting, number, self.now)
         resources.release_memory()  # not in the `except` block, in which the error holds the batch's tensors
         return None

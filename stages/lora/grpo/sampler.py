@@ -42,8 +42,10 @@ class RolloutSampler:
         ids: dict[int, list[int]] = {}
 
         def complete(items: list[int], slots: int) -> None:
-            asked, drawn_by = [prompts[i] for i in items], [seeds[i] for i in items]
-            for n, completion in generate(model, self.tokenizer, asked, self.sampling, (), drawn_by, slots):
+            chosen, chosen_seeds = [prompts[i] for i in items], [seeds[i] for i in items]
+            for n, completion in generate(
+                model, self.tokenizer, chosen, self.sampling, (), chosen_seeds, slots
+            ):
                 ids[items[n]] = completion.ids
 
         with eval_mode(self.adapted), frozen_weights(self.adapted):

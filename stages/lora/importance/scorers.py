@@ -194,8 +194,8 @@ def moments(
     sums = Moments.of_no_example(weights)
     while sums.examples < len(rows):
         batch = rows[sums.examples : sums.examples + size.now]
-        if found := size.attempt(len(batch), _batch_moments, model, weights, batch, pad):
-            sums.add(found)
+        if batch_sums := size.attempt(len(batch), _batch_moments, model, weights, batch, pad):
+            sums.add(batch_sums)
             advance(len(batch))
     return sums
 
