@@ -63,7 +63,7 @@ def _router(evaluation: Evaluation, fast: Evaluation, classify: ClassifySection)
 
 
 def _unsure(fast: Evaluation) -> dict[str, float]:
-    """1 minus the least probability of a token in the fast answer, by item id; the mean of several answers."""
+    """1 minus the least probability of a token in the fast answer, or the mean of several, by item id."""
     adapter, progress = fast.stored_adapter(), fast.context.progress
     answers = fast.cache(adapter)
     answers.complete(lambda: fast.engine(adapter), fast.title, progress)  # they are in the journal
