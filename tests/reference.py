@@ -17,7 +17,7 @@ from lorapar_cli.commands import COMMANDS
 from lorapar_cli.list import kinds
 from stages.config import Config, Section
 from stages.config.fields import marks_of
-from stages.config.listing import describe, json_schema, section_type
+from stages.config.listing import describe, document, json_schema, section_type
 from stages.pipeline.stage import all_stages
 from stages.runtime import libraries
 from stages.sweep.file import TableFile
@@ -87,6 +87,7 @@ def _default(parameter: Any) -> str:
 
 
 def settings() -> str:
+    document(Config)
     lines = ["# Settings", "", GENERATED, "", *_settings_introduction(), ""]
     top = [n for n, f in Config.model_fields.items() if not (section_type(f))]
     lines += ["## Top level", "", *_table(HEAD, [_setting("", name, Config) for name in top]), ""]

@@ -36,7 +36,7 @@ def setting(
 ) -> Any:
     """Declare a setting with its default, its description and constraints such as `gt=0`.
 
-    doc: a short description; longer ones stand below the setting.
+    doc: a short description; longer ones stand below the setting, and are read by `listing.document`.
     in_cache_key: False if the setting changes no result, or if a digest of what it names is in the key.
     ignored_by: readers of the section that do not use this setting (see `cache_key_fields`).
     advanced: `lorapar config` prints the setting after those that most users set.
@@ -127,9 +127,8 @@ class Section(BaseModel):
     """Base class of all sections: immutable, without unknown settings, infinities or huge integers."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )  # fmt: skip
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
     retired: ClassVar[dict[str, tuple[Any, str]]] = {}
     """Settings that are gone: for each its default, which stays in keys, and the reader that ignored it."""
 
