@@ -16,7 +16,8 @@ from typing import Any
 
 from stages.errors import SandboxError
 from stages.sandbox import pair
-from stages.sandbox.backends import BACKENDS, Limits
+from stages.sandbox.backends import BACKENDS
+from stages.sandbox.limits import Limits
 from stages.sandbox.pair import SandboxFailure, Verdict
 
 __all__ = ["Limits", "Sandbox", "SandboxFailure", "backend_problems", "from_settings"]
