@@ -1,5 +1,7 @@
 """Train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL.
 
+Which are active, `partition` has decided by a strategy of `lora/importance/strategies.py`.
+
 With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements on System 2 rows, from there.
 """
 
