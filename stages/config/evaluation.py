@@ -120,21 +120,19 @@ Signal = Literal["vote", "choice", "cascade"]
 class RouterSection(Section):
     by: list[Signal] = setting(
         ["vote"],
-        "What tells how much a question needs the slow mode; of several, their mean does. vote: a voter's "
-        "question, put to the base; choice: the word that the fast mode's adapter says under prompt.choice; "
-        "cascade: how unsure the fast answer is, 1 minus the least probability of its tokens, so that the "
-        "slow mode is asked after it.",
+        "What tells that a question needs the slow mode; of several, their mean. vote: the base, asked as a "
+        "voter; choice: the word of the fast mode's adapter under prompt.choice; cascade: the fast answer, 1 "
+        "minus the least probability of its tokens.",
         min_length=1,
     )
     tune: str | None = setting(
         None,
-        "Benchmark of rows that no stage trained on: the threshold is the one that suits both modes' answers "
-        "to them. none: that which suits the labels of the training rows, or 0.5 for choice alone.",
+        "Benchmark of rows that no stage trained on, whose answers by both modes set the threshold; none: "
+        "the labels of training rows set that of a vote, and that of a choice is 0.5.",
     )
     tokens: PositiveShare | None = setting(
         None,
-        "Most tokens that auto may take on the rows of tune, as a share of the slow mode's; none: as many as "
-        "the highest accuracy takes.",
+        "Most tokens of auto on the rows of tune, as a share of the slow mode's; none: any number.",
     )
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
