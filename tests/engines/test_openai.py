@@ -89,7 +89,7 @@ def test_the_least_probability_is_read_from_the_prompts_own_tokens():
         least = dict(connect(mock).least_probabilities([([3, 7], [5, 6]), ([3, 7, 5, 6], [])]))
     assert least == {0: pytest.approx(0.3), 1: 1.0}
     assert bodies[0]["prompt"] == [3, 7, 5, 6] and bodies[0]["prompt_logprobs"] == 0
-    for given in ([], tokens[:3], [*tokens[:3], None], [*tokens[:3], token(9, 0.3)]):
+    for given in (None, [], tokens[:3], [*tokens[:3], None], [*tokens[:3], token(9, 0.3)]):
         faulty = Mock(lambda n, path, body, given=given: answer(given))
         wrong = pytest.raises(AnswerError, match="no log-probabilities of the prompt's tokens")
         with serve(faulty) as mock, wrong:

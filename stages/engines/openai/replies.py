@@ -119,7 +119,7 @@ class ReplyChoice(_Lenient):
     text: str | None = None
     logprobs: _LogProbs | None = None
     token_ids: list[TokenId] | None = None
-    prompt_logprobs: list[dict[int, _PromptToken] | None] = []
+    prompt_logprobs: list[dict[int, _PromptToken] | None] | None = None
 
     @field_validator("finish_reason")
     @classmethod
@@ -186,7 +186,7 @@ def least_probability(choice: ReplyChoice, completion: list[int]) -> float:
     """Return the least probability of the prompt's last tokens; ValueError if the reply lacks one."""
     if not completion:
         return 1.0
-    tokens = choice.prompt_logprobs[-len(completion) :]
+    tokens = (choice.prompt_logprobs or [])[-len(completion) :]
     if len(tokens) < len(completion) or any(
         not token or id not in token for token, id in zip(tokens, completion, strict=True)
     ):
