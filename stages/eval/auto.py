@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,11 @@ def _unsure(fast: Evaluation) -> dict[str, float]:
     rows = [(answers.prompts[i].ids, answers.answers[i, n].ids) for i, n in slots]
     progress.start("probabilities of the fast answers", len(rows))
     unsure: dict[str, list[float]] = {}
-    for at, least in fast.engine(adapter).least_probabilities(rows):
+    # vLLM 0.31 ends with an error if asked for the probabilities of a prompt through a LoRA module.
+    if fast.eval.engine == "vllm":
+        fast.context.engines.close()
+    merged = replace(fast, server=fast.server.model_copy(update={"adapter": "merged"}))
+    for at, least in merged.engine(adapter).least_probabilities(rows):
         unsure.setdefault(answers.rows[slots[at][0]].example.id, []).append(1 - least)
         progress.advance(1)
     return {id: fmean(values) for id, values in unsure.items()}

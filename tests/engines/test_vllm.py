@@ -88,10 +88,12 @@ def test_votes_agree_with_the_model_in_process(tiny, tmp_path, monkeypatch, how,
             given[name] = dict(engine.generate(questions, Sampling(16, (3,))))
             chosen[name] = {i: choice.probabilities for i, choice in engine.choose_words(words)}
             rows = [(question.ids, given["vllm"][i].ids) for i, question in enumerate(questions)]
-            least[name] = dict(engine.least_probabilities(rows))
-    assert least["vllm"] == pytest.approx(least["transformers"], abs=1e-3) != least["base"]
-    log = Path(said[0].partition("log in ")[2]).read_text(encoding="utf-8")
-    assert runner is None or ("Using V2 Model Runner" in log) == (runner == "V2")
+            if how == "merged":
+                least[name] = dict(engine.least_probabilities(rows))
+    assert not least or least["vllm"] == pytest.approx(least["transformers"], abs=1e-3) != least["base"]
+    if runner is not None:
+        log = Path(said[0].partition("log in ")[2]).read_text(encoding="utf-8")
+        assert ("Using V2 Model Runner" in log) == (runner == "V2")
     assert given["vllm"] == given["transformers"] != given["base"]
     for i in range(len(words)):
         assert chosen["vllm"][i] == pytest.approx(chosen["transformers"][i], abs=1e-3)

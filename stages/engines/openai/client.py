@@ -138,7 +138,10 @@ class Client:
             yield i, completion
 
     def least_probabilities(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
-        """Yield each completion's least token probability, which vLLM returns with those of a prompt."""
+        """Yield each completion's least token probability, which vLLM returns with those of a prompt.
+
+        Not through a LoRA module: vLLM 0.31 then ends with an error.
+        """
 
         def ask(session: Session, row: tuple[list[int], list[int]]) -> Awaitable[float]:
             body = prompt_probabilities_body(self.model, [*row[0], *row[1]])
