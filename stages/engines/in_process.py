@@ -133,9 +133,8 @@ class InProcess:
                 continue
             ids = torch.tensor([prompt + completion[:-1]], device=self.model.device)
             targets = torch.tensor(completion, device=ids.device)
-            logits = self.model(input_ids=ids, logits_to_keep=len(completion)).logits[
-                0
-            ]  # (tokens, vocabulary)
+            # Logits that predict the completion's tokens: (tokens, vocabulary).
+            logits = self.model(input_ids=ids, logits_to_keep=len(completion)).logits[0]
             yield i, float(logits.float().softmax(-1).gather(1, targets[:, None]).min())
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
