@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stages.config import ModelSection
 from stages.errors import ConfigError
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
-from stages.models.load_errors import check_no_missing_weights, load_config, load_errors
+from stages.models.load_errors import check_finite, check_no_missing_weights, load_config, load_errors
 from stages.runtime import gpu, libraries, resources
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -115,11 +115,13 @@ def check_trainable(model: ModelSection) -> None:
 def headers_only(model: ModelSection) -> PreTrainedModel:
     """Build the base model on the device `meta`; raises the error that loading its files would raise.
 
-    It reads names and shapes: .5 s for 7 billion parameters. A hub's files may not be here yet, and quantized
-    ones need their own packages: of these the config alone is read.
+    It reads names and shapes, and of each weight the first row: .5 s for 7 billion parameters. A hub's files
+    may not be here yet, and quantized ones need their own packages: of these the config alone is read.
     """
     if Path(model.name).is_dir() and not is_quantized(model):
-        return _from_files(model, device_map={"": "meta"})
+        base = _from_files(model, device_map={"": "meta"})
+        check_finite(model)
+        return base
     return without_weights(model)
 
 

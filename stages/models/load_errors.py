@@ -82,6 +82,19 @@ def check_no_missing_weights(model: ModelSection, missing: Iterable[str]) -> Non
         raise DataError(f"model {model.name} has no weights for {number}, such as {names[0]}", CHANGED)
 
 
+def check_finite(model: ModelSection) -> None:
+    """Raise DataError if the first row of a weight in a model's folder, or a vector, has NaN or infinity."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(model.name).glob("*.safetensors")):
+        with load_errors("model", model), safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, it is no mapping
+                weight = weights.get_slice(name)
+                row = weight[:1] if len(weight.get_shape()) > 1 else weights.get_tensor(name)
+                if row.is_floating_point() and not row.float().isfinite().all():
+                    raise DataError(f"model {model.name}: {name} has values that are no numbers", CHANGED)
+
+
 def _first_line(error: BaseException) -> str:
     if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
         return "its weights have other shapes than its config says"
