@@ -13,17 +13,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from stages.config import CHOICE, MODES, Config
+from stages.config import MODES, Config
 from stages.engines.chats import ModePrompt
 from stages.engines.gateway import Gateway, Post
 from stages.errors import ConfigError, ServerError
 from stages.evaluation.routing import read_tuning, tuning_steps
-from stages.labelling.router import Router, choice_journal, vote_journal
+from stages.labelling.router import Router, build_router
 from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
-from stages.models.tokenizer import load_tokenizer
 from stages.progress import Progress
-from stages.prompts.renderer import Renderer
 from stages.records import Example, read_labels
 from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact
@@ -79,13 +77,19 @@ def open_gateway(
     _check(config)
     views = views_of(config)
     identity = f"{identity} {answer_dtype(config.model, 'vllm')}"
-    router = _router(config, inputs, identity)
+    fast = views[MODES[0]]
+    identities = {"vote": identity, "choice": f"{identity} {inputs[fast.step].digest}"}
+    labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
+    router = build_router(
+        config.eval.router, config.classify, config.model, prompt_of(config, fast), "vllm", identities,
+        labels, Path(config.runs_dir),
+    )  # fmt: skip
     tuning = read_tuning(config.eval, inputs)
     router.set_questions(tuning.items if tuning else [])
     with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
         zeros = Path(folder)
         adapters = {mode: inputs[view.step].adapter for mode, view in views.items()}
-        _write_zeros(adapters["fast"], zeros)
+        _write_zeros(adapters[MODES[0]], zeros)
         modules = adapters | {VOTER: zeros}
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
@@ -130,19 +134,6 @@ def _mode_prompt(config: Config, mode: str) -> ModePrompt:
 def needed_steps(config: Config) -> tuple[str, ...]:
     """The steps whose artifacts are served, or tell how to choose between them."""
     return ("classify:train", *tuning_steps(config.eval), *(view.step for view in views_of(config).values()))
-
-
-def _router(config: Config, inputs: Mapping[str, Artifact], identity: str) -> Router:
-    model, folder, journals = config.model, Path(config.runs_dir), {}
-    if "vote" in config.eval.router.by:
-        journals["vote"] = vote_journal(config.classify, model, "vllm", identity, folder)
-    if "choice" in config.eval.router.by:
-        view = views_of(config)[MODES[0]]
-        renderer = Renderer(load_tokenizer(model), prompt_of(config, view), system=CHOICE)
-        of_adapter = f"{identity} {inputs[view.step].digest}"
-        journals["choice"] = choice_journal(renderer, model, "vllm", of_adapter, folder)
-    labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
-    return Router(config.eval.router, journals, labels, config.classify.seed)
 
 
 async def _vote(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> float:

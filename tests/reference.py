@@ -141,14 +141,14 @@ def library_name(setting: str) -> str:
     if setting in OTHER_NAMES:
         return OTHER_NAMES[setting]
     for prefix, kind in {"sft": "SFTConfig", "rl": "GRPOConfig", "lora": "LoraConfig"}.items():
-        if section == prefix and name in library_fields()[kind]:
+        if section == prefix and name in fields_of_libraries()[kind]:
             return f"`{kind}.{name}`"
-    if section == "rl.rollouts" and f"vllm_{name}" in library_fields()["GRPOConfig"]:
+    if section == "rl.rollouts" and f"vllm_{name}" in fields_of_libraries()["GRPOConfig"]:
         return f"`GRPOConfig.vllm_{name}`"
     return ""
 
 
-def library_fields() -> dict[str, set[str]]:
+def fields_of_libraries() -> dict[str, set[str]]:
     """Return the fields of the config classes that settings go to."""
     with libraries.hide_packages(*libraries.UNUSED):
         from peft import LoraConfig

@@ -144,27 +144,28 @@ class EngineCache:
     """Holder of the one open engine, which stays open until `close` or a request for another model."""
 
     def __init__(self) -> None:
-        self._spec: EngineSpec | None = None
+        self._opened: tuple[EngineSpec, ServerSection] | None = None
         self._engine: Any = None
         self._open = ExitStack()
 
     def get(self, spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Engine:
-        """Return the engine for a model, the open one if it has the same spec.
+        """Return the engine for a model, the open one if it has the same spec and settings of its server.
 
-        Another model's engine is closed first: memory may hold only one model.
+        Any other engine is closed first: memory may hold only one model.
         """
-        if spec != self._spec:
+        if (spec, server) != self._opened:
             self.close()
             # Importing the engine's module imports transformers, which would load these for seconds.
             with libraries.hide_packages(*libraries.UNUSED):
                 engine = engines.pick(spec.engine)
-            self._engine, self._spec = self._open.enter_context(engine.open_engine(spec, server, say)), spec
+            self._engine = self._open.enter_context(engine.open_engine(spec, server, say))
+            self._opened = spec, server
         return self._engine
 
     def close(self, *error: Any) -> None:
         """Close the open engine, if any; one that is closed because of an error keeps its log."""
-        if self._spec is not None:
-            self._engine = self._spec = None
+        if self._opened is not None:
+            self._engine = self._opened = None
             self._open.__exit__(*(error or (None, None, None)))
             gc.collect()  # models are in reference cycles, and the next one needs their memory
 

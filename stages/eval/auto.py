@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from stages.config import CHOICE, MODES, ROUTED, ClassifySection
+from stages.config import MODES, ROUTED, ClassifySection
 from stages.evaluation.routing import answers_of_modes, compare, read_tuning, select_answers
-from stages.labelling.router import Router, choice_journal, vote_journal
-from stages.models.tokenizer import load_tokenizer
-from stages.prompts.renderer import Renderer
+from stages.labelling.router import Router, build_router
 from stages.records import Sample, read_labels
 from stages.store.digests import key_of
 
@@ -49,18 +47,14 @@ def _adapter_for(signal: str, fast: Evaluation) -> Path | None:
 
 
 def _router(evaluation: Evaluation, fast: Evaluation, classify: ClassifySection) -> Router:
-    """The router with the journals of what it asks."""
-    context, model, settings = evaluation.context, evaluation.model, evaluation.eval.router
-    key, engine, journals = context.external_key, evaluation.eval.engine, {}
-    identity = f"{key['model']} {evaluation.dtype} {key.get('server')}"
-    if "vote" in settings.by:
-        journals["vote"] = vote_journal(classify, model, engine, identity, context.journals)
-    if "choice" in settings.by:
-        renderer = Renderer(load_tokenizer(model), evaluation.prompt, system=CHOICE)
-        identity = key_of(fast.identity(fast.stored_adapter()))
-        journals["choice"] = choice_journal(renderer, model, engine, identity, context.journals)
+    context, model = evaluation.context, evaluation.model
+    of_base = f"{context.external_key['model']} {evaluation.dtype} {context.external_key.get('server')}"
+    identities = {"vote": of_base, "choice": key_of(fast.identity(fast.stored_adapter()))}
     labels = read_labels(context.inputs["classify:train"].path / "labels.jsonl")
-    return Router(settings, journals, labels, classify.seed)
+    return build_router(
+        evaluation.eval.router, classify, model, evaluation.prompt, evaluation.eval.engine, identities,
+        labels, context.journals,
+    )  # fmt: skip
 
 
 def _unsure(fast: Evaluation) -> dict[str, float]:
@@ -73,8 +67,6 @@ def _unsure(fast: Evaluation) -> dict[str, float]:
     progress.start("probabilities of the fast answers", len(rows))
     unsure: dict[str, list[float]] = {}
     # vLLM 0.31 ends with an error if asked for the probabilities of a prompt through a LoRA module.
-    if fast.eval.engine == "vllm":
-        fast.context.engines.close()
     merged = replace(fast, server=fast.server.model_copy(update={"adapter": "merged"}))
     for at, least in merged.engine(adapter).least_probabilities(rows):
         unsure.setdefault(answers.rows[slots[at][0]].example.id, []).append(1 - least)

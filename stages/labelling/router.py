@@ -15,7 +15,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from stages.config import MODES, ClassifySection, ModelSection, RouterSection, Voter
+from stages.config import (
+    CHOICE,
+    MODES,
+    ClassifySection,
+    ModelSection,
+    PromptSection,
+    RouterSection,
+    Voter,
+)
 from stages.engines import ChoiceRequest, Engine
 from stages.evaluation.routing import Tuning
 from stages.labelling.aggregate import calibrate
@@ -157,6 +165,33 @@ def best_threshold(
     return Threshold(threshold, "answers", len(signals), accuracy=accuracy, tokens=-share)
 
 
+def build_router(
+    settings: RouterSection,
+    classify: ClassifySection,
+    model: ModelSection,
+    prompt: PromptSection,
+    engine: str,
+    identities: Mapping[str, str],
+    labels: list[Labelled],
+    folder: Path,
+) -> Router:
+    """The router of these settings, with a journal of each signal that is asked for.
+
+    prompt: with which the fast mode learned to choose. identities: signal → what tells the model that is
+    asked, the base for `vote` and the fast mode for `choice`, from others. labels: of the training rows.
+    folder: of all journals.
+    """
+    journals = {}
+    if "vote" in settings.by:
+        journals["vote"] = vote_journal(classify, model, engine, identities["vote"], folder)
+    if "choice" in settings.by:
+        from stages.models.tokenizer import load_tokenizer
+
+        renderer = Renderer(load_tokenizer(model), prompt, system=CHOICE)
+        journals["choice"] = _choice_journal(renderer, model, engine, identities["choice"], folder)
+    return Router(settings, journals, labels, classify.seed)
+
+
 def vote_journal(
     classify: ClassifySection, model: ModelSection, engine: str, identity: str, folder: Path
 ) -> VoteJournal:
@@ -168,13 +203,10 @@ def vote_journal(
     )
 
 
-def choice_journal(
+def _choice_journal(
     renderer: Renderer, model: ModelSection, engine: str, identity: str, folder: Path
 ) -> VoteJournal:
-    """The words that the fast mode's adapter says under `prompt.choice`.
-
-    renderer: with system CHOICE. identity: of model and adapter.
-    """
+    """The words that the fast mode's adapter says under `prompt.choice`."""
 
     def question(example: Example) -> ChoiceRequest:
         return ChoiceRequest(renderer.ids(renderer.prompt(example.prompt, example=example)), MODES)

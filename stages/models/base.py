@@ -115,7 +115,7 @@ def check_trainable(model: ModelSection) -> None:
 def headers_only(model: ModelSection) -> PreTrainedModel:
     """Build the base model on the device `meta`; raises the error that loading its files would raise.
 
-    It reads names and shapes, and of each weight the first row: .5 s for 7 billion parameters. A hub's files
+    It reads names and shapes (.5 s for 7 billion parameters), and of each weight the first row. A hub's files
     may not be here yet, and quantized ones need their own packages: of these the config alone is read.
     """
     if Path(model.name).is_dir() and not is_quantized(model):

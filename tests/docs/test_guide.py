@@ -111,7 +111,7 @@ def test_settings_named_in_the_guide_exist() -> None:
 
 def test_names_of_other_libraries_exist() -> None:
     """The first column of `from-trl.md`, but for what is no field of a config class."""
-    fields = set().union(*reference.library_fields().values())
+    fields = set().union(*reference.fields_of_libraries().values())
     others = {"model_name_or_path", "dtype", "load_in_4bit", "dataset_name", "reward_funcs"}
     text = (ROOT / "docs/reference/from-trl.md").read_text(encoding="utf-8")
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]

@@ -187,11 +187,11 @@ def least_probability(choice: ReplyChoice, completion: list[int]) -> float:
     if not completion:
         return 1.0
     tokens = (choice.prompt_logprobs or [])[-len(completion) :]
-    if len(tokens) < len(completion) or any(
-        not token or id not in token for token, id in zip(tokens, completion, strict=True)
-    ):
+    pairs = zip(tokens, completion, strict=False)
+    logprobs = [token[id].logprob for token, id in pairs if token and id in token]
+    if len(logprobs) < len(completion):
         raise ValueError("no log-probabilities of the prompt's tokens")
-    return math.exp(min(token[id].logprob for token, id in zip(tokens, completion, strict=True) if token))
+    return math.exp(min(logprobs))
 
 
 class ServedModel(_Lenient):
