@@ -233,7 +233,7 @@ class Bench:
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size)
-        trainer = building.build_trainer(section, pool, writer, rewards, arguments)
+        trainer = building.build_trainer(section, pool, writer, None, rewards, arguments)
         sparsify(model, random_masks(adapter.lora_layers(model), self.given.share))
         return trainer
 

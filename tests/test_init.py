@@ -167,9 +167,12 @@ def test_the_switch_of_a_template_makes_the_two_modes(written, tiny, tmp_path, t
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     templates = Path(trl.__file__).parent / "chat_templates"
     shutil.copy(templates / f"{template}.jinja", folder / "chat_template.jinja")
-    found, said = written(rows(40), model=folder)
+    write_jsonl(tmp_path / "test.jsonl", rows(2))
+    found, said = written(rows(40), "--test", str(tmp_path / "test.jsonl"), model=folder)
     assert found["prompt"].get("chat_template_kwargs_by_system") == modes
-    assert found["rl"]["max_completion_length"] == 1280
+    assert (found["rl"]["max_thinking_length"], found["rl"]["max_completion_length"]) == (1024, 1280)
+    (benchmark,) = found["eval"]["benchmarks"].values()
+    assert (benchmark["max_thinking_tokens"], benchmark["max_new_tokens"]) == (1024, 256)
     assert "how the model thinks: no row has a thought" in said
 
 

@@ -89,6 +89,9 @@ class RlSection(TrainSection):
     too_long: Literal["error", "drop", "truncate_left"] = advanced("drop")
     """What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens."""
     max_completion_length: PositiveInt = setting(256, "Longest completion in tokens.")
+    max_thinking_length: PositiveInt | None = advanced(None, keyed_if_set=True)
+    """Tokens of a completion after which a thought that is still open is closed, so that an answer follows
+    within max_completion_length; none: a thought may take all of it."""
     beta: NonNegativeFloat = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.")
     kl_reference: Literal["auto", "base", "sft"] = advanced("auto")
     """Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline."""
@@ -131,6 +134,11 @@ class RlSection(TrainSection):
             )
         if self.max_steps and self.keep_steps and max(self.keep_steps) > self.max_steps:
             yield f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}"
+        if self.max_thinking_length and self.max_thinking_length >= self.max_completion_length:
+            yield (
+                f"max_thinking_length {self.max_thinking_length} leaves no room for an answer within "
+                f"max_completion_length {self.max_completion_length}"
+            )
         if self.kl_reference == "sft" and self.start_from != "sft":
             yield f"kl_reference sft goes with start_from sft, got start_from {self.start_from}"
         yield from self._conflicts_of_ratios()
@@ -166,11 +174,12 @@ class RlSection(TrainSection):
                 f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is "
                 f"{self.replay_prompts}; a step needs at least one prompt of each system"
             )
-        samples_alone = self.rollouts.engine == "transformers" or (
+        samples_by_itself = self.rollouts.engine == "transformers" or (
             self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1
         )
-        if self.dynamic_sampling and not samples_alone:
-            yield "dynamic_sampling needs rollouts that each process samples for itself"
+        for name in ("dynamic_sampling", "max_thinking_length"):
+            if getattr(self, name) and not samples_by_itself:
+                yield f"{name} needs rollouts that each process samples for itself"
         if self.dynamic_sampling and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
             yield (
                 "dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that "

@@ -201,16 +201,12 @@ class AnswerCache:
                 if completion.complete:
                     yield slots[k], completion.ids, True
                 else:
-                    begun[slots[k]] = completion.ids + self._closing(slots[k][0], completion.ids)
+                    text = self.prompts[slots[k][0]].text
+                    begun[slots[k]] = completion.ids + self.renderer.closing_ids(text, completion.ids)
             slots = list(begun)
         if slots:
             for k, completion in engine.generate(self._requests(slots, begun), self._sampling):
                 yield slots[k], begun.get(slots[k], []) + completion.ids, completion.complete
-
-    def _closing(self, prompt: int, ids: list[int]) -> list[int]:
-        tokenizer = self.renderer.tokenizer
-        text = self.renderer.closing(thoughts.decode(tokenizer, ids, self.prompts[prompt].text))
-        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _requests(
         self, slots: list[tuple[int, int]], begun: Mapping[tuple[int, int], list[int]] | None = None

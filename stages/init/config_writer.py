@@ -29,6 +29,8 @@ STEP = 16
 """Lengths are rounded up to multiples of this."""
 THOUGHT = 1024
 """Tokens of a thought and its answer, where the rows do not show any."""
+THINKING = 0.8
+"""Share of a completion that its thought may take."""
 MIN_RL_STEPS = 4
 """Steps of RL that the System 2 rows (those labelled so, or half of all) should suffice for, at the least."""
 
@@ -108,7 +110,7 @@ def choices(
     yield from [] if profile.imitable else RL_ALONE
     yield from SECOND_SFT if profile.unverifiable else rl
     yield from _server(profile, limits)
-    yield from _benchmarks(tests, protected, limits["rl.max_completion_length"])
+    yield from _benchmarks(tests, protected, limits)
 
 
 def _voters(profile: DataProfile, model: str) -> list[Choice]:
@@ -196,6 +198,9 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
         yield Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}")
     yield Choice("rl.max_prompt_length", prompt, prompt_why)
     yield Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}")
+    if profile.thinks:
+        why = "then the thought is closed, and an answer follows"
+        yield Choice("rl.max_thinking_length", round(completion * THINKING), why)
     yield Choice("rl.rewards", *_reward(profile))
 
 
@@ -222,16 +227,18 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
 
 
-def _benchmarks(tests: list[BenchmarkSection], protected: Protected | None, longest: int) -> Iterator[Choice]:
-    """A benchmark for each test file and for the protected rows. longest: tokens of an answer."""
+def _benchmarks(
+    tests: list[BenchmarkSection], protected: Protected | None, limits: dict[str, Any]
+) -> Iterator[Choice]:
+    """A benchmark for each test file and for the protected rows. limits: the settings of RL."""
     names: list[str] = []
     for test in tests:
         names.append(_benchmark_name(_word(str(test.path)).strip("-_"), test.kind, names))
-        yield from _benchmark(names[-1], test, longest, "as many as in RL")
+        yield from _benchmark(names[-1], test, limits, "as many as in RL")
     if protected and protected.test:
         name = _benchmark_name("protected", protected.test.kind, names)
-        longest = {choice.name: choice.value for choice in _rl(protected.profile)}["rl.max_completion_length"]
-        yield from _benchmark(name, protected.test, longest, "a quarter more than their responses")
+        limits = {choice.name: choice.value for choice in _rl(protected.profile)}
+        yield from _benchmark(name, protected.test, limits, "a quarter more than their responses")
         yield Choice(f"eval.benchmarks.{name}.label", False, "the systems are those of the new rows")
 
 
@@ -241,9 +248,9 @@ def _benchmark_name(word: str, kind: str, taken: Collection[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _benchmark(name: str, test: BenchmarkSection, longest: int, why: str) -> Iterator[Choice]:
-    """A benchmark of this name. longest: tokens of an answer, and why so many."""
-    section = f"eval.benchmarks.{name}"
+def _benchmark(name: str, test: BenchmarkSection, limits: dict[str, Any], why: str) -> Iterator[Choice]:
+    """A benchmark of this name, with answers and thoughts as long as in RL, and why so long."""
+    section, thinking = f"eval.benchmarks.{name}", limits.get("rl.max_thinking_length", 0)
     yield Choice(f"{section}.kind", test.kind, "which can read its rows")
     yield Choice(f"{section}.path", str(test.path))
     if "split" in test.model_fields_set:
@@ -256,7 +263,9 @@ def _benchmark(name: str, test: BenchmarkSection, longest: int, why: str) -> Ite
         yield Choice(f"{section}.shots", 0, "no rows for worked examples are named")
     # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
     if "max_new_tokens" not in defaults or "revision" not in defaults:
-        yield Choice(f"{section}.max_new_tokens", longest, why)
+        yield Choice(f"{section}.max_new_tokens", limits["rl.max_completion_length"] - thinking, why)
+        if thinking:
+            yield Choice(f"{section}.max_thinking_tokens", thinking, "then it is closed, as in RL")
 
 
 def _word(path: str) -> str:

@@ -213,10 +213,12 @@ class Renderer:
         template = str(self.tokenizer.chat_template)
         return thoughts.tagged(thought, next((tag for tag in thoughts.TAGS if tag in template), "<think>"))
 
-    def closing(self, text: str) -> str:
-        """Return what ends a thought that is not closed in a text, as the template writes it."""
-        tag = thoughts.unclosed(text)
-        return self._closing(Example("", PROBE, "", None), f"{tag}\n") if tag else ""
+    def closing_ids(self, prompt: str, begun: list[int]) -> list[int]:
+        """Return the tokens that close a thought, as the template does, if the beginning of a completion has
+        left one open; else none."""
+        tag = thoughts.unclosed(thoughts.decode(self.tokenizer, begun, prompt))
+        text = self._closing(Example("", PROBE, "", None), f"{tag}\n") if tag else ""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _closing(self, example: Example, tag: str) -> str:
         """Return the text between a thought and an answer as the template writes it, or as is usual."""

@@ -1,12 +1,13 @@
 """What the rl stage makes of its settings, and the adapters that it keeps on its way."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import labels_of, make_step, make_steps
+from conftest import Small, labels_of, make_step, make_steps, trainer_of
 from results import artifacts, history
 from trl import GRPOTrainer
 
@@ -199,3 +200,42 @@ def test_only_runs_that_keep_a_step_have_another_key(begun):
 def test_a_step_after_the_last_one_cannot_be_kept(begun):
     with pytest.raises(ConfigError, match="9 is more than the . steps of RL"):
         make_steps(begun("rl.max_steps=null", "rl.keep_steps=[9]"), "score", "partition", "sft", "rl")
+
+
+OPENS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}bot: <think>\n{% endif %}"
+)
+"""A chat template whose prompts open a thought, and which leaves it out of conversations."""
+
+
+def test_a_thought_is_closed_at_its_limit_and_its_end_is_not_learned(tiny, demo_data, tmp_path, monkeypatch):
+    """Sampled twice, replaced or not, each completion has room for an answer, and the loss skips the tags."""
+    model = shutil.copytree(tiny, tmp_path / "thinks")
+    (model / "chat_template.jinja").write_text(OPENS, encoding="utf-8")
+    limits = ("rl.max_thinking_length=6", "rl.max_completion_length=40", "rl.max_prompt_length=900")
+    given = ("classify.voters=[{engine: transformers, persona: effort}]", "rl.start_from=init", *limits)
+    config = Small(model, demo_data, tmp_path / "runs")(*given, "rl.dynamic_sampling=1", "rl.beta=0")
+    make_steps(config, "classify", "score", "partition")
+    trainer, adapted, _ = trainer_of(config, monkeypatch)
+    adapted.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(16)])
+    tokenizer, closing = trainer.processing_class, "\n</think>\n\n"
+    end = 6 + len(tokenizer(closing)["input_ids"])
+    closed = 0
+    columns = (batch[name] for name in ("completion_ids", "completion_mask", "tool_mask"))
+    for ids, mask, written in zip(*columns, strict=True):
+        tokens = ids[mask.bool()].tolist()
+        ended = tokenizer.eos_token_id in tokens[:6]
+        assert len(tokens) <= 40 and (ended or len(tokens) > end)
+        assert ended or tokenizer.decode(tokens[6:end]) == closing
+        assert written.tolist() == [int(ended or not 6 <= i < end) for i in range(len(ids))]
+        closed += not ended
+    assert trainer._metrics["train"]["completions/closed_share"] == [closed / 16] and closed > 8
+    advantages = batch["advantages"] = torch.linspace(-1, 1, 16)
+    counted = batch["completion_mask"] * batch["tool_mask"]
+    assert batch["num_items_in_batch"] == counted.sum()
+    by_hand = -(advantages[:, None] * counted).sum() / counted.sum()  # every ratio is 1
+    for trainer.prefix_sharing in (True, False):  # without it, TRL's own way
+        assert trainer._compute_loss(adapted, batch).item() == pytest.approx(by_hand.item(), abs=1e-6)

@@ -15,6 +15,7 @@ from stages.lora.adapter import fsdp
 from stages.lora.grpo import vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
+from stages.lora.grpo.thought_limit import ThoughtLimit
 from stages.lora.training import loop
 from stages.lora.training.health import longest_of_rl
 from stages.lora.training.start import Training
@@ -113,13 +114,18 @@ class Grpo(Training):
         sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size)
         rl = vllm_rollouts.with_memory_share(rl, model.get_base_model())
         arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, stop_ids)
-        trainer = build_trainer(rl, prompts, sampler, self.rewards(), arguments)
+        trainer = build_trainer(rl, prompts, sampler, self._thought_limit(), self.rewards(), arguments)
         if rl.rollouts.engine != "transformers":
             vllm_rollouts.install_weights(trainer, model, rl.rollouts, self.seed)
         if rl.beta and self.reference_is_base():
             model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
         trainer.add_callback(longest_of_rl(trainer))
         return trainer
+
+    def _thought_limit(self) -> ThoughtLimit | None:
+        if self.rl.max_thinking_length is None:
+            return None
+        return ThoughtLimit(self.rl.max_thinking_length, self.rl.max_completion_length, self.renderer)
 
     def _model(self) -> tuple[PeftModel, MergedCopy | None]:
         """The model with the adapter to start from, and the copy that rollouts are sampled from, if any."""
@@ -174,6 +180,7 @@ def build_trainer(
     rl: RlSection,
     prompts: RlPrompts,
     sampler: RolloutSampler,
+    thought_limit: ThoughtLimit | None,
     rewards: list[Callable[..., Any]],
     arguments: GRPOConfig,
 ) -> GrpoTrainer:
@@ -198,6 +205,7 @@ def build_trainer(
         rl=rl,
         prompts=prompts,
         sampler=sampler,
+        thought_limit=thought_limit,
         prefix_sharing=rl.prefix_sharing == "auto" and trainer_inputs.may_share(sampler.adapted),
     )
     trainer_inputs.accept_packed(sampler.adapted.get_base_model())

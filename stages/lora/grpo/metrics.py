@@ -25,7 +25,7 @@ def raw_ratio_metrics(
     for which vLLM gave none counts as equal, as in TRL. The two means weigh every process alike, however many
     tokens it has. gather: joins a value of every process.
     """
-    mask = batch["completion_mask"].bool()
+    mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
     differences = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
     differences = differences.nan_to_num(nan=0.0) * mask
     raw = (differences[mask] if of_tokens else differences.sum(-1)).exp()

@@ -6,7 +6,7 @@ Each completion is drawn by a seed of its own, so it does not depend on how many
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -31,21 +31,20 @@ class RolloutSampler:
     size: BatchSize
     """How many completions are sampled at a time."""
 
-    def sample(self, prompts: list[list[int]], seed: str) -> list[list[int]]:
-        """The token ids of one completion for each prompt; the same seed gives the same ones.
+    def sample(self, prompts: list[list[int]], seed: str, longest: int) -> list[list[int]]:
+        """The token ids of one completion for each prompt, at most `longest`; the same seed gives the same.
 
         A base that is sharded must be gathered first (`fsdp.unsharded`). If memory runs out, what is not yet
         sampled is sampled in smaller batches, now and from now on.
         """
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]
+        sampling = replace(self.sampling, max_new_tokens=longest)
         ids: dict[int, list[int]] = {}
 
         def complete(items: list[int], slots: int) -> None:
             chosen, chosen_seeds = [prompts[i] for i in items], [seeds[i] for i in items]
-            for n, completion in generate(
-                model, self.tokenizer, chosen, self.sampling, (), chosen_seeds, slots
-            ):
+            for n, completion in generate(model, self.tokenizer, chosen, sampling, (), chosen_seeds, slots):
                 ids[items[n]] = completion.ids
 
         with eval_mode(self.adapted), frozen_weights(self.adapted):

@@ -18,6 +18,7 @@ from stages.lora.adapter import fsdp
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
+from stages.lora.grpo.thought_limit import Generated, ThoughtLimit
 from stages.lora.grpo.zero_signal import (
     Completions,
     Selection,
@@ -51,12 +52,14 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         rl: RlSection,
         prompts: RlPrompts,
         sampler: RolloutSampler,
+        thought_limit: ThoughtLimit | None,
         prefix_sharing: bool,
         **arguments: Any,
     ) -> None:
         """prefix_sharing: compute each prompt once for its completions; the model must `accept_packed`."""
         super().__init__(**arguments)
         self.rl, self.prompts, self.sampler, self.prefix_sharing = rl, prompts, sampler, prefix_sharing
+        self.thought_limit = thought_limit
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         order = super()._get_train_sampler(dataset)
@@ -109,6 +112,18 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         # TRL would have the tokenizer add its special tokens to a rendered chat a second time.
         return [self.prompts.tokens[prompt] for prompt in prompts], None, {}
 
+    def _generate(self, prompts: list[str]) -> Any:
+        generated = super()._generate(prompts)
+        if self.thought_limit is None:
+            return generated
+        # What closes a thought is for TRL what a tool's reply is: read by the model, not written by it.
+        prompt_ids, ids, _, *rest = generated
+        written = list(map(self.thought_limit.written, prompt_ids, ids))
+        closed = torch.tensor([float(0 in tokens) for tokens in written], device=self.accelerator.device)
+        share = self.accelerator.gather(closed).mean().item()
+        self._metrics["train" if self.model.training else "eval"]["completions/closed_share"].append(share)
+        return prompt_ids, ids, written, *rest
+
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if self._completions is not None:
             return self._completions[:2]
@@ -127,11 +142,18 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     def _complete(self, prompt_ids: Any, attempt: int, *args: Any, **kwargs: Any) -> Any:
         """Token ids of completions and their log-probabilities: by vLLM, or without these by `sampler`."""
-        if self.args.use_vllm:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         suffix = f" {attempt}" if attempt else ""
         seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{suffix}"
-        return self.sampler.sample(prompt_ids, seed), None
+
+        def generate(prompts: list[list[int]], longest: int, of_round: str = "") -> Generated:
+            if self.args.use_vllm:
+                self.vllm_generation.max_completion_length = longest
+                return super(GrpoTrainer, self)._generate_single_turn(prompts, *args, **kwargs)
+            return self.sampler.sample(prompts, seed + of_round, longest), None
+
+        if self.thought_limit is None:
+            return generate(prompt_ids, self.rl.max_completion_length)
+        return self.thought_limit.complete(prompt_ids, generate)
 
     def _calculate_rewards(
         self,
@@ -206,7 +228,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         ids, mask = input_ids[selection.rows], attention_mask[selection.rows]
         log_probs, entropies, _ = self._logprobs(model, ids, mask, logits_to_keep, *args, **kwargs)
         assert entropies is not None
-        return *selection.expand(log_probs, entropies, mask[:, -logits_to_keep:], len(input_ids)), None
+        return *selection.expand(log_probs, entropies), None
 
     def _logprobs(
         self,

@@ -111,6 +111,8 @@ class Selection:
 
     rows: Tensor
     """(computed,), in order."""
+    written: Tensor
+    """(rows, tokens): 1 for each token that the model wrote, 0 for padding and what closed its thought."""
     old_logprobs: Tensor | None
     """Log-probabilities at sampling, (rows, tokens), if they are known."""
     has_gradient: bool
@@ -119,23 +121,22 @@ class Selection:
     @classmethod
     def from_batch(cls, inputs: dict[str, Any]) -> Selection:
         rows = inputs["advantages"].nonzero().flatten()
+        written = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         # If no row has an advantage, compute the shortest one as a stand-in, whose gradient is zero: every
         # process has to join the backward pass, or DDP hangs.
         computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
-        return cls(computed, inputs.get("old_per_token_logps"), len(rows) > 0)
+        return cls(computed, written, inputs.get("old_per_token_logps"), len(rows) > 0)
 
-    def expand(
-        self, log_probs: Tensor, entropies: Tensor, completion_mask: Tensor, rows: int
-    ) -> tuple[Tensor, Tensor]:
+    def expand(self, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
         """Extend values of the computed rows, (computed, tokens) each, to all rows, (rows, tokens) each.
 
-        completion_mask: (computed, tokens). A skipped row gets its old log-probabilities, so that its ratio
+        A skipped row gets its old log-probabilities, so that its ratio
         is 1; if they are None, TRL takes the policy's own instead, and zeros give the ratio 1, too. It gets
         the mean entropy of the computed tokens, so that the mean that TRL logs does not change.
         """
-        shape = (rows, log_probs.shape[1])
+        shape, written = self.written.shape, self.written[self.rows]
         skipped = log_probs.new_zeros(shape) if self.old_logprobs is None else self.old_logprobs
-        mean = (entropies * completion_mask).sum() / completion_mask.sum().clamp(min=1)
+        mean = (entropies * written).sum() / written.sum().clamp(min=1)
         return (
             skipped.index_copy(0, self.rows, log_probs),
             mean.expand(shape).index_copy(0, self.rows, entropies),
