@@ -27,6 +27,7 @@ from aiohttp import web
 
 from stages.engines.chats import CHAT, ModePrompt
 from stages.engines.gateway import Gateway
+from stages.engines.mode_choice import ModeChoice
 from stages.serve import listener
 
 CLIENTS = (1, 16, 64)
@@ -56,12 +57,13 @@ def upstream(port: int, answer_ms: int) -> None:
 
 
 def gateway(port: int, behind: int) -> None:
-    async def vote(example: Any, post: Any) -> float:
+    async def votes(example: Any, post: Any) -> list[float]:
         reply = await post("completions", {"prompt": example.prompt})
-        return float(reply["vote"])
+        return [float(reply["vote"])]
 
     modes = {"fast": ModePrompt(), "slow": ModePrompt("Think.")}
-    one = Gateway(f"http://127.0.0.1:{behind}", modes, vote, lambda vote: "slow", lambda: None)
+    choice = ModeChoice(votes, lambda signal: "slow")
+    one = Gateway(f"http://127.0.0.1:{behind}", modes, choice, lambda: None)
     with listener("127.0.0.1", port) as bound:
         one.run(bound, lambda: None)
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
-from stages.config import MODES, Config
+from stages.config import MODES, ROUTED, Config
 from stages.engines.chats import ModePrompt
-from stages.engines.gateway import Gateway, Post
+from stages.engines.gateway import Gateway
+from stages.engines.mode_choice import ModeChoice, Post
 from stages.errors import ConfigError, ServerError
 from stages.evaluation.routing import read_tuning, tuning_steps
 from stages.labelling.router import Router, build_router
@@ -84,8 +84,6 @@ def open_gateway(
         config.eval.router, config.classify, config.model, prompt_of(config, fast), "vllm", identities,
         labels, Path(config.runs_dir),
     )  # fmt: skip
-    tuning = read_tuning(config.eval, inputs)
-    router.set_questions(tuning.items if tuning else [])
     with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
         zeros = Path(folder)
         adapters = {mode: inputs[view.step].adapter for mode, view in views.items()}
@@ -94,14 +92,18 @@ def open_gateway(
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
             voters = {"vote": voter, "choice": clients[MODES[0]]}
-            router.collect(voters.__getitem__, progress, "choices", config.classify)
-            router.find_threshold(tuning)
+            if config.eval.router.cascade:
+                router.take_threshold(inputs[_evaluation_of_auto(config)].path / "metrics.json")
+            else:
+                tuning = read_tuning(config.eval, inputs)
+                router.set_questions(tuning.items if tuning else [])
+                router.collect(voters.__getitem__, progress, "choices", config.classify)
+                router.find_threshold(tuning)
             progress.say(router.summary())
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
                 {mode: _mode_prompt(config, mode) for mode in adapters},
-                partial(_vote, router, voters),
-                router.mode,
+                ModeChoice(partial(_votes, router, voters), router.mode, config.eval.router.cascade),
                 voter.transport.exit_error,
                 api_key,
                 voter.transport.key,
@@ -113,8 +115,6 @@ def _check(config: Config) -> None:
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
         raise ConfigError(f"vLLM cannot serve {cause}")
-    if "cascade" in config.eval.router.by:
-        raise ConfigError("eval.router: a cascade is not served", "--set eval.router.by=[choice], or [vote]")
     for view in views_of(config).values():
         template = prompt_of(config, view).template
         if template != "chat":
@@ -133,11 +133,23 @@ def _mode_prompt(config: Config, mode: str) -> ModePrompt:
 
 def needed_steps(config: Config) -> tuple[str, ...]:
     """The steps whose artifacts are served, or tell how to choose between them."""
-    return ("classify:train", *tuning_steps(config.eval), *(view.step for view in views_of(config).values()))
+    thresholds = (_evaluation_of_auto(config),) if config.eval.router.cascade else tuning_steps(config.eval)
+    return ("classify:train", *thresholds, *(view.step for view in views_of(config).values()))
 
 
-async def _vote(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> float:
-    """The router's signal on a question; ValueError if a reply has none."""
+def _evaluation_of_auto(config: Config) -> str:
+    """The step that has found the threshold of a cascade: each evaluation of auto finds the same one."""
+    names = [name for name in config.eval.benchmarks if name != config.eval.router.tune]
+    if ROUTED not in config.eval.targets or not names:
+        raise ConfigError(
+            "a cascade is served with the threshold that an evaluation of auto has found",
+            "name auto in eval.targets, and a benchmark besides eval.router.tune",
+        )
+    return f"eval:{ROUTED}@{names[0]}"
+
+
+async def _votes(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> list[float]:
+    """The router's signals on a question that the server is asked for; ValueError if a reply has none."""
 
     async def ask(signal: str, journal: VoteJournal) -> float:
         path, body, read = clients[signal].prepared_choice(journal.question(example))
@@ -145,7 +157,7 @@ async def _vote(router: Router, clients: Mapping[str, Client], example: Example,
             raise ValueError("the reply does not tell the words apart")
         return probabilities[1]
 
-    return fmean(await asyncio.gather(*(ask(*item) for item in router.journals.items())))
+    return await asyncio.gather(*(ask(*item) for item in router.journals.items()))
 
 
 def _write_zeros(adapter: Path, out: Path) -> None:

@@ -50,6 +50,8 @@ def test_each_mode_has_its_prompt_and_what_no_server_can_offer_is_refused(smoke)
         serve._check(smoke("prompt.template=plain"))
     with pytest.raises(ConfigError, match="vLLM cannot serve adapters of a 4-bit base"):
         serve._check(smoke("model.load_in_4bit=true"))
+    with pytest.raises(ConfigError, match="the threshold that an evaluation of auto has found"):
+        serve.needed_steps(smoke("eval.router={by: [cascade], tune: demo}"))
 
 
 def test_a_taken_port_is_said_before_anything_starts():

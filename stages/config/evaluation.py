@@ -135,8 +135,13 @@ class RouterSection(Section):
         "Most tokens of auto on the rows of tune, as a share of the slow mode's; none: any number.",
     )
 
+    @property
+    def cascade(self) -> bool:
+        """Whether the fast mode answers before the choice."""
+        return "cascade" in self.by
+
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if not self.tune and ("cascade" in self.by or self.tokens):
+        if not self.tune and (self.cascade or self.tokens):
             yield "a cascade, or a limit of tokens, needs rows to find its threshold on; set tune"
 
 

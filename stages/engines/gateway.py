@@ -16,10 +16,12 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from stages.config import MODES
 from stages.config import ROUTED as AUTO
 from stages.engines.chats import (
     CHAT,
@@ -32,8 +34,8 @@ from stages.engines.chats import (
     question,
 )
 from stages.engines.connections import Connections, limits
+from stages.engines.mode_choice import HeldAnswer, ModeChoice
 from stages.errors import ServerError
-from stages.records import Example
 
 if TYPE_CHECKING:
     import aiohttp
@@ -57,17 +59,10 @@ PER_HOP = {
 """Headers that belong to one connection or one server, and are not passed on."""
 MAX_BODY = 8 * 2**20
 """Bytes of a request: more than a million tokens, and little enough to be parsed between two answers."""
-VOTE_S = 1.8
-"""Seconds that a vote may take. Without one, the slow mode answers."""
-FAILURES, PAUSE_S = 3, 10.0
-"""After so many failed votes in a row none is asked for during so many seconds."""
 POLL_S = 1.0
 """Seconds between two looks at whether the server behind the gateway still runs."""
 GRACE_S = 2.0
 """Seconds that open responses have at the end."""
-
-Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
-"""Posts a body to a path below `/v1/` of the server, and returns its reply's JSON."""
 
 
 @dataclass
@@ -78,10 +73,8 @@ class Gateway:
     """Address of the server, without `/v1`."""
     modes: dict[str, ModePrompt]
     """The modes, each with the prompt of its training."""
-    vote: Callable[[Example, Post], Awaitable[float]]
-    """The probability that a question is of System 2."""
-    mode_of: Callable[[float | None], str]
-    """The mode for a vote, or for none."""
+    choice: ModeChoice
+    """Chooses the mode of a request to `auto`."""
     exit_error: Callable[[], ServerError | None]
     api_key: str = ""
     """The key that clients have to send; empty: none."""
@@ -89,9 +82,6 @@ class Gateway:
     """The key that the server asks for."""
     origins: tuple[str, ...] = ()
     """Origins of web pages that may ask; `*` for all."""
-    _failed: int = field(default=0, init=False)
-    """Votes that failed in a row."""
-    _resume_at: float = field(default=0.0, init=False)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     """Set when open responses have had their time."""
 
@@ -220,54 +210,55 @@ class Gateway:
         path = request.url.path
         if path == MODELS:
             return await self._models(request)
-        if path in ANSWERED:
-            content = json_object(body)
-            changed = await self._with_mode(path, content, headers, request.app.state.client)
-            body = body if changed == content else json.dumps(changed).encode()
-        return await self._forward(request, body, headers, gone)
+        if path not in ANSWERED:
+            return self._response(await self._send(request, body), headers, gone)
+        content = json_object(body)
+        if content.get("model") == AUTO:
+            return await self._in_chosen_mode(request, content, headers, gone)
+        changed = self._in_mode(path, content, headers)
+        body = body if changed == content else json.dumps(changed).encode()
+        return self._response(await self._send(request, body), headers, gone)
 
-    async def _with_mode(
-        self, path: str, content: dict[str, Any], headers: dict[str, str], client: aiohttp.ClientSession
-    ) -> dict[str, Any]:
+    async def _in_chosen_mode(
+        self, request: Request, content: dict[str, Any], headers: dict[str, str], gone: asyncio.Task[None]
+    ) -> Response:
+        """The response of the mode that is chosen for a request to `auto`."""
+        from starlette.responses import Response
+
+        path, fast, held = request.url.path, MODES[0], None
+        example = question(path, content)
+        if self.choice.cascade:
+            if path != CHAT:
+                raise Refusal(400, f"model {AUTO} answers {CHAT} alone, where answers have probabilities")
+            asked = self._in_mode(path, {**content, "model": fast, "logprobs": True}, headers)
+            reply = await self._send(request, json.dumps(asked).encode(), {"Accept-Encoding": "identity"})
+            if reply.status != 200:
+                return self._response(reply, headers, gone)
+            held = HeldAnswer(await reply.read(), content)
+        signal = await self.choice.signal(example, partial(self._post, request.app.state.client), held)
+        mode = self.choice.mode_of(signal)
+        headers[VOTE_HEADER] = "none" if signal is None else f"{signal:.4f}"
+        if held and mode == fast:
+            kind = "text/event-stream" if content.get("stream") else "application/json"
+            return Response(held.as_asked(), headers=headers, media_type=kind)
+        changed = self._in_mode(path, {**content, "model": mode}, headers)
+        return self._response(await self._send(request, json.dumps(changed).encode()), headers, gone)
+
+    def _in_mode(self, path: str, content: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
         """The request for the server; Refusal if it names no model that there is."""
         mode = content.get("model")
-        if mode == AUTO:
-            vote = await self._vote(question(path, content), client)
-            mode = self.mode_of(vote)
-            headers[VOTE_HEADER] = "none" if vote is None else f"{vote:.4f}"
         if not isinstance(mode, str) or mode not in self.modes:
             choices = ", ".join([*self.modes, AUTO])
             name = "no model is named" if mode is None else f"unknown model {mode!r}"
             raise Refusal(400, f"{name}; choose from {choices}")
         headers[MODE_HEADER] = mode
-        return in_mode({**content, "model": mode}, path, self.modes[mode])
+        return in_mode(content, path, self.modes[mode])
 
-    async def _vote(self, example: Example, client: aiohttp.ClientSession) -> float | None:
-        """The vote on a question; None if there is none in time, which the log tells once."""
-
-        async def post(path: str, body: dict[str, Any]) -> Any:
-            async with client.post(f"{self.upstream}/v1/{path}", json=body) as reply:
-                if reply.status != 200:
-                    raise ValueError(f"HTTP {reply.status}")
-                return json.loads(await reply.read())
-
-        if time.monotonic() < self._resume_at:
-            return None
-        try:
-            async with asyncio.timeout(VOTE_S):
-                vote = await self.vote(example, post)
-        except Exception as error:
-            self._failed += 1
-            if self._failed == 1:
-                reason = f"{type(error).__name__} {error}".strip()
-                log.warning("auto gets no votes, and is answered by %s: %s", self.mode_of(None), reason)
-            if self._failed >= FAILURES:
-                self._resume_at = time.monotonic() + PAUSE_S
-            return None
-        if self._failed:
-            log.warning("auto gets votes again")
-        self._failed = 0
-        return vote
+    async def _post(self, client: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> Any:
+        async with client.post(f"{self.upstream}/v1/{path}", json=body) as reply:
+            if reply.status != 200:
+                raise ValueError(f"HTTP {reply.status}")
+            return json.loads(await reply.read())
 
     async def _models(self, request: Request) -> Response:
         """List the modes and `auto`, as the server lists its models."""
@@ -279,21 +270,30 @@ class Gateway:
         listing["data"] = [*modes, {**modes[0], "id": AUTO, "root": AUTO}]
         return JSONResponse(listing)
 
-    async def _forward(
-        self, request: Request, body: bytes, headers: dict[str, str], gone: asyncio.Task[None]
-    ) -> Response:
-        """Send the request on, and the response back as it comes."""
-        from starlette.responses import StreamingResponse
-
-        dropped = PER_HOP | {"authorization", "x-api-key"}
+    async def _send(
+        self, request: Request, body: bytes, changed: Mapping[str, str] | None = None
+    ) -> aiohttp.ClientResponse:
+        """Send a request on with this body. changed: headers that the gateway sets."""
+        dropped = PER_HOP | {"authorization", "x-api-key"} | {name.lower() for name in changed or ()}
         own = {name: value for name, value in request.headers.items() if name not in dropped}
         query = f"?{request.url.query}" if request.url.query else ""
         client: aiohttp.ClientSession = request.app.state.client
         url = f"{self.upstream}{request.url.path}{query}"
         added = ("Accept", "Accept-Encoding", "User-Agent")  # what aiohttp would add to the client's headers
-        reply = await client.request(
-            request.method, url, headers=own, data=body or None, skip_auto_headers=added
+        return await client.request(
+            request.method,
+            url,
+            headers={**own, **(changed or {})},
+            data=body or None,
+            skip_auto_headers=added,
         )
+
+    def _response(
+        self, reply: aiohttp.ClientResponse, headers: dict[str, str], gone: asyncio.Task[None]
+    ) -> Response:
+        """The server's reply as it comes, with these headers."""
+        from starlette.responses import StreamingResponse
+
         kept = {name: value for name, value in reply.headers.items() if name.lower() not in PER_HOP}
         return StreamingResponse(self._chunks(reply, gone), reply.status, {**kept, **headers})
 

@@ -30,14 +30,13 @@ def route(evaluation: Evaluation, classify: ClassifySection) -> tuple[list[Sampl
         lambda signal: fast_modes[0].engine(_adapter_for(signal, fast_modes[0])),
         context.progress, f"choosing for {ROUTED}", classify,
     )  # fmt: skip
-    cascade = "cascade" in settings.by
-    if cascade:
+    if settings.cascade:
         router.unsure = {id: unsure for fast in fast_modes for id, unsure in _unsure(fast).items()}
     router.find_threshold(read_tuning(evaluation.eval, context.inputs))
     context.progress.say(router.summary())
     modes = {item.id: router.mode(router.system2(item)) for item in items}
     answers = answers_of_modes(evaluation.eval, name, context.inputs)
-    routed = select_answers(answers, modes, choice_tokens=len(router.journals), cascade=cascade)
+    routed = select_answers(answers, modes, choice_tokens=len(router.journals), cascade=settings.cascade)
     return routed, {"router": router.record(), "routing": compare({**answers, ROUTED: routed})}
 
 

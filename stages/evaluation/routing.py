@@ -79,7 +79,7 @@ def read_tuning(section: EvalSection, inputs: Mapping[str, Artifact]) -> Tuning 
     benchmark = section.benchmarks[tune]
     answers = answers_of_modes(section, tune, inputs)
     all_slow = {sample.id: MODES[1] for sample in answers[MODES[1]]}
-    slow = select_answers(answers, all_slow, cascade="cascade" in section.router.by)
+    slow = select_answers(answers, all_slow, cascade=section.router.cascade)
     items = benchmarks.pick(benchmark.kind).load(benchmark)
     return Tuning(items, answered(answers[MODES[0]]), answered(slow))
 

@@ -6,10 +6,11 @@ threshold, which is found on rows that both modes have answered or, for the base
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -114,7 +115,7 @@ class Router:
     def system2(self, example: Example) -> float | None:
         """The mean of the signals on an item; None if one is missing, as after an invalid vote."""
         signals = [journal.vote(example) for journal in self.journals.values()]
-        if "cascade" in self.settings.by:
+        if self.settings.cascade:
             signals.append(self.unsure.get(example.id))
         valid = [signal for signal in signals if signal is not None]
         return fmean(valid) if len(valid) == len(signals) else None
@@ -122,6 +123,11 @@ class Router:
     def mode(self, system2: float | None) -> str:
         """Return `fast` or `slow` for a signal; slow if there is none."""
         return MODES[system2 is None or system2 > self.threshold.threshold]
+
+    def take_threshold(self, metrics: Path) -> None:
+        """Take the threshold that an evaluation of `auto` has found, from its metrics."""
+        found = json.loads(metrics.read_text(encoding="utf-8"))["router"]
+        self.threshold = Threshold(**{field.name: found[field.name] for field in fields(Threshold)})
 
     def summary(self) -> str:
         """One line on what `auto` decides by, and what it will cost."""

@@ -1,6 +1,8 @@
 """The gateway before a server: which model answers, with which system message, and what passes unchanged."""
 
 import asyncio
+import json
+import math
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from stages import serve as serve_
 from stages.engines.chats import CHAT, ModePrompt, in_mode, question
 from stages.engines.connections import Connections
 from stages.engines.gateway import MAX_BODY, Gateway
+from stages.engines.mode_choice import ModeChoice
 from stages.errors import ServerError
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -32,17 +35,20 @@ async def _vote(example, post):
     if "stalled" in example.prompt:
         await asyncio.sleep(60)
     if "reply" in example.prompt:
-        return (await post("completions", {"prompt": "vote"}))["vote"]
-    return 0.91234 if "hard" in example.prompt else 0.1
+        return [(await post("completions", {"prompt": "vote"}))["vote"]]
+    return [0.91234 if "hard" in example.prompt else 0.1]
 
 
 def _mode_of(vote):
     return "fast" if vote is not None and vote < 0.5 else "slow"
 
 
-def _gateway(upstream: str, key: str = "", exit_error=lambda: None, origins=()) -> Gateway:
+def _gateway(
+    upstream: str, key: str = "", exit_error=lambda: None, origins=(), choice: ModeChoice | None = None
+) -> Gateway:
     modes = {"fast": ModePrompt(), "slow": ModePrompt("Think.")}
-    return Gateway(upstream, modes, _vote, _mode_of, exit_error, key, "server's own", origins)
+    choice = choice or ModeChoice(_vote, _mode_of)
+    return Gateway(upstream, modes, choice, exit_error, key, "server's own", origins)
 
 
 @contextmanager
@@ -253,7 +259,7 @@ def test_connections_that_send_nothing_make_room_for_others(served):
 
 @pytest.mark.parametrize("failure", ["stalled", "reply"])
 def test_without_votes_auto_is_slow_at_once_and_the_log_says_so_once(served, caplog, monkeypatch, failure):
-    monkeypatch.setattr("stages.engines.gateway.VOTE_S", 0.3)
+    monkeypatch.setattr("stages.engines.mode_choice.VOTE_S", 0.3)
     _, client = served
     started = time.monotonic()
     for _ in range(9):
@@ -261,6 +267,56 @@ def test_without_votes_auto_is_slow_at_once_and_the_log_says_so_once(served, cap
         assert (reply.headers["x-lorapar-mode"], reply.headers["x-lorapar-system2"]) == ("slow", "none")
     assert time.monotonic() - started < 30
     assert sum("auto gets no votes" in record.message for record in caplog.records) == 1
+
+
+def _fast_reply(probability: float, streamed: bool) -> bytes:
+    """A chat's answer of two tokens, the second of this probability."""
+    logprobs = [{"content": [{"token": "4", "logprob": math.log(p)}]} for p in (1.0, probability)]
+    if streamed:
+        parts = [{"choices": [{"index": 0, "delta": {"content": "quick"}, "logprobs": p}]} for p in logprobs]
+        return "".join(f"data: {json.dumps(part)}\n\n" for part in parts).encode() + b"data: [DONE]\n\n"
+    told = {"content": [*logprobs[0]["content"], *logprobs[1]["content"]]}
+    return json.dumps({"choices": [{"index": 0, "message": {"content": "quick"}, "logprobs": told}]}).encode()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("text", "probability", "mode", "signal"),
+    [
+        ("easy", 0.9, "fast", "0.1000"),
+        ("easy", 0.05, "slow", "0.5250"),  # the mean with a vote of .1
+        ("hard", 0.9, "slow", "0.5062"),
+        ("easy", None, "slow", "none"),
+    ],
+)
+def test_in_a_cascade_an_unsure_answer_is_never_seen(text, probability, mode, signal, streamed):
+    """The fast answer comes as it was asked for, without probabilities unless these were, too."""
+    mock, choice = Mock(), ModeChoice(_vote, _mode_of, cascade=True)
+    fast = _fast_reply(probability, streamed) if probability else b'{"choices": [{"logprobs": null}]}'
+    mock.fault = lambda number, path, body: ("body", fast) if body["model"] == "fast" else None
+    chat = {"model": "auto", "messages": [_user(text)], "stream": streamed}
+    with serve(mock), _before(mock.url.removesuffix("/v1"), choice=choice) as client:
+        for asked in ({}, {"logprobs": True}):
+            reply = client.post(CHAT, json={**chat, **asked})
+            told = reply.headers
+            assert (told["x-lorapar-mode"], told["x-lorapar-system2"]) == (mode, signal)
+            assert mock.bodies[-1]["model"] == mode and ("quick" in reply.text) == (mode == "fast")
+            if mode == "fast" and asked:
+                assert reply.content == fast
+            elif mode == "fast":
+                assert told["content-type"].startswith(
+                    "text/event-stream" if streamed else "application/json"
+                )
+                assert 'logprob"' not in reply.text and reply.text.count("data: ") == (3 if streamed else 0)
+        assert client.post("/v1/messages", json=chat).status_code == 400
+
+
+def test_in_a_cascade_the_server_s_refusal_is_told():
+    mock, choice = Mock(), ModeChoice(_vote, _mode_of, cascade=True)
+    mock.fault = lambda *_: ("status", (400, {}, '{"error": "too long"}'))
+    with serve(mock), _before(mock.url.removesuffix("/v1"), choice=choice) as client:
+        reply = client.post(CHAT, json={"model": "auto", "messages": [_user("easy")]})
+    assert (reply.status_code, reply.text, len(mock.bodies)) == (400, '{"error": "too long"}', 1)
 
 
 def test_half_an_emoji_is_no_reason_to_refuse(served):
@@ -287,12 +343,14 @@ ENDING = """
 import sys
 from stages.engines.chats import ModePrompt
 from stages.engines.gateway import Gateway
+from stages.engines.mode_choice import ModeChoice
 from stages.serve import listener
 
-async def vote(example, post):
-    return 0.9
+async def votes(example, post):
+    return [0.9]
 
-gateway = Gateway(sys.argv[1], {"slow": ModePrompt()}, vote, lambda vote: "slow", lambda: None)
+choice = ModeChoice(votes, lambda signal: "slow")
+gateway = Gateway(sys.argv[1], {"slow": ModePrompt()}, choice, lambda: None)
 with listener("127.0.0.1", 0) as bound:
     gateway.run(bound, lambda: print(bound.getsockname()[1], flush=True))
 """

@@ -165,16 +165,23 @@ def test_a_run_goes_on_after_its_server_was_killed(tiny, tmp_path):
 def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path):
     """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed.
 
-    The model thinks in the slow mode, by the switch of its chat template. The base and the fast mode choose.
+    The model thinks in the slow mode, by the switch of its chat template. The base, the fast mode's
+    word and its answer choose.
     """
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
     template = Path(trl.__file__).parent / "chat_templates/qwen3.jinja"
     shutil.copy(template, model / "chat_template.jinja")
     switch = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
     modes = f"prompt.chat_template_kwargs_by_system={json.dumps(switch)}"
-    router = ("prompt.choice=Say fast or slow.", "eval.router={by: [vote, choice]}")
+    tune = begun().eval.benchmarks["demo"].path
+    router = [
+        "prompt.choice=Say fast or slow.",
+        "eval.router={by: [vote, choice, cascade], tune: tune}",
+        "eval.targets=[sft, rl, auto]",
+        f"eval.benchmarks.tune={{path: {tune}, kind: demo, max_new_tokens: 4, label: false, limit: 4}}",
+    ]
     thinking = [f"model.name={model}", modes, *router, "classify.strategy=known", "classify.known=intended"]
-    make_steps(begun(*thinking), "classify:train", "score", "partition", "sft", "rl")
+    make_steps(begun(*thinking))
     port = free_port()
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
     command += flags(*begun.home, *thinking)
@@ -190,7 +197,7 @@ def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path
             names = [model["id"] for model in client.get("/models").json()["data"]]
             chat = {"max_tokens": 4, "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
             lengths = {}
-            for mode in ("fast", "slow", "auto"):
+            for mode in ("fast", "slow", *["auto"] * 4):
                 reply = client.post("/chat/completions", json={"model": mode, **chat})
                 assert reply.headers["x-lorapar-mode"] in (("fast", "slow") if mode == "auto" else (mode,))
                 assert reply.json()["usage"]["completion_tokens"] == 4

@@ -44,7 +44,7 @@ class ThoughtLimit:
         return ids, logprobs
 
     def written(self, prompt: list[int], completion: list[int]) -> list[int]:
-        """For each token of a completion 1 if the model wrote it, 0 if it was put there to close a thought."""
+        """For each token of a completion 1 if the model wrote it, 0 if it closes a thought in its place."""
         closing = len(self._closing(prompt, completion[: self.thinking]))
         end = self.thinking + closing
         return [int(not self.thinking <= i < end) for i in range(len(completion))]
