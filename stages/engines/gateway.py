@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import importlib.util
 import json
 import logging
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import MODES
 from stages.config import ROUTED as AUTO
+from stages.engines import asgi_server
 from stages.engines.chats import (
     CHAT,
     MESSAGES,
@@ -33,7 +32,7 @@ from stages.engines.chats import (
     json_object,
     question,
 )
-from stages.engines.connections import Connections, limits
+from stages.engines.connections import limits
 from stages.engines.mode_choice import HeldAnswer, ModeChoice
 from stages.errors import ServerError
 
@@ -59,10 +58,6 @@ PER_HOP = {
 """Headers that belong to one connection or one server, and are not passed on."""
 MAX_BODY = 8 * 2**20
 """Bytes of a request: more than a million tokens, and little enough to be parsed between two answers."""
-POLL_S = 1.0
-"""Seconds between two looks at whether the server behind the gateway still runs."""
-GRACE_S = 2.0
-"""Seconds that open responses have at the end."""
 
 
 @dataclass
@@ -90,45 +85,7 @@ class Gateway:
 
         bound: a socket that does not listen yet. started: called once requests are taken.
         """
-        has_uvloop = importlib.util.find_spec("uvloop")  # vLLM brings it
-        loop = importlib.import_module("uvloop" if has_uvloop else "asyncio").new_event_loop
-        with asyncio.Runner(loop_factory=loop) as runner:
-            runner.run(self._serve(bound, started))
-
-    async def _serve(self, bound: socket.socket, started: Callable[[], None]) -> None:
-        import uvicorn
-
-        class Server(uvicorn.Server):
-            def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-                return contextlib.nullcontext()  # uvicorn would raise them again at the end
-
-        clients, _ = limits()
-        config = uvicorn.Config(
-            self.app(), http=Connections(clients).protocol, ws="none", log_config=None, access_log=False,
-            backlog=128, timeout_graceful_shutdown=int(GRACE_S) + 1, server_header=False,
-        )  # fmt: skip
-        # What it says are failures of single requests, of which the gateway has a line of its own.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        server, loop = Server(config), asyncio.get_running_loop()
-
-        def stop() -> None:
-            server.should_exit = True
-            loop.call_later(GRACE_S, self._stopping.set)
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, stop)
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
-        while not server.started and not serving.done():
-            await asyncio.wait([serving], timeout=0.05)
-        if server.started:
-            started()
-        while not serving.done():
-            await asyncio.wait([serving], timeout=POLL_S)
-            if not server.should_exit and (error := self.exit_error()):
-                stop()
-                await serving
-                raise error
-        serving.result()
+        asgi_server.run(self.app(), bound, started, self.exit_error, self._stopping)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""

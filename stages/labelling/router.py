@@ -126,8 +126,8 @@ class Router:
 
     def take_threshold(self, metrics: Path) -> None:
         """Take the threshold that an evaluation of `auto` has found, from its metrics."""
-        found = json.loads(metrics.read_text(encoding="utf-8"))["router"]
-        self.threshold = Threshold(**{field.name: found[field.name] for field in fields(Threshold)})
+        record = json.loads(metrics.read_text(encoding="utf-8"))["router"]
+        self.threshold = Threshold(**{field.name: record[field.name] for field in fields(Threshold)})
 
     def summary(self) -> str:
         """One line on what `auto` decides by, and what it will cost."""
