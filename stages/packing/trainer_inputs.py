@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import types
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -122,26 +122,56 @@ def by_length(batch: dict[str, Any], group: int) -> dict[str, Any]:
 def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
     """The arguments of a forward pass over a padded batch of SFTTrainer, as one packed row.
 
-    With `share_prefix` the beginning that all rows have in common is computed once; dropout needs one for
-    each.
+    With `share_prefix` a beginning that rows have in common is computed once; dropout needs one for each.
     """
     mask = inputs["attention_mask"]
     rows, labels = token_lists(inputs["input_ids"], mask), token_lists(inputs["labels"], mask)
-    batch = PackedBatch.from_groups([suffix_only(rows, labels, share_prefix)], mask.device)
+    batch = PackedBatch.from_groups(groups_of_rows(rows, labels, share_prefix), mask.device)
     return {"packed": batch, "attention_mask": mask}  # TRL counts tokens by the mask
 
 
-def suffix_only(rows: list[list[int]], labels: list[list[int]], shares: bool) -> PrefixGroup:
-    """All rows as one group; its prefix ends before the first token that has a target.
+def groups_of_rows(rows: list[list[int]], labels: list[list[int]], shares: bool) -> list[PrefixGroup]:
+    """The rows in groups with a common prefix each, divided so that as few tokens as possible are computed.
 
-    shares: False for an empty prefix.
+    A prefix ends before the first token with a target, which every suffix needs a token to predict from.
+    shares: False for one group with an empty prefix.
     """
-    first_target = min(
-        next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in labels
-    )
-    # Token i predicts label i + 1, and every suffix needs a token to predict its first target from.
-    prefix = max(0, min(common_prefix_length(rows), first_target - 1)) if shares else 0
-    pairs = zip(rows, labels, strict=True)
-    return PrefixGroup(
-        rows[0][:prefix], [Suffix(ids[prefix:-1], targets[prefix + 1 :]) for ids, targets in pairs]
-    )
+    pairs = sorted(zip(rows, labels, strict=True), key=lambda pair: pair[0])
+    divided = _divide(pairs) if shares else [(0, len(pairs), 0)]
+    groups = []
+    for begin, end, prefix in divided:
+        members = pairs[begin:end]
+        # Token i predicts label i + 1.
+        suffixes = [Suffix(ids[prefix:-1], targets[prefix + 1 :]) for ids, targets in members]
+        groups.append(PrefixGroup(members[0][0][:prefix], suffixes))
+    return groups
+
+
+def _divide(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[int, int, int]]:
+    """Divide sorted rows with labels into groups: begin, end and length of the common prefix of each.
+
+    The best division up to a row is that up to some row before it, and one group more. n rows with a prefix
+    of p tokens save (n − 1) · p; of equal divisions that with fewer groups is taken.
+    """
+    longest = [max(0, _first_target(targets) - 1) for _, targets in pairs]
+    # In sorted order the common prefix of several rows is the shortest that two neighbours share.
+    shared = [common_prefix_length([a, b]) for (a, _), (b, _) in pairwise(pairs)]
+    saved, last_groups = [0], list[tuple[int, int]]()
+    for end in range(1, len(pairs) + 1):
+        prefix, candidates = longest[end - 1], [(saved[end - 1], end - 1, 0)]
+        for begin in range(end - 2, -1, -1):
+            prefix = min(prefix, longest[begin], shared[begin])
+            candidates.append((saved[begin] + (end - begin - 1) * prefix, begin, prefix))
+        most, begin, prefix = max(candidates, key=lambda candidate: (candidate[0], -candidate[1]))
+        saved.append(most)
+        last_groups.append((begin, prefix))
+    groups, end = [], len(pairs)
+    while end:
+        begin, prefix = last_groups[end - 1]
+        groups.append((begin, end, prefix))
+        end = begin
+    return groups[::-1]
+
+
+def _first_target(targets: list[int]) -> int:
+    return next((i for i, label in enumerate(targets) if label != IGNORED), len(targets))

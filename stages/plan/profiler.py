@@ -28,7 +28,7 @@ from stages.models.size import kv_cache_bytes
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length
 from stages.packing.logprobs import selected_logprobs
-from stages.packing.trainer_inputs import suffix_only
+from stages.packing.trainer_inputs import groups_of_rows
 from stages.prompts.renderer import Row
 from stages.runtime import resources
 
@@ -132,7 +132,7 @@ class Profiler:
 
         def work() -> None:
             if packed:
-                batch = PackedBatch.from_groups([suffix_only(ids, labels, sharing)], self.base.device)
+                batch = PackedBatch.from_groups(groups_of_rows(ids, labels, sharing), self.base.device)
                 support.packed_logprobs(model, batch).log_probs.sum().backward()
             else:
                 width = max(map(len, ids))  # shorter rows are repeated where a batch has padding

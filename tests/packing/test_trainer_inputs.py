@@ -1,6 +1,9 @@
 """Rows without padding give the trainers' losses and gradients as TRL's own padded batches do."""
 
 import json
+import random
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from trl.trainer.utils import use_adapter
 from stages.lora.adapter import adapter
 from stages.models.base import device
 from stages.packing import support, trainer_inputs
+from stages.packing.batch import common_prefix_length
 from stages.packing.trainer_inputs import accept_packed, prefix_groups
 from stages.prompts.renderer import IGNORED
 from stages.sft.run import SftTrainer
@@ -336,3 +340,39 @@ def test_nothing_drops_out_of_passes_that_only_compare(own, monkeypatch):
     monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_get_per_token_logps_and_entropies", found)
     make_step(own("rl.start_from=init", "rl.max_steps=1", "rl.lora_dropout=0.5", "rl.beta=0.1"), "rl")
     assert seen == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_share_beginnings_so_that_the_fewest_tokens_are_computed(seed):
+    """As found by trying each division of the sorted rows; every row can be read back."""
+    generator = random.Random(seed)
+    heads = [[generator.randrange(3) for _ in range(generator.randrange(6))] for _ in range(3)]
+    rows = [generator.choice(heads) + [generator.randrange(3) for _ in range(4)] for _ in range(7)]
+    labels = []
+    for ids in rows:
+        prompt = generator.randrange(1, len(ids))
+        labels.append([IGNORED] * prompt + ids[prompt:])
+    groups = trainer_inputs.groups_of_rows(rows, labels, shares=True)
+    read_back = [
+        (group.prefix + suffix.ids, [IGNORED] * len(group.prefix) + suffix.targets)
+        for group in groups
+        for suffix in group.suffixes
+    ]
+    pairs = sorted(zip(rows, labels, strict=True), key=lambda pair: pair[0])
+    assert read_back == [(ids[:-1], targets[1:]) for ids, targets in pairs]
+
+    def tokens(members: Any) -> int:
+        most = min(next(i for i, target in enumerate(targets) if target != IGNORED) for _, targets in members)
+        prefix = min(common_prefix_length([ids for ids, _ in members]), most - 1) if len(members) > 1 else 0
+        return sum(len(ids) - 1 for ids, _ in members) - (len(members) - 1) * prefix
+
+    divisions = product([False, True], repeat=len(pairs) - 1)
+    least = min(sum(map(tokens, _divided(pairs, cuts))) for cuts in divisions)
+    assert sum(len(g.prefix) + sum(len(s.ids) for s in g.suffixes) for g in groups) == least
+
+
+def _divided(pairs: list[Any], cuts: tuple[bool, ...]) -> list[list[Any]]:
+    parts = [[pairs[0]]]
+    for pair, cut in zip(pairs[1:], cuts, strict=True):
+        parts.append([pair]) if cut else parts[-1].append(pair)
+    return parts
