@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from meter import Meter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -83,9 +84,9 @@ def _names(spec: Any, kind: str) -> bool:
 class Pretend(TorchFunctionMode):
     """Runs every call on the CPU, checks where its operands are, and marks what it returns."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, meter: Meter | None) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.meter = device, meter
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", str(function))
@@ -112,7 +113,10 @@ class Pretend(TorchFunctionMode):
         if name == "__set__" and function.__self__ is torch.Tensor.data and isinstance(args[1], DeviceTensor):
             self._move(args[0], type(args[1]))
         if marked and (name == "cpu" or (name == "to" and to_cpu)):
-            return _on_cpu_as_is(result, marked[0])
+            moved = _on_cpu_as_is(result, marked[0])
+            if self.meter:
+                self.meter.on_host(moved)
+            return moved
         if to_cpu and target is None:
             return result
         if target is None and not marked:
@@ -239,26 +243,30 @@ class _Properties:
     total_memory, multi_processor_count = 80 * GIB, 132
 
 
-def install(count: int) -> None:
-    """Make this process see so many cards, from now on."""
+def install(count: int, measure: bool = False) -> None:
+    """Make this process see so many cards, from now on. measure: let them count the memory that is in use."""
     device = Device(count)
+    meter = Meter() if measure else None
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.Generator = _Generator  # type: ignore[misc, assignment]
     _keep_parameters_that_are_there()
-    for name, value in _answers(device).items():
+    for name, value in {**_answers(device), **(_measured(meter) if meter else {})}.items():
         setattr(torch.cuda, name, value)
     state = torch.zeros(16, dtype=torch.uint8)
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state, module.get_rng_state_all = _always(state), _always([state])
         module.set_rng_state, module.set_rng_state_all = _always(None), _always(None)
     torch.version.cuda = "13.0"
+    torch._C._cuda_getCurrentRawStream = _always(0)  # bitsandbytes looks for it when it is imported
     torch.accelerator.is_available = lambda: False
     _use_gloo()
     _load_on_device()
     # What is computed again in a backward pass says that it is on the CPU: compare the rest of it.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     checks["default"] = lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}
-    Pretend(device).__enter__()
+    Pretend(device, meter).__enter__()
+    if meter:
+        meter.__enter__()
 
 
 def _keep_parameters_that_are_there() -> None:
@@ -300,6 +308,19 @@ def _answers(device: Device) -> dict[str, Any]:
         "mem_get_info": lambda *_: (79 * GIB, 80 * GIB),
         "memory_stats": lambda *_: {},
         "current_stream": lambda *_: _Nothing(),
+    }
+
+
+def _measured(meter: Meter) -> dict[str, Any]:
+    """The same of memory, as it is."""
+    return {
+        "is_initialized": lambda: True,
+        "memory_allocated": lambda *_: meter.live,
+        "memory_reserved": lambda *_: meter.live,
+        "max_memory_allocated": lambda *_: meter.peak,
+        "max_memory_reserved": lambda *_: meter.peak,
+        "reset_peak_memory_stats": lambda *_: meter.reset_peak(),
+        "mem_get_info": lambda *_: (80 * GIB - meter.live, 80 * GIB),
     }
 
 

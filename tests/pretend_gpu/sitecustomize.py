@@ -1,7 +1,8 @@
 """Python runs this at its start where this folder is in PYTHONPATH: it gives the process a pretend GPU.
 
-Variables: PRETEND_GPUS, how many; PRETEND_FAULT, the name of a mistake to put in (see `faults.py`);
-PRETEND_REPORT, a folder in which every process writes how many calls it made and what was refused.
+Variables: PRETEND_GPUS, how many; PRETEND_METER, if not empty, lets them count the memory in use;
+PRETEND_FAULT, the name of a mistake to put in (see `faults.py`); PRETEND_REPORT, a folder in which every
+process writes how many calls it made and what was refused.
 """
 
 import atexit
@@ -13,11 +14,13 @@ if os.environ.get("PRETEND_GPUS"):
     import device
     import faults
 
-    device.install(int(os.environ["PRETEND_GPUS"]))
+    device.install(int(os.environ["PRETEND_GPUS"]), bool(os.environ.get("PRETEND_METER")))
     if os.environ.get("PRETEND_FAULT"):
         faults.put_in(os.environ["PRETEND_FAULT"])
 
     def report() -> None:
+        if "PRETEND_REPORT" not in os.environ:
+            return
         file = Path(os.environ["PRETEND_REPORT"]) / f"{os.getpid()}.json"
         file.write_text(
             json.dumps({"calls": device.CALLS.total(), "refused": device.REFUSED}), encoding="utf-8"
