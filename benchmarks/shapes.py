@@ -1,6 +1,6 @@
 """What score, SFT and RL take at the paper's shapes: time, share of the device, memory beside `plan`'s.
 
-    python benchmarks/shapes.py llama2-7b|qwen2.5-7b|0.5b|tiny [--steps 3]
+    python benchmarks/shapes.py llama2-7b|qwen2.5-7b|0.5b|tiny [--steps 3] [--layers N]
 
 Every stage is the command itself (`lorapar score`, `sft`, `rl`), by the paper's settings: prompts of 128
 tokens, answers of 256, 8 completions to a prompt. The model has that architecture and random weights, which
@@ -65,14 +65,18 @@ RESULT = "measured: "
 """Begins the line in which a command tells what it took."""
 
 
-def model_folder(shape: str, scratch: Path) -> Path:
-    """Write the model's config and a tokenizer of bytes into a folder, and no weights."""
+def model_folder(shape: str, scratch: Path, layers: int | None = None) -> Path:
+    """Write the model's config and a tokenizer of bytes into a folder, and no weights.
+
+    layers: how many it has, if not all.
+    """
     from transformers import AutoTokenizer
 
     folder = scratch / shape
     tokenizer = AutoTokenizer.from_pretrained(str(fetch("tiny-random", scratch)[0]))
     tokenizer.save_pretrained(str(folder))
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | TOKENS), encoding="utf-8")
+    depth = {"num_hidden_layers": layers} if layers else {}
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | TOKENS | depth), encoding="utf-8")
     return folder
 
 
@@ -233,9 +237,9 @@ def card(mib: float) -> str:
     return f"a card of {fitting[0]} GB" if fitting else "no card of 80 GB"
 
 
-def report(shape: str, steps: int, scratch: Path) -> None:
+def report(shape: str, steps: int, scratch: Path, layers: int | None) -> None:
     """Run the stages and print a line for each."""
-    file = str(config_file(shape, steps, model_folder(shape, scratch), scratch))
+    file = str(config_file(shape, steps, model_folder(shape, scratch, layers), scratch))
     config = resolved(load(Path(file), []))
     speed = run(["plan", file, "--to", "rl"])["product"]
     print(f"{shape}, {config.model.dtype}, one product: {speed / 1e12:.3g} TFLOP/s", flush=True)
@@ -267,9 +271,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="of the model, if not all")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        report(given.shape, given.steps, Path(scratch))
+        report(given.shape, given.steps, Path(scratch), given.layers)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from stages.engines.openai.client import Client
 
+PROBE = Example("probe", "What is 3 + 4?", "", None)
+"""A question to ask before the first client does."""
 VOTER = "router"
 """Name of the adapter of zeros that the votes are asked of.
 
@@ -92,6 +95,9 @@ def open_gateway(
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
             voter = clients[VOTER]
             voters = {"vote": voter, "choice": clients[MODES[0]]}
+            for signal, journal in router.journals.items():
+                # From the first reply a client learns how many tokens tell the words apart.
+                deque(voters[signal].choose_words([journal.question(PROBE)]), maxlen=0)
             if config.eval.router.cascade:
                 router.take_threshold(inputs[_evaluation_of_auto(config)].path / "metrics.json")
             else:

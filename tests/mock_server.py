@@ -134,7 +134,9 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             text = body if isinstance(body, bytes | str) else json.dumps(body)
             data = text.encode() if isinstance(text, str) else text
             self.send_response(code)
-            for name, value in {"Content-Length": len(data), **(headers or {})}.items():
+            kind = "text/event-stream" if data.startswith(b"data: ") else "application/json"
+            given = {"Content-Length": len(data), "Content-Type": kind, **(headers or {})}
+            for name, value in given.items():
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(data)

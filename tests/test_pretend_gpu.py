@@ -77,7 +77,7 @@ def test_nothing_is_on_a_wrong_device(pretending, demo_data, case):
     old.write_text("\n".join(rows[-12:]), encoding="utf-8")
     settings = [setting.format(old=old) if "{old}" in setting else setting for setting in CASES[case]]
     run = pretending.command("run", *settings, gpus=2 if case == "two" else 1)
-    said = run.communicate()[0]
+    said = run.communicate(timeout=600)[0]
     assert (run.returncode, pretending.refused()) == (0, []), said
 
 
@@ -85,9 +85,9 @@ def test_a_killed_training_goes_on(pretending):
     run = pretending.command("run", "eval.targets=[sft]", "sft.save_steps=1", "sft.max_steps=40")
     assert wait_for(lambda: list(pretending.home.rglob("checkpoint-2")), 120)
     run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run.communicate(timeout=600)
     run = pretending.command("run", "eval.targets=[sft]", "sft.save_steps=1", "sft.max_steps=40")
-    said = run.communicate()[0]
+    said = run.communicate(timeout=600)[0]
     assert (run.returncode, pretending.refused()) == (0, []) and "resuming from checkpoint-" in said, said
 
 
@@ -95,5 +95,5 @@ def test_a_killed_training_goes_on(pretending):
 def test_a_mistake_is_seen(pretending, fault):
     two = fault in IN_TWO_PROCESSES
     run = pretending.command("run", *(TWO if two else ()), gpus=2 if two else 1, fault=fault)
-    said = run.communicate()[0]
+    said = run.communicate(timeout=600)[0]
     assert run.returncode and pretending.refused(), said

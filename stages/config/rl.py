@@ -180,8 +180,8 @@ class RlSection(TrainSection):
         for name in ("dynamic_sampling", "max_thinking_length"):
             if getattr(self, name) and not samples_by_itself:
                 yield f"{name} needs rollouts that each process samples for itself"
-        if self.dynamic_sampling and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
-            yield (
-                "dynamic_sampling with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that "
-                "draws again would wait for the others' parts of the base; leave out one of them"
-            )
+            if getattr(self, name) and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
+                yield (
+                    f"{name} with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that draws "
+                    "again would wait for the others' parts of the base; leave out one of them"
+                )

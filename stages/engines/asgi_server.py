@@ -1,4 +1,4 @@
-"""Runs an ASGI application on a socket until a signal, or the end of what it depends on."""
+"""Runs an ASGI application on a socket until a signal, or until the server behind it ends."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Gateway before a vLLM server: one OpenAI-compatible address for modes of a model, and `auto` among them.
 
-A request names a mode, or `auto`, for which a vote chooses one. It gets the system message of its mode's
+A request names a mode, or `auto`, for which one is chosen. It gets the system message of its mode's
 training, if it has none of its own, and the arguments of the chat template. All else passes through
 unchanged, in both directions. The header MODE_HEADER of a response names the mode.
 """
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODE_HEADER, VOTE_HEADER = "x-lorapar-mode", "x-lorapar-system2"
-"""Response headers: the mode that answers and, for `auto`, the probability of System 2 in the vote."""
+"""Response headers: the mode that answers and, for `auto`, the signal that it should be the slow one."""
 MODELS, HEALTH = "/v1/models", "/health"
 ANSWERED = {CHAT, RESPONSES, MESSAGES, "/v1/completions", "/tokenize", "/detokenize"}
 """Paths whose requests name a model."""
@@ -184,20 +184,19 @@ class Gateway:
 
         path, fast, held = request.url.path, MODES[0], None
         example = question(path, content)
-        if self.choice.cascade:
+        if self.choice.cascade and not self.choice.is_paused:
             if path != CHAT:
                 raise Refusal(400, f"model {AUTO} answers {CHAT} alone, where answers have probabilities")
-            asked = self._in_mode(path, {**content, "model": fast, "logprobs": True}, headers)
+            asked = self._in_mode(path, {**HeldAnswer.request(content), "model": fast}, headers)
             reply = await self._send(request, json.dumps(asked).encode(), {"Accept-Encoding": "identity"})
             if reply.status != 200:
                 return self._response(reply, headers, gone)
-            held = HeldAnswer(await reply.read(), content)
+            held = HeldAnswer(await reply.read(), reply.content_type, bool(content.get("logprobs")))
         signal = await self.choice.signal(example, partial(self._post, request.app.state.client), held)
         mode = self.choice.mode_of(signal)
         headers[VOTE_HEADER] = "none" if signal is None else f"{signal:.4f}"
         if held and mode == fast:
-            kind = "text/event-stream" if content.get("stream") else "application/json"
-            return Response(held.as_asked(), headers=headers, media_type=kind)
+            return Response(held.reply_body(), headers=headers, media_type=held.content_type)
         changed = self._in_mode(path, {**content, "model": mode}, headers)
         return self._response(await self._send(request, json.dumps(changed).encode()), headers, gone)
 
@@ -228,10 +227,10 @@ class Gateway:
         return JSONResponse(listing)
 
     async def _send(
-        self, request: Request, body: bytes, changed: Mapping[str, str] | None = None
+        self, request: Request, body: bytes, extra_headers: Mapping[str, str] | None = None
     ) -> aiohttp.ClientResponse:
-        """Send a request on with this body. changed: headers that the gateway sets."""
-        dropped = PER_HOP | {"authorization", "x-api-key"} | {name.lower() for name in changed or ()}
+        """Send a request on with this body."""
+        dropped = PER_HOP | {"authorization", "x-api-key"} | {name.lower() for name in extra_headers or ()}
         own = {name: value for name, value in request.headers.items() if name not in dropped}
         query = f"?{request.url.query}" if request.url.query else ""
         client: aiohttp.ClientSession = request.app.state.client
@@ -240,7 +239,7 @@ class Gateway:
         return await client.request(
             request.method,
             url,
-            headers={**own, **(changed or {})},
+            headers={**own, **(extra_headers or {})},
             data=body or None,
             skip_auto_headers=added,
         )

@@ -37,11 +37,17 @@ class HeldAnswer:
 
     body: bytes
     """Of the reply: one object, or the events of a stream."""
-    asked: dict[str, Any]
-    """The client's request."""
+    content_type: str
+    keeps_probabilities: bool
+    """Whether the client has asked for the probabilities."""
 
-    def unsure(self) -> float:
-        """1 minus the least probability of a token, the mean over answers; ValueError if that is not told."""
+    @staticmethod
+    def request(content: dict[str, Any]) -> dict[str, Any]:
+        """A client's request, as one that asks for the probability of each token."""
+        return {**content, "logprobs": True, "top_logprobs": content.get("top_logprobs") or 0}
+
+    def uncertainty(self) -> float | None:
+        """1 minus the least probability of a token, the mean over answers; None if that is not told."""
         least: dict[int, float] = {}
         try:
             for event in filter(None, map(self._event, self._lines())):
@@ -49,27 +55,29 @@ class HeldAnswer:
                     for token in (choice.get("logprobs") or {}).get("content") or ():
                         probability = math.exp(token["logprob"])
                         least[choice["index"]] = min(probability, least.get(choice["index"], 1.0))
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"the fast answer has no probabilities: {error!r}") from None
-        if not least:
-            raise ValueError("the fast answer has no probabilities")
-        return 1 - fmean(least.values())
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            return None
+        return 1 - fmean(least.values()) if least else None
 
-    def as_asked(self) -> bytes:
+    def reply_body(self) -> bytes:
         """Return the reply without the probabilities, unless the client has asked for them."""
-        if self.asked.get("logprobs"):
+        if self.keeps_probabilities:
             return self.body
         lines = self._lines()
         for at, event in enumerate(map(self._event, lines)):
             if event:
                 for choice in event["choices"]:
                     choice["logprobs"] = None
-                prefix = EVENT if self.asked.get("stream") else b""
+                prefix = EVENT if self._is_stream else b""
                 lines[at] = prefix + json.dumps(event, ensure_ascii=False).encode()
         return b"\n".join(lines)
 
+    @property
+    def _is_stream(self) -> bool:
+        return self.content_type.startswith("text/event-stream")
+
     def _lines(self) -> list[bytes]:
-        return self.body.split(b"\n") if self.asked.get("stream") else [self.body]
+        return self.body.split(b"\n") if self._is_stream else [self.body]
 
     def _event(self, line: bytes) -> dict[str, Any] | None:
         """The object in a line of the reply; None if there is none, as at the end of a stream."""
@@ -88,17 +96,29 @@ class ModeChoice:
     cascade: bool = False
     """Whether the fast answer is one of the signals."""
     _failed: int = field(default=0, init=False)
-    """Failures in a row."""
+    """Votes that failed in a row."""
     _resume_at: float = field(default=0.0, init=False)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether votes have failed so often that none is asked for now."""
+        return time.monotonic() < self._resume_at
+
     async def signal(self, example: Example, post: Post, held: HeldAnswer | None) -> float | None:
-        """The mean of all signals on a question; None if one fails or is late, which the log tells once."""
-        if time.monotonic() < self._resume_at:
+        """The mean of all signals on a question; None if one cannot be had."""
+        uncertainty = held.uncertainty() if held else None
+        votes = await self._votes(example, post)
+        if votes is None or (self.cascade and uncertainty is None):
+            return None
+        return fmean(votes if uncertainty is None else [*votes, uncertainty])
+
+    async def _votes(self, example: Example, post: Post) -> list[float] | None:
+        """The votes; None if one fails or is late, which the log tells once."""
+        if self.is_paused:
             return None
         try:
             async with asyncio.timeout(VOTE_S):
-                signals = await self.votes(example, post)
-            signal = fmean([*signals, held.unsure()] if held else signals)
+                votes = await self.votes(example, post)
         except Exception as error:
             self._failed += 1
             if self._failed == 1:
@@ -110,4 +130,4 @@ class ModeChoice:
         if self._failed:
             log.warning("auto gets votes again")
         self._failed = 0
-        return signal
+        return votes

@@ -24,6 +24,10 @@ from stages.prompts.renderer import IGNORED
 
 log = logging.getLogger(__name__)
 
+MAX_MASK_CELLS = 2**22
+"""Most cells of the masks of a batch whose prefixes have unequal lengths: 8 MiB in bfloat16, for each head of
+a key head."""
+
 
 def accept_packed(base: PreTrainedModel) -> None:
     """Teach `base` to take a packed batch: `base(packed=batch)` returns TRL's FusedCausalLMOutput.
@@ -133,11 +137,15 @@ def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
 def groups_of_rows(rows: list[list[int]], labels: list[list[int]], shares: bool) -> list[PrefixGroup]:
     """The rows in groups with a common prefix each, divided so that as few tokens as possible are computed.
 
-    A prefix ends before the first token with a target, which every suffix needs a token to predict from.
-    shares: False for one group with an empty prefix.
+    Every suffix keeps the token before its first target. Prefixes of unequal lengths need a mask for each
+    suffix: where these would be large, all rows are one group. shares: False for an empty prefix.
     """
     pairs = sorted(zip(rows, labels, strict=True), key=lambda pair: pair[0])
     divided = _divide(pairs) if shares else [(0, len(pairs), 0)]
+    longest = max(map(len, rows))
+    if len(divided) > 1 and len(rows) * longest * longest > MAX_MASK_CELLS:
+        limit = min(_first_target(targets) for targets in labels) - 1
+        divided = [(0, len(pairs), max(0, min(common_prefix_length(rows), limit)))]
     groups = []
     for begin, end, prefix in divided:
         members = pairs[begin:end]
@@ -151,16 +159,16 @@ def _divide(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[int, int, in
     """Divide sorted rows with labels into groups: begin, end and length of the common prefix of each.
 
     The best division up to a row is that up to some row before it, and one group more. n rows with a prefix
-    of p tokens save (n − 1) · p; of equal divisions that with fewer groups is taken.
+    of p tokens save (n − 1) · p; of equal divisions that with the longest last group is taken.
     """
-    longest = [max(0, _first_target(targets) - 1) for _, targets in pairs]
+    limits = [max(0, _first_target(targets) - 1) for _, targets in pairs]
     # In sorted order the common prefix of several rows is the shortest that two neighbours share.
-    shared = [common_prefix_length([a, b]) for (a, _), (b, _) in pairwise(pairs)]
+    shared_with_next = [common_prefix_length([a, b]) for (a, _), (b, _) in pairwise(pairs)]
     saved, last_groups = [0], list[tuple[int, int]]()
     for end in range(1, len(pairs) + 1):
-        prefix, candidates = longest[end - 1], [(saved[end - 1], end - 1, 0)]
+        prefix, candidates = limits[end - 1], [(saved[end - 1], end - 1, 0)]
         for begin in range(end - 2, -1, -1):
-            prefix = min(prefix, longest[begin], shared[begin])
+            prefix = min(prefix, limits[begin], shared_with_next[begin])
             candidates.append((saved[begin] + (end - begin - 1) * prefix, begin, prefix))
         most, begin, prefix = max(candidates, key=lambda candidate: (candidate[0], -candidate[1]))
         saved.append(most)

@@ -30,8 +30,7 @@ class KlProbe(TrainerCallback):
         self.trainer, prompts, sampler = trainer, trainer.prompts.held_out, trainer.sampler
         with trainer.memory("while the drift was prepared"):
             with fsdp.unsharded(trainer.model):
-                seed = f"{trainer.args.seed} drift"  # the same in every process
-                answers = sampler.sample(prompts, seed, trainer.rl.max_completion_length)
+                answers = sampler.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
             # Prompts end and answers begin in one column, as TRL has them.
             prompt_ids, prompt_mask = padded(prompts, 0, trainer.accelerator.device)
             answer_ids, answer_mask = padded(answers, 0, trainer.accelerator.device, "right")

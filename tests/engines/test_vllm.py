@@ -181,6 +181,7 @@ def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path
         f"eval.benchmarks.tune={{path: {tune}, kind: demo, max_new_tokens: 4, label: false, limit: 4}}",
     ]
     thinking = [f"model.name={model}", modes, *router, "classify.strategy=known", "classify.known=intended"]
+    thinking += ["classify.voters=[{persona: role_play}]"]  # its words differ at a later token
     make_steps(begun(*thinking))
     port = free_port()
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
@@ -200,6 +201,7 @@ def test_serve_offers_three_modes_and_ends_with_its_server(begun, tiny, tmp_path
             for mode in ("fast", "slow", *["auto"] * 4):
                 reply = client.post("/chat/completions", json={"model": mode, **chat})
                 assert reply.headers["x-lorapar-mode"] in (("fast", "slow") if mode == "auto" else (mode,))
+                assert reply.headers.get("x-lorapar-system2") != "none"
                 assert reply.json()["usage"]["completion_tokens"] == 4
                 lengths[reply.headers["x-lorapar-mode"]] = reply.json()["usage"]["prompt_tokens"]
             stream = client.post("/chat/completions", json={"model": "auto", "stream": True, **chat})

@@ -149,7 +149,7 @@ def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeyp
     rollouts = sampler.RolloutSampler(model, None, tokenizer, sampling, size)
     model.train()
     prompts = [list(range(5, 8 + i)) for i in range(16)]
-    with_memory, usual, sizes = rollouts.sample(prompts, "seed", 12), sampler.generate, []
+    with_memory, usual, sizes = rollouts.sample(prompts, "seed"), sampler.generate, []
 
     def full(model, tokenizer, prompts, sampling, stops, seeds, slots, most=4):
         sizes.append((len(prompts), slots))
@@ -160,13 +160,13 @@ def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeyp
             yield completion
 
     monkeypatch.setattr(sampler, "generate", full)
-    assert rollouts.sample(prompts, "seed", 12) == with_memory
+    assert rollouts.sample(prompts, "seed") == with_memory
     assert max(map(len, with_memory)) > 1 and len(set(map(tuple, with_memory))) == 16
     assert sizes == [(16, 16), (13, 8), (10, 4)]
     assert "out of memory with rl.rollouts.batch_size 16: going on with 8" in caplog.messages
     monkeypatch.setattr(sampler, "generate", partial(full, most=0))
     with pytest.raises(OutOfMemoryError, match=r"out of memory with rl\.rollouts\.batch_size 1") as caught:
-        rollouts.sample(prompts, "seed", 12)
+        rollouts.sample(prompts, "seed")
     assert caught.value.hint == "lower rl.max_completion_length"
 
 

@@ -107,7 +107,7 @@ class Pretend(TorchFunctionMode):
         plain = [torch.device("cpu") if _names(value, "cuda") else value for value in arguments]
         args, kwargs = tree_unflatten(plain, shape)
         if name == "register_hook" and marked:
-            args = (args[0], self._marking(args[1], marked[0]))
+            args = (args[0], self._marking(args[1], type(marked[0])))
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs)
         if name == "__set__" and function.__self__ is torch.Tensor.data and isinstance(args[1], DeviceTensor):
@@ -189,9 +189,9 @@ class Pretend(TorchFunctionMode):
         else:
             tensor.__class__ = to
 
-    def _marking(self, hook: Any, like: DeviceTensor) -> Any:
+    def _marking(self, hook: Any, of_device: type[DeviceTensor]) -> Any:
         """A hook that gets its gradient marked."""
-        return lambda gradient: hook(self._mark(gradient, type(like)))
+        return lambda gradient: hook(self._mark(gradient, of_device))
 
 
 def _real_device(tensor: torch.Tensor) -> str:

@@ -43,7 +43,9 @@ class Meter(TorchDispatchMode):
 
     def on_host(self, tensor: torch.Tensor) -> None:
         """Take a tensor out of the count."""
-        self._free(id(tensor.untyped_storage()))
+        key = id(tensor.untyped_storage())
+        self.live -= self._sizes.get(key, 0)
+        self._sizes[key] = 0
 
     def reset_peak(self) -> None:
         self.peak = self.live

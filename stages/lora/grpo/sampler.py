@@ -31,15 +31,17 @@ class RolloutSampler:
     size: BatchSize
     """How many completions are sampled at a time."""
 
-    def sample(self, prompts: list[list[int]], seed: str, longest: int) -> list[list[int]]:
-        """The token ids of one completion for each prompt, at most `longest`; the same seed gives the same.
+    def sample(self, prompts: list[list[int]], seed: str, longest: int | None = None) -> list[list[int]]:
+        """The token ids of one completion for each prompt; the same seed gives the same ones.
+
+        longest: most tokens of a completion, if not `sampling.max_new_tokens`.
 
         A base that is sharded must be gathered first (`fsdp.unsharded`). If memory runs out, what is not yet
         sampled is sampled in smaller batches, now and from now on.
         """
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]
-        sampling = replace(self.sampling, max_new_tokens=longest)
+        sampling = replace(self.sampling, max_new_tokens=longest or self.sampling.max_new_tokens)
         ids: dict[int, list[int]] = {}
 
         def complete(items: list[int], slots: int) -> None:

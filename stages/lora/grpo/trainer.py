@@ -116,7 +116,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         generated = super()._generate(prompts)
         if self.thought_limit is None:
             return generated
-        # What closes a thought is for TRL what a tool's reply is: read by the model, not written by it.
+        # TRL trains no token under a zero of its tool mask, made for replies of tools.
         prompt_ids, ids, _, *rest = generated
         written = list(map(self.thought_limit.written, prompt_ids, ids))
         closed = torch.tensor([float(0 in tokens) for tokens in written], device=self.accelerator.device)
