@@ -63,7 +63,7 @@ tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tabl
 test: $(READY) ## Run the quick tests, in three minutes (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m "not vllm and not slow and not gpu"
 
-test-all: test smoke tables $(MODEL)/config.json ## Run all tests: slow ones, real servers, every back end, tables (40 minutes)
+test-all: test smoke tables $(MODEL)/config.json ## Run all tests: slow ones, real servers, every back end, tables (20 minutes)
 	LORAPAR_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not vllm"
 	$(BIN)/python -m pytest -m vllm
 

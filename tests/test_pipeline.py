@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, make_step, make_steps
+from conftest import CONFIGS, make_step, make_steps, needs_vllm
 
 from stages.config import Config, ModelSection
 from stages.errors import ConfigError
@@ -86,6 +86,7 @@ def test_a_strategy_is_keyed_by_what_it_reads(smoke, strategy, unread, read):
     assert key(unread) == key() and (read is None or key(read) != key())
 
 
+@needs_vllm
 def test_arguments_of_the_server_count_where_it_answers(smoke):
     served = ("eval.engine=vllm", "eval.benchmarks.demo.label=false")
     one, two, three = (

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, flags, make_steps
+from conftest import ROOT, flags, make_steps, needs_vllm
 
 from lorapar_cli import plan as plan_command
 from stages.errors import ConfigError
@@ -152,6 +152,7 @@ def test_lengths_are_told_where_the_base_does_not_fit(asked, no_room, caplog):
     assert "nothing could be measured" in caplog.text
 
 
+@needs_vllm
 def test_prompts_that_are_longer_than_a_server_reads_are_refused(asked):
     """Of a benchmark, and of a voter that is the base."""
     voter = "classify.voters=[{persona: role_play, engine: vllm}]"
@@ -342,6 +343,7 @@ def test_threads_share_the_work_and_each_step_loads_the_model(model):
         assert one[name].seconds > 3 * loads
 
 
+@needs_vllm
 def test_a_vllm_server_starts_once_for_all_voters_and_once_for_each_target(model):
     plain = costs(model("classify.voters=[{engine: transformers}]"))
     path = model()[0].config.eval.benchmarks["demo"].path

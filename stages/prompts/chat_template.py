@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 DATE = datetime.datetime(2024, 7, 26)
 """Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
 the template of Llama 3.1 falls back to."""
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Names that transformers gives to every chat template."""
 
@@ -28,8 +30,10 @@ def chat(
     from jinja2 import TemplateError
 
     try:
+        # transformers from 5.24 on takes no function as an argument of a template, so the date is written in.
+        template = _TODAY.sub(lambda call: json.dumps(DATE.strftime(call[2])), tokenizer.get_chat_template())
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, strftime_now=DATE.strftime, **arguments
+            messages, tokenize=False, add_generation_prompt=ask, chat_template=template, **arguments
         )
         return str(text)
     except Exception as error:  # a template is a program: it may raise anything

@@ -39,7 +39,10 @@ def test_a_marker_before_eos_ends_an_answer_too(tokenizer):
     assert Renderer(tokenizer, PromptSection()).stop_ids == sorted({marker, tokenizer.eos_token_id})
     # A template that writes the date writes the same one on every day.
     tokenizer.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
-    assert chat(tokenizer, [{"role": "user", "content": "Hi"}]) == "Today Date: 26 Jul 2024 Hi"
+    asked = [{"role": "user", "content": "Hi"}]
+    assert chat(tokenizer, asked) == "Today Date: 26 Jul 2024 Hi"
+    tokenizer.chat_template = '{% if strftime_now is defined %}{{ strftime_now( "%Y-%m-%d" ) }}{% endif %}'
+    assert chat(tokenizer, asked) == "2024-07-26"
 
 
 def test_plain_row(tokenizer):

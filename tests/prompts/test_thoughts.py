@@ -43,7 +43,13 @@ def _conversation(tokenizer, thought: str, **arguments) -> str:
     """What the template itself writes."""
     fields = {"reasoning_content": thought, "thinking": thought} if thought else {}
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER, **fields}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=DATE.strftime, **arguments)
+    template = tokenizer.get_chat_template()
+    for written in ("%Y-%m-%d", "%d %b %Y"):
+        for quote in "'\"":
+            template = template.replace(
+                f"strftime_now({quote}{written}{quote})", f"'{DATE.strftime(written)}'"
+            )
+    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **arguments)
 
 
 def _switches(tokenizer) -> list[dict]:
