@@ -3,7 +3,7 @@
 set -euo pipefail
 PIP="$VENV/bin/pip"
 PYTHON="$VENV/bin/python"
-TORCH=("torch>=2.13,<2.14" torchvision)
+TORCH=("torch>=2.13,<2.14" torchvision) # vLLM 0.31 needs this one
 
 gpu=no
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && gpu=yes

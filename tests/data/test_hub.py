@@ -1,9 +1,9 @@
 """Errors about models and data sets that the hub refuses."""
 
 import re
+import sys
 
 import datasets
-import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.utils import hf_raise_for_status
@@ -15,8 +15,10 @@ from stages.errors import HUB_HINT, MissingInputError
 
 def test_the_hubs_reason_is_told_with_what_to_do(monkeypatch):
     def refuse(*_, **__):
-        request = httpx.Request("GET", "https://hub.test/api/models/owner/gated")
-        hf_raise_for_status(httpx.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request))
+        library = sys.modules[hf_raise_for_status.__module__]
+        http = getattr(library, "httpx2", None) or library.httpx  # huggingface_hub 2 has moved on
+        request = http.Request("GET", "https://hub.test/api/models/owner/gated")
+        hf_raise_for_status(http.Response(403, headers={"X-Error-Code": "GatedRepo"}, request=request))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     with pytest.raises(MissingInputError) as caught:

@@ -56,8 +56,8 @@ def test_no_base_is_loaded(old_driver, tiny):
     assert "go on without it: --set model.device=cpu" in caught.value.hint
 
 
-def test_a_run_s_check_stops_unless_the_cpu_is_asked_for(old_driver, lorapar, begun):
-    check = ["plan", ROOT / "configs/smoke.yaml", "--check", *flags(*begun.home)]
+def test_a_run_s_check_stops_unless_the_cpu_is_asked_for(old_driver, lorapar, own):
+    check = ["plan", ROOT / "configs/smoke.yaml", "--check", *flags(*own.home)]
     stopped = lorapar(*check)
     assert stopped.code == 65 and TOO_OLD in stopped.err and "--set model.device=cpu" in stopped.err
     assert lorapar(*check, "--set", "model.device=cpu").code == 0
