@@ -259,6 +259,10 @@ ROWS["a gap in the labels"] = [
     {**row, "labels": [IGNORED if i % 5 == 3 else t for i, t in enumerate(row["labels"])]}
     for row in ROWS["a shared beginning"]
 ]
+ROWS["two beginnings"] = [*ROWS["a shared beginning"]] + [
+    {"input_ids": [7, *row["input_ids"]], "labels": [IGNORED, *row["labels"]]}
+    for row in ROWS["a shared beginning"]
+]
 
 
 def collated(trainer, rows) -> dict[str, Tensor]:
@@ -276,6 +280,7 @@ def sft_step(trainer, model, rows, number: int | None = None):
     [
         *((kind, i % 2 == 0, ("nll", "dft")[i // 2 % 2]) for i, kind in enumerate(ROWS)),
         *(("as rendered", shares, "nll") for shares in (True, False)),
+        ("two beginnings", True, "nll"),
     ],
 )
 def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, shares, loss):
@@ -300,6 +305,8 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
         assert found[True][2]["num_tokens"] == [sum(len(row["input_ids"]) for row in rows)]
         assert found[True][2].keys() == {"entropy", "mean_token_accuracy", "num_tokens"}
     whole = sum(len(row["input_ids"]) - 1 for row in rows)  # no last token is read
+    if kind == "two beginnings":
+        assert read == whole - shares * (2 * 6 + 2 * 7)  # of two rows in each group
     beginning = {"a shared beginning": 6, "one prompt": 5, "one row": 5, "one row twice": 5}.get(kind, 0)
     if kind in ("a shared beginning", "nothing in common", "one prompt", "one row twice"):
         assert read == whole - shares * beginning * (len(rows) - 1)
@@ -343,7 +350,7 @@ def test_nothing_drops_out_of_passes_that_only_compare(own, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rows_share_beginnings_so_that_the_fewest_tokens_are_computed(seed):
+def test_rows_share_beginnings_so_that_the_fewest_tokens_are_computed(seed, monkeypatch):
     """As found by trying each division of the sorted rows; every row can be read back."""
     generator = random.Random(seed)
     heads = [[generator.randrange(3) for _ in range(generator.randrange(6))] for _ in range(3)]
@@ -369,6 +376,10 @@ def test_rows_share_beginnings_so_that_the_fewest_tokens_are_computed(seed):
     divisions = product([False, True], repeat=len(pairs) - 1)
     least = min(sum(map(tokens, _divided(pairs, cuts))) for cuts in divisions)
     assert sum(len(g.prefix) + sum(len(s.ids) for s in g.suffixes) for g in groups) == least
+    monkeypatch.setattr(trainer_inputs, "MAX_MASK_CELLS", 0)  # where masks would be large: one group
+    (together,) = trainer_inputs.groups_of_rows(rows, labels, shares=True)
+    tokens_of_rows = sum(len(suffix.ids) + len(together.prefix) for suffix in together.suffixes)
+    assert tokens_of_rows == sum(len(ids) - 1 for ids in rows)
 
 
 def _divided(pairs: list[Any], cuts: tuple[bool, ...]) -> list[list[Any]]:
