@@ -188,9 +188,11 @@ class _Trial:
         from stages.eval import parity
         from stages.eval.answer_cache import CachedAnswer
 
-        given = (CachedAnswer(ids=answers[i].ids, complete=answers[i].complete) for i in sorted(answers))
-        pairs = list(zip(self.prompts, given, strict=True))
-        return parity.check(pairs, model, artifact.path / "adapter", self.renderer.tokenizer, hint, say)
+        given = [
+            (prompt, CachedAnswer(ids=answers[i].ids, complete=answers[i].complete), range(0))
+            for i, prompt in enumerate(self.prompts)
+        ]
+        return parity.check(given, model, artifact.path / "adapter", self.renderer.tokenizer, hint, say)
 
 
 def check(

@@ -208,6 +208,13 @@ class AnswerCache:
             for k, completion in engine.generate(self._requests(slots, begun), self._sampling):
                 yield slots[k], begun.get(slots[k], []) + completion.ids, completion.complete
 
+    def closing_span(self, row: int) -> range:
+        """Places of the tokens that closed the thought of the first answer to a row."""
+        limit, answer = self._section.max_thinking_tokens, self.answers[row, 0]
+        if not limit or answer.shares:
+            return range(0)
+        return self.renderer.closing_span(self.prompts[row].text, answer.ids, limit)
+
     def _requests(
         self, slots: list[tuple[int, int]], begun: Mapping[tuple[int, int], list[int]] | None = None
     ) -> list[GenerateRequest]:

@@ -36,7 +36,7 @@ MAX_TOKENS = 64
 
 @torch.no_grad()
 def check(
-    pairs: list[tuple[RenderedPrompt, CachedAnswer]],
+    answers: list[tuple[RenderedPrompt, CachedAnswer, range]],
     model: ModelSection,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -45,22 +45,23 @@ def check(
 ) -> dict[str, Any]:
     """Measure how well answers agree with the reference, and how many differ from the base model's answers.
 
-    Raises AnswerError with `hint` if less than MIN_AGREEMENT of their tokens are accepted. The reference is
+    answers: each with its prompt and the places of tokens that the model did not write. Raises AnswerError
+    with `hint` if less than MIN_AGREEMENT of the other tokens are accepted. The reference is
     the unmerged adapter, or without an adapter the base model.
     """
     reference: Any = load_adapted(model, adapter) if adapter else load_base(model)
     adapter_off = reference.disable_adapter if adapter else nullcontext
     gaps: list[float] = []
     differing = 0
-    for prompt, answer in pairs:
-        gaps += _logit_gaps(reference, tokenizer, prompt, answer)
+    for given in answers:
+        gaps += _logit_gaps(reference, tokenizer, *given)
         with adapter_off():
             # A gap above 0 means that the base model itself would have chosen another token.
-            base_gaps = _logit_gaps(reference, tokenizer, prompt, answer) if adapter else []
+            base_gaps = _logit_gaps(reference, tokenizer, *given) if adapter else []
             differing += max(base_gaps, default=0) > 0
     agree = sum(gap <= TOLERANCE for gap in gaps) / max(1, len(gaps))
     result = {
-        "items": len(pairs),
+        "items": len(answers),
         "tokens": len(gaps),
         "agree": agree,
         "worst_gap": max(gaps, default=0),
@@ -72,12 +73,16 @@ def check(
     if adapter is not None:
         result["differ_from_base"] = differing
         if not differing:
-            say(f"warning: the adapter's answers to the first {len(pairs)} items are the base model's own")
+            say(f"warning: the adapter's answers to the first {len(answers)} items are the base model's own")
     return result
 
 
 def _logit_gaps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt, answer: CachedAnswer
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: RenderedPrompt,
+    answer: CachedAnswer,
+    not_written: range,
 ) -> list[float]:
     """Logit gap to the argmax, for each answer token; for a choice, to the likeliest of the words."""
     # The words of a choice may begin with the same tokens: the choice falls at the token after these.
@@ -92,4 +97,5 @@ def _logit_gaps(
         return [float(word_logits.max() - word_logits[answer.best])]
     targets = torch.tensor(ids, device=model.device, dtype=torch.long)
     answer_logits = logits[:-1].gather(1, targets[:, None])[:, 0]  # (answer,)
-    return (logits[:-1].max(1).values - answer_logits).tolist()  # type: ignore[no-any-return]
+    gaps = (logits[:-1].max(1).values - answer_logits).tolist()
+    return [gap for place, gap in enumerate(gaps) if place not in not_written]

@@ -236,7 +236,9 @@ def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCac
 
     if torch.cuda.is_available():
         evaluation.context.engines.close()  # a running server holds most of the device's memory
-    pairs = [(prompt, cache.answers[i, 0]) for i, prompt in enumerate(cache.prompts[:items])]
+    answers = [
+        (prompt, cache.answers[i, 0], cache.closing_span(i)) for i, prompt in enumerate(cache.prompts[:items])
+    ]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
     say = evaluation.context.progress.say
-    return parity.check(pairs, evaluation.model, adapter, cache.renderer.tokenizer, hint, say)
+    return parity.check(answers, evaluation.model, adapter, cache.renderer.tokenizer, hint, say)

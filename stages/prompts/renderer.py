@@ -220,6 +220,13 @@ class Renderer:
         text = self._closing(Example("", PROBE, "", None), f"{tag}\n") if tag else ""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
+    def closing_span(self, prompt: str, completion: list[int], limit: int) -> range:
+        """Return the places of the tokens that closed a thought after `limit` tokens of a completion."""
+        thought = completion[:limit]
+        if len(thought) < limit or thought[-1] in self.stop_ids:
+            return range(0)
+        return range(limit, limit + len(self.closing_ids(prompt, thought)))
+
     def _closing(self, example: Example, tag: str) -> str:
         """Return the text between a thought and an answer as the template writes it, or as is usual."""
         text = self._conversation(example, "@answer@", "@thought@")

@@ -1,14 +1,19 @@
 """From what an engine gave to the text that is graded, and to the verdict."""
 
+from functools import partial
+
 import pytest
+import torch
 from conftest import Silent
 from pydantic import ValidationError
 
-from stages.config import BenchmarkSection, PromptSection
+from stages.config import BenchmarkSection, ModelSection, PromptSection
 from stages.engines import Completion
-from stages.errors import ArtifactError
+from stages.errors import AnswerError, ArtifactError
+from stages.eval import parity
 from stages.eval.answer_cache import AnswerCache, CachedAnswer, _outcome
 from stages.evaluation.grading import Context, Grade
+from stages.models.base import load_base
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example, Labelled
 
@@ -112,11 +117,30 @@ def test_a_thought_at_its_limit_is_closed_and_the_answer_follows(tokenizer, tmp_
 
     golds = ["4", "5", "6"]
     rows = [Labelled(Example(gold, f"Q{i}", "", gold), 2, {}) for i, gold in enumerate(golds)]
-    replies = cache(tokenizer, tmp_path, rows, max_thinking_tokens=7, max_new_tokens=5)
+    limit = len(ids(tokenizer, first["Q0"][0]))
+    replies = cache(tokenizer, tmp_path, rows, max_thinking_tokens=limit, max_new_tokens=5)
     replies.complete(Thinker, "", Silent())
     graded = replies.graded(Context("hash", True), Silent())
-    assert limits == [7, 5] and [sample.correct for sample in graded] == [True] * 3
+    assert limits == [limit, 5] and [sample.correct for sample in graded] == [True] * 3
     assert (
         graded[0].output == "<think>\n2 and 2\n</think>\n\n#### 4" and graded[2].output == "It is 6. #### 6"
     )
     assert graded[0].extra["thought_tokens"] > 0
+    spans = [replies.closing_span(i) for i in range(3)]
+    assert spans == [range(limit, limit + len(ids(tokenizer, "\n</think>\n\n"))), range(0), range(0)]
+
+
+def test_what_closes_a_thought_is_not_compared_with_the_adapter(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", 1e-4)  # a random model is sure of nothing
+    section = ModelSection(name=str(tiny), dtype="float32")
+    model, prompt = load_base(section), RenderedPrompt("", [5, 6, 7])
+    answer: list[int] = []
+    for place in range(6):
+        row = torch.tensor([prompt.ids + answer])
+        likeliest = int(model(input_ids=row).logits[0, -1].argmax())
+        answer.append(likeliest if place not in (2, 3) else 9)
+    given = CachedAnswer(ids=answer, complete=False)
+    compare = partial(parity.check, model=section, adapter=None, tokenizer=tokenizer, hint="", say=print)
+    assert compare([(prompt, given, range(2, 4))])["tokens"] == 4
+    with pytest.raises(AnswerError, match="what was served is not this adapter"):
+        compare([(prompt, given, range(0))])

@@ -32,7 +32,7 @@ class ThoughtLimit:
         ids, logprobs = generate(prompts, self.max_thought, "")
         unfinished = [i for i, tokens in enumerate(ids) if self._is_unfinished(tokens)]
         for i in unfinished:
-            closing = self._closing(prompts[i], ids[i])
+            closing = self.renderer.closing_ids(self.renderer.tokenizer.decode(prompts[i]), ids[i])
             ids[i] = ids[i] + closing
             if logprobs is not None:
                 logprobs[i] = logprobs[i] + [0.0] * len(closing)
@@ -51,14 +51,10 @@ class ThoughtLimit:
 
     def written(self, prompt: list[int], completion: list[int]) -> list[int]:
         """For each token of a completion 1 if the model wrote it, 0 if it closes a thought in its place."""
-        thought, closing = completion[: self.max_thought], 0
-        if self._is_unfinished(thought):
-            closing = len(self._closing(prompt, thought))
-        return [int(not 0 <= i - self.max_thought < closing) for i in range(len(completion))]
+        text = self.renderer.tokenizer.decode(prompt)
+        span = self.renderer.closing_span(text, completion, self.max_thought)
+        return [int(i not in span) for i in range(len(completion))]
 
     def _is_unfinished(self, tokens: list[int]) -> bool:
         # vLLM ends completions at stop tokens of the model's generation_config.json, too: these are shorter.
         return len(tokens) == self.max_thought and tokens[-1] not in self.renderer.stop_ids
-
-    def _closing(self, prompt: list[int], begun: list[int]) -> list[int]:
-        return self.renderer.closing_ids(self.renderer.tokenizer.decode(prompt), begun)
