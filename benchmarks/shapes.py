@@ -12,6 +12,9 @@ A time is the mean of all steps but the first, which warms up; of score it is th
 product's speed": the arithmetic of a step in that time, as a share of what this device does in one large
 matrix product in the model's type. A weight and token are 4 FLOP where both passes go through a frozen
 weight, 2 where a token is only read or written. Memory is the device's, as torch allocated and reserved it.
+
+Without a GPU, `PYTHONPATH=tests/pretend_gpu:. PRETEND_GPUS=1 PRETEND_METER=1` before the command counts the
+memory of a pretend one; of a large model take a few `--layers`. Times then mean nothing.
 """
 
 import argparse

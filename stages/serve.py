@@ -98,13 +98,7 @@ def open_gateway(
             for signal, journal in router.journals.items():
                 # From the first reply a client learns how many tokens tell the words apart.
                 deque(voters[signal].choose_words([journal.question(PROBE)]), maxlen=0)
-            if config.eval.router.cascade:
-                router.take_threshold(inputs[_evaluation_of_auto(config)].path / "metrics.json")
-            else:
-                tuning = read_tuning(config.eval, inputs)
-                router.set_questions(tuning.items if tuning else [])
-                router.collect(voters.__getitem__, progress, "choices", config.classify)
-                router.find_threshold(tuning)
+            _set_threshold(router, config, inputs, voters, progress)
             progress.say(router.summary())
             yield Gateway(
                 voter.transport.urls[0].removesuffix("/v1"),
@@ -115,6 +109,23 @@ def open_gateway(
                 voter.transport.key,
                 origins,
             )
+
+
+def _set_threshold(
+    router: Router,
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    voters: Mapping[str, Client],
+    progress: Progress,
+) -> None:
+    """Take the threshold of a cascade from an evaluation, and find any other on rows that are asked now."""
+    if config.eval.router.cascade:
+        router.take_threshold(inputs[_evaluation_of_auto(config)].path / "metrics.json")
+        return
+    tuning = read_tuning(config.eval, inputs)
+    router.set_questions(tuning.items if tuning else [])
+    router.collect(voters.__getitem__, progress, "choices", config.classify)
+    router.find_threshold(tuning)
 
 
 def _check(config: Config) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import signal
 import socket
@@ -20,7 +19,7 @@ GRACE_S = 2.0
 """Seconds that open responses have at the end."""
 
 
-def run(
+async def serve(
     app: Any,
     bound: socket.socket,
     started: Callable[[], None],
@@ -32,19 +31,6 @@ def run(
     bound: a socket that does not listen yet. started: called once requests are taken. stopping: is set when
     open responses have had their time.
     """
-    has_uvloop = importlib.util.find_spec("uvloop")  # vLLM brings it
-    loop = importlib.import_module("uvloop" if has_uvloop else "asyncio").new_event_loop
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(_serve(app, bound, started, exit_error, stopping))
-
-
-async def _serve(
-    app: Any,
-    bound: socket.socket,
-    started: Callable[[], None],
-    exit_error: Callable[[], ServerError | None],
-    stopping: asyncio.Event,
-) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import importlib.util
 import json
 import logging
 import socket
@@ -85,7 +86,10 @@ class Gateway:
 
         bound: a socket that does not listen yet. started: called once requests are taken.
         """
-        asgi_server.run(self.app(), bound, started, self.exit_error, self._stopping)
+        has_uvloop = importlib.util.find_spec("uvloop")  # vLLM brings it
+        loop = importlib.import_module("uvloop" if has_uvloop else "asyncio").new_event_loop
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(asgi_server.serve(self.app(), bound, started, self.exit_error, self._stopping))
 
     def app(self) -> Starlette:
         """Return the ASGI application."""

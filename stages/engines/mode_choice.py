@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -50,7 +51,7 @@ class HeldAnswer:
         """1 minus the least probability of a token, the mean over answers; None if that is not told."""
         least: dict[int, float] = {}
         try:
-            for event in filter(None, map(self._event, self._lines())):
+            for event in filter(None, self._events):
                 for choice in event["choices"]:
                     for token in (choice.get("logprobs") or {}).get("content") or ():
                         probability = math.exp(token["logprob"])
@@ -64,7 +65,7 @@ class HeldAnswer:
         if self.keeps_probabilities:
             return self.body
         lines = self._lines()
-        for at, event in enumerate(map(self._event, lines)):
+        for at, event in enumerate(self._events):
             if event:
                 for choice in event["choices"]:
                     choice["logprobs"] = None
@@ -79,10 +80,11 @@ class HeldAnswer:
     def _lines(self) -> list[bytes]:
         return self.body.split(b"\n") if self._is_stream else [self.body]
 
-    def _event(self, line: bytes) -> dict[str, Any] | None:
-        """The object in a line of the reply; None if there is none, as at the end of a stream."""
-        text = line.removeprefix(EVENT).strip()
-        return json.loads(text) if text.startswith(b"{") else None
+    @cached_property
+    def _events(self) -> list[dict[str, Any] | None]:
+        """The object in each line of the reply; None if there is none, as at the end of a stream."""
+        texts = (line.removeprefix(EVENT).strip() for line in self._lines())
+        return [json.loads(text) if text.startswith(b"{") else None for text in texts]
 
 
 @dataclass

@@ -46,8 +46,8 @@ def check(
     """Measure how well answers agree with the reference, and how many differ from the base model's answers.
 
     answers: each with its prompt and the places of tokens that the model did not write. Raises AnswerError
-    with `hint` if less than MIN_AGREEMENT of the other tokens are accepted. The reference is
-    the unmerged adapter, or without an adapter the base model.
+    with `hint` if less than MIN_AGREEMENT of the other tokens are accepted. The reference is the unmerged
+    adapter, or without an adapter the base model.
     """
     reference: Any = load_adapted(model, adapter) if adapter else load_base(model)
     adapter_off = reference.disable_adapter if adapter else nullcontext

@@ -141,11 +141,11 @@ def groups_of_rows(rows: list[list[int]], labels: list[list[int]], shares: bool)
     suffix: where these would be large, all rows are one group. shares: False for an empty prefix.
     """
     pairs = sorted(zip(rows, labels, strict=True), key=lambda pair: pair[0])
-    divided = _divide(pairs) if shares else [(0, len(pairs), 0)]
-    longest = max(map(len, rows))
-    if len(divided) > 1 and len(rows) * longest * longest > MAX_MASK_CELLS:
-        limit = min(_first_target(targets) for targets in labels) - 1
-        divided = [(0, len(pairs), max(0, min(common_prefix_length(rows), limit)))]
+    if shares and len(rows) * max(map(len, rows)) ** 2 <= MAX_MASK_CELLS:
+        divided = _divide(pairs)
+    else:
+        limit = max(0, min(map(_first_target, labels)) - 1)
+        divided = [(0, len(pairs), min(common_prefix_length(rows), limit) if shares else 0)]
     groups = []
     for begin, end, prefix in divided:
         members = pairs[begin:end]

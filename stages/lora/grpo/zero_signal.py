@@ -130,9 +130,9 @@ class Selection:
     def expand(self, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
         """Extend values of the computed rows, (computed, tokens) each, to all rows, (rows, tokens) each.
 
-        A skipped row gets its old log-probabilities, so that its ratio
-        is 1; if they are None, TRL takes the policy's own instead, and zeros give the ratio 1, too. It gets
-        the mean entropy of the computed tokens, so that the mean that TRL logs does not change.
+        A skipped row gets its old log-probabilities, so that its ratio is 1; if they are None, TRL takes the
+        policy's own instead, and zeros give the ratio 1, too. It gets the mean entropy of the computed
+        tokens, so that the mean that TRL logs does not change.
         """
         shape, written = self.written.shape, self.written[self.rows]
         skipped = log_probs.new_zeros(shape) if self.old_logprobs is None else self.old_logprobs
