@@ -35,6 +35,8 @@ from stages.runtime.batch_size import BatchSize
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")
+INT8 = "lorapar, int8"
+"""A third side, which samples in 8 bits."""
 PARTS = ("whole step", "rollouts", "loss + backward", "update", "rest")
 PICK = continuous_batching._Batcher._sample
 
@@ -153,6 +155,7 @@ class Side(TrainerCallback):
     def step(self, batch: Batch) -> dict[str, float]:
         """Seconds of each of PARTS."""
         self.ends.lengths = batch.lengths
+        self.ends.on_ours()  # its place is one for all sides
         self.trainer.train_dataset = batch.rows()
         self.seconds = {"rollouts": 0.0, "inputs": 0.0, "training_step": 0.0}
         self.trainer.train()
@@ -206,6 +209,7 @@ class Bench:
             max_steps=1, warmup_ratio=0, lr_scheduler_type="constant", prompts_per_step=shape.prompts,
             num_generations=shape.group, per_device_train_batch_size=shape.micro_batch,
             max_completion_length=shape.completion[1], rewards={"odd": 1.0},
+            rollouts={"int8": name == INT8},
         )  # fmt: skip
         stops = self.renderer.stop_ids
         arguments = building._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)
@@ -226,13 +230,12 @@ class Bench:
         """As `stages.rl.run` makes it, from random masks."""
         merged = vllm_rollouts.copy_of(base, section.rollouts, self.section, None)
         model = adapter.initial(base, LoraSection(), seed=0)
-        ends.on_ours()
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.with_checks("odd", odd)]
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, 0, [], 0, frozenset())
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
-        writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size)
+        writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size, section.rollouts.int8)
         trainer = building.build_trainer(section, pool, writer, None, rewards, arguments)
         sparsify(model, random_masks(adapter.lora_layers(model), self.given.share))
         return trainer
@@ -245,8 +248,9 @@ class Bench:
         return batches[1:], seconds
 
     def _seconds(self, shape: Shape, batches: list[Batch]) -> dict[str, list[dict[str, float]]]:
-        sides = {name: self.side(name, twin(self.base), shape, batches) for name in SIDES}
-        return in_turns(SIDES, self.given.pairs, lambda name, number: sides[name].step(batches[number]))
+        names = [*SIDES, INT8] if self.given.int8 else SIDES
+        sides = {name: self.side(name, twin(self.base), shape, batches) for name in names}
+        return in_turns(names, self.given.pairs, lambda name, number: sides[name].step(batches[number]))
 
 
 def _questions(path: str) -> list[str]:

@@ -2,7 +2,7 @@
 
     python benchmarks/rl.py MODEL [--prompts 8] [--group 8] [--prompt 64]
         [--prompts-file ROWS] [--completion 8-40]
-        [--micro-batch 16] [--pairs 5] [--share 0.4] [--equal 0] [--grow] [--no-memory]
+        [--micro-batch 16] [--pairs 5] [--share 0.4] [--equal 0] [--int8] [--grow] [--no-memory]
 
 Theirs: an untouched `trl.GRPOTrainer` on plain LoRA by PEFT, of which every element trains. Ours: the
 trainer of `lorapar rl`, with `--share` of the elements packed (random masks), shared prompts, and on CPU a
@@ -25,6 +25,8 @@ token can come before the length and only one can come there. TRL's side gets it
 of `generate`, ours around the method that picks tokens; it writes a column of logits per token, and a row per
 completion. That all lengths came out is asserted.
 
+`--int8` adds a third side: ours with `rl.rollouts.int8`.
+
 Peak memory: that of a process (of the device, on a GPU) which does two steps of one side only.
 
 `--grow` instead makes a table of the whole step, by the size of the group (2 prompts) and by the length of
@@ -38,7 +40,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from grpo import PARTS, SIDES, Bench, Shape
+from grpo import INT8, PARTS, SIDES, Bench, Shape
 from measure import from_to, machine, options, peaks, ratio
 
 from stages.runtime import resources
@@ -47,9 +49,11 @@ TOKENS = 4400
 """Of a micro batch in the table at most: TRL keeps 2.9 MB per token of SmolLM2-135M for the backward pass."""
 
 
-def compared(seconds: dict[str, list[dict[str, float]]], part: str) -> tuple[str, float, float]:
-    """Theirs / ours, and the median seconds of both."""
-    theirs, ours = ([step[part] for step in seconds[name]] for name in SIDES)
+def compared(
+    seconds: dict[str, list[dict[str, float]]], part: str, name: str = SIDES[1]
+) -> tuple[str, float, float]:
+    """Theirs / ours, or the side `name`'s, and the median seconds of both."""
+    theirs, ours = ([step[part] for step in seconds[side]] for side in (SIDES[0], name))
     return ratio(theirs, ours), statistics.median(theirs), statistics.median(ours)
 
 
@@ -70,16 +74,16 @@ def report(bench: Bench, shape: Shape) -> None:
         f"{shape}, prompts of {min(sizes)}-{max(sizes)} tokens, micro batches of {shape.micro_batch}; "
         f"{setting(bench)}"
     )
-    for part in PARTS:
-        ratios, theirs, ours = compared(seconds, part)
-        print(f"{part:<15} {ratios}: TRL {theirs:.4g} s, lorapar {ours:.4g} s")
+    for name in list(seconds)[1:]:
+        for part in PARTS:
+            ratios, theirs, ours = compared(seconds, part, name)
+            print(f"{part:<15} {ratios}: TRL {theirs:.4g} s, {name} {ours:.4g} s")
     speeds = [
-        statistics.median(
-            sum(b.lengths) / step["rollouts"] for b, step in zip(batches, seconds[name], strict=True)
-        )
-        for name in SIDES
+        statistics.median(sum(b.lengths) / step["rollouts"] for b, step in zip(batches, steps, strict=True))
+        for steps in seconds.values()
     ]
-    print("rollouts: TRL {:.0f} tokens/s, lorapar {:.0f} tokens/s".format(*speeds))
+    rates = zip(seconds, speeds, strict=True)
+    print("rollouts:", *(f"{name} {speed:.0f} tokens/s;" for name, speed in rates))
     if bench.given.memory:
         del bench.base  # each process has its own
         resources.release_memory()
@@ -107,8 +111,9 @@ def main() -> None:
     parser = options(__doc__, "model", **rows, **others)
     parser.add_argument("--prompts-file", help="JSON lines with a `question`, instead of random prompts")
     parser.add_argument("--grow", action="store_true", help="a table of ratios by group and prompt instead")
+    parser.add_argument("--int8", action="store_true", help="ours once more, sampling in 8 bits")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=(*SIDES, INT8), help=argparse.SUPPRESS)
     given = parser.parse_args()
 
     if round(given.equal * given.prompts) != given.equal * given.prompts or (given.equal and given.grow):

@@ -183,7 +183,7 @@ def model(smoke):
         made = SimpleNamespace(
             measure_votes=lambda _: measured,
             measure_training=lambda *_: measured,
-            measure_generation=lambda _: (measured, Measurement(10, 20.0, 20.0)),
+            measure_generation=lambda *_: (measured, Measurement(10, 20.0, 20.0)),
             supports_packing=lambda _: True,
             kv_cache_mib=lambda rows, length: rows * length / 1024,
             room=10**6, loading_s=0.0, libraries_mib=500.0, weights_mib=100.0, speedup=1.0,

@@ -29,6 +29,9 @@ class RolloutsSection(Section):
     GPUs; vllm_server: a vLLM server on other GPUs."""
     batch_size: PositiveInt = unkeyed(64)
     """Completions that engine transformers samples at a time; halved if memory runs out."""
+    int8: bool = advanced(False, keyed_if_set=True)
+    """Where the model computes in float32 on a CPU, sample in 8 bits, three times as fast, and weigh each
+    token's loss by the policy's probability over the sampler's, at most correction_max."""
     base_url: str | None = unkeyed(None, "Address of the vLLM server, without /v1.")
     gpu_memory_utilization: float | None = unkeyed(None, gt=0, lt=1)
     """Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of a
@@ -48,6 +51,8 @@ class RolloutsSection(Section):
             yield "base_url goes with engine vllm_server, and only with it"
         if self.base_url is not None:
             check_url("base_url", self.base_url)
+        if self.int8 and self.engine != "transformers":
+            yield f"int8 goes with engine transformers; {self.engine} has vLLM's own quantization"
 
 
 OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt", "max_grad_norm"}
@@ -154,13 +159,18 @@ class RlSection(TrainSection):
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             yield "loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5"
-        samples_with_vllm = self.rollouts.engine != "transformers"
-        if (self.top_p < 1 or self.top_k) and samples_with_vllm and self.rollouts.correction != "none":
+        rollouts = self.rollouts
+        with_vllm = rollouts.engine != "transformers" and rollouts.correction != "none"
+        if (self.top_p < 1 or self.top_k) and (with_vllm or rollouts.int8):
+            sampler, remedy = ("vLLM", "correction: none") if with_vllm else ("int8", "int8: false")
             yield (
-                f"top_p {self.top_p} and top_k {self.top_k} with rollouts by vLLM: its probabilities are of "
-                "the cut distribution, the trainer's of the whole one, and rollouts.correction would compare "
-                "them; leave them at 1 and 0, or set correction: none"
+                f"top_p {self.top_p}, top_k {self.top_k} with rollouts by {sampler}: its probabilities are "
+                "of the cut distribution, the trainer's of the whole one, and the correction would compare "
+                f"them; leave them at 1 and 0, or set rollouts.{remedy}"
             )
+        for name, value in (("num_iterations", 1), ("lora_dropout", 0)):
+            if rollouts.int8 and getattr(self, name) != value:
+                yield f"rollouts.int8 goes with {name} {value}, got {getattr(self, name)}"
 
     @property
     def replay_prompts(self) -> int:

@@ -107,6 +107,8 @@ class Completion:
     """The tokens, including the stop token if there was one."""
     complete: bool
     """Terminated by a stop token or text, not by the length limit."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token, where a model in this process sampled it; else empty."""
 
 
 class Engine(Protocol):

@@ -89,6 +89,8 @@ class _Slot:
     uniforms: list[float]
     """Uniform numbers in [0, 1) to sample by, one per token; empty for greedy decoding."""
     ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of its tokens; empty for greedy decoding."""
     ended: bool = False
     """Terminated by a stop token or text, or at the length limit."""
 
@@ -133,7 +135,7 @@ class _Batcher:
                 slot.ended = complete or len(slot.ids) == self.stop.sampling.max_new_tokens
                 if slot.ended:
                     free.append(slot.row)
-                    yield slot.item, Completion(slot.ids, complete)
+                    yield slot.item, Completion(slot.ids, complete, slot.logprobs)
             active = [slot for slot in active if not slot.ended]
             # Attention computes every row of the cache. Once no prompt waits, free rows are never used again.
             if not waiting and active and len(active) <= (1 - FREE_SHARE) * self.cache.rows:
@@ -176,7 +178,10 @@ class _Batcher:
             return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
         uniforms = [slot.uniforms[len(slot.ids)] for slot in slots]
         draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-        return sample_tokens(logits, sampling, draws).tolist()  # type: ignore[no-any-return]
+        tokens, logprobs = sample_tokens(logits, sampling, draws)
+        for slot, logprob in zip(slots, logprobs.tolist(), strict=True):
+            slot.logprobs.append(logprob)
+        return tokens.tolist()  # type: ignore[no-any-return]
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
@@ -190,8 +195,10 @@ def _uniforms(sampling: Sampling, seed: int) -> list[float]:
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64).tolist()  # type: ignore[no-any-return]
 
 
-def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Sample one token from each row of `logits` (rows, vocabulary) by inverse transform sampling.
+
+    Returns the tokens and their log-probabilities in the distribution that is sampled from, (rows,) each.
 
     draws: a uniform number in [0, 1) for each row, in float64: float32 would round the largest up to 1, for
     which there is no token. The token is the first, in the order of the vocabulary, whose cumulative
@@ -205,13 +212,15 @@ def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     # In float32 a sum near 1 would lose every token of a probability below 6e-8.
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
+    probabilities = logits.softmax(-1)  # (rows, vocabulary)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)
     # The last sum may differ from 1 by rounding, so the draws are scaled to it. right=True skips tokens of
     # probability 0, also for a draw of 0.
     targets = draws.double()[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True)  # (rows, 1)
     # A finite draw stays below the last sum. NaN exceeds nothing, and its search ends past the vocabulary.
-    return tokens[:, 0].clamp_(max=logits.shape[-1] - 1)
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
 def _batches(model: Any, prompts: list[list[int]], size: int) -> Iterator[list[int]]:
@@ -239,11 +248,13 @@ def _generate_padded(
     ids, mask = padded(prompts, pad, model.device)
     width = ids.shape[1]
     uniforms = torch.tensor([_uniforms(sampling, seed) for seed in seeds], dtype=torch.float64)
+    logprobs: list[Tensor] = []  # of each step's tokens, (prompts,)
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """Draw each row's next token, and leave `generate` no other: its own draws depend on the batch."""
         draws = uniforms[:, input_ids.shape[1] - width].to(scores.device)
-        tokens = sample_tokens(scores, sampling, draws)  # (rows,)
+        tokens, of_step = sample_tokens(scores, sampling, draws)  # (rows,) each
+        logprobs.append(of_step)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
     def has_stop_text(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -265,10 +276,11 @@ def _generate_padded(
             **options,
         )[:, width:]  # (prompts, new tokens)
     completions = []
-    for row in rows.tolist():  # rows that end before the longest one are padded
+    of_rows = torch.stack(logprobs, 1).tolist() if logprobs else [[]] * len(prompts)
+    for row, values in zip(rows.tolist(), of_rows, strict=True):  # rows that end early are padded
         ends = (n for n in range(1, len(row) + 1) if stop.reached(row[:n]))
         length = next(ends, None)
-        completions.append(Completion(row[:length], length is not None))
+        completions.append(Completion(row[:length], length is not None, values[:length]))
     return completions
 
 

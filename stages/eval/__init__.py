@@ -117,7 +117,7 @@ def _cost(model: CostModel, variant: str) -> Cost:
     checked = (adapted or served) and evaluation.parity_items and not section.temperature
     copy = model.profiler.copy_mib if checked else 0.0
     cache = model.profiler.kv_cache_mib(slots, max(map(len, prompts)) + limit)
-    decoding = model.generation[1].mib_of(slots)
+    decoding = model.generation()[1].mib_of(slots)
     memory = None if served else model.memory(decoding, adapted=adapted, copy=copy, cache=cache)
     starts = SERVER_S if served and name == next(iter(evaluation.benchmarks)) else 0.0
     return model.total(thread_s, memory, starts=starts, loads=1 + bool(checked))

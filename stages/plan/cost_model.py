@@ -8,8 +8,6 @@ time. Each stage counts its own work; here is what they have in common.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from stages.config import Config, LaunchSection
 from stages.engines.continuous_batching import FREE_SHARE
 from stages.errors import is_out_of_memory
@@ -34,6 +32,7 @@ class CostModel:
 
     def __init__(self, config: Config, texts: Texts, profiler: Profiler) -> None:
         self.config, self.texts, self.profiler = config, texts, profiler
+        self._generation: dict[bool, tuple[Measurement, Measurement]] = {}
 
     def cost(self, step: Step) -> Cost:
         try:
@@ -48,17 +47,19 @@ class CostModel:
         """Mean length of a trained model's answers: as the responses or, if no row has one, the limit."""
         return self.texts.responses.within(limit) if self.texts.imitable else float(limit)
 
-    @cached_property
-    def generation(self) -> tuple[Measurement, Measurement]:
+    def generation(self, in_int8: bool = False) -> tuple[Measurement, Measurement]:
         """Prefill and decoding, see `Profiler.measure_generation`."""
-        return self.profiler.measure_generation(self.texts.typical_prompt)
+        if in_int8 not in self._generation:
+            measured = self.profiler.measure_generation(self.texts.typical_prompt, in_int8)
+            self._generation[in_int8] = measured
+        return self._generation[in_int8]
 
-    def generation_s(self, answers: int, read_tokens: float, response: float) -> float:
+    def generation_s(self, answers: int, read_tokens: float, response: float, in_int8: bool = False) -> float:
         """answers · (read_tokens · prefill token_s + response · (1 + FREE) · decode token_s)
 
         Slots of answers that have ended are computed, too, until a share of FREE has ended.
         """
-        prefill, decode = self.generation
+        prefill, decode = self.generation(in_int8)
         return answers * (read_tokens * prefill.token_s + response * (1 + FREE_SHARE) * decode.token_s)
 
     def total(

@@ -23,6 +23,7 @@ from stages.engines.continuous_batching import SLOTS, generate
 from stages.engines.in_process import InProcess
 from stages.lora.adapter import adapter
 from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.models.base import decoder_layers, load_base
 from stages.models.size import kv_cache_bytes
 from stages.packing import support
@@ -156,7 +157,7 @@ class Profiler:
             model.gradient_checkpointing_disable()
         return self._training[kind]
 
-    def measure_generation(self, prompt: list[int]) -> tuple[Measurement, Measurement]:
+    def measure_generation(self, prompt: list[int], in_int8: bool) -> tuple[Measurement, Measurement]:
         """Prefill for SLOTS answers, GENERATIONS to a prompt, and a decoding step, of one token for each.
 
         The step is the difference between generating one token and 1 + NEW_TOKENS, over NEW_TOKENS.
@@ -165,18 +166,18 @@ class Profiler:
         # different prompts have no common beginning.
         prompts = [[i, *prompt[1:]] for i in range(SLOTS // GENERATIONS) for _ in range(GENERATIONS)]
         tokens = len(prompts) * len(prompt) // (GENERATIONS if self.supports_packing(prompt) else 1)
-        read_s, read_mib = self._time(lambda: self._generate(prompts, 1))
-        written_s, written_mib = self._time(lambda: self._generate(prompts, 1 + NEW_TOKENS))
+        read_s, read_mib = self._time(lambda: self._generate(prompts, 1, in_int8))
+        written_s, written_mib = self._time(lambda: self._generate(prompts, 1 + NEW_TOKENS, in_int8))
         step_s = max(0.0, written_s - read_s) / NEW_TOKENS
         step_mib = max(0.0, written_mib - self.kv_cache_mib(SLOTS, len(prompt) + NEW_TOKENS))
         return Measurement(tokens, read_s, read_mib), Measurement(SLOTS, step_s, step_mib)
 
-    def _generate(self, prompts: list[list[int]], tokens: int) -> None:
+    def _generate(self, prompts: list[list[int]], tokens: int, in_int8: bool) -> None:
         """Rollouts use a merged copy on a CPU, which is as fast as the base, and else the adapter."""
         adapted = self.on_gpu or self.config.model.load_in_4bit
         model = self.adapted if adapted else self.base
         off = nullcontext() if adapted or "adapted" not in vars(self) else self.adapted.disable_adapter()
-        with off:
+        with off, linear_layers_in_int8(self.base, prompts[0]) if in_int8 else nullcontext():
             answers = generate(model, self.tokenizer, prompts, Sampling(tokens, ()), slots=len(prompts))
             deque(answers, maxlen=0)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from stages.config import Config, RlSection
 from stages.errors import ConfigError
-from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo import int8, vllm_rollouts
 from stages.pipeline import launch
 from stages.plan.cost_model import CostModel
 from stages.plan.estimate import Cost, MemoryEstimate
@@ -53,9 +53,13 @@ def cost(model: CostModel, rl: RlSection, steps: int) -> Cost:
     passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1 or corrected)) / 3
     learning_s = completions * (prompt / shared + response) * passes * measured.token_s
     read_tokens = prompt / rl.num_generations if supported else prompt
-    generation_s = model.generation_s(completions, read_tokens, response)
+    generation_s = model.generation_s(completions, read_tokens, response, _in_int8(model, rl))
     thread_s = steps * (learning_s + generation_s / rl.num_iterations)
     return model.total(thread_s, _memory(model, rl, measured, shared), rl.launch)
+
+
+def _in_int8(model: CostModel, rl: RlSection) -> bool:
+    return rl.rollouts.int8 and int8.is_supported(model.profiler.base)
 
 
 def _memory(model: CostModel, rl: RlSection, measured: Measurement, shared: int) -> MemoryEstimate:
@@ -70,11 +74,13 @@ def _memory(model: CostModel, rl: RlSection, measured: Measurement, shared: int)
         return model.memory(activations, trained=True, launched=rl.launch)
     # A merged copy samples, and stays in training; of a base in 4 bits or in parts there is none.
     merged = launch.gpu_split(rl.launch)[1] == 1 and not model.config.model.load_in_4bit
-    copy = profiler.copy_mib if merged else 0.0
+    in_int8 = _in_int8(model, rl)
+    # In 8 bits its weights stand beside those in 32.
+    copy = profiler.copy_mib * (1.25 if in_int8 else 1.0) if merged else 0.0
     training = model.memory(activations, trained=True, launched=rl.launch, copy=copy)
     slots = min(rl.prompts_per_step * rl.num_generations, rl.rollouts.batch_size)
     cache = profiler.kv_cache_mib(slots, prompt + rl.max_completion_length)
-    decoding = model.generation[1].mib_of(slots)  # by whole layers, even where training divides them
+    decoding = model.generation(in_int8)[1].mib_of(slots)  # by whole layers, even where training divides them
     sampling = model.memory(decoding, trained=True, copy=copy, cache=cache)
     return max(training, sampling, key=lambda phase: phase.total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +31,13 @@ class KlProbe(TrainerCallback):
         self.trainer, prompts, sampler = trainer, trainer.prompts.held_out, trainer.sampler
         with trainer.memory("while the drift was prepared"):
             with fsdp.unsharded(trainer.model):
-                answers = sampler.sample(prompts, f"{trainer.args.seed} drift")  # the same in every process
+                # The same in every process, and the start's own: 8 bits would sample from another model.
+                completions = replace(sampler, in_int8=False).sample(prompts, f"{trainer.args.seed} drift")
             # Prompts end and answers begin in one column, as TRL has them.
             prompt_ids, prompt_mask = padded(prompts, 0, trainer.accelerator.device)
-            answer_ids, answer_mask = padded(answers, 0, trainer.accelerator.device, "right")
+            answer_ids, answer_mask = padded(
+                [completion.ids for completion in completions], 0, trainer.accelerator.device, "right"
+            )
             self.ids = torch.cat([prompt_ids, answer_ids], 1)
             self.mask = torch.cat([prompt_mask, answer_mask], 1)
             self.keep = answer_ids.shape[1]

@@ -158,7 +158,9 @@ def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     wanted = logits.softmax(-1)[0]
-    found = torch.bincount(sample_tokens(LOGITS.expand(number, -1), sampling, draws), minlength=6)
+    tokens, logprobs = sample_tokens(LOGITS.expand(number, -1), sampling, draws)
+    assert torch.allclose(logprobs.exp(), wanted[tokens])
+    found = torch.bincount(tokens, minlength=6)
     assert not found[wanted == 0].any() and wanted[3] == 0
     kept = wanted > 0
     chi = ((found - number * wanted) ** 2 / (number * wanted))[kept].sum()
@@ -172,10 +174,10 @@ def test_the_first_and_the_last_draw_are_tokens_that_can_be():
         logits[dead] = float("-inf")
         alive = [i for i in range(6) if i not in dead]
         draws = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
-        assert sample_tokens(logits.expand(2, -1), plain, draws).tolist() == [alive[0], alive[-1]]
+        assert sample_tokens(logits.expand(2, -1), plain, draws)[0].tolist() == [alive[0], alive[-1]]
     # Behind sums that are 1 in float32.
     logits, draws = torch.tensor([[0.0, 0.0, 0.0, -18.0]]), torch.tensor([1 - 1e-10], dtype=torch.float64)
-    assert sample_tokens(logits, plain, draws).tolist() == [3]
+    assert sample_tokens(logits, plain, draws)[0].tolist() == [3]
 
 
 @pytest.fixture

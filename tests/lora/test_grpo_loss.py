@@ -1,11 +1,15 @@
 """GRPO's objective, in float64 and by hand, against the gradient that the trainer takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_step, trainer_of
 from torch import Tensor
 
 from stages.lora.adapter import adapter, elements
+from stages.lora.grpo.int8 import is_supported
+from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
 
 BETA = 0.5  # of a size at which the correction stands out from the rounding of float32, on any CPU
@@ -74,3 +78,31 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
         apart[corrected] = float((gradient(model, loss) - oracle).norm() / oracle.norm())
     assert apart.keys() == {False, True}, "the correction is on by default"
     assert apart[False] < 1e-4 and apart[True] > 10 * apart[False]
+
+
+@pytest.mark.parametrize("way", ["auto", "off"])
+def test_what_8_bits_sampled_is_weighted_by_the_policy_s_probability(begun, monkeypatch, way):
+    """Truncated importance sampling: min(π / μ, limit), from the pass of the loss itself."""
+    limit = 1.5
+    rollouts = f"rl.rollouts={{int8: true, correction_max: {limit}}}"
+    config = begun(rollouts, "rl.loss_type=grpo", f"rl.prefix_sharing={way}", "rl.beta=0")
+    make_step(config, "sft")
+    trainer, model, _ = trainer_of(config, monkeypatch)
+    assert trainer.sampler.in_int8 == is_supported(trainer.sampler.copy.model)
+    trainer.sampler = replace(trainer.sampler, in_int8=True)
+    inputs = completions_of(model)
+    inputs["advantages"][3] = 0  # skipped where prompts are shared
+    mask, policy = inputs["completion_mask"], log_probs(model, inputs)
+    inputs["sampling_per_token_logps"] = (policy.detach() + torch.linspace(-1, 1, 32).view(4, 8)) * mask
+    weights = (policy.detach() - inputs["sampling_per_token_logps"]).exp().clamp(max=limit)
+    losses = -torch.exp(policy - policy.detach()) * weights * inputs["advantages"][:, None]
+    oracle = gradient(model, ((losses * mask).sum(1) / mask.sum(1)).mean())
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(model.train(), inputs)
+    assert float((gradient(model, loss) - oracle).norm() / oracle.norm()) < 1e-4
+    assert inputs["advantages"].dim() == 1, "the batch itself is unchanged"
+    written = mask.bool() if way == "off" else mask.bool() & (inputs["advantages"] != 0)[:, None]
+    ratios = torch.ones(4, 8).where(~written, (-torch.linspace(-1, 1, 32).view(4, 8)).exp())[mask.bool()]
+    logged = trainer._metrics["train"]
+    assert logged[BEYOND] == [pytest.approx(float((ratios > limit).float().mean()))]
+    assert logged[f"{RAW}/max"] == [pytest.approx(float(ratios.max()), rel=1e-4)]

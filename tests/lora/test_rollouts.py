@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from stages.engines import Sampling
 from stages.errors import ConfigError, OutOfMemoryError, ServerError
 from stages.lora.adapter import adapter
 from stages.lora.grpo import sampler, vllm_rollouts
+from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -160,14 +162,46 @@ def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeyp
             yield completion
 
     monkeypatch.setattr(sampler, "generate", full)
-    assert rollouts.sample(prompts, "seed") == with_memory
-    assert max(map(len, with_memory)) > 1 and len(set(map(tuple, with_memory))) == 16
+    written = [completion.ids for completion in with_memory]
+    assert [completion.ids for completion in rollouts.sample(prompts, "seed")] == written
+    assert max(map(len, written)) > 1 and len(set(map(tuple, written))) == 16
     assert sizes == [(16, 16), (13, 8), (10, 4)]
     assert "out of memory with rl.rollouts.batch_size 16: going on with 8" in caplog.messages
     monkeypatch.setattr(sampler, "generate", partial(full, most=0))
     with pytest.raises(OutOfMemoryError, match=r"out of memory with rl\.rollouts\.batch_size 1") as caught:
         rollouts.sample(prompts, "seed")
     assert caught.value.hint == "lower rl.max_completion_length"
+
+
+def test_8_bits_sample_from_nearly_the_same_model(tiny):
+    """Their log-probabilities are the sampler's own, and the copy's weights stay as they are."""
+    section = ModelSection(name=str(tiny), dtype="float32")
+    base, tokenizer = load_base(section), load_tokenizer(section)
+    copy = vllm_rollouts.copy_of(base, RolloutsSection(), section, None)
+    sampling = Sampling(12, (tokenizer.eos_token_id,), 1.3)
+    size = BatchSize("rl.rollouts.batch_size", 16, "")
+    rollouts = sampler.RolloutSampler(
+        adapter.initial(base, LoraSection(), 0), copy, tokenizer, sampling, size
+    )
+    prompts = [list(range(5, 8 + i)) for i in range(16)]
+    exact = rollouts.sample(prompts, "s")
+    weights = {name: value.clone() for name, value in copy.model.named_parameters()}
+    completions = replace(rollouts, in_int8=True).sample(prompts, "s")
+    assert all(torch.equal(value, weights[name]) for name, value in copy.model.named_parameters())
+
+    def logprobs(prompt, ids):
+        logits = copy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 1.3
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+    gaps = []
+    with torch.no_grad():
+        for prompt, completion, float32 in zip(prompts, completions, exact, strict=True):
+            told = torch.tensor(completion.logprobs)
+            assert torch.allclose(logprobs(prompt, float32.ids), torch.tensor(float32.logprobs), atol=1e-4)
+            with linear_layers_in_int8(copy.model, prompt):
+                assert torch.allclose(logprobs(prompt, completion.ids), told, atol=2e-3)
+            gaps.append((logprobs(prompt, completion.ids) - told).abs().max())
+    assert 1e-4 < max(gaps) < 0.1
 
 
 def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):

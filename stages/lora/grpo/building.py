@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from stages.config import RlSection, SandboxSection
 from stages.engines import Sampling
 from stages.errors import ConfigError
 from stages.lora.adapter import fsdp
-from stages.lora.grpo import vllm_rollouts
+from stages.lora.grpo import int8, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.grpo.thought_limit import ThoughtLimit
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from stages.lora.adapter.merge import MergedCopy
     from stages.lora.grpo.trainer import GrpoTrainer
     from stages.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
 
 PINNED: dict[str, Any] = {
     "remove_unused_columns": False,  # rewards read these columns
@@ -109,9 +112,12 @@ class Grpo(Training):
         rl, prompts, stop_ids = self.rl, self.prompts, self.renderer.stop_ids
         steps = optimizer_steps(prompts, rl)
         model, copy = self._model()
+        in_int8 = rl.rollouts.int8 and copy is not None and int8.is_supported(copy.model)
+        if rl.rollouts.int8 and not in_int8:
+            log.info("rl.rollouts.int8 has no effect: the model does not compute in float32 on a CPU")
         sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, rl.top_p, rl.top_k)
         size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
-        sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size)
+        sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size, in_int8)
         rl = vllm_rollouts.with_memory_share(rl, model.get_base_model())
         arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, stop_ids)
         trainer = build_trainer(rl, prompts, sampler, self._thought_limit(), self.rewards(), arguments)

@@ -20,10 +20,10 @@ def raw_ratio_metrics(
 ) -> Iterator[tuple[str, float]]:
     """Mean and largest raw ratio, and the share beyond the correction's limit, over all processes.
 
-    The ratio is the trainer's probability over vLLM's, of each token that was written or of each completion.
-    batch: the log-probabilities of both and the mask of what was written, (completions, tokens) each. A token
-    for which vLLM gave none counts as equal, as in TRL. The two means weigh every process alike, however many
-    tokens it has. gather: joins a value of every process.
+    The ratio is the trainer's probability over the sampler's, of each token that was written or of each
+    completion. batch: the log-probabilities of both and the mask of what was written, (completions, tokens)
+    each. A token for which the sampler gave none counts as equal, as in TRL. The two means weigh every
+    process alike, however many tokens it has. gather: joins a value of every process.
     """
     mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
     differences = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]

@@ -15,6 +15,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from stages.config import RlSection
 from stages.lora.adapter import fsdp
+from stages.lora.grpo.int8 import weighted_advantages
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
@@ -43,6 +44,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     """What dynamic sampling has sampled and scored for this step; see `_generate_and_score_completions`."""
     _selection: Selection | None = None
     """The completions that the current training pass computes; None if it computes all."""
+    _corrected: dict[str, Any] | None = None
+    """The inputs of the current training pass if its completions were sampled in 8 bits, else None."""
     _equal: Tensor
     """(groups,): whether the completions of a group of this step earned the same."""
 
@@ -149,7 +152,10 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             if self.args.use_vllm:
                 self.vllm_generation.max_completion_length = longest
                 return super(GrpoTrainer, self)._generate_single_turn(prompts, *args, **kwargs)
-            return self.sampler.sample(prompts, seed + of_round, longest), None
+            completions = self.sampler.sample(prompts, seed + of_round, longest)
+            # Without 8 bits they are the policy's own, which the loss computes.
+            logprobs = [c.logprobs for c in completions] if self.sampler.in_int8 else None
+            return [c.ids for c in completions], logprobs
 
         if self.thought_limit is None:
             return generate(prompt_ids, self.rl.max_completion_length)
@@ -202,6 +208,9 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
         All are computed where there is a KL term or a router's loss, and without shared prompts: TRL's way.
         """
+        if self.sampler.in_int8:
+            # TRL asks for the policy's log-probabilities before it reads the advantages, which they weigh.
+            self._corrected = inputs = dict(inputs)
         if not self.prefix_sharing or self.beta or self.aux_loss_enabled:
             return super()._compute_loss(model, inputs)
         metrics = self._metrics["train"]
@@ -224,11 +233,27 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         selection = self._selection
         if selection is None or len(selection.rows) == len(input_ids):
-            return self._logprobs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        ids, mask = input_ids[selection.rows], attention_mask[selection.rows]
-        log_probs, entropies, _ = self._logprobs(model, ids, mask, logits_to_keep, *args, **kwargs)
-        assert entropies is not None
-        return *selection.expand(log_probs, entropies), None
+            passed = self._logprobs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        else:
+            ids, mask = input_ids[selection.rows], attention_mask[selection.rows]
+            log_probs, entropies, _ = self._logprobs(model, ids, mask, logits_to_keep, *args, **kwargs)
+            assert entropies is not None
+            passed = *selection.expand(log_probs, entropies), None
+        if self._corrected is not None:
+            self._weigh(self._corrected, passed[0])
+            self._corrected = None
+        return passed
+
+    def _weigh(self, inputs: dict[str, Any], policy: Tensor) -> None:
+        """Weigh the advantages of a training pass by the policy's probabilities over those sampled from.
+
+        policy: log-probabilities, (completions, tokens).
+        """
+        limit, sampler = self.rl.rollouts.correction_max, inputs["sampling_per_token_logps"]
+        inputs["advantages"] = weighted_advantages(inputs["advantages"], policy, sampler, limit)
+        batch = inputs | {"old_per_token_logps": policy.detach()}
+        for name, value in raw_ratio_metrics(batch, True, limit, self.accelerator.gather):
+            self._metrics["train"][name].append(value)
 
     def _logprobs(
         self,

@@ -114,7 +114,7 @@ class Selection:
     written: Tensor
     """(rows, tokens): 1 for each token that the model wrote, 0 for padding and what closed its thought."""
     old_logprobs: Tensor | None
-    """Log-probabilities at sampling, (rows, tokens), if they are known."""
+    """Log-probabilities at sampling, (rows, tokens), the policy's or the sampler's, if they are known."""
     has_gradient: bool
     """False if every advantage is zero."""
 
@@ -125,7 +125,8 @@ class Selection:
         # If no row has an advantage, compute the shortest one as a stand-in, whose gradient is zero: every
         # process has to join the backward pass, or DDP hangs.
         computed = rows if len(rows) else inputs["completion_mask"].sum(1).argmin()[None]
-        return cls(computed, written, inputs.get("old_per_token_logps"), len(rows) > 0)
+        sampled = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
+        return cls(computed, written, sampled, len(rows) > 0)
 
     def expand(self, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
         """Extend values of the computed rows, (computed, tokens) each, to all rows, (rows, tokens) each.

@@ -138,13 +138,16 @@ def _accumulate_gradients(
     """
     import torch
 
-    pending = dict.fromkeys(layers, 0)  # forward passes of each layer whose backward pass is still to come
+    # The inputs of layers whose backward pass is still to come. A hook would hold its input until the whole
+    # pass has ended: 100 MiB more for each layer of a 7B model.
+    awaited: dict[str, Tensor] = {}
 
     def by_example(x: Tensor) -> Tensor:
         """(examples, longest, width): zero after the end of a packed example."""
         return x if packed is None else packed.suffixes.spread(x[0])
 
-    def add_gradients(name: str, x: Tensor, delta: Tensor) -> None:  # (batch, tokens, in or out)
+    def add_gradients(name: str, delta: Tensor) -> None:  # (batch, tokens, out)
+        x = awaited.pop(name)  # (batch, tokens, in)
         # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends on the
         # output.
         wide = torch.promote_types(torch.float32, x.dtype)
@@ -152,19 +155,19 @@ def _accumulate_gradients(
         gradients = torch.einsum("bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide)))
         sums.gradient[name] += gradients.sum(0)
         sums.square[name] += gradients.square_().sum(0)
-        pending[name] = 0
 
     def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()  # (batch, tokens, in)
-        pending[name] += 1
+        passes = 1 + (name in awaited)
         # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
         # axis, as in experts that get single tokens, do not tell the examples apart.
-        if x.dim() != 3 or pending[name] != 1:
+        if x.dim() != 3 or passes > 1:
             raise UnusableResult(
-                f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
+                f"{name} runs {passes} times in a forward pass, on inputs of {x.dim()} dimensions",
                 "shared modules and mixtures of experts cannot be scored element by element",
             )
-        output.register_hook(partial(add_gradients, name, x))
+        awaited[name] = x
+        output.register_hook(partial(add_gradients, name))
 
     with ExitStack() as hooks:
         # No parameter requires a gradient, so the graph has to begin at the embedded input.
