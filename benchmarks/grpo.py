@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer
 
 from stages.config import LoraSection, ModelSection, PromptSection, RlSection
+from stages.config.rl import RolloutsSection
 from stages.engines import Sampling, continuous_batching
 from stages.lora.adapter import adapter
 from stages.lora.adapter.elements import sparsify
@@ -209,7 +210,7 @@ class Bench:
             max_steps=1, warmup_ratio=0, lr_scheduler_type="constant", prompts_per_step=shape.prompts,
             num_generations=shape.group, per_device_train_batch_size=shape.micro_batch,
             max_completion_length=shape.completion[1], rewards={"odd": 1.0},
-            rollouts={"int8": name == INT8},
+            rollouts=RolloutsSection(int8=name == INT8),
         )  # fmt: skip
         stops = self.renderer.stop_ids
         arguments = building._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)

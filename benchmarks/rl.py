@@ -119,6 +119,8 @@ def main() -> None:
     if round(given.equal * given.prompts) != given.equal * given.prompts or (given.equal and given.grow):
         parser.error("--equal must be a share of whole prompts, and is not for --grow")
     completion = from_to(given.completion)
+    if completion[0] == completion[1]:
+        parser.error("--completion: lengths that are all odd, or all even, earn the same; name a range")
     shape = Shape(given.prompts, given.group, given.prompt, completion, given.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))

@@ -1,11 +1,12 @@
-"""How fast completions are sampled in the trainer's process: lorapar's sampler, TRL's way, and vLLM.
+"""How fast completions are sampled in the trainer's process: by lorapar, TRL, transformers and vLLM.
 
     python benchmarks/rollouts.py MODEL [--prompts 8] [--group 8] [--tokens 128] [--rounds 5]
+        [--dtype bfloat16]
 
 Each round samples by each, in an order drawn at random, from the same prompts and with renewed weights: ours
 as `lorapar rl` does, on a CPU from a merged copy; TRL's by `generate` of the model with its adapter, all rows
-at once. Tokens per second, and the median of the paired ratios. Without vLLM its column is left out, and this
-says so.
+at once; transformers' by its continuous batching, from a merged copy, too. Tokens per second, and the median
+of the paired ratios. Without vLLM its column is left out, and this says so.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import in_turns, now, options
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RolloutsSection
@@ -81,19 +82,34 @@ def by_trl(model: Any, tokenizer: Any, tokens: int) -> Sampler:
     return sample
 
 
+def by_transformers(copy: merge.MergedCopy | None, model: Any, tokenizer: Any, tokens: int) -> Sampler:
+    options = GenerationConfig(
+        max_new_tokens=tokens, do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+    def sample(prompts: list[list[int]]) -> int:
+        source = copy.refresh(model) if copy else model
+        answers = source.generate_batch(inputs=prompts, generation_config=options, progress_bar=False)
+        return sum(len(answer.generated_tokens) for answer in answers.values())
+
+    return sample
+
+
 def main() -> None:
-    given = options(__doc__, "model", prompts=8, group=8, tokens=128, rounds=5).parse_args()
+    given = options(__doc__, "model", prompts=8, group=8, tokens=128, rounds=5, dtype="bfloat16").parse_args()
     has_vllm = importlib.util.find_spec("vllm") is not None
     if has_vllm:
         vllm_rollouts.prepare(RolloutsSection(engine="vllm_colocate"), given.model)
-    section = ModelSection(name=given.model, dtype="bfloat16")
+    section = ModelSection(name=given.model, dtype=given.dtype)
     base = load_base(section)
-    copy = vllm_rollouts.copy_of(base, RolloutsSection(), section, None)
+    copy, copied = (vllm_rollouts.copy_of(base, RolloutsSection(), section, None) for _ in range(2))
     model = adapter.initial(base, LoraSection(), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     samplers = {
         "lorapar": by_ours(copy, model, tokenizer, given.tokens),
         "TRL": by_trl(model, tokenizer, given.tokens),
+        "transformers": by_transformers(copied, model, tokenizer, given.tokens),
     }
     if has_vllm:
         samplers["vLLM"] = by_vllm(model, tokenizer, given)

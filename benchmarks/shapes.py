@@ -59,7 +59,7 @@ PROMPTS, GROUP = 8, 8
 """Prompts of a step of RL, and completions of each."""
 CARDS = (24, 48, 80)
 LARGE_CARD = 40 * 1024
-"""MiB; with less a micro batch has one completion in RL, and two rows in score."""
+"""MiB; with less, the stages run as `configs/gpu/24gb.yaml` has them, in 4 bits."""
 REWARD = """import random
 def lots(completions, **_): return [random.random() for _ in completions]
 """
@@ -96,6 +96,27 @@ def random_model(folder: str, dtype: Any, on: torch.device, attention: str | Non
     return model.eval()
 
 
+def in_four_bits(model: Any, how: Any) -> Any:
+    """The model with its linear layers quantized one by one, all but the head, as a checkpoint is loaded."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from transformers.quantizers import AutoHfQuantizer
+
+    kind = {"quant_type": how.bnb_4bit_quant_type, "compress_statistics": how.bnb_4bit_use_double_quant}
+    head = model.get_output_embeddings()
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            new = Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, how.bnb_4bit_compute_dtype,
+                device="meta", **kind,
+            )  # fmt: skip
+            weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, **kind)
+            new.weight, new.bias = weight.to(layer.weight.device), layer.bias
+            model.set_submodule(path, new)
+    model.is_loaded_in_4bit = model.is_quantized = True  # as PEFT and the trainers ask
+    model.hf_quantizer = AutoHfQuantizer.from_config(how)
+    return model
+
+
 def config_file(shape: str, steps: int, model: Path, scratch: Path) -> Path:
     """Write the paper's settings for this shape, with rows and a reward that need no download."""
     draw = random.Random(0)
@@ -119,8 +140,11 @@ def config_file(shape: str, steps: int, model: Path, scratch: Path) -> Path:
     settings["rl"] |= {"max_steps": steps, "prompts_per_step": PROMPTS}
     settings["rl"] |= {"rewards": {"lots": 1.0}, "rewards_file": str(scratch / "reward.py")}
     if 0 < card_memory() < LARGE_CARD:
-        settings["score"] |= {"batch_size": 2}
-        settings["rl"] |= {"per_device_train_batch_size": 1}
+        small = read_with_extends(ROOT / "configs/gpu/24gb.yaml")
+        settings["model"] |= {"load_in_4bit": small["model"]["load_in_4bit"]}
+        settings["score"] |= {"batch_size": small["score"]["batch_size"]}
+        size = "per_device_train_batch_size"
+        settings["rl"] |= {size: small["rl"][size]}
     benchmark = {"kind": "gsm8k", "path": str(rows), "label": False}
     settings["eval"] = {"targets": ["base"], "benchmarks": {"rows": benchmark}}
     config = scratch / f"{shape}.yaml"
@@ -147,7 +171,11 @@ def command(arguments: list[str]) -> None:
         name: str, *, dtype: Any = "float32", attn_implementation: str | None = None, **options: Any
     ) -> Any:
         target = options.get("device_map", {}).get("", torch.device("cpu"))
-        return random_model(name, getattr(torch, dtype), target, attn_implementation), {"missing_keys": set()}
+        model = random_model(name, getattr(torch, dtype), target, attn_implementation)
+        if how := options.get("quantization_config"):
+            model = in_four_bits(model, how)
+            resources.reset_peak()  # a checkpoint is never on the card in 16 bits
+        return model, {"missing_keys": set()}
 
     seconds: list[float] = []
 

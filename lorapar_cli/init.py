@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,13 +19,19 @@ from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import refuse_store
 
 if TYPE_CHECKING:
+    from stages.config import BenchmarkSection
     from stages.init.data_profile import DataProfile
+    from stages.init.hold_out import HeldOut
+    from stages.init.own_rows import OwnRows
 
 
 DATA = "Training rows: a file, or the hub id of a data set without subsets."
-PROTECT = (
-    "Rows whose skill must survive. A part of them is held out to measure it, and of DATA, too, unless there "
-    "is a --test."
+PROTECT = "Rows whose skill must survive. A part of them is held out to measure it."
+SHOWN = 5
+"""Final answers that are shown with their texts."""
+COLUMNS = "Columns with other names than those of usual formats, such as question=Prompt,answer=Completion."
+HOLD_OUT = (
+    "Without --test, evaluate on a fifth of the questions of a file, at most 300, and train on the rest."
 )
 EXAMPLE = (
     "Without rows: copy a config or table that comes with lorapar, such as demo. Their names: lorapar list "
@@ -50,11 +57,13 @@ def command(
         typer.Option("--test", metavar="FILE", help="Rows to evaluate on, or a hub id; repeatable."),
     ] = None,
     protect: Annotated[str | None, typer.Option(metavar="FILE", help=PROTECT)] = None,
+    columns: Annotated[str | None, typer.Option(metavar="FIELD=COLUMN,…", help=COLUMNS)] = None,
+    holds_out: Annotated[bool, typer.Option("--hold-out/--no-hold-out", help=HOLD_OUT)] = True,
     example: Annotated[str | None, typer.Option(metavar="NAME", help=EXAMPLE)] = None,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
-        if data or model or labels or tests or protect:
+        if data or model or labels or tests or protect or columns:
             problem = f"--example {example} takes no rows and no model"
             raise ConfigError(problem, "only --out may stand beside it")
         from stages.init import examples
@@ -69,7 +78,16 @@ def command(
         )
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
     _check_paths(data, path, labels, protect)
-    _write_config(data, model, path, labels, tests or [], protect)
+    written: list[Path] = []
+    try:
+        rows = _rows(data, path.parent, tests or [], protect, _pairs(columns), holds_out, written)
+        _write_config(data, model, path, labels, rows)
+    except BaseException:  # such as a full disk
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
+    names = ", ".join(map(str, [path, *written[:-1]]))  # the config was written last
+    terminal.say(f"wrote {names}; next: lorapar plan {escaping.shell(str(path))}")
 
 
 def _check_paths(data: str, path: Path, labels: str | None, protect: str | None) -> None:
@@ -84,33 +102,74 @@ def _check_paths(data: str, path: Path, labels: str | None, protect: str | None)
         raise MissingInputError(f"--labels {labels}: no such file")
 
 
-def _write_config(
-    data: str, model: str, path: Path, labels: str | None, tests: list[str], protect: str | None
-) -> None:
-    from stages.init import config_writer
-    from stages.init.data_profile import benchmark_of, survey
+def _pairs(columns: str | None) -> dict[str, str]:
+    """Field → column, of `question=Prompt,answer=Completion`."""
+    parts = [part.partition("=") for part in (columns or "").split(",") if part.strip()]
+    pairs = {name.strip(): column.strip() for name, _, column in parts}
+    if not all(pairs.values()):
+        raise ConfigError(
+            f"--columns {columns}: expected FIELD=COLUMN", "such as question=Prompt,answer=Completion"
+        )
+    return pairs
+
+
+@dataclass
+class _Rows:
+    """The rows of a config, and the files that this command has made of them."""
+
+    own: OwnRows
+    data: str
+    """The rows to train on."""
+    benchmarks: list[BenchmarkSection]
+    protected: HeldOut | None
+    written: list[Path]
+
+
+def _rows(
+    data: str, folder: Path, tests: list[str], protect: str | None, columns: dict[str, str], holds_out: bool,
+    written: list[Path],
+) -> _Rows:  # fmt: skip
+    """Read the rows, and hold some out; `written` gets the files that were not there before."""
+    from stages.init.data_profile import benchmark_of
     from stages.init.hold_out import hold_out, stem
-    from stages.init.open_questions import open_questions
+    from stages.init.own_rows import own_rows
     from stages.lora.examples import protected as protected_examples
 
-    benchmarks = [benchmark_of(test) for test in dict.fromkeys(tests)]
-    new = old = protected = None
+    title = stem(data)
+    own = own_rows(data, folder, columns, written)
+    tests = list(dict.fromkeys(tests))
+    if own.path != data:  # the rows to evaluate on are of the same kind
+        tests = [own_rows(test, folder, columns, written).path for test in tests]
+    rows = _Rows(own, own.path, [benchmark_of(test) for test in tests], None, written)
     if protect:
         protected_examples(protect, ScoreSection(), 0)  # raises if no row has a response to score
-        title = "protected" if stem(protect) == stem(data) else ""  # else the files would be one
-        if not benchmarks:
-            new = hold_out(data, path.parent)
-            data, benchmarks = new.train, [new.test] if new.test else []
-        old = hold_out(protect, path.parent, title)
-    measured = [*benchmarks, *([old.test] if old and old.test else [])]
+    if not tests and holds_out and local_file(DataSection(path=own.path)):
+        held = hold_out(own.path, folder, written, title)
+        rows.data, rows.benchmarks = held.train, [held.test] if held.test else []
+    if protect:  # two files of one name would be one
+        rows.protected = hold_out(protect, folder, written, "protected" if stem(protect) == title else "")
+    return rows
+
+
+def _write_config(given: str, model: str, path: Path, labels: str | None, rows: _Rows) -> None:
+    from stages.init import config_writer
+    from stages.init.data_profile import survey
+    from stages.init.hold_out import stem
+    from stages.init.open_questions import open_questions
+
+    old, protected = rows.protected, None
+    measured = [*rows.benchmarks, *([old.test] if old and old.test else [])]
     base = ModelSection(name=model)
-    profile = survey(base, DataSection(path=data, empty="drop", duplicates="first"), measured)
+    profile = survey(base, DataSection(path=rows.data, empty="drop", duplicates="first"), measured)
     if old:
         section = DataSection(path=old.train, empty="drop", duplicates="first")
         old_profile = survey(base, section, measured, profile.section)
         protected = config_writer.Protected(old.train, old_profile, old.test)
-    settings = list(config_writer.choices(profile, model, data, benchmarks, labels, protected))
-    questions = open_questions(profile, benchmarks, labels, protected)
+    settings = list(
+        config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, protected, stem(given))
+    )
+    questions = open_questions(profile, rows.benchmarks, labels, protected)
+    _print_reading(rows.own, given)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
@@ -119,17 +178,24 @@ def _write_config(
     for question in questions:
         print(f"  {question}")
     head = [
-        f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
+        f"Settings for {given} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
-    try:
-        path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
-        plan_steps(resolved(load(path, [])))
-    except BaseException:  # such as a full disk
-        path.unlink(missing_ok=True)
-        raise
-    halves = [file for held in (new, old) if held and held.test for file in (held.train, str(held.test.path))]
-    terminal.say(f"wrote {', '.join([str(path), *halves])}; next: lorapar plan {escaping.shell(str(path))}")
+    rows.written.append(path)
+    path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
+    plan_steps(resolved(load(path, [])))
+
+
+def _print_reading(own: OwnRows, given: str) -> None:
+    """Say what was read into the rows of a file."""
+    from stages.init.own_rows import RULE
+
+    if own.columns:
+        print(f"{given}: " + ", ".join(f"{name} is {column}" for name, column in own.columns.items()))
+    if own.golds:
+        print(f"final answers, read from {len(own.golds)} rows ({RULE}); --columns gold=COLUMN names others:")
+        for text, gold in own.golds[:SHOWN]:
+            terminal.write(f"  {text} → {gold}")
 
 
 def _print_profile(profile: DataProfile) -> None:

@@ -8,6 +8,7 @@ import typer
 from lorapar_cli import terminal
 from stages import ORDER, escaping
 from stages.config import Config
+from stages.data.rows import local_file
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.stage import all_stages
 from stages.pipeline.steps import Step, plan_steps
@@ -80,7 +81,10 @@ typed_config = ""
 def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
     global typed_config
     typed_config = typed(path, overrides)
-    config = resolved(load(path, overrides))
+    config = load(path, overrides)
+    if config.data.path is not None:
+        local_file(config.data)  # a wrong name is told at once; to ask the hub for a model takes long
+    config = resolved(config)
     if config.model.device == "cpu":
         gpu.hide()
     return config, plan_steps(config)

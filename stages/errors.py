@@ -6,10 +6,16 @@ codes follow sysexits.h, except for 79, which is lorapar's own. `lorapar_cli.err
 exceptions into one of these; 70 means a bug in lorapar.
 """
 
+from pathlib import Path
 from typing import Any
 
 HUB_HINT = "check its name and the network; if it is gated or private: hf auth login"
 """The hint where a model or a data set cannot be had from the hub."""
+
+
+def sought(path: str | Path) -> str:
+    """A path that is not there, with the folder in which it was looked for if it is relative."""
+    return str(path) if Path(path).is_absolute() else f"{path} in {Path.cwd()}"
 
 
 class Terminated(SystemExit):

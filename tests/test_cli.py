@@ -106,14 +106,15 @@ def config(smoke_flags):
         ("partition.thta=1", 78,
          "unknown setting partition.thta (did you mean partition.theta?)\n  hint: every setting"),
         ("model.name=/nowhere/m", 66, "no model folder /nowhere/m\n  hint: a hub id is NAME or OWNER/NAME\n"),
-        ("model.name=elsewhere/models/tiny-random", 66, "no model folder elsewhere/models/tiny-random\n"
+        ("model.name=elsewhere/models/tiny-random", 66,
+         f"no model folder elsewhere/models/tiny-random in {ROOT}\n"
          "  hint: lorapar fetch tiny-random makes it, in models/\n"),
         ("model.name=my model", 66, "no local folder 'my model', and cannot get the model from the hub: "),
         ("data.path=data/demo/none.jsonl", 66,
-         "no data file data/demo/none.jsonl\n  hint: lorapar demo-data data/demo writes it\n"),
-        ("data.path=data/demo-long/none.jsonl", 66, "no data file data/demo-long/none.jsonl\n"
+         f"no data file data/demo/none.jsonl in {ROOT}\n  hint: lorapar demo-data data/demo writes it\n"),
+        ("data.path=data/demo-long/none.jsonl", 66, f"no data file data/demo-long/none.jsonl in {ROOT}\n"
          "  hint: lorapar demo-data data/demo-long --long writes it\n"),
-        ("data.path=none.jsonl", 66, "no data file none.jsonl\n"),
+        ("data.path=none.jsonl", 66, f"no data file none.jsonl in {ROOT}\n"),
         ("data.path=/tmp", 66, "/tmp is a folder, not a file\n"),
         ("data.path=null", 78, "data.path is not set\n"),
         ("lora.init=default", 78,

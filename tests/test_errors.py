@@ -167,7 +167,7 @@ def test_a_template_is_a_program_that_may_fail(copy, template, told):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("models/smollm2-135m-q5", "no folder models/smollm2-135m-q5, and cannot load the tokenizer"),
+        ("models/smollm2-135m-q5", "no model folder models/smollm2-135m-q5 in /"),
         ("./here", "no model folder ./here"),
         ("lonely", "cannot load the tokenizer of lonely"),
     ],

@@ -8,6 +8,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from stages.config import ModelSection
+from stages.models.base import load_base
+
 
 @pytest.fixture
 def script(monkeypatch):
@@ -52,3 +55,16 @@ def test_a_part_that_takes_too_long_is_killed_with_all_it_started(script, tmp_pa
     row = gpu.line(part, str, tmp_path, time.monotonic() + 60)
     assert row["code"] == "none" and {"7 tokens/s", "killed after 1 s"} <= set(row["findings"])
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if "987654" in (p.info["cmdline"] or [])]
+
+
+def test_a_small_card_is_given_the_model_that_a_checkpoint_in_4_bits_gives(script, tiny):
+    """The weights are quantized layer by layer, as no checkpoint of them is written."""
+    pytest.importorskip("bitsandbytes")
+    section = ModelSection(name=str(tiny), dtype="float32")
+    loaded = load_base(section.model_copy(update={"load_in_4bit": True}))
+    ours = script("shapes").in_four_bits(load_base(section), loaded.hf_quantizer.quantization_config)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(ours(ids).logits, loaded(ids).logits)
+    assert ours.hf_quantizer.is_trainable and not torch.equal(
+        ours(ids).logits, load_base(section)(ids).logits
+    )

@@ -27,7 +27,8 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
         file = tmp_path / "my rows.v1.jsonl"
         write_jsonl(file, rows)
         Path("c.yaml").unlink(missing_ok=True)
-        done = lorapar("init", file, "--model", model, "--out", "c.yaml", *more)
+        whole = [] if {"--protect", "--hold-out"} & set(more) else ["--no-hold-out"]
+        done = lorapar("init", file, "--model", model, "--out", "c.yaml", *whole, *more)
         assert done.code == 0, done.err
         steps = plan_steps(resolved(load(Path("c.yaml"), ["eval.targets=[base]"])))
         assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= steps.keys()

@@ -201,4 +201,4 @@ def test_scorers_and_others_are_a_function_or_a_file_and_a_name(source, lorapar,
     names = ("my_scorer", "my_strategy", "my_persona", "my_reward", "my_benchmark", "my_engine")
     assert [name for name in names if name not in listed] == []
     assert greeting == "hello\nexit 0\n" and "greet      Greet." in help_
-    assert "no data file none.jsonl" in status  # no name is unknown
+    assert "no data file none.jsonl in " in status  # no name is unknown

@@ -51,8 +51,10 @@ class ModelSection(Section):
 
     @property
     def may_be_on_hub(self) -> bool:
-        """True if the name can be a hub id (NAME or OWNER/NAME) and no local folder has that path."""
-        return not Path(self.name).exists() and self.name.count("/") < 2 and self.name[0] not in "./~"
+        """True if the name can be a hub id, NAME or OWNER/NAME, and neither it nor OWNER is a folder here."""
+        owner, slash, _ = self.name.partition("/")
+        is_local = Path(self.name).exists() or (slash and Path(owner).is_dir())
+        return not is_local and self.name.count("/") < 2 and self.name[0] not in "./~"
 
     @property
     def pinned_revision(self) -> str | None:

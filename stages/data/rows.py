@@ -19,7 +19,7 @@ from stages.data import formats
 from stages.data.files import SUFFIXES, read_file
 from stages.data.formats import EmptyRowError
 from stages.data.hub import resolve_commit
-from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line
+from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line, sought
 from stages.prompts.answers import gold_from_response, is_answer, matches_gold
 from stages.records import SHOWN_LINES, Example, data_error
 
@@ -239,13 +239,15 @@ def local_file(source: SourceSection) -> Path | None:
             raise MissingInputError(f"{path} is a folder, not a file")
         long = {"data/demo": "", "data/demo-long": " --long"}.get(folder := str(path.parent))
         hint = None if long is None else f"lorapar demo-data {folder}{long} writes it"
-        raise MissingInputError(f"no data file {path}", hint)
+        raise MissingInputError(f"no data file {sought(path)}", hint)
     return None
 
 
 def may_be_hub_id(path: str) -> bool:
-    """True if a path has the form of a hub id, OWNER/NAME, and is neither a file nor a folder."""
-    return path.count("/") == 1 and not path.lower().endswith(SUFFIXES) and not Path(path).exists()
+    """True if a path has the form of a hub id, OWNER/NAME, and neither it nor OWNER is here."""
+    owner, *rest = path.split("/")
+    is_local = Path(path).exists() or Path(owner).is_dir()
+    return len(rest) == 1 and not path.lower().endswith(SUFFIXES) and not is_local
 
 
 def missing_path_error(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:

@@ -27,6 +27,8 @@ ROLE_PLAY = 3e9
 """Parameters from which on a base is asked to play a role, as the paper's voters are."""
 STEP = 16
 """Lengths are rounded up to multiples of this."""
+AT_ONCE = "Answer at once: only the final answer after ####."
+"""System message of the fast mode of a model whose template has no switch, as in the demo."""
 THOUGHT = 1024
 """Tokens of a thought and its answer, where the rows do not show any."""
 THINKING = 0.8
@@ -74,12 +76,14 @@ def choices(
     tests: list[BenchmarkSection],
     labels: str | None = None,
     protected: Protected | None = None,
+    name: str = "",
 ) -> Iterator[Choice]:
     """Yield the settings that differ from the defaults for these rows.
 
-    tests: one benchmark for each test file. labels: file with known labels.
+    name: of the run, if not the file's. tests: one benchmark for each test file. labels: file with known
+    labels.
     """
-    run = _word(data).lstrip("-") or "default"
+    run = _word(name or data).lstrip("-") or "default"
     yield from (Choice("run", run), Choice("model.name", model), Choice("data.path", data))
     if empty := profile.rows.empty:
         yield Choice("data.empty", "drop", f"{empty} rows have no prompt or no response")
@@ -95,6 +99,11 @@ def choices(
     if modes := profile.section.chat_template_kwargs_by_system:
         why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
         yield Choice("prompt.chat_template_kwargs_by_system", modes, why)
+    elif profile.section.system and not profile.unverifiable:
+        why = "the fast mode's message; the other one is the slow mode's, and the base's"
+        yield Choice("prompt.by_system", {1: AT_ONCE}, why)
+        if profile.imitable:
+            yield Choice("sft.system1_targets", "answer", "the fast mode writes no working")
     if missing := sorted(set(LoraSection().target_modules) - profile.linear):
         why = f"{', '.join(sorted(profile.linear))}: the model has no {', '.join(missing)}"
         yield Choice("lora.target_modules", ALL_LINEAR, why)

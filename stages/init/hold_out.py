@@ -29,10 +29,10 @@ class HeldOut:
     """Benchmark of the rows to evaluate on; None if no row has an answer that a benchmark can verify."""
 
 
-def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
+def hold_out(path: str, folder: Path, written: list[Path], title: str = "") -> HeldOut:
     """Write both parts into `folder`, as NAME-train.jsonl and NAME-test.jsonl.
 
-    NAME is `title` or, if that is empty, the file's own name.
+    NAME is `title` or, if that is empty, the file's own name. `written` gets those that were not there.
 
     The rows of one question stay together, and only questions of which each row has a verifiable answer are
     held out. The same file is split in the same way. OutputError if another file has one of the two names.
@@ -55,6 +55,7 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     if not chosen:
         return HeldOut(path, None)
     files = {name: folder / f"{title or stem(path)}-{name}.jsonl" for name in parts}
+    written += [file for file in files.values() if not file.exists()]
     with whole_files(list(files.values()), "write elsewhere: --out FOLDER/rows.yaml") as new:
         for file, part in zip(new, parts.values(), strict=True):
             write_jsonl(file, part)
@@ -63,6 +64,7 @@ def hold_out(path: str, folder: Path, title: str = "") -> HeldOut:
     except DataError:  # such as functions with tests that are not in HumanEval's form
         for file in files.values():
             file.unlink()
+        written[:] = [file for file in written if file.exists()]
         return HeldOut(path, None)
 
 

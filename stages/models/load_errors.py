@@ -17,6 +17,7 @@ from stages.errors import (
     first_line,
     is_out_of_memory,
     is_rust_panic,
+    sought,
 )
 
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
@@ -32,7 +33,7 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
     memory, pass through.
     """
     if not Path(model.name).exists() and not model.may_be_on_hub:
-        raise MissingInputError(f"no model folder {model.name}", "a hub id is NAME or OWNER/NAME")
+        raise MissingInputError(f"no model folder {sought(model.name)}", "a hub id is NAME or OWNER/NAME")
     try:
         yield
     except LoraparError:
@@ -43,13 +44,9 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
             raise
         if isinstance(error, OSError | ImportError | ValueError):
-            path = Path(model.name)
-            # A hub id may be a mistyped path: its parent folder exists.
-            maybe_path = not path.exists() and "/" in model.name and path.parent.is_dir()
-            prefix = f"no folder {path}, and " if maybe_path else ""
+            on_hub = isinstance(error, OSError) and not Path(model.name).exists()
             raise MissingInputError(
-                f"{prefix}cannot load {subject} {model.name}: {_first_line(error)}",
-                HUB_HINT if isinstance(error, OSError) and not path.exists() else None,
+                f"cannot load {subject} {model.name}: {_first_line(error)}", HUB_HINT if on_hub else None
             ) from None
         raise DataError(
             f"cannot load {subject} {model.name}: {type(error).__name__}: {_first_line(error)}", CHANGED

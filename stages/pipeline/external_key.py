@@ -8,7 +8,7 @@ from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, Route
 from stages.config.fields import cache_key_fields
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
-from stages.errors import MissingInputError
+from stages.errors import MissingInputError, sought
 from stages.labelling.router import router_voter
 from stages.models.bundled import MAKERS
 from stages.store.digests import DigestCache
@@ -126,5 +126,5 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
         hint = (
             f"lorapar fetch {path.name} makes it, in models/" if bundled else "a hub id is NAME or OWNER/NAME"
         )
-        raise MissingInputError(f"no model folder {model.name}", hint)
+        raise MissingInputError(f"no model folder {sought(model.name)}", hint)
     return resolve_commit("model", model.name, model.revision)

@@ -101,7 +101,7 @@ class Profiler:
         self.layers_mib = sum(layers) / resources.MIB
         """Weights that fsdp2 divides."""
         self._votes: Measurement | None = None
-        self._training: dict[tuple[bool, bool, bool], Measurement] = {}
+        self._training: dict[tuple[bool, bool, bool, int], Measurement] = {}
 
     def measure_votes(self, ballots: list[ChoiceRequest]) -> Measurement:
         """Votes by engine transformers, whose texts are token ids; measured once for all voters."""
@@ -120,15 +120,16 @@ class Profiler:
     ) -> Measurement:
         """A micro batch, forward and backward; on a CPU only its first rows, of about FEW_TOKENS tokens.
 
-        Each kind is measured once: a token took 5.3 ms in SFT, 5.3 to 5.6 in GRPO and 5.7 in score.
+        Each kind is measured once: a token took 5.3 ms in SFT, 5.3 to 5.6 in GRPO and 5.7 in score. On a GPU,
+        where batches of other sizes take other memory, it is once for each size, too.
         """
         packed = packed and self.supports_packing(rows[0].input_ids)
-        kind = (packed, bool(dropout), checkpointing)
+        sharing, texts = packed and not dropout, [row.input_ids for row in rows]
+        number, tokens = self._tokens_to_measure(texts, sharing)
+        kind = (packed, bool(dropout), checkpointing, tokens if self.on_gpu else 0)
         if kind in self._training:
             return self._training[kind]
-        model, sharing, texts = self.adapted, packed and not dropout, [row.input_ids for row in rows]
-
-        number, tokens = self._tokens_to_measure(texts, sharing)
+        model = self.adapted
         ids, labels = texts[:number], [row.labels for row in rows[:number]]
 
         def work() -> None:

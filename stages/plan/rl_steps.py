@@ -12,6 +12,8 @@ from stages.pipeline import launch
 from stages.plan.cost_model import CostModel
 from stages.plan.estimate import Cost, MemoryEstimate
 from stages.plan.profiler import Measurement
+from stages.plan.prompt_lengths import prompt_length
+from stages.prompts.renderer import Row
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def cost(model: CostModel, rl: RlSection, steps: int) -> Cost:
     profiler = model.profiler
     rows = model.texts.trained_rows("rl")
     packed = rl.prefix_sharing == "auto" and not rl.lora_dropout  # as `trl.may_share` says
-    batch = rows[: rl.per_device_train_batch_size]
+    batch = _behind_shared_prompts(rows[: rl.per_device_train_batch_size], rl.num_generations)
     measured = profiler.measure_training(batch, packed, rl.lora_dropout, rl.gradient_checkpointing)
     supported = profiler.supports_packing(rows[0].input_ids)
 
@@ -56,6 +58,17 @@ def cost(model: CostModel, rl: RlSection, steps: int) -> Cost:
     generation_s = model.generation_s(completions, read_tokens, response, _in_int8(model, rl))
     thread_s = steps * (learning_s + generation_s / rl.num_iterations)
     return model.total(thread_s, _memory(model, rl, measured, shared), rl.launch)
+
+
+def _behind_shared_prompts(rows: list[Row], group: int) -> list[Row]:
+    """A micro batch as RL has it: the responses of each `group` rows behind the prompt of the first."""
+    batch = []
+    for at, row in enumerate(rows):
+        first, end = rows[at - at % group], prompt_length(row)
+        start = prompt_length(first)
+        ids = first.input_ids[:start] + row.input_ids[end:]
+        batch.append(Row(row.id, ids, first.labels[:start] + row.labels[end:]))
+    return batch
 
 
 def _in_int8(model: CostModel, rl: RlSection) -> bool:

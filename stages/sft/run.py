@@ -84,7 +84,7 @@ def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
     from datasets import Dataset
 
     sft = run.sft
-    steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft)
+    steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft, stage="sft")
     base = fsdp.load(run.model, sft.launch)
     model = run.attach(base)
     memory_hint = (

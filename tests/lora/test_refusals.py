@@ -8,6 +8,7 @@ FOUR_BITS = "model.load_in_4bit=true;model.dtype=bfloat16;eval.targets=[sft]"
 BASELINE = "eval.targets=[base,sft,rl];baseline.method="
 PROTECT = "partition.protect=OLD"
 COLOCATED = "rl.rollouts.engine=vllm_colocate"
+INT8 = "rl.rollouts.int8=true"
 REFUSED = [
     # where RL's elements are scored again
     ("rl.rescore=taylor2;rl.start_from=init", "rl starts from the initial adapter"),
@@ -42,8 +43,12 @@ REFUSED = [
     ("sft.optim=sgdm", "unknown optimizer 'sgdm'"),
     ("rl.importance_sampling_level=sequence", "dapo would weigh a completion by its length"),
     ("rl.loss_type=cispo", "loss_type cispo clips the ratio itself, at epsilon_high; set it"),
-    (f"rl.top_p=0.9;{COLOCATED}", "leave them at 1 and 0, or set correction"),
-    (f"rl.top_k=20;{COLOCATED}", "leave them at 1 and 0, or set correction"),
+    (f"rl.top_p=0.9;{COLOCATED}", "leave them at 1 and 0, or set rollouts.correction"),
+    (f"rl.top_k=20;{COLOCATED}", "leave them at 1 and 0, or set rollouts.correction"),
+    (f"rl.top_k=20;{INT8}", "leave them at 1 and 0, or set rollouts.int8: false"),
+    (f"rl.num_iterations=2;{INT8}", "int8 goes with num_iterations 1, got 2"),
+    (f"rl.lora_dropout=0.1;{INT8}", "int8 goes with lora_dropout 0, got 0.1"),
+    (f"{INT8};{COLOCATED}", "int8 goes with engine transformers"),
     # steps of both systems, and groups that are drawn again
     ("rl.system1_share=0.1", "system1_share 0.1 of 4 prompts is 0"),
     ("rl.system1_share=0.9", "system1_share 0.9 of 4 prompts is 4"),

@@ -201,6 +201,14 @@ def test_steps_are_exact(batches, epochs, steps):
     assert loop.steps_of(batches, SftSection(num_train_epochs=epochs)) == steps
 
 
+def test_a_limit_that_no_training_reaches_is_said(caplog):
+    assert loop.steps_of(5, SftSection(max_steps=40, num_train_epochs=2), stage="sft") == 10
+    said = "sft ends after 10 steps (num_train_epochs 2): max_steps 40 is a limit, and no length as in TRL"
+    assert caplog.messages == [said]
+    assert loop.steps_of(5, SftSection(max_steps=4, num_train_epochs=2), stage="sft") == 4
+    assert caplog.messages == [said]
+
+
 def test_the_state_of_an_8_bit_optimizer_is_saved_and_restored(tmp_path):
     """bitsandbytes keeps it in a dict of its own, with tables that parameters share."""
     bnb = pytest.importorskip("bitsandbytes")

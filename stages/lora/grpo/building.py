@@ -110,7 +110,7 @@ class Grpo(Training):
     def build(self) -> GrpoTrainer:
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""
         rl, prompts, stop_ids = self.rl, self.prompts, self.renderer.stop_ids
-        steps = optimizer_steps(prompts, rl)
+        steps = optimizer_steps(prompts, rl, stage="rl")
         model, copy = self._model()
         in_int8 = rl.rollouts.int8 and copy is not None and int8.is_supported(copy.model)
         if rl.rollouts.int8 and not in_int8:
@@ -149,13 +149,14 @@ class Grpo(Training):
         return self.attach(base), copy
 
 
-def optimizer_steps(prompts: RlPrompts, rl: RlSection) -> int:
+def optimizer_steps(prompts: RlPrompts, rl: RlSection, stage: str = "") -> int:
     """The number of steps of RL on these prompts; ConfigError if `rl.keep_steps` names a later one.
 
-    An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step.
+    An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step. stage: see
+    `loop.steps_of`.
     """
     steps = loop.steps_of(
-        prompts.system2_rows // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations
+        prompts.system2_rows // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations, stage
     )
     if rl.keep_steps and max(rl.keep_steps) > steps:
         raise ConfigError(f"rl.keep_steps: {max(rl.keep_steps)} is more than the {steps} steps of RL")

@@ -231,7 +231,15 @@ def accumulation_steps(samples: int, micro_batch: int, processes: int | None = N
     return samples // (micro_batch * processes)
 
 
-def steps_of(batches: int, section: TrainSection, passes: int = 1) -> int:
-    """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`."""
+def steps_of(batches: int, section: TrainSection, passes: int = 1, stage: str = "") -> int:
+    """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`.
+
+    stage: whose training begins now; where it ends before `max_steps`, a warning says why.
+    """
     steps = math.ceil(as_decimal_fraction(section.num_train_epochs) * batches * passes)
+    if stage and steps < (section.max_steps or 0):
+        log.warning(
+            "%s ends after %d steps (num_train_epochs %g): max_steps %d is a limit, and no length as in TRL",
+            stage, steps, section.num_train_epochs, section.max_steps,
+        )  # fmt: skip
     return min(steps, section.max_steps or steps)

@@ -1,0 +1,145 @@
+"""A file as people have it, `lorapar init` on it: its columns, the final answers, and a part held out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.errors import ConfigError, DataError
+from stages.init.own_rows import final_answer, own_rows
+from stages.records import read_jsonl
+
+TEXTS = [
+    # numbers, with units and currency
+    ("The total is $166.", "$166"),
+    ("$28", "$28"),
+    ("It costs €1,299.00 per year", "€1,299.00"),
+    ("We ship to 27 countries.", "27"),
+    ("Roughly 3 business days", None),  # no number before it is named, and the question does not ask for one
+    ("Your refund takes 5 days.", "5"),
+    ("Discount: 15%", "15%"),
+    ("-4", "-4"),
+    ("Order 4521 has left the warehouse.", None),
+    ("Between 3 and 5 days.", None),
+    # yes and no
+    ("yes", "yes"),
+    ("No.", "No"),
+    ("Yes, within 30 days of the purchase.", "yes"),
+    ("No-one is in on Sundays.", None),
+    ("Nothing is due before the end of next month, as far as we know.", None),
+    # letters
+    ("B", "B"),
+    ("(c) Lisbon", "C"),
+    ("D. None of these", "D"),
+    # dates
+    ("2024-03-12", "2024-03-12"),
+    ("12 March 2024", "12 March 2024"),
+    ("It arrives on March 12, 2024.", "March 12, 2024"),
+    ("The lease ends on 31.12.2025.", "31.12.2025"),
+    # words
+    ("Paris", "Paris"),
+    ("New York City.", "New York City"),
+    ("Please reset your password in the settings.", None),
+    ("First multiply.\nThen add: 12.", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "gold"), TEXTS, ids=[text[:30] for text, _ in TEXTS])
+def test_the_answer_of_a_short_text_is_what_a_person_would_say(text, gold):
+    assert final_answer(text) == gold
+
+
+def test_a_question_for_a_number_is_answered_by_it():
+    assert final_answer("Roughly 3 business days", "How long does delivery take?") == "3"
+    assert final_answer("Order 4521 has left.", "Where is my order?") is None
+
+
+FILES = {
+    "capitals.csv": (
+        "Prompt,Completion\nCapital of Peru?,Lima\nCapital of Chad?,N'Djamena\n",
+        "Lima N'Djamena",
+    ),
+    "spaces.csv": (" Question , Answer \nIs it open?,yes\nIs it free?,no\n", None),
+    "support.tsv": ("Query\tReply\nWhat is the total?\tThe total is $166.\nThe fee?\tIt is $5.\n", "$166 $5"),
+    "excel.csv": ("Instruction;Output\nHow many seats?;We have 12 seats.\nHow old?;40\n", "12 40"),
+    "usual.csv": ("prompt,completion\nWhat is 2 + 2?,It is 4.\nWhat is 3 + 3?,That makes 6.\n", "4 6"),
+    "dates.csv": (
+        "problem,solution\nWhen?,It starts on 2024-03-12.\nUntil?,2 May 2025\n",
+        "2024-03-12 2 May 2025",
+    ),
+    "labels.csv": (
+        "text,label\nHow was it? Great.,positive\nHow was it? Bad.,negative\n",
+        "positive negative",
+    ),
+    "chat.jsonl": ('{"user": "Is it warm?", "assistant": "Yes, it is 25 degrees."}\n', "yes"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
+    text, golds = FILES[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    own = own_rows(str(tmp_path / name), tmp_path, {}, written := [])
+    if own.path.endswith(name):
+        assert golds is None and not written
+        return
+    rows = [row for _, row in read_jsonl(Path(own.path))]
+    assert written == [Path(own.path)] and len(rows) == text.count("\n") - (not name.endswith("jsonl"))
+    asked = "prompt" if name == "usual.csv" else "question"
+    assert all(row[asked] and row.get("answer", row.get("completion")) for row in rows)
+    assert " ".join(gold for _, gold in own.golds) == (golds or "")
+
+
+def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("id,Frage,Antwort,Lösung\n1,Wie viel?,Zusammen 12.,12\n", encoding="utf-8")
+    with pytest.raises(DataError, match="which column asks, and which answers. It has id, Frage") as caught:
+        own_rows(str(file), tmp_path, {}, [])
+    assert caught.value.hint == "--columns question=NAME,answer=NAME"
+    with pytest.raises(ConfigError, match="--columns question=frag: no such column") as caught:
+        own_rows(str(file), tmp_path, {"question": "frag"}, [])
+    assert caught.value.hint.endswith("id, Frage, Antwort, Lösung")
+    own = own_rows(str(file), tmp_path, {"question": "frage", "answer": "ANTWORT", "gold": "Lösung"}, [])
+    assert [row for _, row in read_jsonl(Path(own.path))] == [
+        {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
+    ]
+    assert not own.golds, "the person has said it"
+
+
+def test_rows_that_are_fine_stay_where_they_are(tmp_path):
+    long = " ".join(["word"] * 20)
+    rows = {
+        "worked.jsonl": {"question": "1 + 1?", "answer": "It is\n#### 2"},
+        "bare.jsonl": {"question": "1 + 1?", "answer": "2"},
+        "long.jsonl": {"prompt": "Tell me.", "completion": long},
+        "gold.jsonl": {"question": "1 + 1?", "gold": "2"},
+        "chat.jsonl": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+        assert own_rows(str(tmp_path / name), tmp_path, {}, []).path == str(tmp_path / name)
+
+
+def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lorapar, monkeypatch):
+    """A fifth of the questions, each with all of its rows; a failure leaves nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"What is the total of {i % 250} and 1?,The total is ${i % 250 + 1}." for i in range(300)]
+    table = "\n".join(["Prompt,Completion", *lines, "Do you ship abroad?,yes"])
+    Path("sales.csv").write_text(table, encoding="utf-8")
+    done = lorapar("init", "sales.csv", "--model", "models/none")
+    assert done.code == 66 and [path.name for path in Path().iterdir()] == ["sales.csv"]
+    done = lorapar("init", "sales.csv", "--model", tiny)
+    assert done.code == 0, done.err
+    assert "sales.csv: question is Prompt, answer is Completion" in done.out
+    assert "final answers, read from 301 rows" in done.out and "  The total is $1. → $1" in done.out
+    train, test = (read_jsonl(Path(f"sales-{part}.jsonl")) for part in ("train", "test"))
+    asked, held = ({row["question"] for _, row in rows} for rows in (train, test))
+    assert not asked & held and len(asked | held) == 251 and len(held) == 50 and len(train) + len(test) == 301
+    config = yaml.safe_load(Path("sales.yaml").read_text(encoding="utf-8"))
+    assert config["run"] == "sales" and config["data"]["path"] == "sales-train.jsonl"
+    assert config["eval"]["benchmarks"]["sales-test"]["path"] == "sales-test.jsonl"
+    done = lorapar("init", "sales.csv", "--model", tiny, "--out", "whole.yaml", "--no-hold-out")
+    whole = yaml.safe_load(Path("whole.yaml").read_text(encoding="utf-8"))
+    assert whole["data"]["path"] == "sales-rows.jsonl" and "eval" not in whole
