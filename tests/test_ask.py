@@ -20,8 +20,9 @@ def test_it_answers_as_the_evaluation_did(finished):
         lines = (artifacts[f"eval:{view.target}@demo"].path / "samples.jsonl").read_text("utf-8").splitlines()
         for row in map(json.loads, lines[:3]):
             (answer,) = (a for a in model.answers(questions[row["id"]]) if a.mode == mode)
-            shorter = min(len(answer.text), len(row["text"].strip()))
-            assert answer.text[:shorter] == row["text"].strip()[:shorter] and shorter
+            shorter = min(len(answer.text), len(row["output"].strip()))
+            assert answer.text[:shorter] == row["output"].strip()[:shorter]
+            assert answer.tokens == min(row["extra"]["tokens"], model.limit) > 0
             assert answer.complete == (answer.tokens < model.limit)
 
 
