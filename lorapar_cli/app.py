@@ -39,6 +39,10 @@ def main() -> None:
     set_up()
     try:
         app()
+    except KeyboardInterrupt:
+        if not distributed.launched():
+            terminal.say("stopped; the same command goes on from what is finished")
+        raise
     except BaseException as problem:
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or is_rust_panic(problem)):
             raise

@@ -17,7 +17,7 @@ from torch.utils.data import RandomSampler
 from stages.errors import ConfigError
 from stages.lora.adapter import adapter, baselines
 from stages.lora.grpo.prompts import EpochSeededSampler
-from stages.lora.training import curves
+from stages.lora.training import curves, loop
 from stages.lora.training.health import ProgressCallback
 from stages.store import checkpoints
 from stages.store.checkpoints import Checkpoints
@@ -232,3 +232,21 @@ def test_a_checkpoint_of_other_conditions_is_named_and_kept(tmp_path):
     with pytest.raises(ConfigError, match="made with processes 2, dtype bfloat16, .* has processes 4, dtype"):
         theirs.newest()
     assert ours.newest() == tmp_path / "checkpoint-5"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_slow_steps_are_saved_one_by_one(own, stage, monkeypatch):
+    """After SAVE_S without a checkpoint comes one, between two batches of completions and not within one."""
+    sealed, usual = [], Checkpoints.seal
+    monkeypatch.setattr(Checkpoints, "seal", lambda self, path: sealed.append(path.name) or usual(self, path))
+    steps = {
+        "sft": ["sft.max_steps=2"],
+        "rl": ["rl.start_from=init", "rl.max_steps=2", "rl.num_iterations=2"],
+    }
+    config = own(*steps[stage], f"{stage}.num_train_epochs=9", f"{stage}.save_steps=25")
+    usual_adapter = sha256_file(make_step(config, stage).adapter / adapter.ADAPTER)
+    assert sealed == []
+    monkeypatch.setattr(loop, "SAVE_S", -1.0)
+    forced = make_step(config, stage, force=True)
+    assert sealed == {"sft": ["checkpoint-1", "checkpoint-2"], "rl": ["checkpoint-2"]}[stage]
+    assert sha256_file(forced.adapter / adapter.ADAPTER) == usual_adapter

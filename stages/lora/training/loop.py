@@ -8,12 +8,13 @@ import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from stages.config import TrainSection
 from stages.config.fields import as_decimal_fraction
@@ -28,6 +29,8 @@ from stages.store.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
 
+SAVE_S = 300.0
+"""Seconds after which one process saves a checkpoint, whatever `save_steps` says."""
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 """Environment variable from which transformers takes TensorBoard's folder."""
 PINNED: dict[str, Any] = {
@@ -137,6 +140,24 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
     return list(section.report_to) or "none"
 
 
+class TimedSaving(TrainerCallback):
+    """Saves a checkpoint after SAVE_S without one: a few steps of RL may take an hour."""
+
+    def __init__(self, passes: int) -> None:
+        """passes: over each batch of completions, which are not saved; checkpoints fall between batches."""
+        self.passes, self.saved_at = passes, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The clocks of several processes differ, and all of them save together.
+        is_alone = distributed.world_size() == 1
+        late = time.monotonic() - self.saved_at > SAVE_S
+        if is_alone and late and state.global_step % self.passes == 0:
+            control.should_save = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.saved_at = time.monotonic()
+
+
 def train(trainer: Any, run: Training) -> dict[str, Any]:
     """Train the active elements from the newest checkpoint, or else from `run.start`.
 
@@ -151,7 +172,8 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
     trainer.checkpoints = checkpoints
     resumed = checkpoints.newest()
     if resumed:
-        log.info("resuming from %s", resumed.name)
+        log.info("resuming from %s, of %d steps", resumed.name, trainer.args.max_steps)
+    trainer.add_callback(TimedSaving(getattr(trainer, "num_iterations", 1)))
     watchdog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
     trainer.add_callback(watchdog)
     try:
