@@ -29,6 +29,7 @@ DATA = "Training rows: a file, or the hub id of a data set without subsets."
 PROTECT = "Rows whose skill must survive. A part of them is held out to measure it."
 SHOWN = 5
 """Final answers that are shown with their texts."""
+LABEL_WORDS = "Words of --labels that stand for the systems, such as lookup=1,work=2."
 COLUMNS = "Columns with other names than those of usual formats, such as question=Prompt,answer=Completion."
 HOLD_OUT = (
     "Without --test, evaluate on a fifth of the questions of a file, at most 300, and train on the rest."
@@ -52,6 +53,7 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Labels of your own: id or question, and system, 1 or 2."),
     ] = None,
+    label_words: Annotated[str | None, typer.Option(metavar="WORD=SYSTEM,…", help=LABEL_WORDS)] = None,
     tests: Annotated[
         list[str] | None,
         typer.Option("--test", metavar="FILE", help="Rows to evaluate on, or a hub id; repeatable."),
@@ -80,7 +82,10 @@ def command(
     _check_paths(data, path, labels, protect)
     written: list[Path] = []
     try:
-        rows = _rows(data, path.parent, tests or [], protect, _pairs(columns), holds_out, written)
+        given = _pairs("--columns", columns, "question=Prompt,answer=Completion")
+        rows = _rows(data, path.parent, tests or [], protect, given, holds_out, written)
+        if labels:
+            labels = _labels(labels, label_words, data, path.parent, written)
         _write_config(data, model, path, labels, rows)
     except BaseException:  # such as a full disk
         for file in written:
@@ -102,15 +107,27 @@ def _check_paths(data: str, path: Path, labels: str | None, protect: str | None)
         raise MissingInputError(f"--labels {labels}: no such file")
 
 
-def _pairs(columns: str | None) -> dict[str, str]:
-    """Field → column, of `question=Prompt,answer=Completion`."""
-    parts = [part.partition("=") for part in (columns or "").split(",") if part.strip()]
+def _pairs(option: str, text: str | None, example: str) -> dict[str, str]:
+    """What stands before and after each `=` of a text such as the example."""
+    parts = [part.partition("=") for part in (text or "").split(",") if part.strip()]
     pairs = {name.strip(): column.strip() for name, _, column in parts}
     if not all(pairs.values()):
-        raise ConfigError(
-            f"--columns {columns}: expected FIELD=COLUMN", "such as question=Prompt,answer=Completion"
-        )
+        raise ConfigError(f"{option} {text}: a part has no =", f"such as {example}")
     return pairs
+
+
+def _labels(file: str, words: str | None, data: str, folder: Path, written: list[Path]) -> str:
+    """The file of labels for the config, with systems in place of words."""
+    from stages.init.hold_out import stem
+    from stages.init.own_labels import own_labels
+    from stages.labelling.known import system_of
+
+    systems = {}
+    for word, text in _pairs("--label-words", words, "lookup=1,work=2").items():
+        if (system := system_of(text)) is None:
+            raise ConfigError(f"--label-words {words}: a system is 1 or 2", "such as lookup=1,work=2")
+        systems[word] = system
+    return own_labels(file, systems, folder / f"{stem(data)}-labels.jsonl", written)
 
 
 @dataclass
@@ -156,6 +173,7 @@ def _write_config(given: str, model: str, path: Path, labels: str | None, rows: 
     from stages.init.data_profile import survey
     from stages.init.hold_out import stem
     from stages.init.open_questions import open_questions
+    from stages.labelling.known import with_known_labels
 
     old, protected = rows.protected, None
     measured = [*rows.benchmarks, *([old.test] if old and old.test else [])]
@@ -168,6 +186,8 @@ def _write_config(given: str, model: str, path: Path, labels: str | None, rows: 
     settings = list(
         config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, protected, stem(given))
     )
+    if labels:  # says how many rows have none
+        with_known_labels(profile.rows.examples, "system", Path(labels))
     questions = open_questions(profile, rows.benchmarks, labels, protected)
     _print_reading(rows.own, given)
     _print_profile(profile)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from stages.init import config_writer, hold_out
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
-from stages.records import read_jsonl, write_jsonl
+from stages.records import read_jsonl, read_labels, write_jsonl
 
 
 @pytest.fixture
@@ -258,6 +259,29 @@ def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypa
     section = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["classify"]
     assert section == {"strategy": "known", "labels_file": "labels.csv"}
     assert lorapar("classify", "c.yaml").code == 0
+
+
+def test_words_of_labels_stand_for_systems_and_missing_ones_are_counted(
+    tiny, tmp_path, lorapar, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", rows(8))
+    labels = [f'"{row["question"]}",{"Look up" if i % 2 else "work"}' for i, row in enumerate(rows(6))]
+    (tmp_path / "labels.csv").write_text("\n".join(["question,kind", *labels]), encoding="utf-8")
+    arguments = ["init", "rows.jsonl", "--model", tiny, "--no-hold-out", "--labels", "labels.csv"]
+    done = lorapar(*arguments)
+    assert done.code == 78 and "which system is work (3) and Look up (3)?" in done.err
+    assert "hint: --label-words work=1,Look up=2\n" in done.err
+    assert "a system is 1 or 2" in lorapar(*arguments, "--label-words", "work=two").err
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "labels.csv"}
+    done = lorapar(*arguments, "--label-words", "work=2,look up=1")
+    assert done.code == 0, done.err
+    assert "2 of 8 examples have no label in rows-labels.jsonl: they stay undecided" in caplog.messages
+    section = yaml.safe_load((tmp_path / "rows.yaml").read_text(encoding="utf-8"))["classify"]
+    assert section == {"strategy": "known", "labels_file": "rows-labels.jsonl"}
+    assert lorapar("classify", "rows.yaml").code == 0
+    labels = read_labels(tmp_path / "runs/rows/classify/latest-train/labels.jsonl")
+    assert Counter(row.system for row in labels) == {1: 3, 2: 3, None: 2}
 
 
 def test_rows_to_protect_are_split_as_the_new_ones_are(written, tmp_path):

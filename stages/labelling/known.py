@@ -33,7 +33,7 @@ def with_known_labels(
     labels, and if labels are `required` and there is none.
     """
     if file:
-        values = _read_labels(file, field)
+        values = read_labels_file(file, field)
     else:
         values = [(e.id, e.extra[field]) for e in examples if field in e.extra]
     where = str(file) if file else f"the field {field}"
@@ -75,7 +75,7 @@ def system_of(value: Any) -> int | None:
     return int(match[1]) if match else None
 
 
-def _read_labels(path: Path, field: str) -> list[tuple[str, Any]]:
+def read_labels_file(path: Path, field: str) -> list[tuple[str, Any]]:
     """The keys of a file, each with its unparsed label."""
     if path.name.lower().removesuffix(".gz").endswith(".json"):
         labels = None
