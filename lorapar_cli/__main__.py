@@ -10,9 +10,9 @@ def main() -> None:
 
             print(usage())
         elif sys.argv[1:] == ["--version"]:
-            from importlib.metadata import version
+            from lorapar_cli.versions import own_version
 
-            print(version("lorapar"))
+            print(own_version())
         else:
             from lorapar_cli.app import main as run
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import typer
 
+from lorapar_cli.versions import own_version
 from stages.errors import first_line
 from stages.runtime import gpu, resources
 
@@ -29,7 +30,7 @@ def examine() -> Iterator[Finding]:
     """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
     usable = resources.usable_cores()
     cores = f"{usable} cores" + (f" of {os.cpu_count()}" if usable != os.cpu_count() else "")
-    yield Finding("lorapar", f"{_version('lorapar')}, Python {platform.python_version()}, {sys.executable}")
+    yield Finding("lorapar", f"{own_version()}, Python {platform.python_version()}, {sys.executable}")
     yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}, {cores}")
     yield Finding("disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free here")
     for package in ("torch", "transformers", "peft", "trl"):

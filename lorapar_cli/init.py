@@ -82,8 +82,8 @@ def command(
     _check_paths(data, path, labels, protect)
     written: list[Path] = []
     try:
-        given = _pairs("--columns", columns, "question=Prompt,answer=Completion")
-        rows = _rows(data, path.parent, tests or [], protect, given, holds_out, written)
+        pairs = _pairs("--columns", columns, "question=Prompt,answer=Completion")
+        rows = _rows(data, path.parent, tests or [], protect, pairs, holds_out, written)
         if labels:
             labels = _labels(labels, label_words, data, path.parent, written)
         _write_config(data, model, path, labels, rows)
@@ -108,11 +108,11 @@ def _check_paths(data: str, path: Path, labels: str | None, protect: str | None)
 
 
 def _pairs(option: str, text: str | None, example: str) -> dict[str, str]:
-    """What stands before and after each `=` of a text such as the example."""
-    parts = [part.partition("=") for part in (text or "").split(",") if part.strip()]
-    pairs = {name.strip(): column.strip() for name, _, column in parts}
+    """The pairs of a text such as the example."""
+    items = [item.partition("=") for item in (text or "").split(",") if item.strip()]
+    pairs = {name.strip(): column.strip() for name, _, column in items}
     if not all(pairs.values()):
-        raise ConfigError(f"{option} {text}: a part has no =", f"such as {example}")
+        raise ConfigError(f"{option} {text}: an item has no =", f"such as {example}")
     return pairs
 
 
@@ -131,10 +131,10 @@ def _labels(file: str, words: str | None, data: str, folder: Path, written: list
 
 
 @dataclass
-class _Rows:
-    """The rows of a config, and the files that this command has made of them."""
+class _Files:
+    """The files of rows for a config, and those that this command has written."""
 
-    own: OwnRows
+    reading: OwnRows
     data: str
     """The rows to train on."""
     benchmarks: list[BenchmarkSection]
@@ -145,7 +145,7 @@ class _Rows:
 def _rows(
     data: str, folder: Path, tests: list[str], protect: str | None, columns: dict[str, str], holds_out: bool,
     written: list[Path],
-) -> _Rows:  # fmt: skip
+) -> _Files:  # fmt: skip
     """Read the rows, and hold some out; `written` gets the files that were not there before."""
     from stages.init.data_profile import benchmark_of
     from stages.init.hold_out import hold_out, stem
@@ -153,22 +153,22 @@ def _rows(
     from stages.lora.examples import protected as protected_examples
 
     title = stem(data)
-    own = own_rows(data, folder, columns, written)
+    reading = own_rows(data, folder, columns, written)
     tests = list(dict.fromkeys(tests))
-    if own.path != data:  # the rows to evaluate on are of the same kind
+    if reading.path != data:  # the rows to evaluate on are of the same kind
         tests = [own_rows(test, folder, columns, written).path for test in tests]
-    rows = _Rows(own, own.path, [benchmark_of(test) for test in tests], None, written)
+    rows = _Files(reading, reading.path, [benchmark_of(test) for test in tests], None, written)
     if protect:
         protected_examples(protect, ScoreSection(), 0)  # raises if no row has a response to score
-    if not tests and holds_out and local_file(DataSection(path=own.path)):
-        held = hold_out(own.path, folder, written, title)
-        rows.data, rows.benchmarks = held.train, [held.test] if held.test else []
+    if not tests and holds_out and local_file(DataSection(path=reading.path)):
+        split = hold_out(reading.path, folder, written, title)
+        rows.data, rows.benchmarks = split.train, [split.test] if split.test else []
     if protect:  # two files of one name would be one
         rows.protected = hold_out(protect, folder, written, "protected" if stem(protect) == title else "")
     return rows
 
 
-def _write_config(given: str, model: str, path: Path, labels: str | None, rows: _Rows) -> None:
+def _write_config(data: str, model: str, path: Path, labels: str | None, rows: _Files) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import survey
     from stages.init.hold_out import stem
@@ -184,12 +184,12 @@ def _write_config(given: str, model: str, path: Path, labels: str | None, rows: 
         old_profile = survey(base, section, measured, profile.section)
         protected = config_writer.Protected(old.train, old_profile, old.test)
     settings = list(
-        config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, protected, stem(given))
+        config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, protected, stem(data))
     )
     if labels:  # says how many rows have none
         with_known_labels(profile.rows.examples, "system", Path(labels))
     questions = open_questions(profile, rows.benchmarks, labels, protected)
-    _print_reading(rows.own, given)
+    _print_reading(rows.reading, data)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
@@ -198,7 +198,7 @@ def _write_config(given: str, model: str, path: Path, labels: str | None, rows: 
     for question in questions:
         print(f"  {question}")
     head = [
-        f"Settings for {given} ({profile.rows.format}) and {model} that differ from the defaults.",
+        f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
     rows.written.append(path)
@@ -206,15 +206,15 @@ def _write_config(given: str, model: str, path: Path, labels: str | None, rows: 
     plan_steps(resolved(load(path, [])))
 
 
-def _print_reading(own: OwnRows, given: str) -> None:
+def _print_reading(reading: OwnRows, file: str) -> None:
     """Say what was read into the rows of a file."""
     from stages.init.own_rows import RULE
 
-    if own.columns:
-        print(f"{given}: " + ", ".join(f"{name} is {column}" for name, column in own.columns.items()))
-    if own.golds:
-        print(f"final answers, read from {len(own.golds)} rows ({RULE}); --columns gold=COLUMN names others:")
-        for text, gold in own.golds[:SHOWN]:
+    if reading.columns:
+        print(f"{file}: " + ", ".join(f"{name} is {column}" for name, column in reading.columns.items()))
+    if reading.golds:
+        print(f"final answers, read from {len(reading.golds)} rows ({RULE}); others: --columns gold=COLUMN")
+        for text, gold in reading.golds[:SHOWN]:
             terminal.write(f"  {text} → {gold}")
 
 

@@ -43,11 +43,11 @@ class TrainedModel:
             mode: Renderer(self.tokenizer, prompt_of(config, view), system=view.system)
             for mode, view in views.items()
         }
-        first, *others = ((mode, inputs[view.step].adapter) for mode, view in views.items())
+        first, *later = ((mode, inputs[view.step].adapter) for mode, view in views.items())
         self.model = load_adapted(config.model, first[1])
         self.names = {first[0]: self.model.active_adapter}
         """Mode → PEFT's name of its adapter."""
-        for mode, adapter in others:
+        for mode, adapter in later:
             self.model.load_adapter(str(adapter), mode)
             self.names[mode] = mode
 

@@ -96,14 +96,7 @@ def choices(
         yield from _voters(profile, model)
     if profile.section.system:
         yield Choice("prompt.system", profile.section.system, "so that answers can be verified")
-    if modes := profile.section.chat_template_kwargs_by_system:
-        why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
-        yield Choice("prompt.chat_template_kwargs_by_system", modes, why)
-    elif profile.section.system and not profile.unverifiable:
-        why = "the fast mode's message; the other one is the slow mode's, and the base's"
-        yield Choice("prompt.by_system", {1: AT_ONCE}, why)
-        if profile.imitable:
-            yield Choice("sft.system1_targets", "answer", "the fast mode writes no working")
+    yield from _modes(profile)
     if missing := sorted(set(LoraSection().target_modules) - profile.linear):
         why = f"{', '.join(sorted(profile.linear))}: the model has no {', '.join(missing)}"
         yield Choice("lora.target_modules", ALL_LINEAR, why)
@@ -120,6 +113,18 @@ def choices(
     yield from SECOND_SFT if profile.unverifiable else rl
     yield from _server(profile, limits)
     yield from _benchmarks(tests, protected, limits)
+
+
+def _modes(profile: DataProfile) -> Iterator[Choice]:
+    """Two modes: by the switch of the chat template or, where answers can be verified, by a message."""
+    if switch := profile.section.chat_template_kwargs_by_system:
+        why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
+        yield Choice("prompt.chat_template_kwargs_by_system", switch, why)
+    elif profile.section.system and not profile.unverifiable:
+        why = "the fast mode's message; the other one is the slow mode's, and the base's"
+        yield Choice("prompt.by_system", {1: AT_ONCE}, why)
+        if profile.imitable:
+            yield Choice("sft.system1_targets", "answer", "the fast mode writes no working")
 
 
 def _voters(profile: DataProfile, model: str) -> list[Choice]:

@@ -26,9 +26,9 @@ def own_labels(path: str, words: Mapping[str, int], file: Path, written: list[Pa
     read = [(key, systems.get(str(value).strip().casefold()) or system_of(value)) for key, value in labels]
     unknown = Counter(str(value) for (_, value), (_, system) in zip(labels, read, strict=True) if not system)
     if unknown:
-        said = " and ".join(f"{word} ({number})" for word, number in unknown.most_common(4))
+        listing = " and ".join(f"{word} ({number})" for word, number in unknown.most_common(4))
         example = ",".join(f"{word}={n % 2 + 1}" for n, (word, _) in enumerate(unknown.most_common(4)))
-        raise ConfigError(f"--labels {path}: which system is {said}?", f"--label-words {example}")
+        raise ConfigError(f"--labels {path}: which system is {listing}?", f"--label-words {example}")
     if field == FIELDS[0] and not words:
         return path
     with whole_files([file], "write elsewhere: --out FOLDER/rows.yaml") as (new,):

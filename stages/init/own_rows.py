@@ -88,26 +88,26 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
     return OwnRows(str(file), {name: column for column, name in renamed.items()}, list(golds.values()))
 
 
-def _columns(path: str, row: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, str]:
+def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
     """Column → field of those that have another name, as said or else by NAMES; none if all are known."""
     by_name = {name.strip().casefold().replace(" ", "_"): name for name in row}
     chosen = {}
-    for name, column in said.items():
-        if (own := by_name.get(column.strip().casefold().replace(" ", "_"))) is None:
+    for name, column in named.items():
+        if (original := by_name.get(column.strip().casefold().replace(" ", "_"))) is None:
             raise ConfigError(
                 f"--columns {name}={column}: no such column", f"those of {path}: {', '.join(row)}"
             )
-        chosen[own] = name
+        chosen[original] = name
     if chosen:
         return chosen
     try:
         formats.detect(path, dict(row))
         return {}
     except DataError as error:
-        found = {
-            name: next((by_name[n] for n in usual if n in by_name), None) for name, usual in NAMES.items()
+        columns_of = {
+            name: next((by_name[n] for n in names if n in by_name), None) for name, names in NAMES.items()
         }
-        question, answer = found["question"], found["answer"]
+        question, answer = columns_of["question"], columns_of["answer"]
         if not question or not (answer or "gold" in by_name):
             raise DataError(
                 f"{path}: which column asks, and which answers? It has {', '.join(row)}",
@@ -146,14 +146,14 @@ def final_answer(text: str, question: str = "") -> str | None:
         return letter
     if is_answer(text):
         return text.rstrip(".")
-    if said := _YES_NO.match(text):
-        return said[1].lower()
+    if verdict := _YES_NO.match(text):
+        return verdict[1].lower()
     dates = _DATE.findall(text)
-    rest = _DATE.sub("", text)
-    numbers = list(_NUMBER.finditer(rest))
+    undated = _DATE.sub("", text)
+    numbers = list(_NUMBER.finditer(undated))
     if len(dates) == 1 and not numbers:
         return str(dates[0])
     if len(dates) == 0 and len(numbers) == 1 and parse_number(number := numbers[0][0].strip()) is not None:
-        names_nothing = _BEFORE.search(rest[: numbers[0].start()]) or _ASKS_NUMBER.search(question)
+        names_nothing = _BEFORE.search(undated[: numbers[0].start()]) or _ASKS_NUMBER.search(question)
         return number if names_nothing else None
     return text.rstrip(".!") if len(text.split()) <= FEW and not numbers and not dates else None
