@@ -1,13 +1,16 @@
 """`lorapar run`: makes whatever is missing or stale, stage by stage, in this process."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import (
+    Cluster,
     ConfigPath,
+    DryRun,
     LastStage,
     Overrides,
     Quiet,
@@ -20,6 +23,7 @@ from lorapar_cli.options import (
 from lorapar_cli.plan import check_for_failures
 from lorapar_cli.progress import Position, Silence, TerminalProgress
 from lorapar_cli.stage import make, report
+from lorapar_cli.sweep import run_on_slurm
 from stages.config import TRAINED, Config, LaunchSection
 from stages.errors import ConfigError
 from stages.pipeline import launch
@@ -27,6 +31,8 @@ from stages.pipeline.run import Task, pending_stages
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
 from stages.store.artifacts import Store
+from stages.sweep.graph import build_graph
+from stages.sweep.table import Cell, cell_of_run
 
 
 def command(
@@ -41,12 +47,18 @@ def command(
         ),
     ] = None,
     last: LastStage = None,
+    cluster: Cluster = None,
+    dry_run: DryRun = False,
     unsafe: Unsafe = False,
     quiet: Quiet = False,
 ) -> None:
     set_ = [*(set_ or []), *without_sandbox(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     store, requested = Store(settings.root), ancestors(settings, steps, last)
+    if cluster is not None:
+        return _on_slurm(cluster, cell_of_run(config, tuple(set_), settings, requested), first, dry_run)
+    if dry_run:
+        raise ConfigError("--dry-run goes with --slurm", f"lorapar plan {typed(config, set_)}")
     made: set[str] = set()
     must_check = True
     for task in pending_stages(settings, steps, store, first, last):
@@ -77,6 +89,16 @@ def command(
     terminal.places(store, requested)
     if last is None:
         terminal.say(f"next: {_next(settings, requested, typed(config, set_))}")
+
+
+def _on_slurm(cluster: Path, cell: Cell, first: str | None, dry_run: bool) -> None:
+    """Submit a job for each missing step."""
+    if first:
+        raise ConfigError(f"--slurm with --from {first}: jobs make what is missing", "leave out --from")
+    nodes = build_graph([cell])
+    if not dry_run:
+        check_for_failures(cell.config, [n.step for n in nodes.values() if not n.current], quietly=True)
+    run_on_slurm(cluster, [cell], nodes, dry_run)
 
 
 def _launch(launcher: LaunchSection | None, arguments: list[str], store: Store, task: Task) -> None:

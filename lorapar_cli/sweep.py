@@ -9,7 +9,7 @@ import typer
 
 from lorapar_cli import terminal, worker
 from lorapar_cli.live_line import interactive
-from lorapar_cli.options import Overrides, Quiet, flag
+from lorapar_cli.options import Cluster, DryRun, Overrides, Quiet
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, sweep_view
 from stages import ORDER
@@ -48,10 +48,6 @@ Devices = Annotated[
         metavar="N,N", help="Run one step at a time on each of these GPUs; 0+1,2+3 gives two to each step."
     ),
 ]
-Cluster = Annotated[
-    Path | None,
-    typer.Option("--slurm", metavar="FILE", help="Submit Slurm jobs, with the settings in this file."),
-]
 MaxCells = Annotated[
     int, typer.Option(metavar="N", min=1, help="Refuse tables of more cells (rows times seeds).")
 ]
@@ -70,17 +66,13 @@ def command(
     ] = None,
     devices: Devices = None,
     cluster: Cluster = None,
-    dry_run: Annotated[
-        bool,
-        flag("--dry-run", help="Only print what would be done; with --slurm, also the state of the jobs."),
-    ] = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
     choice = {"base": base, "only": only, "columns": column, "overrides": set_, "max_cells": max_cells}
     tables = load_tables(paths, seeds, **choice)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
-    logs = Path(cells[0].config.runs_dir) / "sweeps"
     if cluster is not None and (jobs or devices):
         problem = "--slurm cannot be combined with --jobs or --devices"
         raise ConfigError(problem, "its file says what resources a job gets")
@@ -91,13 +83,12 @@ def command(
     if cluster is not None and dry_run and not shutil.which("squeue"):
         terminal.say("squeue is not installed here: see the state of jobs on a machine that submits to Slurm")
     elif cluster is not None:
-        settings = slurm.settings(cluster, list(ORDER))
-        _run_on_slurm(slurm.Cluster(logs, settings, terminal.say), cells, nodes, dry_run)
+        run_on_slurm(cluster, cells, nodes, dry_run)
     elif not dry_run:
         view, say, on_poll = sweep_view(interactive() and not quiet, seconds)
         workers = [Worker(device, worker.begin, worker.make_step) for device in slots]
         with view:
-            outcomes = Sweep(nodes, workers, logs, say, on_poll).run()
+            outcomes = Sweep(nodes, workers, _logs(cells), say, on_poll).run()
         _report_failures(outcomes, len(cells))
 
 
@@ -121,11 +112,15 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
     return list(slots)
 
 
-def _run_on_slurm(
-    jobs: slurm.Cluster, cells: list[Cell], nodes: dict[ArtifactId, Node], dry_run: bool
-) -> None:
+def _logs(cells: list[Cell]) -> Path:
+    return Path(cells[0].config.runs_dir) / "sweeps"
+
+
+def run_on_slurm(settings: Path, cells: list[Cell], nodes: dict[ArtifactId, Node], dry_run: bool) -> None:
     """Submit jobs for missing artifacts; with `dry_run`, only report jobs, and exit with 1 if one failed."""
-    if any(cell.config.eval.engine == "transformers" for cell in cells):
+    jobs = slurm.Cluster(_logs(cells), slurm.settings(settings, list(ORDER)), terminal.say)
+    evaluations = [node for node in nodes.values() if node.stage == "eval"]
+    if any(node.config.eval.engine == "transformers" for node in evaluations):
         terminal.say(
             "evaluations use engine transformers, by the config or because this machine has no GPU; if the "
             "jobs have one, set eval.engine: vllm (another engine makes other artifacts)"

@@ -251,5 +251,7 @@ def _section_mistakes(name: str, section: dict[str, Any], allowed: set[str]) -> 
     extra = section.get("additional_parameters")
     for key in sorted(RESERVED_BY_SBATCH_NAME & extra.keys() if isinstance(extra, dict) else ()):
         yield f"{name}.additional_parameters.{key}: lorapar sets it, so that jobs can resume"
+    if section.get("nodes", 1) != 1:
+        yield f"{name}.nodes: a job has one node; on several, torchrun starts a stage: docs/clusters.md"
     if isinstance(minutes := section.get("time", 1), int) and not 0 < minutes <= MAX_MINUTES:
         yield f"{name}.time: expected minutes, got {minutes}"

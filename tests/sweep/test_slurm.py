@@ -113,6 +113,25 @@ def test_each_job_waits_for_those_that_make_its_inputs(path, sweep, submitted):
         assert given["additional_parameters"] == {"kill-on-invalid-dep": "yes"}
 
 
+def test_one_config_runs_as_jobs_in_its_own_folder(path, lorapar, submitted):
+    """Its artifacts are those of a run here; what is current gets no job."""
+    base, settings = path.with_name("base.yaml"), path.with_name("slurm.yaml")
+    done = lorapar("run", base, "--slurm", settings, "--to", "sft")
+    assert done.code == 0 and "4 steps are queued or running" in done.err, done.err
+    stages = [command[0] for _, command in submitted.jobs]
+    assert stages == ["classify", "score", "partition", "sft"] and "eval.engine" not in done.err
+    folder = path.parent / "runs/smoke"
+    record = json.loads((path.parent / "runs/sweeps/jobs.json").read_text())
+    assert {Path(name).parents[1] for name in record} == {folder}
+    again = lorapar("run", base, "--slurm", settings, "--to", "sft", "--dry-run")
+    assert again.code == 0 and "4 pending" in again.err
+    assert lorapar("run", base, "--slurm", settings, "--from", "sft").code == 78
+    assert "--dry-run goes with --slurm" in lorapar("run", base, "--dry-run").err
+    settings.write_text("default: {time: 20, nodes: 8}\n", encoding="utf-8")
+    refused = lorapar("run", base, "--slurm", settings, "--dry-run")
+    assert refused.code == 78 and "default.nodes: a job has one node" in refused.err
+
+
 def test_auto_is_evaluated_with_the_answers_that_it_chooses_from(path):
     path.write_text(FILE.replace("RL: rl@demo", "Auto: auto@demo"))
     base = path.with_name("base.yaml")
