@@ -102,13 +102,15 @@ def test_two_processes_train_what_one_does(own):
 
 @pair
 @pytest.mark.slow
-def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
-    """Two commands with a file each, as on two machines that share the folder of runs."""
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_machines_train_what_two_processes_do(own, tmp_path, launcher):
+    """Two commands, as on machines that share the folder of runs: torchrun's agents, or a file for each."""
     changes = settings("sft", "sft.learning_rate=0.002")
     config = own(*changes)
     made_by(own, changes, "sft", 2)
     _, wanted, _ = trained_weights(config, "sft")
     port, running = free_port(), []
+    agent = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "-m"]
     for rank in (0, 1):
         file = tmp_path / f"{rank}.yaml"
         file.write_text(
@@ -116,14 +118,19 @@ def test_machines_of_an_accelerate_file_train_what_ddp_does(own, tmp_path):
             f"rdzv_backend: static\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\n"
             "mixed_precision: 'no'\nuse_cpu: false\n"
         )
-        command = staged("sft", [*own.home, *changes, f"sft.launch.config={file}"])
+        if launcher == "torchrun":
+            command = staged("sft", [*own.home, *changes, "sft.launch.backend=ddp"])
+            command[1:2] = ["-m", "torch.distributed.run", *agent]
+        else:
+            command = staged("sft", [*own.home, *changes, f"sft.launch.config={file}"])
         running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     for process in running:
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
     _, found, _ = trained_weights(config, "sft")
     launch = stored(config, "sft").manifest["provenance"]["config"]["sft"]["launch"]
-    assert launch["config"] == str(tmp_path / "0.yaml")
+    given = {"torchrun": ("ddp", None), "accelerate": ("single", str(tmp_path / "0.yaml"))}
+    assert (launch["backend"], launch["config"]) == given[launcher]
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
