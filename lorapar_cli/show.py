@@ -74,5 +74,8 @@ def _show_results(store: Store, evaluations: list[Step], by: str | None, as_json
             f"lorapar run {config}",
         )
     terminal.results(store, evaluations, by or "system", as_json)
+    absent = [step.name for step in evaluations if not current_artifact(store, step)]
+    if absent:
+        terminal.say(f"not shown, as not current: {', '.join(absent)}; lorapar status {config} says why")
     if not as_json:
         terminal.say(f"a page on this run: lorapar report {config} --out report")

@@ -12,7 +12,7 @@ from lorapar_cli.live_line import interactive
 from lorapar_cli.options import Cluster, DryRun, Overrides, Quiet
 from lorapar_cli.tables import show, table
 from lorapar_cli.watch import last_error, sweep_view
-from stages import ORDER
+from stages import ORDER, escaping
 from stages.errors import ConfigError, LoraparError
 from stages.runtime import gpu
 from stages.sweep import slurm
@@ -90,6 +90,7 @@ def command(
         with view:
             outcomes = Sweep(nodes, workers, _logs(cells), say, on_poll).run()
         _report_failures(outcomes, len(cells))
+        terminal.say(f"next: lorapar report {' '.join(escaping.shell(str(p)) for p in paths)} --out report")
 
 
 def _slots(jobs: int | None, devices: str | None) -> list[str | None]:

@@ -93,6 +93,7 @@ MISTAKES = {
     ),
     "classify.voters=[{samples: 3}]": f"{VOTER}: 3 samples of a greedy voter are all the same",
     "classify.voters=[{revision: v1}]": f"{VOTER}: revision v1 needs model, and cannot be used with base_url",
+    "rl.kl=0.1": "unknown setting rl.kl (here it is rl.beta)",
     "classify.voters=[{person: judge}]": f"unknown setting {VOTER}.person (did you mean {VOTER}.persona?)",
     "classify.voters=[{model: m, base_url: 'ftp://x/'}]": "is not a URL: expected http",
     "classify.voters=[{model: m, base_url: 'https://me:secret@host/v1'}]": (

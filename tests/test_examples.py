@@ -57,10 +57,11 @@ def test_out_gives_an_example_another_name(lorapar, folder):
     assert not (folder / "theta.yaml").exists()
 
 
-def test_an_unknown_name_lists_the_examples(lorapar):
+def test_an_unknown_name_is_told_the_nearest(lorapar):
     done = lorapar("init", "--example", "dmo")
-    assert done.code == 78 and "no example 'dmo'" in done.err
-    assert all(name in done.err for name in ("demo", "smoke", "tables/theta", "paper/gsm8k-llama2-7b"))
+    assert done.code == 78 and done.err == "error: no example 'dmo'\n  hint: did you mean demo?\n"
+    assert done.err.replace("dmo", "?") != lorapar("init", "--example", "xyz").err
+    assert "their names: lorapar list examples" in lorapar("init", "--example", "xyz").err
     assert "  smoke  " in lorapar("list", "examples").out
 
 

@@ -146,6 +146,8 @@ def test_show_tells_what_is_stale_and_hides_what_is_damaged(copied, lorapar, tmp
     assert gone.code == 66 and "sft is missing" in gone.err
     stale = lorapar("show", file, "eval:sft", "--samples", "--limit", "1")
     assert stale.code == 0 and "eval:sft@demo is stale: sft is missing" in stale.err and stale.out
+    results = lorapar("show", file)
+    assert "not shown, as not current: eval:sft@demo, eval:rl@demo; lorapar status " in results.err
     (config.root / "partition/latest-sft/manifest.json").write_text("{}")
     broken = lorapar("show", file, "partition:sft")
     assert broken.code == 78 and "partition:sft is damaged: " in broken.err

@@ -53,7 +53,8 @@ def read_with_extends(
         raise ConfigError(f"{path} extends itself")
     settings = read_yaml(path, str(path)) or {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold sections, got {type(settings).__name__}")
+        hint = "a config names its rows in data.path; to write one: lorapar init ROWS --model NAME"
+        raise ConfigError(f"{path} must hold sections, got {type(settings).__name__}", hint)
     base = settings.pop("extends", None)
     settings = adjust(path, settings)
     for name, field in Config.model_fields.items():
@@ -109,10 +110,20 @@ def _message(error: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
+OTHER_NAMES = {
+    "rl.kl": "rl.beta", "rl.kl_coef": "rl.beta", "rl.group_size": "rl.num_generations",
+    "lora.rank": "lora.r", "lora.alpha": "lora.lora_alpha", "sft.lr": "sft.learning_rate",
+    "rl.lr": "rl.learning_rate", "sft.epochs": "sft.num_train_epochs", "rl.epochs": "rl.num_train_epochs",
+}  # fmt: skip
+"""Names that people try, of which the most similar setting is another one."""
+
+
 def _unknown_setting(location: list[str]) -> str:
     """Name an unknown setting with the most similar one."""
     name = ".".join(location)
     path = _setting_path(location)
+    if path in OTHER_NAMES:
+        return f"unknown setting {name} (here it is {OTHER_NAMES[path]})"
     suggestions = difflib.get_close_matches(path, list(setting_names(Config)), n=1, cutoff=0.6)
     if not suggestions:
         return f"unknown setting {name}"

@@ -5,6 +5,7 @@ verifiable answer. If it has none, the answer is read from `#### answer` in the 
 answer, or with a test, may have no response. Where no response has more than its answer, that one counts.
 """
 
+import functools
 import json
 import logging
 import re
@@ -56,7 +57,7 @@ def read_rows(source: SourceSection) -> Rows:
     rows, where = raw_rows(source), str(source.path)
     keeps = source.empty == "keep"
     kind = source.format if source.format != "auto" else formats.detect(where, rows[0][1], keeps)
-    log.info("%s: %d rows, %s", where, len(rows), formats.NAMES[kind])
+    _say_once(f"{where}: {len(rows)} rows, {formats.NAMES[kind]}")
     needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
     located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
@@ -73,6 +74,12 @@ def read_rows(source: SourceSection) -> Rows:
     if unanswered := sum(not example.response for example in examples):
         log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
     return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Log what every stage of a run would say of its rows again."""
+    log.info(text)
 
 
 def parse_rows(

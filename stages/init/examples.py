@@ -1,5 +1,6 @@
 """The example configs and tables that come with lorapar, copied with the files that they refer to."""
 
+import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,9 @@ def write(name: str, out: Path | None) -> list[Path]:
     exists with the same text stays; OutputError if one has another text.
     """
     if name not in names():
-        raise ConfigError(f"no example {name!r}", f"choose from: {', '.join(names())}")
+        close = difflib.get_close_matches(name, names(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "their names: lorapar list examples"
+        raise ConfigError(f"no example {name!r}", hint)
     sources = list(_with_references(_source(name)))
     if out and len(sources) > 1:
         raise OutputError(f"--out {out}: {name} refers to other files, so it keeps its name", "without --out")

@@ -22,8 +22,8 @@ from stages.runtime import distributed
 from stages.store.artifacts import KEPT_ADAPTERS
 
 LENGTH = "completions/mean_length"
-SHOWN = ("reward", "frac_reward_zero_std", LENGTH)
-"""Metrics on the progress line."""
+SHOWN = {"reward": "reward", "frac_reward_zero_std": "groups without signal", LENGTH: "tokens"}
+"""Metrics on the progress line, and their names there."""
 
 
 def run(context: StageContext, **sections: Any) -> dict[str, Any]:

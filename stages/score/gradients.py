@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 BATCHES = 8
 """Batches of completions, each as large as a step of RL."""
-SHOWN = ("reward", "frac_reward_zero_std")
-"""Metrics on the progress line."""
+SHOWN = {"reward": "reward", "frac_reward_zero_std": "groups without signal"}
+"""Metrics on the progress line, and their names there."""
 
 
 def without_updates(rl: RlSection, launch: LaunchSection) -> RlSection:

@@ -71,7 +71,7 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     _warn(rows, renderer, sft, context.progress)
     trainer = _trainer(run, rows)
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
-    trainer.add_callback(ProgressCallback(context.progress, title, ("loss", "learning_rate")))
+    trainer.add_callback(ProgressCallback(context.progress, title, {"loss": "loss", "learning_rate": "rate"}))
     protected_kl.watch(trainer, run)
     summary = loop.train(trainer, run)
     left_out = examples.without_response(labels, sft, context.variant)

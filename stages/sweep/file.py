@@ -249,6 +249,8 @@ def read(path: Path, max_cells: int = MAX_CELLS) -> TableFile:
     """Read and check a table file of at most `max_cells` rows. Like a config, it may extend another one."""
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "an example: lorapar init --example tables/theta")
+    if not is_table(path):
+        raise ConfigError(f"{path} is a config, not a table: it has no columns", f"lorapar run {path}")
     try:
         file = TableFile.model_validate(read_with_extends(path, _resolve_bases))
     except ValidationError as error:

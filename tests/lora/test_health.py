@@ -126,7 +126,7 @@ def test_equal_rewards_in_a_row():
 
 
 def test_a_later_pass_over_the_same_completions_is_no_step_without_signal(caplog):
-    watch = ProgressCallback(Silent(), "rl", (), patience=2)
+    watch = ProgressCallback(Silent(), "rl", {}, patience=2)
     state = SimpleNamespace(log_history=[], global_step=0)
     for logs in ({"frac_reward_zero_std": 1.0}, {"loss": 0.1}, {"loss": 0.1}):
         state.global_step += 1

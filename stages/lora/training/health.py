@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class ProgressCallback(TrainerCallback):
     """Reports progress, and stops GRPO after too many steps in a row that could teach nothing."""
 
-    def __init__(self, progress: Progress, title: str, metrics: tuple[str, ...], patience: int = 0) -> None:
-        """metrics: the names of those on the progress line.
+    def __init__(self, progress: Progress, title: str, metrics: dict[str, str], patience: int = 0) -> None:
+        """metrics: the names of those on the progress line, and what people call them.
 
         patience: GRPO stops after this many steps in a row with equal rewards in every group.
         """
@@ -43,8 +43,8 @@ class ProgressCallback(TrainerCallback):
         logs = logs or {}
         if "train_runtime" in logs:
             return
-        values = [(name.split("/")[-1], logs.get(name)) for name in self.metrics]
-        line = "  ".join(f"{name} {value:.3g}" for name, value in values if value is not None)
+        values = [(label, logs.get(name)) for name, label in self.metrics.items()]
+        line = "  ".join(f"{label} {value:.3g}" for label, value in values if value is not None)
         self.progress.advance(1, line)
         if not self.patience or "frac_reward_zero_std" not in logs:
             return  # a later pass over the same completions
