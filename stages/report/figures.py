@@ -57,13 +57,14 @@ def _new(width: float, height: float) -> tuple[Figure, Any]:
 
 @rc_context(STYLE)
 def dot_plot(
-    rows: list[str], series: dict[str, dict[str, Value]], published: dict[str, dict[str, float]]
-) -> Figure:
+    rows: list[str], series: dict[str, dict[str, Value]], published: dict[str, dict[str, float]],
+    width: float = 5.2,
+) -> Figure:  # fmt: skip
     """Draw a line for each row, with every series' value and interval; published values are hollow marks.
 
-    series: name → row → accuracy. published: name → row → percent.
+    series: name → row → accuracy. published: name → row → percent. width: in inches.
     """
-    figure, axes = _new(5.2, 0.9 + 0.2 * len(rows) * max(1, len(series)))
+    figure, axes = _new(width, 0.9 + 0.2 * len(rows) * max(1, len(series)))
     step = 0.8 / max(1, len(series))
     for number, (name, values) in enumerate(series.items()):
         colour = PALETTE[number % len(PALETTE)]
@@ -97,13 +98,14 @@ def line_plot(
     lines: dict[str, float],
     x: str,
     y: str,
+    width: float = 6.4,
 ) -> Figure:
     """Draw a line for each series, a dashed one for each published series, and `lines` as horizontal lines.
 
     series: name → position on the x axis, and accuracy, of each point. published: series → positions and
-    values, in the colour of the series of that name.
+    values, in the colour of the series of that name. width: in inches.
     """
-    figure, axes = _new(6.4, 3.6)
+    figure, axes = _new(width, 3.6 * width / 6.4)
     names = list(dict.fromkeys([*series, *published]))
     for number, name in enumerate(names):
         colour = PALETTE[number % len(PALETTE)]

@@ -35,6 +35,8 @@ from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
+BESIDE = 4.2
+"""Inches of a figure that stands beside the table of results."""
 MAX_ITEMS = 4
 """Most won, and most lost, items shown of a benchmark."""
 SIGNIFICANT = 0.05
@@ -83,7 +85,8 @@ def build(
         PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
         PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
-    return [*_tiles(config, tables), *_verdicts(tables)], sections, missing
+    titles = {target: mode for mode, target in config.eval.modes.items()}
+    return [*_tiles(config, tables), *_verdicts(tables, titles)], sections, missing
 
 
 def _tiles(config: Config, tables: dict[str, list[dict[str, Any]]]) -> list[Tiles]:
@@ -114,13 +117,14 @@ def _tokens(row: dict[str, Any], most: int) -> str:
     parts = [] if row["tokens"] is None else [f"{row['tokens']:.0f} tokens"]
     parts += [f"{row['thought_tokens']:.0f} of them thought"] if row["thought_tokens"] else []
     parts += [f"{row['n']} items"] if row["n"] < most else []
+    parts += [f"{row['truncated']} cut off"] if row["truncated"] else []
     return ", ".join(parts)
 
 
-def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Say for each benchmark how the last target does, beside the others, and whether that may be chance.
+def _verdicts(tables: dict[str, list[dict[str, Any]]], titles: dict[str, str]) -> Iterator[str]:
+    """Say for each benchmark how the last target does against the one before, and if that may be chance.
 
-    Derived targets are left out.
+    Derived targets are left out. titles: target → the mode that it is.
     """
     for name, rows in tables.items():
         measured = [row for row in rows if row["accuracy"] is not None]
@@ -129,19 +133,13 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         if not overall:
             continue
         last = overall.pop()
-        of_last = (row for row in graded if row["target"] == last["target"] and row["group"] != "all")
-        systems = [f"{row['group'].capitalize()} {_accuracy(row)}" for row in of_last]
-        sentence = f"{name}: {last['target']} answers {_accuracy(last)} of {last['n']} items correctly"
-        sentence += f" ({', '.join(systems)})" if systems else ""
-        for row in reversed(overall):
-            target = "the base model" if row["target"] == "base" else row["target"]
-            sentence += f", {target} {_accuracy(row)}"
-            sentence += f" of {row['n']}" if row["n"] != last["n"] else ""
-        sentence += _meaning(last, overall[-1]) if overall else ""
-        yield f"{sentence}.{_gain_of_auto(measured, last)}"
+        target = titles.get(last["target"], last["target"])
+        sentence = f"{name}: {target} answers {_accuracy(last)} of {last['n']} items correctly"
+        sentence += _meaning(last, overall[-1], titles) if overall else ""
+        yield f"{sentence}.{_gain_of_auto(measured, last, titles)}"
 
 
-def _gain_of_auto(rows: list[dict[str, Any]], last: dict[str, Any]) -> str:
+def _gain_of_auto(rows: list[dict[str, Any]], last: dict[str, Any], titles: dict[str, str]) -> str:
     """Say what the choice between the modes gives, if it was measured, against the better one alone.
 
     last: the target with which auto was compared, item by item.
@@ -155,15 +153,17 @@ def _gain_of_auto(rows: list[dict[str, Any]], last: dict[str, Any]) -> str:
     change, tokens = auto["accuracy"] - better["accuracy"], auto["tokens"] / (better["tokens"] or 1)
     tested = f" ({p_value(auto['p'])})" if better is last and auto["p"] is not None else ""
     return (
-        f" auto, which chooses for each item, answers {_accuracy(auto)}: {100 * change:+.1f} points against "
-        f"{better['target']}{tested}, with {100 * tokens:.0f}\N{NO-BREAK SPACE}% of its tokens."
+        f" Auto, which chooses for each item, answers {_accuracy(auto)}: {100 * change:+.1f} points against "
+        f"{titles.get(better['target'], better['target'])}{tested}, with "
+        f"{100 * tokens:.0f}\N{NO-BREAK SPACE}% of its tokens."
     )
 
 
-def _meaning(last: dict[str, Any], previous: dict[str, Any]) -> str:
+def _meaning(last: dict[str, Any], previous: dict[str, Any], titles: dict[str, str]) -> str:
     """Continue the verdict: the change against the previous target, and what the paired test says of it."""
     change = last["accuracy"] - previous["accuracy"] if last["p"] is None else last["change"]
-    points = f": {100 * change:+.1f} points against {previous['target']}"
+    target = "the base model" if previous["target"] == "base" else previous["target"]
+    points = f": {100 * change:+.1f} points against {titles.get(target, target)}"
     if last["p"] is None:
         return f"{points}, which is not tested, because they answered different items"
     verdict = "more than chance explains" if last["p"] < SIGNIFICANT else "which may be chance"
@@ -179,7 +179,7 @@ def _results(
 ) -> Iterator[Block]:
     """Build a table and a figure of accuracies for each benchmark."""
     for name, measurements in tables.items():
-        head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}")
+        head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}", before_p="\n")
         targets = head[2:]
         caption = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
         caption += comparison.p_note(targets)
@@ -191,7 +191,7 @@ def _results(
         for row in measurements:
             if (value := comparison.value_of(row)) and value.over_items:
                 series[row["target"]][row["group"]] = value
-        svg = figures.svg(figures.dot_plot(list(groups), series, {}))
+        svg = figures.svg(figures.dot_plot(list(groups), series, {}, BESIDE))
         text = f"Accuracies on {name} with intervals, as in the table above."
         pictures = [Picture(svg, text)]
         points = {
@@ -202,7 +202,8 @@ def _results(
         if name in routed and (best := routed[name].routing[ORACLE]).value and best.tokens:
             points[ORACLE] = [(best.tokens, best.value)]
         if len(points) > 1:
-            svg = figures.svg(figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %"))
+            plot = figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %", BESIDE)
+            svg = figures.svg(plot)
             pictures.append(Picture(svg, f"Accuracy on {name} by the mean tokens of an answer."))
         yield Pictures(pictures)
 
