@@ -4,6 +4,7 @@ The model is a random one of two layers, and the config that `init` writes is ma
 says what they need (a GPU, a server, a cluster) are not run.
 """
 
+import io
 import shlex
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ def home(tiny: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "data").mkdir()
     (tmp_path / "data/demo").symlink_to(demo_data)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))  # what a person types to `lorapar ask`
     return tmp_path
 
 
