@@ -59,9 +59,8 @@ class Registry(_Names):
         return self._entries[name]
 
     def has_trait(self, name: str, trait: str) -> bool:
-        """True if the function called `name` was registered with this trait."""
-        self.check(name)
-        return trait in self._traits[name]
+        """True if the function called `name` was registered with this trait; a person's own has none."""
+        return trait in self._traits.get(name, ())
 
 
 class ModuleRegistry(_Names):

@@ -11,7 +11,7 @@ from stages import ORDER
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # from the ground up; a room may use those below it and itself
-    ("errors", "registry", "progress", "records", "escaping"),
+    ("errors", "registry", "progress", "records", "escaping", "own_functions"),
     ("runtime",),
     ("config", "store", "sandbox"),
     ("prompts",),

@@ -181,7 +181,7 @@ def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     assert "3 mistakes" in text
     assert "unknown setting partition.thta (did you mean partition.theta?)" in text
     assert "sft.learning_rate: input should be a valid number, unable to parse" in text
-    assert "score.scorer: unknown scorer 'taylr'; choose from: fisher, grad2," in text
+    assert "score: unknown scorer 'taylr'; choose from: fisher, grad2," in text
 
 
 @pytest.mark.parametrize(

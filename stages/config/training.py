@@ -13,15 +13,17 @@ from stages.config.fields import (
     ShareBelowOne,
     advanced,
     advanced_unkeyed,
+    as_value_error,
     registry_name,
     setting,
     unkeyed,
 )
 from stages.config.sources import PromptSection
+from stages.own_functions import functions_in
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 """`auto` or `off`; also false, because YAML reads a bare `off` as false."""
-Scorer = Annotated[str, registry_name("scorers")]
+SCORER_FILE = "score.scorer_file"
 Strategy = Annotated[str, registry_name("strategies")]
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
@@ -104,13 +106,22 @@ DROPOUT = "Dropout on the input of the adapter; shira, ia3 and the prompt method
 
 
 class ScoreSection(Section):
-    scorer: Scorer = setting("taylor2", ignored_by="score:rl")
-    """Importance formula, one of `lorapar list scorers`."""
+    scorer: str = setting("taylor2", ignored_by="score:rl")
+    """Importance formula, one of `lorapar list scorers`, or a function of scorer_file."""
+    scorer_file: str | None = advanced_unkeyed(None)
+    """Python file with formulas of your own: functions of an element's value, gradient and Fisher
+    information."""
     examples: PositiveInt = setting(100, "Number of examples of each system.")
     batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
     launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
     prompt: PromptSection | None = advanced(None)
     """Prompt settings of this stage, used instead of the section `prompt`."""
+
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        functions = functions_in(self.scorer_file, SCORER_FILE) if self.scorer_file and registries else {}
+        if registries and self.scorer not in functions:
+            as_value_error(partial(registries["scorers"].check, self.scorer))
+        yield from ()
 
 
 BY_DENSITY = ("topk", "topk_within", "random_half")

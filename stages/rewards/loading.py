@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import inspect
 import json
 import math
 import reprlib
-import sys
 from collections.abc import Callable, Iterable
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from stages.errors import (
     ConfigError,
     DataError,
     LoraparError,
-    MissingInputError,
     SandboxError,
     UnusableResult,
     is_out_of_memory,
 )
+from stages.own_functions import functions_in, imported
 from stages.rewards.builtin import rewards
 from stages.sandbox.pair import SandboxFailure
 
 Reward = Callable[..., list[float | None]]
 
+FILE = "rl.rewards_file"
 TRL = ("trl.accuracy_reward", "trl.reasoning_accuracy_reward", "trl.think_format_reward")
 """TRL's rewards that need no arguments; others take three lines in a rewards_file."""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
@@ -42,15 +38,15 @@ TAKEN = PASSED | {"prompt", "completion", "image", "images", "environment", "env
 
 def check(name: str, file: str | None) -> None:
     """Raise ConfigError unless there is a reward of that name; the file is parsed, not run."""
-    known = [*rewards.names(), *TRL, *(_functions_in(file) if file else ())]
+    known = [*rewards.names(), *TRL, *(functions_in(file, FILE) if file else ())]
     if name not in known:
         raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join(known)}")
 
 
 def load(name: str, file: str | None) -> Reward:
     """Return the reward called `name`; the file takes precedence over TRL and the built-in ones."""
-    if file and name in _functions_in(file):
-        return getattr(_imported(file), name)  # type: ignore[no-any-return]
+    if file and name in functions_in(file, FILE):
+        return getattr(imported(file, FILE), name)  # type: ignore[no-any-return]
     if name in TRL:
         return _adapted_from_trl(name)
     return rewards.pick(name)
@@ -121,7 +117,7 @@ def int64_overflows(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str
 
 def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
     """True if one of these rewards has a parameter `sandbox`; the file is parsed, not run."""
-    in_file = _functions_in(file) if file else {}
+    in_file = functions_in(file, FILE) if file else {}
 
     def parameters(name: str) -> Iterable[str]:
         if name in in_file:
@@ -243,31 +239,3 @@ def _adapted_from_trl(name: str) -> Reward:
         return function(completions=messages, **columns | solution)  # type: ignore[no-any-return]
 
     return reward
-
-
-def _functions_in(file: str) -> dict[str, ast.FunctionDef]:
-    """Return the public top-level functions of a Python file by name, without running it."""
-    try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingInputError(f"rl.rewards_file {file}: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"rl.rewards_file {file} is not Python: {error}") from None
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {function.name: function for function in functions if not function.name.startswith("_")}
-
-
-@functools.cache
-def _imported(file: str) -> Any:
-    """Import a Python file of any name as a module, once."""
-    loader = SourceFileLoader("lorapar_rewards_file", file)
-    module = ModuleType(loader.name)
-    module.__file__ = file
-    sys.modules[loader.name] = module  # dataclasses and pickle look for it there
-    try:
-        loader.exec_module(module)
-    except SystemExit as error:
-        raise ConfigError(f"rl.rewards_file {file} tried to end lorapar, with {error.code!r}") from None
-    except Exception as error:
-        raise ConfigError(f"rl.rewards_file {file} does not load: {type(error).__name__}: {error}") from error
-    return module

@@ -41,6 +41,7 @@ def _inputs(config: Config, scored: str) -> tuple[str, ...]:
 
 def _external_key(config: Config, scored: str, cache: DigestCache) -> dict[str, Any]:
     key = external_key.model_part(config, cache)
+    key |= external_key.of_file("scorer_file", config.score.scorer_file, cache)
     if scored == PROTECTED:
         return {
             **key,

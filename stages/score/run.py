@@ -15,10 +15,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
+from stages.errors import UnusableResult
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import flatten_weights, read_importance, write_importance
-from stages.lora.importance.scorers import Moments, moments, scorers
+from stages.lora.importance.scorers import Moments, formula_of, moments, scorers
 from stages.lora.importance.strategies import check_importance
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.context import StageContext
@@ -246,8 +247,13 @@ def _importance(
 
 def _scores(run: Scoring, layers: dict[str, nn.Linear], sums: Moments) -> dict[str, Tensor]:
     """The formula's score of each element, from its value and the means of its gradient and of its square."""
-    formula = scorers.pick(run.scorer)
-    return {name: formula(*tensors) for name, *tensors in _means(run, layers, sums)}
+    formula = formula_of(run.scorer, run.score.scorer_file)
+    scores = {}
+    for name, *tensors in _means(run, layers, sums):
+        scores[name] = formula(*tensors)
+        if getattr(scores[name], "shape", None) != tensors[0].shape:
+            raise UnusableResult(f"scorer {run.scorer} gave {name} no score for each element")
+    return scores
 
 
 def _means(

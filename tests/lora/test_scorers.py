@@ -5,17 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import labels_of, make_steps
+from conftest import labels_of, make_step, make_steps
+from guide import blocks
 from results import artifacts
 
 from stages.config import LoraSection, ModelSection, RlSection, ScoreSection
-from stages.errors import OutOfMemoryError, UnusableResult
+from stages.errors import ConfigError, OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.packing.losses import answer_losses, collate
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.runtime.batch_size import BatchSize
 from stages.score import pilot
@@ -285,3 +288,23 @@ def test_rows_that_are_dropped_leave_no_empty_step(begun):
     summary = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
     told = summary["system2"]
     assert told["pilot_steps"] == told["examples"] < 12 and told["too_long"]
+
+
+def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
+    """It is the paper's there, and what it changes has another key."""
+    [text] = [block.text for block in blocks("python") if block.title == "scorers.py"]
+    file = tmp_path / "scorers.py"
+    file.write_text(text + "\ndef narrow(value, gradient, fisher):\n    return value[:1]\n", encoding="utf-8")
+    given = ("score.examples=6", f"score.scorer_file={file}")
+    wanted, mine = (make_step(begun(*given, f"score.scorer={name}"), "score") for name in ("taylor2", "mine"))
+    one, other = (read_importance(made.path / "importance.safetensors") for made in (wanted, mine))
+    assert wanted.path != mine.path
+    assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+    with pytest.raises(UnusableResult, match="scorer narrow gave .* no score for each element"):
+        make_step(begun(*given, "score.scorer=narrow"), "score")
+    with pytest.raises(ConfigError, match="unknown scorer 'wide'"):
+        begun(*given, "score.scorer=wide")
+    keys = {plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key}
+    file.write_text(text.replace("0.5", "0.25"), encoding="utf-8")
+    keys.add(plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key)
+    assert len(keys) == 2

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from stages.config.training import SCORER_FILE
 from stages.errors import UnusableResult
+from stages.own_functions import functions_in, imported
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ zero, and so is the value of B). Trait `pilot`: the formula takes the value afte
 place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions, of the gradient
 of GRPO's loss at SFT's adapter (`stages/score/gradients.py`); only `rl.rescore` can name such a scorer.
 """
+
+
+def formula_of(name: str, file: str | None) -> Callable[..., Tensor]:
+    """Return the formula called `name`; one of a person's file takes precedence."""
+    if file and name in functions_in(file, SCORER_FILE):
+        return getattr(imported(file, SCORER_FILE), name)  # type: ignore[no-any-return]
+    return scorers.pick(name)
 
 
 def rescored_by_rollouts(config: Config) -> bool:
