@@ -70,14 +70,14 @@ def test_other_labels_make_auto_stale_but_not_the_answers(answered):
     assert state(Store(config.root), plan_steps(config)["eval:auto@demo"]).state == "current"
 
 
-def test_the_page_compares_the_routings_and_speaks_of_rl_first(answered):
+def test_the_page_compares_the_routings_and_speaks_of_slow_first(answered):
     config, _ = answered
     steps = plan_steps(config)
     page = run_page.page(config, steps, "lorapar run", "lorapar serve")
     rows = re.findall(r"<t[hd][^>]*>(fast|slow|auto|oracle|label)</t[hd]>", page)
     assert rows[-5:] == ["fast", "slow", "auto", "oracle", "label"]
     assert "persona steps" in page and "48 labelled training rows" in page
-    assert "demo: rl answers" in page and "auto answers" not in page
+    assert "demo: slow answers" in page and "auto answers" not in page
 
 
 ASKS = "persona: steps, shots: 8"
