@@ -163,6 +163,9 @@ def _rows(
     if not tests and holds_out and local_file(DataSection(path=reading.path)):
         split = hold_out(reading.path, folder, written, title)
         rows.data, rows.benchmarks = split.train, [split.test] if split.test else []
+        if split.test and (undivided := Path(reading.path)) in written:  # its two parts have all of its rows
+            undivided.unlink()
+            written.remove(undivided)
     if protect:  # two files of one name would be one
         rows.protected = hold_out(protect, folder, written, "protected" if stem(protect) == title else "")
     return rows

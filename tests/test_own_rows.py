@@ -137,6 +137,8 @@ def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lor
     train, test = (read_jsonl(Path(f"sales-{part}.jsonl")) for part in ("train", "test"))
     asked, held = ({row["question"] for _, row in rows} for rows in (train, test))
     assert not asked & held and len(asked | held) == 251 and len(held) == 50 and len(train) + len(test) == 301
+    files = {path.name for path in Path().glob("sales*")}
+    assert files == {"sales.csv", "sales.yaml", "sales-train.jsonl", "sales-test.jsonl"}
     config = yaml.safe_load(Path("sales.yaml").read_text(encoding="utf-8"))
     assert config["run"] == "sales" and config["data"]["path"] == "sales-train.jsonl"
     assert config["eval"]["benchmarks"]["sales-test"]["path"] == "sales-test.jsonl"
