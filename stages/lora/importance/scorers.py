@@ -147,16 +147,13 @@ def _accumulate_gradients(
     """
     import torch
 
-    # The inputs of layers whose backward pass is still to come. A hook would hold its input until the whole
-    # pass has ended: 100 MiB more for each layer of a 7B model.
-    awaited: dict[str, Tensor] = {}
+    pending = dict.fromkeys(layers, 0)  # forward passes of each layer whose backward pass is still to come
 
     def by_example(x: Tensor) -> Tensor:
         """(examples, longest, width): zero after the end of a packed example."""
         return x if packed is None else packed.suffixes.spread(x[0])
 
-    def add_gradients(name: str, delta: Tensor) -> None:  # (batch, tokens, out)
-        x = awaited.pop(name)  # (batch, tokens, in)
+    def add_gradients(name: str, x: Tensor, delta: Tensor) -> None:  # (batch, tokens, in or out)
         # g = Σ_t δ_t x_tᵀ for each example b. Padding adds nothing: δ is zero where no loss depends on the
         # output.
         wide = torch.promote_types(torch.float32, x.dtype)
@@ -164,19 +161,19 @@ def _accumulate_gradients(
         gradients = torch.einsum("bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide)))
         sums.gradient[name] += gradients.sum(0)
         sums.square[name] += gradients.square_().sum(0)
+        pending[name] = 0
 
     def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()  # (batch, tokens, in)
-        passes = 1 + (name in awaited)
+        pending[name] += 1
         # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
         # axis, as in experts that get single tokens, do not tell the examples apart.
-        if x.dim() != 3 or passes > 1:
+        if x.dim() != 3 or pending[name] != 1:
             raise UnusableResult(
-                f"{name} runs {passes} times in a forward pass, on inputs of {x.dim()} dimensions",
+                f"{name} runs {pending[name]} times in a forward pass, on inputs of {x.dim()} dimensions",
                 "shared modules and mixtures of experts cannot be scored element by element",
             )
-        awaited[name] = x
-        output.register_hook(partial(add_gradients, name))
+        output.register_hook(partial(add_gradients, name, x))
 
     with ExitStack() as hooks:
         # No parameter requires a gradient, so the graph has to begin at the embedded input.
