@@ -39,11 +39,10 @@ def main() -> None:
     set_up()
     try:
         app()
-    except KeyboardInterrupt:
-        if not distributed.launched():
-            terminal.say("stopped; the same command goes on from what is finished")
-        raise
     except BaseException as problem:
+        # The command line's library turns Ctrl-C into this exit.
+        if isinstance(problem, SystemExit) and problem.code == 130 and not distributed.launched():
+            terminal.say("stopped; the same command goes on from what is finished")
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or is_rust_panic(problem)):
             raise
         error = to_user_error(problem)

@@ -253,6 +253,16 @@ def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):
     assert caught.value.code == 130
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    program = "import os, signal; from lorapar_cli import demo_data, app; import stages.data.demo as demo\n"
+    program += "demo.write = lambda *_: os.kill(os.getpid(), signal.SIGINT); app.main()"
+    command = [sys.executable, "-c", program, "demo-data", str(tmp_path / "demo")]
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **default)
+    said = "stopped; the same command goes on from what is finished\n"
+    assert done.returncode == 130 and done.stderr.endswith(said), done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_it_exits_shows_no_trace(number, tmp_path):
     at_exit = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))"
