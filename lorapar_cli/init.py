@@ -65,7 +65,7 @@ def command(
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
-        if data or model or labels or tests or protect or columns:
+        if data or model or labels or label_words or tests or protect or columns:
             problem = f"--example {example} takes no rows and no model"
             raise ConfigError(problem, "only --out may stand beside it")
         from stages.init import examples

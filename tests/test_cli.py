@@ -46,9 +46,8 @@ def test_help_loads_nothing_but_itself_and_lists_every_command(monkeypatch, caps
     for arguments in ([], ["-h"], ["--help"], ["--version"]):
         monkeypatch.setattr(sys, "argv", ["lorapar", *arguments])
         begin()
-    *usages, shown_version = re.split(r"^(?=Usage)|\n(?=[\d.]+.*\n$)", capsys.readouterr().out, flags=re.M)[
-        1:
-    ]
+    printed = capsys.readouterr().out
+    *usages, shown_version = re.split(r"^(?=Usage)|\n(?=[\d.]+.*\n$)", printed, flags=re.M)[1:]
     assert len({text.strip() for text in usages}) == 1
     commit = r"( \(commit [0-9a-f]{7,}(, changed)?\))?\n"  # of a clone
     assert re.fullmatch(re.escape(version("lorapar")) + commit, shown_version)
@@ -254,7 +253,7 @@ def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    program = "import os, signal; from lorapar_cli import demo_data, app; import stages.data.demo as demo\n"
+    program = "import os, signal; from lorapar_cli import app; import stages.data.demo as demo\n"
     program += "demo.write = lambda *_: os.kill(os.getpid(), signal.SIGINT); app.main()"
     command = [sys.executable, "-c", program, "demo-data", str(tmp_path / "demo")]
     default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}

@@ -72,7 +72,9 @@ def _behind_shared_prompts(rows: list[Row], group: int) -> list[Row]:
 
 
 def _in_int8(model: CostModel, rl: RlSection) -> bool:
-    return rl.rollouts.int8 and int8.is_supported(model.profiler.base)
+    """Whether rollouts are sampled in 8 bits: only a merged copy is, as `building.py` has it."""
+    mergeable = not model.config.model.load_in_4bit and model.config.baseline is None
+    return rl.rollouts.int8 and mergeable and int8.is_supported(model.profiler.base)
 
 
 def _memory(model: CostModel, rl: RlSection, measured: Measurement, shared: int) -> MemoryEstimate:
