@@ -1,6 +1,7 @@
 """The stage table, keys, and what a whole run does."""
 
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,23 @@ def test_untrained_models_may_answer_fewer_items(smoke):
     assert make_step(fewer, "eval:base@demo").manifest["summary"]["all"]["n"] == 5
     one, two = keys(whole), keys(fewer)
     assert {name for name in one if one[name] != two[name]} == {"eval:base@demo", "eval:init@demo"}
+
+
+def test_untrained_models_may_get_worked_examples(smoke, tmp_path):
+    def first_prompt(config):
+        metrics = make_step(config, "eval:base@demo").path / "metrics.json"
+        return json.loads(metrics.read_text())["first_prompt"]
+
+    shots = tmp_path / "shots.jsonl"
+    worked = (
+        {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in (70, 80)
+    )
+    shots.write_text("".join(json.dumps(row) + "\n" for row in worked))
+    few = ("eval.benchmarks.demo.limit=2", "eval.benchmarks.demo.label=false", "eval.targets=[base, sft]")
+    without = smoke(*few)
+    with_two = smoke(*few, "eval.untrained_shots=2", f"eval.benchmarks.demo.shots_path={shots}")
+    before, after = first_prompt(without), first_prompt(with_two)
+    assert [text in after for text in ("70 + 1 = 71", "80 + 1 = 81")] == [True, True]
+    assert "70 + 1" not in before
+    one, two = keys(without), keys(with_two)
+    assert {name for name in one if one[name] != two[name]} == {"eval:base@demo"}

@@ -227,7 +227,7 @@ def test_the_work_of_each_step_is_counted(model):
     assert found["rl"].memory.weights == 100 + 4 + 100 and found["rl"].memory.optimizer == 16
     assert found["rl"].memory.activations == pytest.approx(2 * (2 * max(prompts) + 8 * 12))
     # 4 items, of which the base writes 12 tokens each
-    ids = texts.prompts["demo"]
+    ids = texts.prompts("demo")
     read = per_text(ids, 4)
     assert found["eval:base@demo"].seconds == pytest.approx(4 * (read + 12 * 1.25 * 2))
     mean = min(12, texts.responses.mean)
@@ -274,7 +274,7 @@ def test_known_labels_cost_no_votes_and_untrained_models_may_answer_fewer_items(
     found, texts = costs(made), made[0].texts
     assert found["classify:demo"] == NOTHING and found["classify:train"].seconds > 0
     assert not any("demo, steps" in span.name for span in spans(texts, list(made[1].values())))
-    mean = per_text(texts.prompts["demo"], 1)
+    mean = per_text(texts.prompts("demo"), 1)
     assert found["eval:base@demo"].seconds == pytest.approx(mean + 12 * 1.25 * 2)
     assert found["eval:sft@demo"] == costs(model())["eval:sft@demo"]
 

@@ -93,12 +93,17 @@ class BenchmarkSection(SourceSection):
         """Whether the items' own labels are used, whatever `classify.strategy` is."""
         return self.label == "known"
 
+    @property
+    def takes_shots(self) -> bool:
+        """Whether worked examples can stand before a question."""
+        return self.kind != "humaneval"
+
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.samples > 1 and self.temperature == 0:
             yield f"samples {self.samples} of a greedy answer are all the same; set temperature"
         if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
             yield f"mode likelihood is for mmlu alone, got kind {self.kind}"
-        if self.kind == "humaneval" and self.shots:
+        if self.shots and not self.takes_shots:
             yield "humaneval has no worked examples; leave out shots"
 
 
@@ -166,6 +171,11 @@ class EvalSection(Section):
         None,
         "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all.",
     )
+    untrained_shots: NonNegativeInt = advanced_unkeyed(
+        0,
+        "Number of worked examples that targets base and init get beside `shots`: a base model that has not "
+        "seen the form of an answer is otherwise wrong by form alone. They come from shots_path.",
+    )
     parity_items: NonNegativeInt = advanced_unkeyed(
         8, "How many of the first answers are checked against the unmerged adapter; 0: none."
     )
@@ -183,6 +193,11 @@ class EvalSection(Section):
         """The modes that are served, `fast` and `slow`, and the target whose adapter each has."""
         has_rl = "rl" in self.targets or "sft2" not in self.targets
         return {"fast": "sft", "slow": "rl" if has_rl else "sft2"}
+
+    def as_asked(self, benchmark: BenchmarkSection, target: str) -> BenchmarkSection:
+        """The benchmark with the worked examples that a target gets."""
+        shots = self.untrained_shots if target in UNTRAINED_TARGETS and benchmark.takes_shots else 0
+        return benchmark.model_copy(update={"shots": benchmark.shots + shots}) if shots else benchmark
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if ROUTED not in self.targets:

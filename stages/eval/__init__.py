@@ -62,7 +62,7 @@ def _sections(config: Config, variant: str) -> tuple[str, ...]:
 
 def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
     target, _, name = variant.partition("@")
-    benchmark = config.eval.benchmarks[name]
+    benchmark = config.eval.as_asked(config.eval.benchmarks[name], target)
     items = config.eval.untrained_items if target in UNTRAINED_TARGETS else None
     prompt = benchmark.prompt or config.prompt
     return {
@@ -108,7 +108,7 @@ def _cost(model: CostModel, variant: str) -> Cost:
     if not rows or target == ROUTED:  # other steps' answers, and votes of a prompt that is not known here
         return UNKNOWN
     limit, slots = generation_limit(section), min(model.config.server.batch_size, len(rows))
-    prompts = texts.prompts[name]
+    prompts = texts.prompts(name, target)
     trained = target not in UNTRAINED_TARGETS and texts.rows["train"]
     response = model.response_tokens(limit) if trained else float(limit)
     read_tokens = per_text(prompts[:PROMPT_SAMPLE], slots)

@@ -66,6 +66,11 @@ class Evaluation:
         return benchmarks.pick(self.benchmark.kind)
 
     @property
+    def asked(self) -> BenchmarkSection:
+        """The benchmark with the worked examples that this target gets."""
+        return self.eval.as_asked(self.benchmark, self.target)
+
+    @property
     def title(self) -> str:
         return f"eval {self.target} {self.benchmark.kind}"
 
@@ -118,7 +123,7 @@ class Evaluation:
         system = system_asked(self.target, prompt)
         renderer = Renderer(load_tokenizer(self.model), prompt, () if system else rows, system)
         folder, force = self.context.journals / "answers", self.context.force
-        return AnswerCache(rows, self.benchmark, renderer, self.identity(adapter), folder, force)
+        return AnswerCache(rows, self.asked, renderer, self.identity(adapter), folder, force)
 
 
 def run(context: StageContext, **sections: Any) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _write(evaluation: Evaluation, samples: list[Sample], more: dict[str, Any]) 
     metrics = compute_metrics(samples, evaluation.kind.GROUPS)
     record = {
         "target": evaluation.target,
-        "benchmark": benchmark.model_dump(mode="json"),
+        "benchmark": evaluation.asked.model_dump(mode="json"),
         "engine": evaluation.eval.engine,
         **metrics,
         **more,

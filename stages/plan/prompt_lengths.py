@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stages.config import UNVOTED, BenchmarkSection, Config, Voter
+from stages.config import UNTRAINED_TARGETS, UNVOTED, BenchmarkSection, Config, Voter
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
@@ -41,6 +41,7 @@ class Texts:
         self.rows = _Rows(config)
         self._training_rows: dict[str, list[Row]] = {}
         self._ballots: dict[str, list[list[ChoiceRequest]]] = {}
+        self._prompts: dict[tuple[str, int], list[list[int]]] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -114,21 +115,21 @@ class Texts:
         ballots = [question(example) for example in sampled(self.rows[name], PROMPT_SAMPLE)]
         return [replace(ballot, text=choice_ids(self.tokenizer, ballot)) for ballot in ballots]
 
-    @cached_property
-    def prompts(self) -> dict[str, list[list[int]]]:
-        """Token ids of prompts by benchmark, with their worked examples."""
-        prompts = {}
-        for name, section in self.config.eval.benchmarks.items():
-            if sample := sampled(self.rows[name], PROMPT_SAMPLE):
-                renderer = Renderer(self.tokenizer, section.prompt or self.config.prompt)
-                prompts[name] = [p.ids for p in benchmarks.pick(section.kind).ask(sample, section, renderer)]
-        return prompts
+    def prompts(self, name: str, target: str = "") -> list[list[int]]:
+        """Token ids of prompts of a benchmark, with the worked examples that a target gets."""
+        section = self.config.eval.as_asked(self.config.eval.benchmarks[name], target)
+        if (name, section.shots) not in self._prompts:
+            renderer = Renderer(self.tokenizer, section.prompt or self.config.prompt)
+            sample = sampled(self.rows[name], PROMPT_SAMPLE)
+            asked = benchmarks.pick(section.kind).ask(sample, section, renderer) if sample else []
+            self._prompts[name, section.shots] = [prompt.ids for prompt in asked]
+        return self._prompts[name, section.shots]
 
     @property
     def typical_prompt(self) -> list[int]:
         """Any training prompt, or without training rows any prompt of a benchmark."""
         if not self.rows["train"]:
-            return next(iter(self.prompts.values()))[0]
+            return next(filter(None, map(self.prompts, self.config.eval.benchmarks)))[0]
         row = self.training_rows("rl")[0]
         return row.input_ids[: prompt_length(row)]
 
@@ -194,12 +195,14 @@ def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
             yield Span(
                 "response", texts.imitable, texts.responses, "rl.max_completion_length", completion, "cut"
             )
-    evaluated = [step.variant.partition("@")[2] for step in steps if step.stage.name == "eval"]
-    for name in dict.fromkeys(evaluated):
+    evaluated = [step.variant.split("@") for step in steps if step.stage.name == "eval"]
+    # Of a benchmark's targets one that is untrained is asked the longest prompts.
+    longest = sorted(evaluated, key=lambda asked: asked[0] in UNTRAINED_TARGETS)
+    for name, target in {name: target for target, name in longest}.items():
         if rows[name]:
             engine, benchmark = config.eval.engine, config.eval.benchmarks[name]
             reply = generation_limit(benchmark)
-            lengths = Lengths(map(len, texts.prompts[name]))
+            lengths = Lengths(map(len, texts.prompts(name, target)))
             fails = engine == "vllm" or benchmark.mode == "likelihood"
             beyond = "fail" if fails else "more than the model was made for"
             yield Span(f"prompt of {name}", len(rows[name]), lengths, *_limit(config, engine, reply), beyond)
