@@ -33,6 +33,14 @@ Check = Annotated[
         "engine; for --views, on one vLLM server.",
     ),
 ]
+Gguf = Annotated[
+    Path | None,
+    typer.Option(
+        "--gguf",
+        metavar="LLAMA_CPP",
+        help="Also write GGUF files for llama.cpp and Ollama, by the converters in this clone of llama.cpp.",
+    ),
+]
 Push = Annotated[
     str | None,
     typer.Option(
@@ -55,11 +63,13 @@ def command(
     base_dtype: Annotated[
         bool, flag("--base-dtype", help="Cast the adapter to the data type of the base model.")
     ] = False,
+    llama_cpp: Gguf = None,
     prompts: Check = 0,
     repository: Push = None,
     set_: Overrides = None,
 ) -> None:
     from stages import export as exporting
+    from stages import gguf
 
     settings, steps = plan_of(config, set_)
     modes = settings.eval.modes
@@ -69,6 +79,8 @@ def command(
     _check_options(target, merged, base_dtype, views)
     if target == "sft2" and settings.sft.rounds == 1:
         raise ConfigError("--target sft2: SFT has one round", "--set sft.rounds=2")
+    if llama_cpp:
+        gguf.check(llama_cpp)
     targets = list(modes.values()) if views else [target]
     if not {TRAINED[name] for name in targets} <= set(steps):
         raise missing_path_error()
@@ -80,13 +92,13 @@ def command(
     if views:
         if prompts and not importlib.util.find_spec("vllm"):
             raise ConfigError("--views --check needs vLLM, which is not installed", "leave out --check")
-        exporting.write_views(trained, settings, folder, base_dtype, evaluated)
+        exporting.write_views(trained, settings, folder, base_dtype, evaluated, llama_cpp)
         names = ", ".join(f"{mode} ({name})" for mode, name in modes.items())
         terminal.say(f"{folder}: {names}; the command that serves both is in {folder / 'README.md'}")
         check = exporting.check_views(trained, settings, folder, prompts, terminal.say)
     else:
         form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
-        exporting.write(trained[target], settings, folder, form, base_dtype, evaluated)
+        exporting.write(trained[target], settings, folder, form, base_dtype, evaluated, llama_cpp)
         terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
         check = exporting.check(trained[target], settings, folder, form, prompts, terminal.say)
     for row in check if prompts else ():  # a generator: it begins only here

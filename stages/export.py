@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages import gguf
 from stages.config import Config, ModelSection
 from stages.data.rows import read
 from stages.engines import Completion, Engine, EngineCache, EngineSpec, GenerateRequest, Sampling
@@ -32,12 +33,14 @@ def write(
     form: Form,
     base_dtype: bool = False,
     evaluated: Sequence[Artifact] = (),
+    llama_cpp: Path | None = None,
 ) -> None:
     """Write the adapter of a committed sft or rl artifact into `out`, or the merged model with its tokenizer.
 
     Either comes with a README.md. base_dtype: cast the adapter's float32 weights to the dtype of the base
     model. evaluated: the evaluations, for the card and, where the data set is on the hub, `.eval_results/`.
-    OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged.
+    llama_cpp: a clone of llama.cpp, to write GGUF files, too; see `gguf.write`. OutputError if `out` exists;
+    ConfigError for a trained prompt, which cannot be merged.
     """
     if form == "merged" and config.baseline is not None and config.baseline.trains_prompt:
         raise ConfigError(
@@ -46,6 +49,9 @@ def write(
     with _building(out, evaluated) as partial:
         _fill(partial, artifact, config, form, base_dtype)
         text = card(artifact, form, partial, evaluated, base_dtype)
+        if llama_cpp:
+            view = view_of(artifact)
+            text += gguf.write(partial, {view.target: (view, partial)}, config, llama_cpp)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -55,6 +61,7 @@ def write_views(
     out: Path,
     base_dtype: bool = False,
     evaluated: Sequence[Artifact] = (),
+    llama_cpp: Path | None = None,
 ) -> None:
     """Write `fast/`, the adapter of SFT, and `slow/`, that of RL or of SFT's second round, with a card.
 
@@ -71,6 +78,9 @@ def write_views(
             (partial / name).mkdir()
             _fill(partial / name, artifact, config, "adapter", base_dtype)
         text = card_of_views(views, partial, evaluated)
+        if llama_cpp:
+            modes = {name: (view, partial / name) for name, view in views_of(config).items()}
+            text += gguf.write(partial, modes, config, llama_cpp)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
