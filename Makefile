@@ -86,7 +86,7 @@ reference: $(READY) ## Write the guide's reference pages and schemas from the co
 	$(BIN)/python tests/reference.py
 
 docs: $(READY) ## Build the guide as a site: site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict
 
 dist: $(READY) ## Build the source archive and the wheel into dist/
 	rm -rf dist
