@@ -26,6 +26,7 @@ FLOORS = (  # from the ground up; a room may use those below it and itself
     ORDER,
     ("init", "sweep"),
     ("report",),
+    ("gguf",),
     ("ask", "export", "serve"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
