@@ -81,6 +81,7 @@ check: $(READY) docs ## Lint, format, types, sizes, words, and the guide: is it 
 	$(BIN)/python tests/sizes.py
 	$(BIN)/python tests/words.py
 	$(BIN)/python tests/reference.py --check
+	$(BIN)/python benchmarks/replicates.py --check
 
 reference: $(READY) ## Write the guide's reference pages and schemas from the code
 	$(BIN)/python tests/reference.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -119,8 +120,17 @@ def _fill(folder: Path, artifact: Artifact, config: Config, form: Form, base_dty
         return
     shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
     cancellation.rewrite(folder, folder)  # whoever serves it may round it to 16 bits
+    if not config.model.may_be_on_hub:
+        _name_base(folder / "adapter_config.json", Path(config.model.name))
     if base_dtype:
         _cast(folder / adapter.ADAPTER, config.model)
+
+
+def _name_base(file: Path, base: Path) -> None:
+    """Write the base folder's whole path into PEFT's file: the adapter then loads from any folder."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str(base.absolute())
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _cast(file: Path, model: ModelSection) -> None:

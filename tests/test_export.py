@@ -46,8 +46,14 @@ def another(begun):
 
 
 def same_files(folder: Path, artifact: Artifact) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (folder / name).read_bytes() == (artifact.path / "adapter" / name).read_bytes()
+    weights, settings = "adapter_model.safetensors", "adapter_config.json"
+    assert (folder / weights).read_bytes() == (artifact.path / "adapter" / weights).read_bytes()
+    exported, trained = (
+        json.loads((path / settings).read_text()) for path in (folder, artifact.path / "adapter")
+    )
+    base = Path(exported.pop("base_model_name_or_path"))
+    assert base.is_absolute() and base == Path(trained.pop("base_model_name_or_path")).absolute()
+    assert exported == trained
 
 
 def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):

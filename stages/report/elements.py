@@ -137,8 +137,7 @@ def importance_by_system(config: Config, score: Artifact, masks: Artifact, title
     ]
     facts.append(f"Jaccard index {summary['jaccard']:.3f}{_expected_jaccard(config, score)}")
     text = f"{title}: {', '.join(facts)}." if title else f"{', '.join(facts)}."
-    red, blue, purple = figures.PALETTE[4], figures.PALETTE[0], figures.PALETTE[3]
-    svg = figures.svg(figures.scatter(groups, [red, blue, purple], title))
+    svg = figures.svg(figures.scatter(groups, title))
     return Picture(svg, f"Importance by system. {text}", text)
 
 

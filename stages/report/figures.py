@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +22,13 @@ INK = "#010203"
 STYLES = ("-", "--", ":", "-.")
 """Line styles, for figures with more lines than colours."""
 PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
+OWN = {
+    "base": PALETTE[5], "init": PALETTE[5],
+    "system 1": PALETTE[0], "system 1 only": PALETTE[0], "sft": PALETTE[0],
+    "system 2": PALETTE[4], "system 2 only": PALETTE[4], "sft2": PALETTE[4], "rl": PALETTE[4],
+    "shared by both": PALETTE[3], "auto": PALETTE[3],
+}  # fmt: skip
+"""Name in lower case → colour of a system, and of the target or the elements that are its own."""
 STYLE: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "figure.facecolor": "none",
@@ -55,6 +63,13 @@ def _new(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def colours(names: Iterable[str]) -> list[str]:
+    """Return a colour for each series: its own, the same in every figure, or one that no other has here."""
+    own = [OWN.get(name.lower(), "") for name in names]
+    others = cycle([colour for colour in PALETTE if colour not in own])
+    return [colour or next(others) for colour in own]
+
+
 @rc_context(STYLE)
 def dot_plot(
     rows: list[str], series: dict[str, dict[str, Value]], published: dict[str, dict[str, float]],
@@ -66,8 +81,7 @@ def dot_plot(
     """
     figure, axes = _new(width, 0.9 + 0.2 * len(rows) * max(1, len(series)))
     step = 0.8 / max(1, len(series))
-    for number, (name, values) in enumerate(series.items()):
-        colour = PALETTE[number % len(PALETTE)]
+    for number, (colour, (name, values)) in enumerate(zip(colours(series), series.items(), strict=True)):
         heights = {row: -i - number * step for i, row in enumerate(rows)}
         for row, value in values.items():
             if ends := _ends(value):
@@ -107,8 +121,7 @@ def line_plot(
     """
     figure, axes = _new(width, 3.6 * width / 6.4)
     names = list(dict.fromkeys([*series, *published]))
-    for number, name in enumerate(names):
-        colour = PALETTE[number % len(PALETTE)]
+    for colour, name in zip(colours(names), names, strict=True):
         points = sorted(series.get(name, []), key=lambda point: (point[0], point[1].mean))
         for at, value in points:
             if ends := _ends(value):
@@ -129,13 +142,13 @@ def line_plot(
 
 
 @rc_context(STYLE)
-def scatter(groups: dict[str, tuple[list[float], list[float]]], colours: list[str], title: str) -> Figure:
+def scatter(groups: dict[str, tuple[list[float], list[float]]], title: str) -> Figure:
     """Scatter the points of each group on logarithmic axes. All values must be positive.
 
     groups: name → first values, second values.
     """
     figure, axes = _new(4.9, 3.4)
-    for (name, (first, second)), colour in zip(groups.items(), colours, strict=True):
+    for (name, (first, second)), colour in zip(groups.items(), colours(groups), strict=True):
         # Rasterized: thousands of dots as SVG elements would take megabytes.
         axes.scatter(first, second, s=3, color=colour, alpha=0.35, linewidths=0, rasterized=True)
         axes.scatter([], [], s=14, color=colour, label=name)
@@ -179,7 +192,7 @@ def cumulative_curves(curves: dict[str, Curve], nulls: dict[str, dict[str, Curve
     curves: by name. nulls: what chance gives for some of them by each of two nulls, in the same colours.
     """
     figure, axes = _new(4.4, 3.4)
-    for colour, (name, curve) in zip(PALETTE, curves.items(), strict=False):
+    for colour, (name, curve) in zip(colours(curves), curves.items(), strict=True):
         chance = [
             (f"{name}, {null}", style, drawn[name])
             for style, (null, drawn) in zip(("--", ":"), nulls.items(), strict=False)

@@ -404,7 +404,7 @@ def test_curves_and_dots_have_their_axes():
     measured = ([25, 100], [90, 100])
     assert lines == [measured, ([100], [50]), ([50], [25]), measured, ([0, 1], [90, 90])]
     assert [elements._share_reaching(theta, curve) for theta in (0.9, 0.94)] == ["25 %", "55 %"]
-    (axes,) = figures.scatter({"a": ([0.1], [0.2])}, ["red"], "t").axes
+    (axes,) = figures.scatter({"a": ([0.1], [0.2])}, "t").axes
     assert axes.collections[0].get_offsets().tolist() == [[0.1, 0.2]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("System 1 importance", "System 2 importance")
 
@@ -450,3 +450,9 @@ def test_a_comparison_without_a_p_value_counts_in_the_correction():
     for other in (None, Value(0.1, [0.1, 0.1], 100, True, None)):
         incomplete = Results(None, {}, {first: value, second: other}, Artifacts(), {})
         assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}
+
+
+def test_a_system_and_its_target_have_one_colour_that_no_other_series_takes():
+    before, after = figures.colours(["base", "sft", "rl", "oracle"]), figures.colours(["System 2", "System 1"])
+    assert before[1:3] == after[::-1] and len({*before, *after}) == 4
+    assert len(set(figures.colours(map(str, range(6))))) == 6

@@ -1,0 +1,143 @@
+"""Figures of the demo's replicates, recomputed from the graded answer to each item.
+
+python benchmarks/replicates.py                        write the tables into docs/results/demo.md
+python benchmarks/replicates.py --check                fail if they stand there otherwise (`make check`)
+python benchmarks/replicates.py --add 53 runs/r53      keep the answers of a run of the demo as replicate 53
+
+An arm is a target of eval, with ` int8` behind it where RL sampled in 8 bits.
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.evaluation.statistics import over_replicates, p_value, paired_difference, paired_p
+
+ROOT = Path(__file__).parent.parent
+ITEMS = ROOT / "docs/results/demo-items.json.gz"
+PAGE = ROOT / "docs/results/demo.md"
+BEGIN, END = "<!-- Written by benchmarks/replicates.py -->\n\n", "\n<!-- end -->"
+Arm = dict[str, Any]
+"""`right`: for each item 1 or 0; `tokens` of each answer; `cut`: answers that did not end."""
+Replicate = dict[str, Any]
+"""`system` of each item, 1 or 2, and the `arms` by name, whose items are the first ones of these."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--add", nargs=2, metavar=("K", "RUN"))
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    kept: dict[str, Replicate] = json.loads(gzip.decompress(ITEMS.read_bytes())) if ITEMS.exists() else {}
+    if arguments.add:
+        add(kept, arguments.add[0], Path(arguments.add[1]))
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    written = head + BEGIN + "\n".join([*tables(kept), ""]) + END + rest.partition(END)[2]
+    if arguments.check and written != page:
+        sys.exit(f"{PAGE.name} says other things than {ITEMS.name}: run benchmarks/replicates.py")
+    PAGE.write_text(written, encoding="utf-8")
+
+
+def add(kept: dict[str, Replicate], k: str, run: Path) -> None:
+    """Keep the answers of each evaluation of a run on the benchmark `demo`."""
+    replicate = kept.setdefault(k, {"system": [], "arms": {}})
+    ids: list[str] = []
+    for file in sorted(run.glob("eval/*/manifest.json")):
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        target, _, benchmark = manifest["variant"].partition("@")
+        if benchmark != "demo":
+            continue
+        with (file.parent / "samples.jsonl").open(encoding="utf-8") as lines:
+            samples = [json.loads(line) for line in lines]
+        of_arm = [sample["id"] for sample in samples]
+        if ids[: len(of_arm)] != of_arm[: len(ids)]:
+            sys.exit(f"{file.parent}: these are other items")
+        if len(of_arm) > len(ids):
+            ids, replicate["system"] = of_arm, [sample["system"] for sample in samples]
+        in_8_bits = target in ("rl", "auto") and manifest["provenance"]["config"]["rl"]["rollouts"]["int8"]
+        replicate["arms"][f"{target} int8" if in_8_bits else target] = {
+            "right": [int(sample["correct"]) for sample in samples],
+            "tokens": [sample["tokens"] for sample in samples],
+            "cut": sum(sample["outcome"] == "truncated" for sample in samples),
+        }
+    text = json.dumps(dict(sorted(kept.items())), separators=(",", ":"))
+    ITEMS.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def tables(kept: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown: each replicate's accuracies, then contrasts over replicates."""
+    titles = ("k", "base, four shots (cut)", *MODES, f"tokens: {', '.join(MODES)}", "better on its own kind")
+    yield f"| {' | '.join(titles)} |"
+    yield "|---" * len(titles) + "|"
+    for k, replicate in kept.items():
+        arms = replicate["arms"]
+        shown = [_by_system(replicate, name) for name in ("sft", "rl", "auto")]
+        lengths = ", ".join(f"{statistics.mean(arms[name]['tokens']):.1f}" for name in ("sft", "rl", "auto"))
+        base = f"{_percent(arms['base']['right'])} ({arms['base']['cut']} of {len(arms['base']['right'])})"
+        yield f"| {k} | {base} | {' | '.join(shown)} | {lengths} | {_specialised(replicate)} |"
+    yield ""
+    yield "| contrast, in points | by replicate | mean |"
+    yield "|---|---|---|"
+    for name, arm, other in CONTRASTS:
+        if differences := [
+            _difference(r, arm, other) for r in kept.values() if {arm, *other} <= set(r["arms"])
+        ]:
+            by_replicate = ", ".join(f"{difference:+.1f}" for difference in differences)
+            yield f"| {name} | {by_replicate} | {_mean(differences)} |"
+
+
+MODES = ("fast", "slow", "`auto`")
+CONTRASTS = (
+    ("`auto` minus the better mode", "auto", ("sft", "rl")),
+    ("slow minus SFT under slow's message: RL's own", "rl", ("rl-1",)),
+    ("slow, rollouts in 8 bits minus float32", "rl int8", ("rl",)),
+    ("`auto`, the same", "auto int8", ("auto",)),
+)
+"""What is compared: its name, the arm, and the arms of which the best one is subtracted."""
+
+
+def _difference(replicate: Replicate, arm: str, others: tuple[str, ...]) -> float:
+    right = {name: replicate["arms"][name]["right"] for name in (arm, *others)}
+    best = max(others, key=lambda name: sum(right[name]))
+    return 100 * paired_difference(right[best], right[arm])[0]
+
+
+def _mean(differences: list[float]) -> str:
+    mean, interval = statistics.mean(differences), over_replicates(differences)
+    if interval is None or interval.p is None:
+        return f"{mean:+.1f}"
+    return f"{mean:+.1f} [{interval.low:.1f}, {interval.high:.1f}], {p_value(interval.p)}"
+
+
+def _specialised(replicate: Replicate) -> str:
+    """p of the paired tests that fast is better on System 1 and slow on System 2; `no` where it is not."""
+    fast, slow = (replicate["arms"][name]["right"] for name in ("sft", "rl"))
+    shown = []
+    for system, better, worse in ((1, fast, slow), (2, slow, fast)):
+        of_better, of_worse = (_of(replicate, system, right) for right in (better, worse))
+        shown.append(p_value(paired_p(of_worse, of_better)) if sum(of_better) > sum(of_worse) else "no")
+    return ", ".join(shown)
+
+
+def _of(replicate: Replicate, system: int, right: list[int]) -> list[int]:
+    return [answer for answer, of in zip(right, replicate["system"], strict=False) if of == system]
+
+
+def _percent(right: list[int]) -> str:
+    return f"{100 * statistics.mean(right):.1f}"
+
+
+def _by_system(replicate: Replicate, name: str) -> str:
+    """Accuracy in per cent, and in brackets that of System 1 and System 2 items."""
+    right = replicate["arms"][name]["right"]
+    return f"{_percent(right)} ({', '.join(_percent(_of(replicate, system, right)) for system in (1, 2))})"
+
+
+if __name__ == "__main__":
+    main()
