@@ -215,6 +215,10 @@ def _print_reading(reading: OwnRows, file: str) -> None:
 
     if reading.columns:
         print(f"{file}: " + ", ".join(f"{name} is {column}" for name, column in reading.columns.items()))
+    if unread := reading.unread:
+        few = f"a final answer can be read from {unread.having} of {unread.of} rows, too few to use any"
+        terminal.write(f"{few}; not, for example, from: {unread.first}")
+        print(f"({RULE}); a column that has them: --columns gold=COLUMN")
     if reading.golds:
         print(f"final answers, read from {len(reading.golds)} rows ({RULE}); others: --columns gold=COLUMN")
         for text, gold in reading.golds[:SHOWN]:

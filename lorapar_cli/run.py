@@ -118,7 +118,7 @@ def _next(settings: Config, requested: Collection[str], arguments: str) -> str:
     modes = settings.eval.modes.values()
     target = "" if settings.eval.modes["slow"] in trained else f" --target {trained[-1]}"
     views = " (--views: both modes)" if set(modes) <= set(trained) and settings.served_by_vllm else ""
-    return f"{report}, or lorapar export {arguments} DIR{target}{views}"
+    return f"{report}, lorapar ask {arguments}, or lorapar export {arguments} DIR{target}{views}"
 
 
 def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:

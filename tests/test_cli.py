@@ -66,7 +66,8 @@ def test_help_loads_nothing_but_itself_and_lists_every_command(monkeypatch, caps
 def test_a_run_names_the_next_commands_that_can_work(smoke, settings, said):
     config = resolved(smoke(*settings))
     commands = _next(config, ancestors(config, plan_steps(config), None), "c.yaml")
-    assert commands == f"lorapar report c.yaml --out report{said}"
+    asks = said and ", lorapar ask c.yaml"
+    assert commands == f"lorapar report c.yaml --out report{asks}{said}"
 
 
 def test_quick_commands_load_nothing_heavy(config, begun):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stages.errors import ConfigError, DataError
-from stages.init.own_rows import final_answer, own_rows
+from stages.init.own_rows import Unread, final_answer, own_rows
 from stages.records import read_jsonl
 
 TEXTS = [
@@ -42,6 +42,17 @@ TEXTS = [
     ("New York City.", "New York City"),
     ("Please reset your password in the settings.", None),
     ("First multiply.\nThen add: 12.", None),
+    # the end of a longer text
+    ("We ship 17*2=34 lamps. 22 come back, so 34-22=12. The total is 12 lamps.", "12"),
+    ("There are 3 boxes of 4 pens.\n3 * 4 = 12\nSo Tom has 3 * 4 = 12 pens.", "12"),
+    ("He pays 20 and gets 2 back. Hence it costs $18.", "$18"),
+    ("France borders Spain, and its largest city lies on the Seine. The answer is Paris.", "Paris"),
+    (
+        "Standard shipping takes 5 days and costs nothing. It is free for orders above $50 in summer.",
+        None,
+    ),
+    ("Take 5 of the 12 boxes to the store, and so on. So 5 or 7 boxes are left.", None),
+    ("Open the settings of the account and look for the switch. That makes it work again.", None),
     ("", None),
 ]
 
@@ -72,6 +83,10 @@ FILES = {
     "labels.csv": (
         "text,label\nHow was it? Great.,positive\nHow was it? Bad.,negative\n",
         "positive negative",
+    ),
+    "worked.csv": (
+        "ID,Prompt,Completion\n1,Is it open?,Yes\n2,How many?,We ship 34. 22 come back. So 34-22=12.\n",
+        "Yes 12",
     ),
     "chat.jsonl": ('{"user": "Is it warm?", "assistant": "Yes, it is 25 degrees."}\n', "yes"),
 }
@@ -106,6 +121,19 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
         {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
     ]
     assert not own.golds, "the person has said it"
+    english = tmp_path / "english.csv"
+    english.write_text("Ticket,Prompt,Completion\n1,How many?,Many of 12\n", encoding="utf-8")
+    own = own_rows(str(english), tmp_path, {"gold": "completion"}, [])
+    assert [row for _, row in read_jsonl(Path(own.path))] == [
+        {"Ticket": "1", "question": "How many?", "gold": "Many of 12"}
+    ]
+
+
+def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
+    file = tmp_path / "mixed.csv"
+    file.write_text("Prompt,Completion\nOpen?,yes\nHow?,Press the red button twice then wait for it\n")
+    own = own_rows(str(file), tmp_path, {}, [])
+    assert own.unread == Unread(1, 2, "Press the red button twice then wait for it") and not own.golds
 
 
 def test_rows_that_are_fine_stay_where_they_are(tmp_path):

@@ -134,8 +134,14 @@ def drop_duplicates(located: list[tuple[str, Example]], source: SourceSection) -
     if repeated and source.duplicates == "error":
         raise data_error("duplicate id", repeated, "take the first of each: duplicates: first")
     if repeated:
-        log.info("%s: %d repeated rows left out", source.path, len(repeated))
+        _say_repeated(str(source.path), len(repeated))
     return [example for _, example in first.values()]
+
+
+@functools.cache
+def _say_repeated(path: str, number: int) -> None:
+    """Say so once in a process, however often the rows are read."""
+    log.info("%s: %d repeated rows left out", path, number)
 
 
 def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:

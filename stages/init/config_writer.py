@@ -270,7 +270,7 @@ def _benchmark(name: str, test: BenchmarkSection, limits: dict[str, Any], why: s
     if "split" in test.model_fields_set:
         yield Choice(f"{section}.split", test.split, "not the rows that are trained")
     if test.duplicates == "first":
-        yield Choice(f"{section}.empty", "drop", "some rows are empty or repeat one before")
+        yield Choice(f"{section}.empty", "drop", "as of the rows that are trained")
         yield Choice(f"{section}.duplicates", "first")
     defaults = benchmarks.pick(test.kind).DEFAULTS
     if defaults.get("shots"):

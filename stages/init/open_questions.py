@@ -30,9 +30,9 @@ def _about_rows(profile: DataProfile) -> Iterator[str]:
     unverifiable, total = profile.answers["none"], profile.answers.total()
     if profile.unverifiable:
         yield (
-            "no row has a verifiable answer (a field gold, or #### and the answer at its end), so there is "
-            "no RL. With a reward of your own there can be, or with the weak text_overlap: rl.rewards, "
-            "eval.targets: [base, sft, rl] and sft.rounds: 1"
+            "no row has a verifiable answer (a field gold, --columns gold=COLUMN, or #### and the answer at "
+            "its end), so there is no RL. With a reward of your own there can be, or with the weak "
+            "text_overlap: rl.rewards, eval.targets: [base, sft, rl] and sft.rounds: 1"
         )
     elif unverifiable:
         instead = (

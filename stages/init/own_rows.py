@@ -31,7 +31,10 @@ SHARE = 0.8
 """Share of the rows whose answers must be short ones, or none is read from them."""
 WORDS, FEW = 14, 3
 """Most words of a sentence that holds an answer, and of an answer that is one as a whole."""
-RULE = "the number or date of a short sentence, its yes or no, a letter, or all of at most 3 words"
+RULE = (
+    "the number or date of a short sentence, or of the last one of a longer text, as in `So 12 are left.`; a "
+    "yes or no at the beginning; a letter; or all of at most 3 words"
+)
 MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _DATE = re.compile(
     r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
@@ -50,7 +53,25 @@ _BEFORE = re.compile(
     r"totals?|of|to|in|for|at|by|about|exactly|only|within|until)\s+)(?:(?:a|the|about|exactly|only)\s+)?$",
     re.IGNORECASE,
 )
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+"""What stands between two sentences."""
+_CONCLUDES = re.compile(
+    r"^(?:so|thus|therefore|hence|altogether|in total|in all|(?:that|this) (?:is|makes|leaves))\b|"
+    r"\b(?:answer|result|total|sum|remainder|difference|altogether|left|remain(?:s|ing)?)\b",
+    re.IGNORECASE,
+)
+_NAMES_ANSWER = re.compile(r"\banswer(?:\s+is|\s*:)\s*(.+)$", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−]?(?:(?:USD|[$€£¥₹])\s?)?\d[\d,]*(?:\.\d+)?(?:\s?%|\s?[€£]|\s?/\s?\d+)?")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Why no final answers were read: too few rows have one."""
+
+    having: int
+    of: int
+    first: str
+    """The text of the first row that has none."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,7 @@ class OwnRows:
     """Field → column, where they have other names."""
     golds: list[tuple[str, str]] = field(default_factory=list)
     """The texts of rows from which a final answer was read, with it."""
+    unread: Unread | None = None
 
 
 def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[Path]) -> OwnRows:
@@ -76,16 +98,18 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
     rows = [row for _, row in raw_rows(source)]
     renamed = _columns(path, rows[0], columns)
     rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
-    golds = _golds(rows)
+    golds, unread = _golds(rows)
     if not renamed and not golds:
-        return OwnRows(path)
+        return OwnRows(path, unread=unread)
     for number, (_, gold) in golds.items():
         rows[number]["gold"] = gold
     file = folder / f"{Path(path).name.split('.')[0]}-rows.jsonl"
     written += [] if file.exists() else [file]
     with whole_files([file], "write elsewhere: --out FOLDER/rows.yaml") as (new,):
         write_jsonl(new, rows)
-    return OwnRows(str(file), {name: column for column, name in renamed.items()}, list(golds.values()))
+    return OwnRows(
+        str(file), {name: column for column, name in renamed.items()}, list(golds.values()), unread
+    )
 
 
 def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
@@ -98,27 +122,25 @@ def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
                 f"--columns {name}={column}: no such column", f"those of {path}: {', '.join(row)}"
             )
         chosen[original] = name
-    if chosen:
-        return chosen
     try:
-        formats.detect(path, dict(row))
-        return {}
+        formats.detect(path, {chosen.get(name, name): value for name, value in row.items()})
+        return chosen
     except DataError as error:
-        columns_of = {
-            name: next((by_name[n] for n in names if n in by_name), None) for name, names in NAMES.items()
-        }
-        question, answer = columns_of["question"], columns_of["answer"]
-        if not question or not (answer or "gold" in by_name):
+        free = {name: column for name, column in by_name.items() if column not in chosen}
+        columns = {name: column for column, name in chosen.items()}
+        for name, usual in {**NAMES, "gold": ("gold",)}.items():
+            if present := [free[other] for other in usual if other in free]:
+                columns.setdefault(name, present[0])
+        if "question" not in columns or not {"answer", "gold"} & set(columns):
             raise DataError(
                 f"{path}: which column asks, and which answers? It has {', '.join(row)}",
                 "--columns question=NAME,answer=NAME",
             ) from error
-        columns = {question: "question", by_name.get("gold", ""): "gold", answer: "answer"}
-        return {str(column): name for column, name in columns.items() if column}
+        return {column: name for name, column in columns.items()}
 
 
-def _golds(rows: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
-    """Row → its response and the final answer in it, if SHARE of the rows that need one have one.
+def _golds(rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], Unread | None]:
+    """Row → its response and the final answer in it; none, and why, if fewer than SHARE of the rows have one.
 
     None are needed where each response is its answer: `read_rows` knows that by itself.
     """
@@ -130,17 +152,32 @@ def _golds(rows: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
             texts[number] = question, str(row[name]).strip()
     responses = [response for _, response in texts.values()]
     if all(map(is_answer, responses)) or any(map(gold_from_response, responses)):
-        return {}
+        return {}, None
     golds = {
         n: (text, gold) for n, (question, text) in texts.items() if (gold := final_answer(text, question))
     }
-    return golds if len(golds) >= SHARE * len(texts) else {}
+    if len(golds) >= SHARE * len(texts):
+        return golds, None
+    first = next(text for n, (_, text) in texts.items() if n not in golds)
+    return {}, Unread(len(golds), len(texts), first)
 
 
 def final_answer(text: str, question: str = "") -> str | None:
-    """The final answer that a short text is, or has, as a person would say it (RULE); None if it has none."""
+    """The final answer that a text is, or has, as a person would say it (RULE); None if it has none."""
+    if "\n" not in (text := text.strip()) and (answer := _of_sentence(text, question)):
+        return answer
+    *before, last = _SENTENCE.split(text)
+    if before and (named := _NAMES_ANSWER.search(last)):
+        return _of_sentence(named[1], "")
+    # What follows the last = is the result.
+    numbers = _NUMBER.findall(last.rpartition("=")[2]) if before and _CONCLUDES.search(last) else []
+    return numbers[0].strip() if len(numbers) == 1 and parse_number(numbers[0]) is not None else None
+
+
+def _of_sentence(text: str, question: str) -> str | None:
+    """The answer that a short text is, or has."""
     text = text.strip()
-    if not text or len(text.split()) > WORDS or "\n" in text:
+    if not text or len(text.split()) > WORDS:
         return None
     if letter := extract_letter(text, leading_only=True):
         return letter

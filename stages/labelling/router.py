@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 64
 """Most training rows of each system that the threshold of a vote is found on."""
-CHOOSE_ANOTHER = "another persona for it is the first of classify.voters, e.g. [{persona: steps}]"
+CHOOSE_ANOTHER = "another persona for it is the first of classify.voters, steps, effort or simplicity"
 PERSONA = "steps"
 """Persona of the router if no voter is the base model itself."""
 

@@ -67,6 +67,7 @@ def blocks(folder: Path) -> list[Grid | Text]:
     report = read_json(folder / "report.json", _Report)
     parts: list[Grid | Text] = [_voters(report.voters)]
     parts.append(Text("weight: share of the voter's probability that falls on its two words"))
+    parts.append(Text("held-out AUC: on rows of known labels (classify.held_out), not on these"))
     parts += [_pairs(report.agreement)] if report.agreement.pairs else []
     parts += _reference(report.known, report.voters) if report.known else []
     parts += [Text("most contested:")] if report.contested else []

@@ -25,7 +25,7 @@ def test_a_voter_without_a_valid_vote(tmp_path):
     voter |= {"invalid": 3, "failed": {"timeout": 1}, "threshold": 0.5}
     report = {"voters": {"judge": voter}, "agreement": {}, "contested": []}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    (text, grid, _) = run_page._label_counts(
+    (text, grid, *_) = run_page._label_counts(
         {"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})}
     )
     assert text.text == "train: 3 examples." and grid.rows == [["judge", "–%", "3", "1", "0.500", "–", ""]]

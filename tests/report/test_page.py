@@ -453,6 +453,7 @@ def test_a_comparison_without_a_p_value_counts_in_the_correction():
 
 
 def test_a_system_and_its_target_have_one_colour_that_no_other_series_takes():
-    before, after = figures.colours(["base", "sft", "rl", "oracle"]), figures.colours(["System 2", "System 1"])
+    before = figures.colours(["base", "sft", "rl", "oracle"])
+    after = figures.colours(["System 2", "System 1"])
     assert before[1:3] == after[::-1] and len({*before, *after}) == 4
     assert len(set(figures.colours(map(str, range(6))))) == 6
