@@ -63,7 +63,7 @@ def add(kept: dict[str, Replicate], k: str, run: Path) -> None:
         in_8_bits = target in ("rl", "auto") and manifest["provenance"]["config"]["rl"]["rollouts"]["int8"]
         replicate["arms"][f"{target} int8" if in_8_bits else target] = {
             "right": [int(sample["correct"]) for sample in samples],
-            "tokens": [sample["tokens"] for sample in samples],
+            "tokens": [sample["extra"]["tokens"] for sample in samples],
             "cut": sum(sample["outcome"] == "truncated" for sample in samples),
         }
     text = json.dumps(dict(sorted(kept.items())), separators=(",", ":"))
