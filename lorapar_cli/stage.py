@@ -79,6 +79,7 @@ def command_of(stage: Stage) -> Callable[..., None]:
 def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json: bool) -> None:
     """Make steps of one stage for its command, in several processes if its `launch` asks for them."""
     launch.check_key(steps)
+    launch.check_started(settings, steps[0].stage)
     store = Store(settings.root)
     launcher = launch.section(settings, steps[0].stage)
     if launcher and (force or not all(current_artifact(store, step) for step in steps)):

@@ -72,7 +72,10 @@ def write_views(
     """
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
-        raise ConfigError(f"--views are served by vLLM, which cannot serve {cause}")
+        raise ConfigError(
+            f"--views are served by vLLM, which cannot serve {cause}",
+            "a mode at a time, --target sft, then the slow one, with --merged (vLLM) or --gguf (llama.cpp)",
+        )
     with _building(out, evaluated) as partial:
         views = {name: trained[view.target] for name, view in views_of(config).items()}
         for name, artifact in views.items():

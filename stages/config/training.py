@@ -120,8 +120,11 @@ class ScoreSection(Section):
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         functions = functions_in(self.scorer_file, SCORER_FILE) if self.scorer_file and registries else {}
         if registries and self.scorer not in functions:
-            as_value_error(partial(registries["scorers"].check, self.scorer))
-        yield from ()
+            try:
+                as_value_error(partial(registries["scorers"].check, self.scorer))
+            except ValueError as error:
+                own = f"; {self.scorer_file} has: {', '.join(functions)}" if functions else ""
+                yield f"{error}{own}"
 
 
 BY_DENSITY = ("topk", "topk_within", "random_half")

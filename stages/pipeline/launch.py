@@ -32,6 +32,20 @@ def section(config: Config, stage: Stage) -> LaunchSection | None:
     return launch if launch and launch.is_distributed and not distributed.launched() else None
 
 
+def check_started(config: Config, stage: Stage) -> None:
+    """Raise ConfigError if a launcher started several processes of a stage that is for one.
+
+    Each would train on all rows, and their sum would have the key of what one trains.
+    """
+    launch = getattr(getattr(config, stage.name), "launch", None)
+    if distributed.world_size() > 1 and not (launch and launch.is_distributed):
+        setting = f"{stage.name}.launch.backend"
+        raise ConfigError(
+            f"{stage.name} was started in {distributed.world_size()} processes, and is for one",
+            f"--set {setting}=ddp" if launch else "start it without torchrun",
+        )
+
+
 def check_key(steps: list[Step]) -> None:
     """Raise ConfigError if the process that started this one expects other artifacts than these steps'."""
     expected = os.environ.get(EXPECTED_KEYS)

@@ -302,7 +302,7 @@ def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
     assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
     with pytest.raises(UnusableResult, match="scorer narrow gave .* no score for each element"):
         make_step(begun(*given, "score.scorer=narrow"), "score")
-    with pytest.raises(ConfigError, match="unknown scorer 'wide'"):
+    with pytest.raises(ConfigError, match="unknown scorer 'wide'.*; .*scorers.py has: mine, narrow"):
         begun(*given, "score.scorer=wide")
     keys = {plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key}
     file.write_text(text.replace("0.5", "0.25"), encoding="utf-8")
