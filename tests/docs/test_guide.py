@@ -49,6 +49,8 @@ def test_every_page_is_in_the_site() -> None:
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
     assert [page for page in pages if f"- {page}\n" not in site] == []
+    [shim] = yaml.safe_load(site)["extra"]["polyfills"]  # without it the search would load another host's
+    assert "iframe-worker" in shim and (ROOT / "docs" / shim).is_file()
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page}-{block.text[:20]!r}")
