@@ -78,10 +78,16 @@ def tables(kept: dict[str, Replicate]) -> Iterator[str]:
     for k, replicate in kept.items():
         arms = replicate["arms"]
         shown = [_by_system(replicate, name) for name in ("sft", "rl", "auto")]
-        lengths = ", ".join(f"{statistics.mean(arms[name]['tokens']):.1f}" for name in ("sft", "rl", "auto"))
+        lengths = ", ".join(f"{_tokens(replicate, name):.1f}" for name in ("sft", "rl", "auto"))
         base = f"{_percent(arms['base']['right'])} ({arms['base']['cut']} of {len(arms['base']['right'])})"
         yield f"| {k} | {base} | {' | '.join(shown)} | {lengths} | {_specialised(replicate)} |"
     yield ""
+    shares = [_tokens(replicate, "auto") / _tokens(replicate, "rl") for replicate in kept.values()]
+    accuracies = [statistics.mean(replicate["arms"]["auto"]["right"]) for replicate in kept.values()]
+    if kept:
+        accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
+        yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.0f} % of slow's tokens."
+        yield ""
     yield "| contrast, in points | by replicate | mean |"
     yield "|---|---|---|"
     for name, arm, other in CONTRASTS:
@@ -127,6 +133,10 @@ def _specialised(replicate: Replicate) -> str:
 
 def _of(replicate: Replicate, system: int, right: list[int]) -> list[int]:
     return [answer for answer, of in zip(right, replicate["system"], strict=False) if of == system]
+
+
+def _tokens(replicate: Replicate, name: str) -> float:
+    return statistics.mean(replicate["arms"][name]["tokens"])
 
 
 def _percent(right: list[int]) -> str:
