@@ -1,15 +1,17 @@
-"""Figures of the demo's replicates, recomputed from the graded answer to each item.
+"""Figures of replicates: the demo's recomputed from the graded answer to each item, others from each replicate.
 
 python benchmarks/replicates.py                        write the tables into docs/results/demo.md
 python benchmarks/replicates.py --check                fail if they stand there otherwise (`make check`)
 python benchmarks/replicates.py --add 53 runs/r53      keep the answers of a run of the demo as replicate 53
 
-An arm is a target of eval, with ` int8` behind it where RL sampled in 8 bits.
+An arm is a target of eval, with ` int8` behind it where RL sampled in 8 bits. `--check` also compares every mean and
+interval that stands beside the values of its replicates in docs/results/found.md.
 """
 
 import argparse
 import gzip
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,13 @@ from stages.evaluation.statistics import over_replicates, p_value, paired_differ
 ROOT = Path(__file__).parent.parent
 ITEMS = ROOT / "docs/results/demo-items.json.gz"
 PAGE = ROOT / "docs/results/demo.md"
+FOUND = PAGE.with_name("found.md")
+VALUES = re.compile(
+    r"\|\s*((?:[-+]?\d+\.\d, ){4,}[-+]?\d+\.\d) \| ([-+]?\d+\.\d) \[([-+]?\d+\.\d), ([-+]?\d+\.\d)\]"
+)
+"""At least five values, their mean, and its interval, in cells of a table."""
+ROUNDING = 0.16
+"""Farthest that a mean or an end may lie from the one of the rounded values."""
 BEGIN, END = "<!-- Written by benchmarks/replicates.py -->\n\n", "\n<!-- end -->"
 Arm = dict[str, Any]
 """`right`: for each item 1 or 0; `tokens` of each answer; `cut`: answers that did not end."""
@@ -42,6 +51,8 @@ def main() -> None:
     if arguments.check and written != page:
         sys.exit(f"{PAGE.name} says other things than {ITEMS.name}: run benchmarks/replicates.py")
     PAGE.write_text(written, encoding="utf-8")
+    if wrong := list(wrong_means(FOUND.read_text(encoding="utf-8"))):
+        sys.exit("\n".join([f"{FOUND.name}:", *wrong]))
 
 
 def add(kept: dict[str, Replicate], k: str, run: Path) -> None:
@@ -68,6 +79,17 @@ def add(kept: dict[str, Replicate], k: str, run: Path) -> None:
         }
     text = json.dumps(dict(sorted(kept.items())), separators=(",", ":"))
     ITEMS.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def wrong_means(page: str) -> Iterator[str]:
+    """Rows of tables whose mean or interval does not follow from the values of their replicates."""
+    for row in VALUES.finditer(page):
+        values = [float(value) for value in row[1].split(", ")]
+        interval = over_replicates(values)
+        computed = [statistics.mean(values), *((interval.low, interval.high) if interval else ())]
+        said = [float(row[number]) for number in (2, 3, 4)]
+        if any(abs(one - other) > ROUNDING for one, other in zip(computed, said, strict=True)):
+            yield f"{row[0]}: computed {', '.join(f'{value:.2f}' for value in computed)}"
 
 
 def tables(kept: dict[str, Replicate]) -> Iterator[str]:
