@@ -1,11 +1,11 @@
-"""Figures of replicates: the demo's recomputed from the graded answer to each item, others from each replicate.
+"""Figures of replicates: the demo's from the grade of each answer, others from the value of each replicate.
 
 python benchmarks/replicates.py                        write the tables into docs/results/demo.md
 python benchmarks/replicates.py --check                fail if they stand there otherwise (`make check`)
 python benchmarks/replicates.py --add 53 runs/r53      keep the answers of a run of the demo as replicate 53
 
-An arm is a target of eval, with ` int8` behind it where RL sampled in 8 bits. `--check` also compares every mean and
-interval that stands beside the values of its replicates in docs/results/found.md.
+An arm is a target of eval, with ` int8` behind it where RL sampled in 8 bits. `--check` also compares every
+mean and interval that stands beside the values of its replicates in docs/results/found.md.
 """
 
 import argparse
@@ -24,9 +24,8 @@ ROOT = Path(__file__).parent.parent
 ITEMS = ROOT / "docs/results/demo-items.json.gz"
 PAGE = ROOT / "docs/results/demo.md"
 FOUND = PAGE.with_name("found.md")
-VALUES = re.compile(
-    r"\|\s*((?:[-+]?\d+\.\d, ){4,}[-+]?\d+\.\d) \| ([-+]?\d+\.\d) \[([-+]?\d+\.\d), ([-+]?\d+\.\d)\]"
-)
+_NUMBER = r"[-+]?\d+\.\d"
+VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_NUMBER}), ({_NUMBER})\]")
 """At least five values, their mean, and its interval, in cells of a table."""
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
