@@ -21,6 +21,9 @@ from stages.report.views import View, prompt_of
 ADAPTER_CONVERTER = "convert_lora_to_gguf.py"
 MODEL_CONVERTER = "convert_hf_to_gguf.py"
 CLONE = "git clone https://github.com/ggml-org/llama.cpp, and name that folder"
+VOCABULARY = b"tokenizer.ggml.model"
+"""Key of the kind of tokenizer, in the first HEADER_BYTES of a GGUF file."""
+HEADER_BYTES = 1 << 20
 QUESTION = "@@question@@"
 """Stands for the question in a rendered prompt."""
 PLAIN = {"peft_type": "LORA", "use_rslora": False, "use_dora": False}
@@ -47,6 +50,7 @@ def write(folder: Path, modes: dict[str, tuple[View, Path]], config: Config, lla
     for _, path in () if merged else modes.values():
         _require_plain(path)
     _convert(llama_cpp / MODEL_CONVERTER, model, "auto", str(base))
+    _check_vocabulary(model, config.model)
     for name, (view, path) in modes.items():
         if not merged:
             adapter = folder / f"{name}.gguf"
@@ -82,6 +86,21 @@ def modelfile(model: str, adapter: str, config: Config, view: View) -> str:
     lines.append(f'TEMPLATE """{template}"""')
     lines += [f"PARAMETER stop {json.dumps(end)}" for end in stop]
     return "\n".join([*lines, "PARAMETER temperature 0", ""])
+
+
+def _check_vocabulary(file: Path, model: ModelSection) -> None:
+    """Raise OutputError if the converter took byte-level BPE for SentencePiece: it would read other tokens."""
+    head = file.open("rb").read(HEADER_BYTES)
+    _, key, rest = head.partition(VOCABULARY)
+    size = int.from_bytes(
+        rest[4:12], "little"
+    )  # after the key comes its type, and before the text its length
+    byte_level = "ByteLevel" in repr(getattr(load_tokenizer(model), "backend_tokenizer", None))
+    if key and byte_level and rest[12 : 12 + size] == b"llama":
+        raise OutputError(
+            f"{MODEL_CONVERTER} takes the tokenizer of {model.name} for SentencePiece, which it is not",
+            "files of the model as its authors publish them may do; those of lorapar fetch do not",
+        )
 
 
 def _require_plain(adapter: Path) -> None:

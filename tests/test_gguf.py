@@ -88,3 +88,15 @@ def test_what_gguf_cannot_hold_and_a_failed_converter_leave_nothing(trained, tmp
         with pytest.raises(ConfigError, match=f"this one has {next(iter(other))}"):
             gguf._require_plain(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "llama.cpp"]
+
+
+def test_a_tokenizer_that_the_converter_takes_for_another_kind_is_said(trained, tmp_path):
+    config, _ = trained
+    file = tmp_path / "base.gguf"
+    for kind in (b"gpt2", b"llama"):
+        length = len(kind).to_bytes(8, "little")
+        file.write_bytes(b"GGUF" + gguf.VOCABULARY + (8).to_bytes(4, "little") + length + kind)
+        if kind == b"gpt2":
+            gguf._check_vocabulary(file, config.model)
+    with pytest.raises(OutputError, match="takes the tokenizer of .* for SentencePiece"):
+        gguf._check_vocabulary(file, config.model)
