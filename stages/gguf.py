@@ -89,12 +89,10 @@ def modelfile(model: str, adapter: str, config: Config, view: View) -> str:
 
 
 def _check_vocabulary(file: Path, model: ModelSection) -> None:
-    """Raise OutputError if the converter took byte-level BPE for SentencePiece: it would read other tokens."""
-    head = file.open("rb").read(HEADER_BYTES)
-    _, key, rest = head.partition(VOCABULARY)
-    size = int.from_bytes(
-        rest[4:12], "little"
-    )  # after the key comes its type, and before the text its length
+    """Raise OutputError if the converter took byte-level BPE for SentencePiece, whose tokens are others."""
+    with file.open("rb") as content:
+        _, key, rest = content.read(HEADER_BYTES).partition(VOCABULARY)
+    size = int.from_bytes(rest[4:12], "little")  # the type, 4 bytes, then the length of the text
     byte_level = "ByteLevel" in repr(getattr(load_tokenizer(model), "backend_tokenizer", None))
     if key and byte_level and rest[12 : 12 + size] == b"llama":
         raise OutputError(
