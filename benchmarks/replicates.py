@@ -107,7 +107,7 @@ def tables(kept: dict[str, Replicate]) -> Iterator[str]:
     accuracies = [statistics.mean(replicate["arms"]["auto"]["right"]) for replicate in kept.values()]
     if kept:
         accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
-        yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.0f} % of slow's tokens."
+        yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.1f} % of slow's tokens."
         yield ""
     yield "| contrast, in points | by replicate | mean |"
     yield "|---|---|---|"
