@@ -41,12 +41,14 @@ def main() -> None:
     parser.add_argument("--add", nargs=2, metavar=("K", "RUN"))
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    kept: dict[str, Replicate] = json.loads(gzip.decompress(ITEMS.read_bytes())) if ITEMS.exists() else {}
+    replicates: dict[str, Replicate] = (
+        json.loads(gzip.decompress(ITEMS.read_bytes())) if ITEMS.exists() else {}
+    )
     if arguments.add:
-        add(kept, arguments.add[0], Path(arguments.add[1]))
+        add(replicates, arguments.add[0], Path(arguments.add[1]))
     page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    written = head + BEGIN + "\n".join([*tables(kept), ""]) + END + rest.partition(END)[2]
+    head, _, tail = page.partition(BEGIN)
+    written = head + BEGIN + "\n".join([*tables(replicates), ""]) + END + tail.partition(END)[2]
     if arguments.check and written != page:
         sys.exit(f"{PAGE.name} says other things than {ITEMS.name}: run benchmarks/replicates.py")
     PAGE.write_text(written, encoding="utf-8")
@@ -54,9 +56,9 @@ def main() -> None:
         sys.exit("\n".join([f"{FOUND.name}:", *wrong]))
 
 
-def add(kept: dict[str, Replicate], k: str, run: Path) -> None:
+def add(replicates: dict[str, Replicate], k: str, run: Path) -> None:
     """Keep the answers of each evaluation of a run on the benchmark `demo`."""
-    replicate = kept.setdefault(k, {"system": [], "arms": {}})
+    replicate = replicates.setdefault(k, {"system": [], "arms": {}})
     ids: list[str] = []
     for file in sorted(run.glob("eval/*/manifest.json")):
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -76,7 +78,7 @@ def add(kept: dict[str, Replicate], k: str, run: Path) -> None:
             "tokens": [sample["extra"]["tokens"] for sample in samples],
             "cut": sum(sample["outcome"] == "truncated" for sample in samples),
         }
-    text = json.dumps(dict(sorted(kept.items())), separators=(",", ":"))
+    text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
     ITEMS.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
@@ -86,35 +88,34 @@ def wrong_means(page: str) -> Iterator[str]:
         values = [float(value) for value in row[1].split(", ")]
         interval = over_replicates(values)
         computed = [statistics.mean(values), *((interval.low, interval.high) if interval else ())]
-        said = [float(row[number]) for number in (2, 3, 4)]
-        if any(abs(one - other) > ROUNDING for one, other in zip(computed, said, strict=True)):
+        printed = [float(row[number]) for number in (2, 3, 4)]
+        if any(abs(value - figure) > ROUNDING for value, figure in zip(computed, printed, strict=True)):
             yield f"{row[0]}: computed {', '.join(f'{value:.2f}' for value in computed)}"
 
 
-def tables(kept: dict[str, Replicate]) -> Iterator[str]:
+def tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     """Lines of Markdown: each replicate's accuracies, then contrasts over replicates."""
     titles = ("k", "base, four shots (cut)", *MODES, f"tokens: {', '.join(MODES)}", "better on its own kind")
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
-    for k, replicate in kept.items():
+    for k, replicate in replicates.items():
         arms = replicate["arms"]
-        shown = [_by_system(replicate, name) for name in ("sft", "rl", "auto")]
+        accuracies_by_mode = [_by_system(replicate, name) for name in ("sft", "rl", "auto")]
         lengths = ", ".join(f"{_tokens(replicate, name):.1f}" for name in ("sft", "rl", "auto"))
         base = f"{_percent(arms['base']['right'])} ({arms['base']['cut']} of {len(arms['base']['right'])})"
-        yield f"| {k} | {base} | {' | '.join(shown)} | {lengths} | {_specialised(replicate)} |"
+        yield f"| {k} | {base} | {' | '.join(accuracies_by_mode)} | {lengths} | {_specialised(replicate)} |"
     yield ""
-    shares = [_tokens(replicate, "auto") / _tokens(replicate, "rl") for replicate in kept.values()]
-    accuracies = [statistics.mean(replicate["arms"]["auto"]["right"]) for replicate in kept.values()]
-    if kept:
+    shares = [_tokens(replicate, "auto") / _tokens(replicate, "rl") for replicate in replicates.values()]
+    accuracies = [statistics.mean(replicate["arms"]["auto"]["right"]) for replicate in replicates.values()]
+    if replicates:
         accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
         yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.1f} % of slow's tokens."
         yield ""
     yield "| contrast, in points | by replicate | mean |"
     yield "|---|---|---|"
-    for name, arm, other in CONTRASTS:
-        if differences := [
-            _difference(r, arm, other) for r in kept.values() if {arm, *other} <= set(r["arms"])
-        ]:
+    for name, arm, references in CONTRASTS:
+        complete = [r for r in replicates.values() if {arm, *references} <= set(r["arms"])]
+        if differences := [_difference(replicate, arm, references) for replicate in complete]:
             by_replicate = ", ".join(f"{difference:+.1f}" for difference in differences)
             yield f"| {name} | {by_replicate} | {_mean(differences)} |"
 
@@ -129,9 +130,9 @@ CONTRASTS = (
 """What is compared: its name, the arm, and the arms of which the best one is subtracted."""
 
 
-def _difference(replicate: Replicate, arm: str, others: tuple[str, ...]) -> float:
-    right = {name: replicate["arms"][name]["right"] for name in (arm, *others)}
-    best = max(others, key=lambda name: sum(right[name]))
+def _difference(replicate: Replicate, arm: str, references: tuple[str, ...]) -> float:
+    right = {name: replicate["arms"][name]["right"] for name in (arm, *references)}
+    best = max(references, key=lambda name: sum(right[name]))
     return 100 * paired_difference(right[best], right[arm])[0]
 
 
@@ -145,11 +146,11 @@ def _mean(differences: list[float]) -> str:
 def _specialised(replicate: Replicate) -> str:
     """p of the paired tests that fast is better on System 1 and slow on System 2; `no` where it is not."""
     fast, slow = (replicate["arms"][name]["right"] for name in ("sft", "rl"))
-    shown = []
+    p_values = []
     for system, better, worse in ((1, fast, slow), (2, slow, fast)):
         of_better, of_worse = (_of(replicate, system, right) for right in (better, worse))
-        shown.append(p_value(paired_p(of_worse, of_better)) if sum(of_better) > sum(of_worse) else "no")
-    return ", ".join(shown)
+        p_values.append(p_value(paired_p(of_worse, of_better)) if sum(of_better) > sum(of_worse) else "no")
+    return ", ".join(p_values)
 
 
 def _of(replicate: Replicate, system: int, right: list[int]) -> list[int]:

@@ -91,10 +91,10 @@ def modelfile(model: str, adapter: str, config: Config, view: View) -> str:
 def _check_vocabulary(file: Path, model: ModelSection) -> None:
     """Raise OutputError if the converter took byte-level BPE for SentencePiece, whose tokens are others."""
     with file.open("rb") as content:
-        _, key, rest = content.read(HEADER_BYTES).partition(VOCABULARY)
-    size = int.from_bytes(rest[4:12], "little")  # the type, 4 bytes, then the length of the text
+        _, key, behind = content.read(HEADER_BYTES).partition(VOCABULARY)
+    size = int.from_bytes(behind[4:12], "little")  # the type, 4 bytes, then the length of the text
     byte_level = "ByteLevel" in repr(getattr(load_tokenizer(model), "backend_tokenizer", None))
-    if key and byte_level and rest[12 : 12 + size] == b"llama":
+    if key and byte_level and behind[12 : 12 + size] == b"llama":
         raise OutputError(
             f"{MODEL_CONVERTER} takes the tokenizer of {model.name} for SentencePiece, which it is not",
             "files of the model as its authors publish them may do; those of lorapar fetch do not",
@@ -104,10 +104,10 @@ def _check_vocabulary(file: Path, model: ModelSection) -> None:
 def _require_plain(adapter: Path) -> None:
     """Raise ConfigError for an adapter whose scaling or parts llama.cpp does not read."""
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    other = [name for name, value in PLAIN.items() if (settings.get(name) or False) != value]
-    if other := [*other, *(name for name in NOT_PLAIN if settings.get(name))]:
+    unlike = [name for name, value in PLAIN.items() if (settings.get(name) or False) != value]
+    if unlike := [*unlike, *(name for name in NOT_PLAIN if settings.get(name))]:
         raise ConfigError(
-            f"--gguf: a GGUF adapter is plain LoRA, and this one has {', '.join(other)}", "add --merged"
+            f"--gguf: a GGUF adapter is plain LoRA, and this one has {', '.join(unlike)}", "add --merged"
         )
 
 
@@ -115,8 +115,8 @@ def _convert(script: Path, out: Path, kind: str, *arguments: str) -> None:
     command = [sys.executable, str(script), "--outfile", str(out), "--outtype", kind, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise OutputError(f"{script.name} failed: {said}", f"try it by hand: {' '.join(command)}")
+        message = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise OutputError(f"{script.name} failed: {message}", f"try it by hand: {' '.join(command)}")
 
 
 def _usage(model: str, names: list[str], merged: bool) -> str:

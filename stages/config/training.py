@@ -123,8 +123,8 @@ class ScoreSection(Section):
             try:
                 as_value_error(partial(registries["scorers"].check, self.scorer))
             except ValueError as error:
-                own = f"; {self.scorer_file} has: {', '.join(functions)}" if functions else ""
-                yield f"{error}{own}"
+                names = f"; {self.scorer_file} has: {', '.join(functions)}" if functions else ""
+                yield f"{error}{names}"
 
 
 BY_DENSITY = ("topk", "topk_within", "random_half")

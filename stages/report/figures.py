@@ -65,9 +65,9 @@ def _new(width: float, height: float) -> tuple[Figure, Any]:
 
 def colours(names: Iterable[str]) -> list[str]:
     """Return a colour for each series: its own, the same in every figure, or one that no other has here."""
-    own = [OWN.get(name.lower(), "") for name in names]
-    others = cycle([colour for colour in PALETTE if colour not in own])
-    return [colour or next(others) for colour in own]
+    fixed = [OWN.get(name.lower(), "") for name in names]
+    free = cycle([colour for colour in PALETTE if colour not in fixed])
+    return [colour or next(free) for colour in fixed]
 
 
 @rc_context(STYLE)
