@@ -30,10 +30,11 @@ VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_N
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
 BEGIN, END = "<!-- Written by benchmarks/replicates.py -->\n\n", "\n<!-- end -->"
-Arm = dict[str, Any]
-"""`right`: for each item 1 or 0; `tokens` of each answer; `cut`: answers that did not end."""
 Replicate = dict[str, Any]
-"""`system` of each item, 1 or 2, and the `arms` by name, whose items are the first ones of these."""
+"""`system` of each item, 1 or 2, and the `arms` by name, which answered the first ones of these items or all.
+
+Of an arm, `right`: 1 or 0 for each item; `tokens` of each answer; `cut`: how many answers did not end.
+"""
 
 
 def main() -> None:
@@ -41,9 +42,7 @@ def main() -> None:
     parser.add_argument("--add", nargs=2, metavar=("K", "RUN"))
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    replicates: dict[str, Replicate] = (
-        json.loads(gzip.decompress(ITEMS.read_bytes())) if ITEMS.exists() else {}
-    )
+    replicates: dict[str, Replicate] = json.loads(gzip.decompress(ITEMS.read_bytes()))
     if arguments.add:
         add(replicates, arguments.add[0], Path(arguments.add[1]))
     page = PAGE.read_text(encoding="utf-8")
@@ -107,10 +106,9 @@ def tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     yield ""
     shares = [_tokens(replicate, "auto") / _tokens(replicate, "rl") for replicate in replicates.values()]
     accuracies = [statistics.mean(replicate["arms"]["auto"]["right"]) for replicate in replicates.values()]
-    if replicates:
-        accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
-        yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.1f} % of slow's tokens."
-        yield ""
+    accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
+    yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.1f} % of slow's tokens."
+    yield ""
     yield "| contrast, in points | by replicate | mean |"
     yield "|---|---|---|"
     for name, arm, references in CONTRASTS:
