@@ -158,13 +158,14 @@ def _accumulate_gradients(
         # output.
         wide = torch.promote_types(torch.float32, x.dtype)
         # (examples, out, in)
-        gradients = torch.einsum("bto,bti->boi", by_example(delta.to(wide)), by_example(x.to(wide)))
+        gradients = torch.einsum("bto,bti->boi", by_example(delta.to(wide)), by_example(x.detach().to(wide)))
         sums.gradient[name] += gradients.sum(0)
         sums.square[name] += gradients.square_().sum(0)
         pending[name] = 0
 
     def watch(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()  # (batch, tokens, in)
+        # (batch, tokens, in); it keeps alive the cast that `shared_cast` gives to the layers beside this one.
+        x = inputs[0]
         pending[name] += 1
         # A second pass would have a g of its own, and (g₁ + g₂)² is not g₁² + g₂². Inputs without a batch
         # axis, as in experts that get single tokens, do not tell the examples apart.
