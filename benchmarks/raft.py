@@ -2,9 +2,10 @@
 
     python benchmarks/raft.py run|rl CONFIG [--set KEY=VALUE]…
 
-The arguments are those of `lorapar`, whose stage `rl` then learns every completion that is wholly right with
-weight 1, and no other (RAFT as in arXiv 2504.11343). Prompts, elements, sampling, steps and rate stay those of
-the config, and so do all keys: give it a run of its own, such as a copy of a run's folder without `rl/`.
+The arguments are those of `lorapar`, whose stage `rl` then learns every right completion with weight 1 and
+no wrong one (RAFT, arXiv 2504.11343). Prompts, elements, sampling, steps and rate are those of the config,
+and so are all keys: give it a `runs_dir` of its own, such as a copy of a run's folder without `rl/` and
+`eval/`.
 """
 
 from typing import Any

@@ -106,6 +106,7 @@ def add(file: Path, text: str, after: str = "") -> None:
     file.write_text(new, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_stage_is_a_folder_and_a_name(source, lorapar, smoke_flags, labelled, tmp_path):
     (source / "stages/count").mkdir()
     add(source / "stages/count/__init__.py", DESCRIPTION)

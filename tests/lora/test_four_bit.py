@@ -42,6 +42,7 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
     assert 0 < gap < 0.3
 
 
+@pytest.mark.slow
 def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_path, silent):
     config = begun(*FOUR, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
     artifact = artifacts(config, "classify", "score", "partition", "sft")["sft"]
