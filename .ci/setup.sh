@@ -8,7 +8,7 @@ INSTALL=("$PIP" install --quiet)
 if command -v uv >/dev/null 2>&1 && ! $PIP config list | grep -qE 'index|find-links|constraint'; then
     INSTALL=(uv pip install --quiet --compile-bytecode --python "$PYTHON")
 fi
-TORCH=("torch>=2.13,<2.14" torchvision) # vLLM 0.31 needs this one
+TORCH=("torch>=2.13,<2.14" torchvision) # vLLM 0.31 and 0.32 need this one
 
 gpu=no
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && gpu=yes
