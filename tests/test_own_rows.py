@@ -36,6 +36,9 @@ TEXTS = [
     ("2024-03-12", "2024-03-12"),
     ("12 March 2024", "12 March 2024"),
     ("It arrives on March 12, 2024.", "March 12, 2024"),
+    ("The shop opens at 9:30 am.", "9:30 am"),
+    ("17:45", "17:45"),
+    ("3,50 €", "3,50 €"),
     ("The lease ends on 31.12.2025.", "31.12.2025"),
     # words
     ("Paris", "Paris"),
@@ -88,6 +91,10 @@ FILES = {
         "ID,Prompt,Completion\n1,Is it open?,Yes\n2,How many?,We ship 34. 22 come back. So 34-22=12.\n",
         "Yes 12",
     ),
+    "last_words.csv": ("User Question,Model Answer\nHow many?,It is 4.\nHow old?,He is 5.\n", "4 5"),
+    "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", None),
+    "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", None),
+    "context.csv": ("context,question,answer\nBo has 2 pens.,How many pens has Bo?,He has 2 pens.\n", "2"),
     "chat.jsonl": ('{"user": "Is it warm?", "assistant": "Yes, it is 25 degrees."}\n', "yes"),
 }
 
@@ -107,12 +114,41 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
     assert " ".join(gold for _, gold in own.golds) == (golds or "")
 
 
+def test_a_context_stands_above_its_question_and_a_final_answer_in_a_field_of_its_own(tmp_path):
+    texts = {name: FILES[name][0] for name in ("golds.csv", "worked_answers.csv", "context.csv")}
+    read = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        [(_, read[name])] = read_jsonl(Path(own_rows(str(tmp_path / name), tmp_path, {}, []).path))
+    worked = {"question": "How many?", "answer": "We add and obtain 4", "gold": "4"}
+    for name in ("golds.csv", "worked_answers.csv"):
+        assert {field: str(value) for field, value in read[name].items()} == worked
+    assert read["context.csv"]["question"] == "Bo has 2 pens.\n\nHow many pens has Bo?"
+    dolly = tmp_path / "dolly.jsonl"
+    dolly.write_text(json.dumps({"instruction": "Sum up.", "context": "Long.", "response": "yes"}) + "\n")
+    assert own_rows(str(dolly), tmp_path, {}, []).path == str(dolly)
+
+
+def test_the_last_answer_of_a_chat_is_read_like_any_other(tmp_path):
+    chat = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "There are 3 lamps."}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"conversations": chat}) + "\n", encoding="utf-8")
+    own = own_rows(str(file), tmp_path, {}, [])
+    assert own.golds == [("There are 3 lamps.", "3")]
+    assert [row for _, row in read_jsonl(Path(own.path))] == [{"conversations": chat, "gold": "3"}]
+
+
 def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text("id,Frage,Antwort,Lösung\n1,Wie viel?,Zusammen 12.,12\n", encoding="utf-8")
     with pytest.raises(DataError, match="which column asks, and which answers. It has id, Frage") as caught:
         own_rows(str(file), tmp_path, {}, [])
     assert caught.value.hint == "--columns question=NAME,answer=NAME"
+    two = tmp_path / "two.csv"
+    two.write_text("Frage,Die Antwort\nWie viel?,12\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        own_rows(str(two), tmp_path, {}, [])
+    assert caught.value.hint == "--columns question=Frage,answer='Die Antwort'"
     with pytest.raises(ConfigError, match="--columns question=frag: no such column") as caught:
         own_rows(str(file), tmp_path, {"question": "frag"}, [])
     assert caught.value.hint.endswith("id, Frage, Antwort, Lösung")

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages import escaping
 from stages.config import SourceSection
 from stages.data import formats
 from stages.data.rows import local_file, raw_rows
 from stages.errors import ConfigError, DataError
-from stages.prompts.answers import extract_letter, gold_from_response, is_answer, parse_number
+from stages.prompts.answers import extract_letter, is_answer, parse_number
 from stages.records import write_jsonl
 from stages.store.whole_files import whole_files
 
@@ -23,21 +24,27 @@ NAMES = {
         "label", "a",
     ),
 }  # fmt: skip
-"""Field of a row → names that people give it, the most usual first; case and outer spaces do not count."""
-QUESTIONS = ("question", "prompt", "instruction")
-RESPONSES = ("answer", "completion", "output", "response")
-"""Fields of the formats that have a question and a response."""
+"""Field of a row → names that people give it, the most usual first; case and outer spaces do not count.
+
+The last word of a name counts as well: `User Question`.
+"""
+GOLDS = ("gold", "final_answer", "ground_truth", "correct_answer", "expected_answer")
+"""Names of a column with the final answer alone; `answer` is one beside a column of WORKED."""
+WORKED = ("solution", "rationale", "explanation", "reasoning", "working")
+CONTEXTS = ("context", "passage", "background", "document")
+"""Names of a column with a text that the question is about; it is written above the question."""
 SHARE = 0.8
 """Share of the rows whose answers must be short ones, or none is read from them."""
 WORDS, FEW = 14, 3
 """Most words of a sentence that holds an answer, and of an answer that is one as a whole."""
 RULE = (
-    "the number or date of a short sentence, or of the last one of a longer text, as in `So 12 are left.`; a "
-    "yes or no at the beginning; a letter; or all of at most 3 words"
+    "the number, date or time of a short sentence, or the number of the last one of a longer text, as in "
+    "`So 12 are left.`; a yes or no at the beginning; a letter; or all of at most 3 words"
 )
 MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _DATE = re.compile(
     r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
+    r"|\d{1,2}:\d\d(?::\d\d)?(?:\s?[ap]\.?m)?|\d{1,2}\s?[ap]\.?m"
     rf"|\d{{1,2}}(?:st|nd|rd|th)? {MONTH}(?:,? \d{{4}})?|{MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?)\b",
     re.IGNORECASE,
 )
@@ -98,8 +105,11 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
     rows = [row for _, row in raw_rows(source)]
     renamed = _columns(path, rows[0], columns)
     rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
-    golds, unread = _golds(rows)
-    if not renamed and not golds:
+    names = {name: column for column, name in renamed.items()}
+    if "question" not in columns and (context := next((name for name in CONTEXTS if name in rows[0]), None)):
+        names |= _put_context_above(rows, context, names)
+    golds, unread = _golds(formats.detect(path, rows[0]), rows)
+    if not names and not golds:
         return OwnRows(path, unread=unread)
     for number, (_, gold) in golds.items():
         rows[number]["gold"] = gold
@@ -107,9 +117,7 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
     written += [] if file.exists() else [file]
     with whole_files([file], "write elsewhere: --out FOLDER/rows.yaml") as (new,):
         write_jsonl(new, rows)
-    return OwnRows(
-        str(file), {name: column for column, name in renamed.items()}, list(golds.values()), unread
-    )
+    return OwnRows(str(file), names, list(golds.values()), unread)
 
 
 def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
@@ -122,36 +130,65 @@ def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
                 f"--columns {name}={column}: no such column", f"those of {path}: {', '.join(row)}"
             )
         chosen[original] = name
+    free = {name: column for name, column in by_name.items() if column not in chosen}
+    gold = next((free[name] for name in GOLDS if name in free), None)
     try:
         formats.detect(path, {chosen.get(name, name): value for name, value in row.items()})
-        return chosen
+        return chosen | ({gold: "gold"} if gold not in (None, "gold") and "gold" not in named else {})
     except DataError as error:
-        free = {name: column for name, column in by_name.items() if column not in chosen}
         columns = {name: column for column, name in chosen.items()}
-        for name, usual in {**NAMES, "gold": ("gold",)}.items():
-            if present := [free[other] for other in usual if other in free]:
+        worked = next((free[name] for name in WORKED if name in free), None)
+        if worked and "answer" in free and gold is None and not {"answer", "gold"} & set(columns):
+            columns["answer"], gold = worked, free["answer"]
+        by_last_word = {name.rpartition("_")[2]: column for name, column in free.items()}
+        for name, usual in NAMES.items():
+            if present := [
+                names[other] for names in (free, by_last_word) for other in usual if other in names
+            ]:
                 columns.setdefault(name, present[0])
+        if gold:
+            columns.setdefault("gold", gold)
         if "question" not in columns or not {"answer", "gold"} & set(columns):
+            guess = row if len(row) == 2 else ("NAME", "NAME")
             raise DataError(
                 f"{path}: which column asks, and which answers? It has {', '.join(row)}",
-                "--columns question=NAME,answer=NAME",
+                "--columns question={},answer={}".format(*map(escaping.shell, guess)),
             ) from error
         return {column: name for name, column in columns.items()}
 
 
-def _golds(rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], Unread | None]:
+def _put_context_above(rows: list[dict[str, Any]], context: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Write the context of each row above its question; return the field, and what it is made of.
+
+    Rows with an instruction are those of Dolly, whose context is read as it stands.
+    """
+    question = next((name for name in ("question", "prompt") if name in rows[0]), None)
+    if question is None or "instruction" in rows[0]:
+        return {}
+    for row in rows:
+        if (text := row.pop(context, None)) and row.get(question):
+            row[question] = f"{text}\n\n{row[question]}"
+    return {question: f"{context} and {names.get(question, question)}"}
+
+
+def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], Unread | None]:
     """Row → its response and the final answer in it; none, and why, if fewer than SHARE of the rows have one.
 
-    None are needed where each response is its answer: `read_rows` knows that by itself.
+    kind: the format of the rows. None are needed where each response is its answer: `read_rows` knows that by
+    itself.
     """
-    texts = {}
+    texts, verifiable = {}, 0
     for number, row in enumerate(rows):
-        name = next((name for name in RESPONSES if row.get(name) is not None), None)
-        question = next((str(row[name]) for name in QUESTIONS if row.get(name) is not None), None)
-        if name and question is not None and row.get("gold") is None:
-            texts[number] = question, str(row[name]).strip()
-    responses = [response for _, response in texts.values()]
-    if all(map(is_answer, responses)) or any(map(gold_from_response, responses)):
+        if row.get("gold") is not None:
+            continue
+        try:
+            example = formats.examples(kind, row)[-1]
+        except (ValueError, DataError):
+            continue  # `read_rows` says what is wrong with it
+        verifiable += example.gold is not None
+        if example.response and example.gold is None:
+            texts[number] = example.prompt, example.response.strip()
+    if verifiable or all(is_answer(response) for _, response in texts.values()):
         return {}, None
     golds = {
         n: (text, gold) for n, (question, text) in texts.items() if (gold := final_answer(text, question))

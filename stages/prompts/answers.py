@@ -92,9 +92,10 @@ _ANY_NUMBER = re.compile(
 # A variable after a number makes it a term: `3x`, `2xy`, `4n`, `3π`. Other letters are units: `5m`, `3μm`.
 _VARIABLE = re.compile(r"(?:[xyz]+|[in]|pi|sqrt|[α-λν-ωΓΔΘΛΞΠΣΦΨ]+)(?![^\W_]|\.[A-Za-z])")
 _PER = r"(?<=[A-Za-z])/(?=\s?[A-Za-z])|/(?=[A-Za-z]{2})"  # in `5 km/h` and `$12/hour`, not in `3/x`
+_DECIMAL_COMMA = r"\d{1,3}(?:\.\d{3})*,\d{1,2}(?!\d)"  # `1.200,50`, and `3,5`: no group of thousands
 _SINGLE_NUMBER = re.compile(
     rf"[*_`(]*(?:\+|(?P<sign>{_MINUS}))?\s*{_CURRENCY}?\s*(?P<inner_sign>{_MINUS})?"
-    rf"(?:(?P<mixed>\d+)\s+)?(?P<value>{_DECIMAL})"
+    rf"(?:(?P<mixed>\d+)\s+)?(?P<value>{_DECIMAL_COMMA}|{_DECIMAL})"
     rf"(?:\s*/\s*(?P<denominator>{_INTEGER}))?(?P<unit>(?:[^\d+*/=^<>]|{_PER})*)[*_`]*\.?"
 )
 LONGEST_NUMBER = 200
@@ -104,9 +105,9 @@ LONGEST_NUMBER = 200
 def parse_number(text: str) -> Fraction | None:
     """Return the exact value of a text that is one number, else None.
 
-    Numbers are `$1,200.50`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a day`. Words
-    may follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½`, `3 and a half`
-    and `3x` are not one number.
+    Numbers are `$1,200.50`, `3,50 €`, `−3`, `3/4`, `1 1/2`, `12%`, `**7**.`, `5 million` and `5 apples a
+    day`. Words may follow the number, but nothing that changes it: `2 + 2`, `3 hours 20 minutes`, `3½`, `3
+    and a half` and `3x` are not one number.
     """
     quantity = _quantity(text)
     return quantity[0] if quantity else None
@@ -135,8 +136,13 @@ def _quantity(text: str) -> tuple[Fraction, list[str]] | None:
     # A dash right after the number, or after one letter (`5 -`, `5x -`), begins a subtraction that was cut.
     if denominator == 0 or re.match(rf"\s*{_MINUS}?[A-Za-z]?\s*{_MINUS}\s*$", unit):
         return None
+    number = match["value"]
+    if re.fullmatch(_DECIMAL_COMMA, number):
+        if not re.search(r"[^\W\d_]|[$€£¥₹]", text):
+            return None  # `1,2` alone may be a list
+        number = number.replace(".", "").replace(",", ".")
     # `1 1/2` is mixed 1, value 1, denominator 2.
-    value = Fraction(match["value"].replace(",", "")) / denominator + int(match["mixed"] or 0)
+    value = Fraction(number.replace(",", "")) / denominator + int(match["mixed"] or 0)
     while scale := re.match(_SCALE, unit):  # `5 hundred thousand apples`
         value *= _SCALES[scale[0].strip().lower().removesuffix("s")]
         unit = unit[scale.end() :]

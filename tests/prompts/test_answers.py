@@ -56,6 +56,8 @@ def test_extraction(text, style, strict, flexible):
         ("7", "7 days", True), ("7 days a week", "7 days", True), ("1 day", "1 days", True),
         ("5 m²", "5 m", False), ("5%", "5", True), ("5 percent", "5%", True), ("$5", "5 dollars", True),
         ("5 million", "5", False), ("3½", "3", False), ("5 million", "5,000,000", True), ("1,2", "12", False),
+        ("3,50 €", "3.5", True), ("1.200,50 €", "1200.5", True), ("2,5 kg", "2.5 kg", True),
+        ("1,2", "1.2", False),
         ("34", "(3,4)", False), ("(3,4)", "(3,4)", True), ("3/4", "\\dfrac{3}{4}", True),
         ("是。", "是", True), ("“Paris”", "Paris", True), ("-x", "x", False), ("C#", "C", False),
         ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False),

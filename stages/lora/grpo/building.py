@@ -114,7 +114,7 @@ class Grpo(Training):
         model, copy = self._model()
         in_int8 = rl.rollouts.int8 and copy is not None and int8.is_supported(copy.model)
         if rl.rollouts.int8 and not in_int8:
-            log.info("rl.rollouts.int8 has no effect: the model does not compute in float32 on a CPU")
+            log.info("rl.rollouts.int8 is for CPUs that compute in float32: no effect here")
         sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, rl.top_p, rl.top_k)
         size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
         sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size, in_int8)
