@@ -241,7 +241,7 @@ def work(
     weights = layer_weights(shape)
     if stage == "score":
         return sum(result["seconds"]), result["tokens"], 4 * weights * result["tokens"]
-    seconds = fmean(result["seconds"][1:])
+    seconds = fmean(result["seconds"][1:] or result["seconds"])
     if stage == "sft":
         tokens = (history[-1]["num_tokens"] - history[0]["num_tokens"]) / (len(history) - 1)
         return seconds, tokens, 4 * weights * tokens
