@@ -60,7 +60,7 @@ def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
     made = artifacts(config, "classify", "score", "partition", "sft", "eval")
     first, second = made["sft"], made[SECOND]
     page = run_page.page(config, {name: plan_steps(resolved(config))[name] for name in made}, "", "")
-    assert "sft:system2, 4 steps" in page and "demo: sft2 answers" in page and "slow (sft2)" in page
+    assert "sft:system2, 4 steps" in page and "demo: slow answers" in page and "slow (sft2)" in page
     export.write_views({"sft": first, "sft2": second}, config, tmp_path / "views")
     for view, artifact in (("fast", first), ("slow", second)):
         name = "adapter_model.safetensors"
