@@ -95,6 +95,10 @@ FILES = {
     "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", None),
     "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", None),
     "context.csv": ("context,question,answer\nBo has 2 pens.,How many pens has Bo?,He has 2 pens.\n", "2"),
+    "numbers.jsonl": (
+        '{"question": "How old?", "answer": 40}\n{"question": "Seats?", "answer": "We have 12 seats."}\n',
+        "12",
+    ),
     "chat.jsonl": ('{"user": "Is it warm?", "assistant": "Yes, it is 25 degrees."}\n', "yes"),
 }
 
