@@ -248,3 +248,21 @@ def test_behind_prompts_of_one_length_all_layers_and_completions_have_one_mask()
         row = row_of(some([(length, [23, 18]) for length in prompts]))
         mask = row.mask(torch.float32, 3)
         assert mask is row.mask(torch.float32, 3) and len(mask) == masks
+
+
+def test_short_rows_in_bfloat16_are_attended_to_in_float32():
+    """As in torch's own kernels: nothing is lost but what the inputs' and the output's rounding takes."""
+    batch = row_of(some([(9, [5, 3]), (4, [6])]))
+    wide = [
+        torch.randn(1, heads, batch.input_ids.numel(), 8).bfloat16().double().requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    exact, taken = (batch.attend(0, *inputs, scale=0.7, dropout_p=0.0) for inputs in (wide, narrow))
+    assert taken.dtype == torch.bfloat16
+    assert torch.allclose(taken.double(), exact, rtol=2**-8, atol=2**-9)
+    weights = torch.randn_like(exact).bfloat16()
+    taken.backward(weights)
+    exact.backward(weights.double())
+    for short, full in zip(narrow, wide, strict=True):
+        assert (short.grad - full.grad).norm() < 0.01 * full.grad.norm()
