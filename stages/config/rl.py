@@ -30,7 +30,7 @@ class RolloutsSection(Section):
     batch_size: PositiveInt = unkeyed(64)
     """Completions that engine transformers samples at a time; halved if memory runs out."""
     int8: bool = advanced(False, keyed_if_set=True)
-    """Where the model computes in float32 on a CPU, sample in 8 bits, three times as fast, and weigh each
+    """Where the model computes in float32 on a CPU, sample in 8 bits, which is faster, and weigh each
     token's loss by the policy's probability over the sampler's, at most correction_max."""
     base_url: str | None = unkeyed(None, "Address of the vLLM server, without /v1.")
     gpu_memory_utilization: float | None = unkeyed(None, gt=0, lt=1)

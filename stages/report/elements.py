@@ -105,8 +105,8 @@ def cumulative_importance(config: Config, score: Artifact, title: str = "") -> P
     if nulls:
         text += (
             " Gaussians are products of two random numbers, with the mean of each weight, or of each feature "
-            "(a column of A, a row of B). No more concentrated than the latter, importance tells features "
-            "apart, not their elements."
+            "(a column of A, a row of B). No more concentrated than the latter, the importance "
+            "is concentrated between features, not within them."
         )
     return Picture(figures.svg(figures.cumulative_curves(curves, nulls, theta)), text, text)
 
