@@ -26,7 +26,7 @@ from stages.report.page import (
     Text,
     render,
 )
-from stages.report.run_page import Answered, won_and_lost
+from stages.report.won_and_lost import Answered, won_and_lost
 from stages.store.estimates import PlannedCost, actual_and_planned
 from stages.sweep import render as render_table
 from stages.sweep.file import Plot
