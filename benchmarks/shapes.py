@@ -243,9 +243,9 @@ def work(
         return sum(result["seconds"]), result["tokens"], 4 * weights * result["tokens"]
     seconds = fmean(result["seconds"][1:] or result["seconds"])
     if stage == "sft":
-        tokens = (history[-1]["num_tokens"] - history[0]["num_tokens"]) / (len(history) - 1)
+        tokens = history[-1]["num_tokens"] / len(history)
         return seconds, tokens, 4 * weights * tokens
-    written = fmean(row["completions/mean_length"] for row in history[1:]) * PROMPTS * GROUP
+    written = fmean(row["completions/mean_length"] for row in history[1:] or history) * PROMPTS * GROUP
     # Rollouts read each prompt and write each completion. The reference reads both again, as `rl.beta` is not
     # 0. Then comes a forward and a backward pass.
     return seconds, written, (2 + 2 + 4) * weights * (PROMPTS * PROMPT + written)

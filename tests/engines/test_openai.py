@@ -18,8 +18,8 @@ from mock_server import Mock, probability, serve, with_logprobs
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineSpec, Failure, GenerateRequest, Sampling, vllm
 from stages.engines.openai import client, session, transport
+from stages.engines.openai.choices import parse_word
 from stages.engines.openai.client import Client
-from stages.engines.openai.replies import parse_word
 from stages.engines.openai.transport import Transport
 from stages.errors import AnswerError, ConfigError, ServerError
 

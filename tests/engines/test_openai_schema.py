@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from stages.engines.openai.choices import choice_probabilities
 from stages.engines.openai.client import Client
-from stages.engines.openai.replies import ReplyChoice, TokenCount, choice_probabilities, parse_models
+from stages.engines.openai.replies import ReplyChoice, TokenCount, parse_models
 
 CHAT = {
     "model": "m",

@@ -29,15 +29,14 @@ from stages.engines import (
     Sampling,
     same_model,
 )
+from stages.engines.openai.choices import choice_probabilities, parse_word
 from stages.engines.openai.replies import (
     Reply,
     ReplyChoice,
     ServedModel,
     TokenCount,
-    choice_probabilities,
     least_probability,
     parse_models,
-    parse_word,
 )
 from stages.engines.openai.requests import (
     MAX_WORD_TOKENS,

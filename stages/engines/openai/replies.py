@@ -1,4 +1,4 @@
-"""Replies of servers: their schema, and the choices that are read from them.
+"""Replies of servers: their schema.
 
 The fields that are used are validated, all others ignored. A reply of another shape, or with probabilities
 that cannot be, is a ValueError, on which the transport sends the request again.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -16,8 +15,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stages.engines import Completion
-from stages.engines.openai.requests import ALTERNATIVES
-from stages.prompts.thoughts import after_thought
 
 MAX_LOGPROB = 1e-4
 """Largest log-probability that is accepted: 0, and what rounding to four decimals may add."""
@@ -49,7 +46,7 @@ class _Token(_Lenient):
     top_logprobs: list[_Alternative]
 
 
-class _LogProbs(_Lenient):
+class LogProbs(_Lenient):
     """Log-probabilities: a chat has them in `content`, a completion in two lists of equal length."""
 
     content: list[_Token] | None = None
@@ -58,7 +55,7 @@ class _LogProbs(_Lenient):
     top_logprobs: list[dict[str, LogProb]] = []
 
     @model_validator(mode="after")
-    def _check(self) -> _LogProbs:
+    def _check(self) -> LogProbs:
         if self.content is None and len(self.tokens) != len(self.top_logprobs):
             raise ValueError(f"{len(self.tokens)} tokens with {len(self.top_logprobs)} log-probabilities")
         stated = self.token_logprobs if self.content is None else [t.logprob for t in self.content]
@@ -82,7 +79,7 @@ def _check_alternatives(token: str, alternatives: list[tuple[str, float]], state
     writes it are two tokens. stated: the token's log-probability beside them, if there is one.
     """
     total = sum(math.exp(logprob) for _, logprob in alternatives)
-    if total > 1 + _rounding(alternatives):
+    if total > 1 + rounding(alternatives):
         raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
     if not alternatives:
         return
@@ -95,7 +92,7 @@ def _check_alternatives(token: str, alternatives: list[tuple[str, float]], state
         raise ValueError(f"{token[:40]!r} has two log-probabilities, {stated:.4g} and {taken:.4g}")
 
 
-def _rounding(alternatives: list[tuple[str, float]]) -> float:
+def rounding(alternatives: list[tuple[str, float]]) -> float:
     """Return by how much the sum of the alternatives' probabilities may be off."""
     return ROUNDING - BITS * sum(math.exp(logprob) * logprob for _, logprob in alternatives)
 
@@ -117,7 +114,7 @@ class ReplyChoice(_Lenient):
     finish_reason: str | None = None
     message: _Message | None = None
     text: str | None = None
-    logprobs: _LogProbs | None = None
+    logprobs: LogProbs | None = None
     token_ids: list[TokenId] | None = None
     prompt_logprobs: list[dict[int, _PromptToken] | None] | None = None
 
@@ -240,78 +237,3 @@ def parse_models(reply: Any) -> dict[str, ServedModel]:
     """Read the models that a server lists, by name; some servers reply with the bare list, without `data`."""
     models = _Models.model_validate({"data": reply} if isinstance(reply, list) else reply)
     return {model.id: model for model in models.data}
-
-
-def parse_word(text: str, words: tuple[str, ...]) -> int | None:
-    """Return the index of the word that a reply gives, or None if it gives no word or different ones.
-
-    Reading is strict: the first or last line after the thinking must be the word and nothing else. Case,
-    spaces, punctuation, markup and a leading "the answer is" are ignored.
-    """
-    lines = [line for line in after_thought(text).splitlines() if line.strip()]
-    plain = [_plain(word) for word in words]
-    indices = {plain.index(bare) for line in {*lines[:1], *lines[-1:]} if (bare := _plain(line)) in plain}
-    return indices.pop() if len(indices) == 1 else None
-
-
-def _plain(text: str) -> str:
-    """Reduce a line to its letters and digits in lower case, without a leading "the answer is"."""
-    words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
-    return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
-
-
-def choice_probabilities(choice: ReplyChoice, words: tuple[str, ...], asked: int) -> tuple[float, ...] | None:
-    """Return the words' probabilities relative to each other, or None if the words agree in all tokens.
-
-    They are read at the first token at which an alternative fits exactly one word. ValueError if a token
-    begins no word, if the probability of a word is missing, or if the reply has fewer tokens than `asked` and
-    tells no words apart.
-    """
-    prefix = ""  # the reply's text before the current token
-    for token, alternatives in choice.tokens:
-        is_whole = _lists_all(token, alternatives, choice.logprobs)
-        fits = [_fitting(prefix + text, words) for text, _ in alternatives]
-        masses = [0.0] * len(words)
-        for indices, (_, logprob) in zip(fits, alternatives, strict=True):
-            if len(indices) == 1:
-                masses[indices[0]] += math.exp(logprob)
-        prefix += token
-        fitting = _fitting(prefix, words) if token else []
-        if not fitting:
-            raise ValueError(f"{prefix[:40]!r} begins none of {words}")
-        if not any(masses) or (0 in masses and len(fitting) > 1):
-            continue
-        # Where all words are possible, none has a probability of 0.
-        if 0 in masses and (is_whole or not all(fits)):
-            raise ValueError(f"the reply has no probability of {words[masses.index(0)]!r}")
-        # A word behind the likeliest tokens has at most what they leave, and no more than the last of them.
-        listed = [math.exp(logprob) for _, logprob in alternatives]
-        behind = max(0.0, min(1 - sum(listed), *listed))
-        masses = [mass or behind for mass in masses]
-        return tuple(mass / sum(masses) for mass in masses)
-    if len(choice.tokens) < asked:
-        raise ValueError(f"{len(choice.tokens)} tokens of {asked}, and no word yet")
-    return None
-
-
-def _fitting(text: str, words: tuple[str, ...]) -> list[int]:
-    """The indices of the words that a text begins, or that begin it."""
-    return [i for i, word in enumerate(words) if word.startswith(text) or text.startswith(word)]
-
-
-def _lists_all(token: str, alternatives: list[tuple[str, float]], logprobs: _LogProbs | None) -> bool:
-    """True if no other token is possible: there are fewer than were asked for, or one has no probability.
-
-    ValueError if their probabilities do not sum to one then. In a completion two tokens of one text, a letter
-    and its byte, are one entry, so that the probability of one of them is missing.
-    """
-    probabilities = [math.exp(logprob) for _, logprob in alternatives]
-    if len(alternatives) >= ALTERNATIVES and all(probabilities):
-        return False
-    is_chat = logprobs is not None and logprobs.content is not None
-    may_miss_one = not is_chat and any(len(text) == 1 for text, _ in alternatives)
-    if (total := sum(probabilities)) < 1 - _rounding(alternatives) and not may_miss_one:
-        raise ValueError(
-            f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together: some are missing"
-        )
-    return True
