@@ -93,6 +93,7 @@ class _SelectedLogprobs(torch.autograd.Function):
                 p.div_(total[:, None]).neg_()
                 p.scatter_add_(1, targets[chunk, None], torch.ones_like(target_logits)[:, None])
                 grad_hidden[chunk] = (p.to(weight.dtype) @ weight).div_(temperature)  # (chunk, width)
+            del logits, shifted, p  # or they would stand beside those of the next chunk
         ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
