@@ -18,7 +18,7 @@ from measure import options
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, ChoiceResult, EngineCache, EngineSpec
-from stages.engines.openai.replies import parse_word
+from stages.engines.openai.choices import parse_word
 from stages.labelling.personas import SHOTS, PersonaContext, personas, shots
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer

@@ -1,11 +1,11 @@
-"""Figures of replicates: the demo's from the grade of each answer, others from the value of each replicate.
+"""Figures of replicates: from the grade of each answer where these are kept, else from their values.
 
-python benchmarks/replicates.py                        write the tables into docs/results/demo.md
-python benchmarks/replicates.py --check                fail if they stand there otherwise (`make check`)
-python benchmarks/replicates.py --add 53 runs/r53      keep the answers of a run of the demo as replicate 53
+python benchmarks/replicates.py                          write the tables into the pages of docs/results
+python benchmarks/replicates.py --check                  fail if they stand there otherwise (`make check`)
+python benchmarks/replicates.py --add demo 53 runs/r53   keep the answers of a run as the demo's replicate 53
 
-An arm is a target of eval, with ` int8` behind it where RL sampled in 8 bits. `--check` also compares every
-mean and interval that stands beside the values of its replicates in docs/results/found.md.
+An arm is a target of eval; with `--as NAME` it is that target with NAME behind it, such as `rl int8`.
+`--check` also compares every mean and interval that stands beside the values of its replicates in found.md.
 """
 
 import argparse
@@ -21,48 +21,54 @@ from typing import Any
 from stages.evaluation.statistics import over_replicates, p_value, paired_difference, paired_p
 
 ROOT = Path(__file__).parent.parent
-ITEMS = ROOT / "docs/results/demo-items.json.gz"
-PAGE = ROOT / "docs/results/demo.md"
-FOUND = PAGE.with_name("found.md")
+RESULTS = ROOT / "docs/results"
+FOUND = RESULTS / "found.md"
 _NUMBER = r"[-+]?\d+\.\d"
 VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_NUMBER}), ({_NUMBER})\]")
 """At least five values, their mean, and its interval, in cells of a table."""
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
 BEGIN, END = "<!-- Written by benchmarks/replicates.py -->\n\n", "\n<!-- end -->"
+Contrast = tuple[str, str, tuple[str, ...]]
+"""What is compared: its name, the arm, and the arms of which the best one is subtracted."""
 Replicate = dict[str, Any]
-"""`system` of each item, 1 or 2, and the `arms` by name, which answered the first ones of these items or all.
+"""`system` of each item, for which its generator made it, and the `arms` by name.
 
-Of an arm, `right`: 1 or 0 for each item; `tokens` of each answer; `cut`: how many answers did not end.
+An arm answered the first of these items or all. `right`: 1 or 0 for each; `tokens` of each answer; `cut`:
+how many answers did not end.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--add", nargs=2, metavar=("K", "RUN"))
+    parser.add_argument("--add", nargs=3, metavar=("|".join(EXPERIMENTS), "K", "RUN"))
+    parser.add_argument("--as", dest="suffix", default="", metavar="NAME")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    replicates: dict[str, Replicate] = json.loads(gzip.decompress(ITEMS.read_bytes()))
-    if arguments.add:
-        add(replicates, arguments.add[0], Path(arguments.add[1]))
-    page = PAGE.read_text(encoding="utf-8")
-    head, _, tail = page.partition(BEGIN)
-    written = head + BEGIN + "\n".join([*tables(replicates), ""]) + END + tail.partition(END)[2]
-    if arguments.check and written != page:
-        sys.exit(f"{PAGE.name} says other things than {ITEMS.name}: run benchmarks/replicates.py")
-    PAGE.write_text(written, encoding="utf-8")
+    for name, (page, tables, benchmark) in EXPERIMENTS.items():
+        items = RESULTS / f"{name}-items.json.gz"
+        replicates = json.loads(gzip.decompress(items.read_bytes())) if items.exists() else {}
+        if arguments.add and arguments.add[0] == name:
+            add(replicates, arguments.add[1], Path(arguments.add[2]), benchmark, arguments.suffix)
+            text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
+            items.write_bytes(gzip.compress(text.encode(), mtime=0))
+        text = page.read_text(encoding="utf-8")
+        head, _, tail = text.partition(BEGIN)
+        written = head + BEGIN + "\n".join([*tables(replicates), ""]) + END + tail.partition(END)[2]
+        if arguments.check and written != text:
+            sys.exit(f"{page.name} says other things than {items.name}: run benchmarks/replicates.py")
+        page.write_text(written, encoding="utf-8")
     if wrong := list(wrong_means(FOUND.read_text(encoding="utf-8"))):
         sys.exit("\n".join([f"{FOUND.name}:", *wrong]))
 
 
-def add(replicates: dict[str, Replicate], k: str, run: Path) -> None:
-    """Keep the answers of each evaluation of a run on the benchmark `demo`."""
+def add(replicates: dict[str, Replicate], k: str, run: Path, benchmark: str, suffix: str) -> None:
+    """Keep the answers of each evaluation of a run on a benchmark; `suffix` stands behind the targets."""
     replicate = replicates.setdefault(k, {"system": [], "arms": {}})
     ids: list[str] = []
     for file in sorted(run.glob("eval/*/manifest.json")):
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        target, _, benchmark = manifest["variant"].partition("@")
-        if benchmark != "demo":
+        target, _, name = json.loads(file.read_text(encoding="utf-8"))["variant"].partition("@")
+        if name != benchmark:
             continue
         with (file.parent / "samples.jsonl").open(encoding="utf-8") as lines:
             samples = [json.loads(line) for line in lines]
@@ -70,15 +76,12 @@ def add(replicates: dict[str, Replicate], k: str, run: Path) -> None:
         if ids[: len(of_arm)] != of_arm[: len(ids)]:
             sys.exit(f"{file.parent}: these are other items")
         if len(of_arm) > len(ids):
-            ids, replicate["system"] = of_arm, [sample["system"] for sample in samples]
-        in_8_bits = target in ("rl", "auto") and manifest["provenance"]["config"]["rl"]["rollouts"]["int8"]
-        replicate["arms"][f"{target} int8" if in_8_bits else target] = {
+            ids, replicate["system"] = of_arm, [sample["extra"]["intended"] for sample in samples]
+        replicate["arms"][f"{target} {suffix}".rstrip()] = {
             "right": [int(sample["correct"]) for sample in samples],
             "tokens": [sample["extra"]["tokens"] for sample in samples],
             "cut": sum(sample["outcome"] == "truncated" for sample in samples),
         }
-    text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
-    ITEMS.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def wrong_means(page: str) -> Iterator[str]:
@@ -92,8 +95,8 @@ def wrong_means(page: str) -> Iterator[str]:
             yield f"{row[0]}: computed {', '.join(f'{value:.2f}' for value in computed)}"
 
 
-def tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown: each replicate's accuracies, then contrasts over replicates."""
+def of_the_demo(replicates: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown: accuracies and tokens of each replicate, then contrasts over replicates."""
     titles = ("k", "base, four shots (cut)", *MODES, f"tokens: {', '.join(MODES)}", "better on its own kind")
     yield f"| {' | '.join(titles)} |"
     yield "|---" * len(titles) + "|"
@@ -109,9 +112,26 @@ def tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
     yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.1f} % of slow's tokens."
     yield ""
+    yield from contrasts(replicates, DEMO)
+
+
+def of_raft(replicates: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown: accuracies of each replicate, then contrasts over replicates."""
+    arms = ("sft", "rl", "rl raft", "rl raft3")
+    yield "| k | SFT | GRPO | RAFT | RAFT at 3e-4 |"
+    yield "|---" * (1 + len(arms)) + "|"
+    for k, replicate in replicates.items():
+        cells = [_by_system(replicate, arm) if arm in replicate["arms"] else "not run" for arm in arms]
+        yield f"| {k} | {' | '.join(cells)} |"
+    yield ""
+    yield from contrasts(replicates, RAFT)
+
+
+def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) -> Iterator[str]:
+    """Lines of Markdown: of each contrast the replicates in which all its arms were run, and their mean."""
     yield "| contrast, in points | by replicate | mean |"
     yield "|---|---|---|"
-    for name, arm, references in CONTRASTS:
+    for name, arm, references in compared:
         complete = [r for r in replicates.values() if {arm, *references} <= set(r["arms"])]
         if differences := [_difference(replicate, arm, references) for replicate in complete]:
             by_replicate = ", ".join(f"{difference:+.1f}" for difference in differences)
@@ -119,13 +139,21 @@ def tables(replicates: dict[str, Replicate]) -> Iterator[str]:
 
 
 MODES = ("fast", "slow", "`auto`")
-CONTRASTS = (
+DEMO: tuple[Contrast, ...] = (
     ("`auto` minus the better mode", "auto", ("sft", "rl")),
     ("slow minus SFT under slow's message: RL's own", "rl", ("rl-1",)),
     ("slow, rollouts in 8 bits minus float32", "rl int8", ("rl",)),
     ("`auto`, the same", "auto int8", ("auto",)),
 )
-"""What is compared: its name, the arm, and the arms of which the best one is subtracted."""
+RAFT: tuple[Contrast, ...] = (
+    ("D1. GRPO minus RAFT", "rl", ("rl raft",)),
+    ("GRPO minus RAFT at 3e-4", "rl", ("rl raft3",)),
+    ("GRPO minus SFT", "rl", ("sft",)),
+    ("RAFT minus SFT", "rl raft", ("sft",)),
+    ("RAFT at 3e-4 minus SFT", "rl raft3", ("sft",)),
+)
+EXPERIMENTS = {"demo": (RESULTS / "demo.md", of_the_demo, "demo"), "raft": (FOUND, of_raft, "final")}
+"""By name: the page of an experiment, its tables, and the benchmark on which it was measured."""
 
 
 def _difference(replicate: Replicate, arm: str, references: tuple[str, ...]) -> float:
