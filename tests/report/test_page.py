@@ -19,7 +19,7 @@ from stages.evaluation.statistics import Interval
 from stages.lora.importance.masks import Masks, write_importance
 from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, elements, figures, files, provenance, run_page, table_page, won_and_lost
+from stages.report import comparison, elements, figures, files, provenance, run_page, table_page
 from stages.report.page import (
     Command,
     ComparedItem,
@@ -31,6 +31,7 @@ from stages.report.page import (
     Text,
     render,
 )  # fmt: skip
+from stages.report.won_and_lost import Answered, _frame, won_and_lost
 from stages.store.artifacts import Artifact
 from stages.sweep.file import Compare
 from stages.sweep.results import Artifacts, Results
@@ -257,14 +258,12 @@ def test_the_items_are_shown_without_what_all_prompts_have_in_common():
         {name: [sample(name, correct, prompt=prompt)] for name, prompt in prompts.items()}
         for correct in (False, True)
     )
-    _, folded = won_and_lost.won_and_lost(
-        "", won_and_lost.Answered("base", before), won_and_lost.Answered("sft", after)
-    )
+    _, folded = won_and_lost("", Answered("base", before), Answered("sft", after))
     items, _, start = folded.blocks
     assert [item.question for item in items.items] == list(asked.values())
     assert start.text == "<s>\nBe brief.</s>\n<u>"
-    assert won_and_lost._frame(["the only one"]) == won_and_lost._frame([]) == ("", "")
-    assert won_and_lost._frame(["Question: a?\nAnswer:\n", "Question: b?\nAnswer:\n"]) == ("", "\nAnswer:\n")
+    assert _frame(["the only one"]) == _frame([]) == ("", "")
+    assert _frame(["Question: a?\nAnswer:\n", "Question: b?\nAnswer:\n"]) == ("", "\nAnswer:\n")
 
 
 def test_won_and_lost_are_read_as_their_column_is():
@@ -272,8 +271,8 @@ def test_won_and_lost_are_read_as_their_column_is():
     before = {"a": [sample("a", False, correct_flexible=True)], "b": [sample("b", False)]}
     after = {name: [sample(name, True)] for name in "ab"}
     for read, won in (("correct_flexible", 1), ("correct", 2)):
-        base = won_and_lost.Answered("base", before, read)
-        told, _ = won_and_lost.won_and_lost("", base, won_and_lost.Answered("sft", after))
+        base = Answered("base", before, read)
+        told, _ = won_and_lost("", base, Answered("sft", after))
         assert told.text == f"sft wins {won} and loses 0 of 2 items."
 
 
