@@ -24,6 +24,7 @@ from stages.plan.estimate import Cost, Estimate, MemoryEstimate, memory_remedies
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.plan.profiler import Measurement, per_text
 from stages.plan.prompt_lengths import Texts, prompt_length, spans
+from stages.prompts.renderer import IGNORED
 from stages.records import read_jsonl, write_jsonl
 from stages.runtime import resources
 from stages.store import estimates
@@ -277,6 +278,18 @@ def test_known_labels_cost_no_votes_and_untrained_models_may_answer_fewer_items(
     mean = per_text(texts.prompts("demo"), 1)
     assert found["eval:base@demo"].seconds == pytest.approx(mean + 12 * 1.25 * 2)
     assert found["eval:sft@demo"] == costs(model())["eval:sft@demo"]
+
+
+def test_rl_is_measured_at_its_limits(model):
+    """Shorter batches scaled up would count a chunk of logits, which has a limit, more than once."""
+    batches = []
+    measure = lambda rows, *_: batches.append(rows) or Measurement(10, 10.0, 20.0)  # noqa: E731
+    costs(model("rl.max_prompt_length=20", "rl.too_long=truncate_left", measure_training=measure))
+    batch = batches[-1]
+    assert [len(row.input_ids) for row in batch] == [20 + 12] * 8
+    assert all(row.labels == [IGNORED] * 20 + row.input_ids[20:] for row in batch)
+    for group in batch[:4], batch[4:]:  # 4 completions to a prompt
+        assert profiler.common_prefix_length([row.input_ids for row in group]) == 20
 
 
 def test_a_kl_term_is_a_third_more_of_learning_and_a_baseline_is_not_known(model):

@@ -101,7 +101,7 @@ class Profiler:
         self.layers_mib = sum(layers) / resources.MIB
         """Weights that fsdp2 divides."""
         self._votes: Measurement | None = None
-        self._training: dict[tuple[bool, bool, bool, int], Measurement] = {}
+        self._training: dict[tuple[Any, ...], Measurement] = {}
 
     def measure_votes(self, ballots: list[ChoiceRequest]) -> Measurement:
         """Votes by engine transformers, whose texts are token ids; measured once for all voters."""
@@ -116,17 +116,18 @@ class Profiler:
         return self._votes
 
     def measure_training(
-        self, rows: Sequence[Row], packed: bool, dropout: float, checkpointing: bool
+        self, rows: Sequence[Row], packed: bool, dropout: float, checkpointing: bool, sharing: bool = True
     ) -> Measurement:
         """A micro batch, forward and backward; on a CPU only its first rows, of about FEW_TOKENS tokens.
 
         Each kind is measured once: a token took 5.3 ms in SFT, 5.3 to 5.6 in GRPO and 5.7 in score. On a GPU,
-        where batches of other sizes take other memory, it is once for each size, too.
+        where batches of other sizes take other memory, it is once for each size, too. sharing: a common
+        beginning is computed once, where rows are packed without dropout.
         """
         packed = packed and self.supports_packing(rows[0].input_ids)
-        sharing, texts = packed and not dropout, [row.input_ids for row in rows]
+        sharing, texts = sharing and packed and not dropout, [row.input_ids for row in rows]
         number, tokens = self._tokens_to_measure(texts, sharing)
-        kind = (packed, bool(dropout), checkpointing, tokens if self.on_gpu else 0)
+        kind = (packed, bool(dropout), checkpointing, *((sharing, tokens) if self.on_gpu else ()))
         if kind in self._training:
             return self._training[kind]
         model = self.adapted

@@ -77,16 +77,13 @@ class Texts:
         return self._training_rows[key]
 
     def trained_rows(self, stage: str) -> list[Row]:
-        """Training rows as a stage computes them, longest first; too long ones are cut or left out."""
-        data, rl, rows = self.config.data, self.config.rl, self.training_rows(stage)
-        if stage == "rl":
-            rows = [_cut(row, rl.max_prompt_length + rl.max_completion_length) for row in rows]
-        else:
-            if data.too_long == "truncate":
-                rows = [_cut(row, data.max_length) for row in rows]
-            rows = [r for r in rows if len(r.input_ids) <= data.max_length and set(r.labels) != {IGNORED}]
-            if not rows:
-                raise DataError(f"no row fits into data.max_length {data.max_length}")
+        """Rows as score or SFT computes them, longest first; too long ones are cut or left out."""
+        data, rows = self.config.data, self.training_rows(stage)
+        if data.too_long == "truncate":
+            rows = [_cut(row, data.max_length) for row in rows]
+        rows = [row for row in rows if len(row.input_ids) <= data.max_length and set(row.labels) != {IGNORED}]
+        if not rows:
+            raise DataError(f"no row fits into data.max_length {data.max_length}")
         return sorted(rows, key=lambda row: -len(row.input_ids))
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import cycle, islice
 
 from stages.config import Config, RlSection
 from stages.errors import ConfigError
@@ -13,7 +14,7 @@ from stages.plan.cost_model import CostModel
 from stages.plan.estimate import Cost, MemoryEstimate
 from stages.plan.profiler import Measurement
 from stages.plan.prompt_lengths import prompt_length
-from stages.prompts.renderer import Row
+from stages.prompts.renderer import IGNORED, Row
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ def cost(model: CostModel, rl: RlSection, steps: int) -> Cost:
     training.
     """
     profiler = model.profiler
-    rows = model.texts.trained_rows("rl")
+    rows = model.texts.training_rows("rl")
     packed = rl.prefix_sharing == "auto" and not rl.lora_dropout  # as `trl.may_share` says
-    batch = _behind_shared_prompts(rows[: rl.per_device_train_batch_size], rl.num_generations)
+    batch = _longest_batch(rows, rl)
     measured = profiler.measure_training(batch, packed, rl.lora_dropout, rl.gradient_checkpointing)
     supported = profiler.supports_packing(rows[0].input_ids)
 
@@ -60,14 +61,20 @@ def cost(model: CostModel, rl: RlSection, steps: int) -> Cost:
     return model.total(thread_s, _memory(model, rl, measured, shared), rl.launch)
 
 
-def _behind_shared_prompts(rows: list[Row], group: int) -> list[Row]:
-    """A micro batch as RL has it: the responses of each `group` rows behind the prompt of the first."""
+def _longest_batch(rows: list[Row], rl: RlSection) -> list[Row]:
+    """A micro batch at its limits: completions of full length, each group behind one of the longest prompts.
+
+    References, repeated or cut, stand in for completions. The first token of each differs, so that only the
+    prompt is shared.
+    """
+    longest = sorted(rows, key=prompt_length, reverse=True)[: rl.per_device_train_batch_size]
     batch = []
-    for at, row in enumerate(rows):
-        first, end = rows[at - at % group], prompt_length(row)
-        start = prompt_length(first)
-        ids = first.input_ids[:start] + row.input_ids[end:]
-        batch.append(Row(row.id, ids, first.labels[:start] + row.labels[end:]))
+    for at, row in enumerate(longest):
+        first = longest[at - at % rl.num_generations]
+        prompt = first.input_ids[: prompt_length(first)][-rl.max_prompt_length :]
+        reference = row.input_ids[prompt_length(row) :] or prompt
+        completion = [at, *islice(cycle(reference), rl.max_completion_length - 1)]
+        batch.append(Row(row.id, prompt + completion, [IGNORED] * len(prompt) + completion))
     return batch
 
 
