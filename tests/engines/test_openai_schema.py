@@ -7,7 +7,7 @@ import math
 import pytest
 
 from stages.engines.openai.choices import choice_probabilities
-from stages.engines.openai.client import Client
+from stages.engines.openai.identity import Identity
 from stages.engines.openai.replies import ReplyChoice, TokenCount, parse_models
 
 CHAT = {
@@ -30,18 +30,18 @@ TEXT = {
 }  # fmt: skip
 
 
-def client(*replies: dict) -> Client:
-    """One that asks for `m`, beside which the server lists `n`, and has had these replies."""
-    found = Client.__new__(Client)
-    found.model, found._reply_name = "m", None
-    found._listed = parse_models([{"id": "m"}, {"id": "n"}])
+def identity(*replies: dict) -> Identity:
+    """That of `m`, beside which the server lists `n`, after these replies."""
+    asked = Identity.__new__(Identity)
+    asked.model, asked._reply_name = "m", None
+    asked._listed = parse_models([{"id": "m"}, {"id": "n"}])
     for reply in replies:
-        found._reply_choice(reply)
-    return found
+        asked.choice_of(reply)
+    return asked
 
 
 def read(reply: object) -> ReplyChoice:
-    return client(TEXT)._reply_choice(reply)
+    return identity(TEXT).choice_of(reply)
 
 
 def test_both_kinds_are_read():
@@ -121,12 +121,12 @@ def test_an_odd_list_of_models_is_none(reply):
 def test_a_gateway_may_have_a_name_of_its_own_for_the_model():
     """From the first reply on, and not one that is another model's."""
     alias = TEXT | {"model": "m-2024-08-06"}
-    assert client(alias)._reply_choice(alias) == client(alias)._reply_choice(TEXT)
+    assert identity(alias).choice_of(alias) == identity(alias).choice_of(TEXT)
     for before in ([], [TEXT], [alias]):
         with pytest.raises(ValueError, match="the reply is by n, not by m"):
-            client(*before)._reply_choice(TEXT | {"model": "n"})
+            identity(*before).choice_of(TEXT | {"model": "n"})
     with pytest.raises(ValueError, match="the reply is by m-2024-08-06, not by m"):
-        client(TEXT)._reply_choice(alias)
+        identity(TEXT).choice_of(alias)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_a_gateway_may_have_a_name_of_its_own_for_the_model():
     ],
 )
 def test_a_listed_name_may_stand_for_the_model(listed, taken):
-    found = client()
-    found._listed = parse_models(listed)
+    asked = identity()
+    asked._listed = parse_models(listed)
     reply = TEXT | {"model": listed[1]["id"]}
     if taken:
-        assert found._reply_choice(reply) == client()._reply_choice(TEXT)
+        assert asked.choice_of(reply) == identity().choice_of(TEXT)
     else:
         with pytest.raises(ValueError, match="not by m"):
-            found._reply_choice(reply)
+            asked.choice_of(reply)
 
 
 def test_two_tokens_of_one_text_count_together():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,14 +29,8 @@ from stages.engines import (
     same_model,
 )
 from stages.engines.openai.choices import choice_probabilities, parse_word
-from stages.engines.openai.replies import (
-    Reply,
-    ReplyChoice,
-    ServedModel,
-    TokenCount,
-    least_probability,
-    parse_models,
-)
+from stages.engines.openai.identity import Identity
+from stages.engines.openai.replies import ReplyChoice, TokenCount, least_probability
 from stages.engines.openai.requests import (
     MAX_WORD_TOKENS,
     REPLY_TOKENS,
@@ -50,7 +43,7 @@ from stages.engines.openai.requests import (
     most_prompt_tokens,
     prompt_probabilities_body,
 )
-from stages.engines.openai.session import ItemFailed, RequestRefused, Session
+from stages.engines.openai.session import ItemFailed, Session
 from stages.engines.openai.transport import Transport
 from stages.errors import AnswerError, ConfigError
 
@@ -88,12 +81,9 @@ class Client:
         """For the words of a request: the tokens until they differ, learned from earlier replies."""
         self._can_constrain: dict[str, bool] = {}
         """For each endpoint: whether the server can constrain its output to given words."""
-        self._reply_name: str | None = None
-        """The model's name in replies, learned from the first one."""
-        self._listed: dict[str, ServedModel] = {}
-        """The models that the servers list, by name."""
         self._quirks = Quirks()
-        self.model, self.max_model_len = self._find_model(model)
+        self._identity = Identity(transport, model)
+        self.model, self.max_model_len = self._identity.model, self._identity.max_model_len
 
     def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
         """Send the first request alone, then the others at the same time.
@@ -118,7 +108,7 @@ class Client:
         path, body = constrained_body(self.model, request, request.words, tokens)
 
         def read(reply: Any) -> tuple[float, ...] | None:
-            return choice_probabilities(self._reply_choice(reply), words=request.words, asked=tokens)
+            return choice_probabilities(self._identity.choice_of(reply), words=request.words, asked=tokens)
 
         return path, body, read
 
@@ -129,7 +119,7 @@ class Client:
 
         def ask(session: Session, request: GenerateRequest) -> Awaitable[Completion]:
             body = generate_body(self.model, request, sampling)
-            return session.send("completions", body, lambda reply: self._reply_choice(reply).completion)
+            return session.send("completions", body, lambda reply: self._identity.choice_of(reply).completion)
 
         for i, completion in self.transport.each(requests, ask):
             if isinstance(completion, Failure):
@@ -145,7 +135,7 @@ class Client:
         def ask(session: Session, row: tuple[list[int], list[int]]) -> Awaitable[float]:
             body = prompt_probabilities_body(self.model, [*row[0], *row[1]])
             read = partial(least_probability, completion=row[1])
-            return session.send("completions", body, lambda reply: read(self._reply_choice(reply)))
+            return session.send("completions", body, lambda reply: read(self._identity.choice_of(reply)))
 
         for i, least in self.transport.each(rows, ask):
             if isinstance(least, Failure):
@@ -165,46 +155,6 @@ class Client:
                 )
         return fingerprints[0]
 
-    def _find_model(self, name: str | None) -> tuple[str, int]:
-        """Return the model's name and context length (0 if unknown); without a name, the first one listed.
-
-        ConfigError unless every server serves it.
-        """
-        names, lengths = [], []
-        for server in self.transport.per_server():
-            listed = _list_models(server, name)
-            if name is not None and listed and not any(model.serves(name) for model in listed.values()):
-                raise ConfigError(f"{server.urls[0]} serves {', '.join(listed)}, not {name}")
-            if name is None and not listed:
-                raise AnswerError(f"{server.urls[0]} lists no model")
-            self._listed |= listed
-            names.append(name or next(iter(listed)))
-            lengths.append(listed[names[-1]].max_model_len if names[-1] in listed else 0)
-        return names[0], min(lengths)
-
-    def _reply_choice(self, reply: Any) -> ReplyChoice:
-        """Return the only choice of a reply; ValueError if another model gave it.
-
-        A gateway may give the model another name than it was requested by. Such a name is accepted if the
-        first reply has it, and if the server does not list it as another model.
-        """
-        parsed = Reply.model_validate(reply)
-        if self._reply_name is None and parsed.model is not None:
-            self._reply_name = parsed.model if self._is_alias(parsed.model) else self.model
-        if parsed.model not in (None, self.model, self._reply_name):
-            raise ValueError(f"the reply is by {str(parsed.model)[:80]}, not by {self.model}")
-        return parsed.choices[0]
-
-    def _is_alias(self, name: str) -> bool:
-        """True if a reply by `name` may be the model's: if it is not listed, or listed as the same model.
-
-        A reply to an alias has its dated version; for a model of several names vLLM replies with the first.
-        """
-        replying, requested = self._listed.get(name), self._listed.get(self.model)
-        if replying is None or re.fullmatch(rf"{re.escape(self.model)}-\d[\d-]*", name):
-            return True
-        return requested is not None and requested.root is not None and requested.root == replying.root
-
     async def _post(
         self, session: Session, path: str, body: dict[str, Any], read: Callable[[ReplyChoice], T]
     ) -> T:
@@ -212,7 +162,7 @@ class Client:
         while True:
             adapted = self._quirks.apply(body)
             try:
-                return await session.send(path, adapted, lambda reply: read(self._reply_choice(reply)))
+                return await session.send(path, adapted, lambda reply: read(self._identity.choice_of(reply)))
             except (ConfigError, ItemFailed) as error:
                 self._quirks.learn(str(error))
                 # Compared with what was sent: another request may have taught the same meanwhile.
@@ -260,7 +210,7 @@ class Client:
         body["temperature"] = 0  # the sampled token is not used
         reply = await session.probe(f"{self.transport.urls[0]}/{path}", body)
         try:
-            ((_, alternatives),) = self._reply_choice(reply).tokens
+            ((_, alternatives),) = self._identity.choice_of(reply).tokens
             # An empty token or a lone space begins a word, but any other text as well.
             fitting = [
                 math.exp(logprob)
@@ -327,13 +277,3 @@ class Client:
                 count = 0  # a server that cannot count gets the request all the same
         if count > room:
             raise ItemFailed("too_long", f"{count} tokens, and {self.model} has room for {room}")
-
-
-def _list_models(server: Transport, name: str | None) -> dict[str, ServedModel]:
-    """Return the models that a server lists; none if it has no list and the model's name is known."""
-    try:
-        return server.call(lambda session, _: session.send("models", None, parse_models), None)
-    except RequestRefused as error:
-        if name is None or error.code not in (404, 405):
-            raise
-        return {}
