@@ -14,7 +14,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_N
 """At least five values, their mean, and its interval, in cells of a table."""
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
-BEGIN, END = "<!-- Written by benchmarks/replicates.py -->\n\n", "\n<!-- end -->"
+BEGIN, END = "<!-- Written by benchmarks/replicates.py from {}-items.json.gz -->\n\n", "\n<!-- end -->"
 Contrast = tuple[str, str, tuple[str, ...]]
 """What is compared: its name, the arm, and the arms of which the best one is subtracted."""
 Replicate = dict[str, Any]
@@ -53,8 +54,9 @@ def main() -> None:
             text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
             items.write_bytes(gzip.compress(text.encode(), mtime=0))
         text = page.read_text(encoding="utf-8")
-        head, _, tail = text.partition(BEGIN)
-        written = head + BEGIN + "\n".join([*tables(replicates), ""]) + END + tail.partition(END)[2]
+        begin = BEGIN.format(name)
+        head, _, tail = text.partition(begin)
+        written = head + begin + "\n".join([*tables(replicates), ""]) + END + tail.partition(END)[2]
         if arguments.check and written != text:
             sys.exit(f"{page.name} says other things than {items.name}: run benchmarks/replicates.py")
         page.write_text(written, encoding="utf-8")
@@ -115,16 +117,17 @@ def demo_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     yield from contrasts(replicates, DEMO)
 
 
-def raft_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown: accuracies of each replicate, then contrasts over replicates."""
-    arms = {"sft": "SFT", "rl": "GRPO", "rl raft": "RAFT", "rl raft 3e-4": "RAFT at 3e-4"}
+def tables_of(
+    arms: dict[str, str], compared: tuple[Contrast, ...], replicates: dict[str, Replicate]
+) -> Iterator[str]:
+    """Lines of Markdown: accuracies of each replicate in arms with these titles, then the contrasts."""
     yield f"| k | {' | '.join(arms.values())} |"
     yield "|---" * (1 + len(arms)) + "|"
     for k, replicate in replicates.items():
         cells = [_by_system(replicate, arm) if arm in replicate["arms"] else "not run" for arm in arms]
         yield f"| {k} | {' | '.join(cells)} |"
     yield ""
-    yield from contrasts(replicates, RAFT)
+    yield from contrasts(replicates, compared)
 
 
 def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) -> Iterator[str]:
@@ -152,7 +155,16 @@ RAFT: tuple[Contrast, ...] = (
     ("RAFT minus SFT", "rl raft", ("sft",)),
     ("RAFT at 3e-4 minus SFT", "rl raft 3e-4", ("sft",)),
 )
-EXPERIMENTS = {"demo": (RESULTS / "demo.md", demo_tables, "demo"), "raft": (FOUND, raft_tables, "final")}
+COUNTS: tuple[Contrast, ...] = (
+    ("E1. random within each weight minus important", "sft within", ("sft important",)),
+)
+RAFT_ARMS = {"sft": "SFT", "rl": "GRPO", "rl raft": "RAFT", "rl raft 3e-4": "RAFT at 3e-4"}
+COUNTS_ARMS = {"sft important": "important", "sft within": "random within each weight"}
+EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], str]] = {
+    "demo": (RESULTS / "demo.md", demo_tables, "demo"),
+    "raft": (FOUND, partial(tables_of, RAFT_ARMS, RAFT), "final"),
+    "counts": (FOUND, partial(tables_of, COUNTS_ARMS, COUNTS), "final"),
+}
 """By name: the page of an experiment, its tables, and the benchmark on which it was measured."""
 
 

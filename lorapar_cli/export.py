@@ -10,7 +10,7 @@ from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, flag, plan_of
 from stages.config import TRAINED
 from stages.data.rows import missing_path_error
-from stages.errors import ConfigError
+from stages.errors import ConfigError, OutputError
 from stages.pipeline.state import current_artifact, require_current
 from stages.store.artifacts import Store
 
@@ -71,6 +71,8 @@ def command(
     from stages import export as exporting
     from stages import gguf
 
+    if folder.exists():
+        raise OutputError(f"{folder} exists", "name a folder that does not")
     settings, steps = plan_of(config, set_)
     modes = settings.eval.modes
     if views and target is not None:
@@ -109,7 +111,9 @@ def command(
 
 def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> None:
     if target not in TRAINED:
-        raise ConfigError(f"--target {target}: expected one of {', '.join(TRAINED)}")
+        raise ConfigError(
+            f"--target {target}: expected one of {', '.join(TRAINED)}", "fast is sft, slow is rl or sft2"
+        )
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the data type of its base")
     if merged and views:

@@ -172,6 +172,14 @@ def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
     assert (own.shots, own.mode) == (5, "likelihood")
 
 
+def test_names_of_other_libraries_and_of_two_sections(tmp_path):
+    path = written(tmp_path, "model: {name: x}\nrl: {use_vllm: true}\nlearning_rate: 1.0e-3\n")
+    text = message(path)
+    assert "unknown setting rl.use_vllm (here it is rl.rollouts.engine)" in text
+    assert "learning_rate (did you mean sft.learning_rate or rl.learning_rate?)" in text
+    assert "is a table, not a config" in message(ROOT / "configs/tables/theta.yaml")
+
+
 def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
     path = written(
         tmp_path,

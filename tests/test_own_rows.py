@@ -49,6 +49,9 @@ TEXTS = [
     ("We ship 17*2=34 lamps. 22 come back, so 34-22=12. The total is 12 lamps.", "12"),
     ("There are 3 boxes of 4 pens.\n3 * 4 = 12\nSo Tom has 3 * 4 = 12 pens.", "12"),
     ("He pays 20 and gets 2 back. Hence it costs $18.", "$18"),
+    ("60 + 16 = $76 together. Order 12 costs $76.", None),
+    ("2 mats cost 2 * 30 = $60, so with shipping 60 + 16 = $76. The order costs $76.", "$76"),
+    ("2 mats cost 2 * 30 = $60. Greta owes $120.", None),
     ("France borders Spain, and its largest city lies on the Seine. The answer is Paris.", "Paris"),
     (
         "Standard shipping takes 5 days and costs nothing. It is free for orders above $50 in summer.",

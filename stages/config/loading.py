@@ -23,6 +23,8 @@ def load(
     which may have more sections. One ConfigError lists all mistakes.
     """
     settings = read_with_extends(path)
+    if {"base", "rows"} <= settings.keys():
+        raise ConfigError(f"{path} is a table, not a config", f"lorapar sweep {path}")
     for override in overrides or []:
         _override(settings, override)
     try:
@@ -114,8 +116,18 @@ OTHER_NAMES = {
     "rl.kl": "rl.beta", "rl.kl_coef": "rl.beta", "rl.group_size": "rl.num_generations",
     "lora.rank": "lora.r", "lora.alpha": "lora.lora_alpha", "sft.lr": "sft.learning_rate",
     "rl.lr": "rl.learning_rate", "sft.epochs": "sft.num_train_epochs", "rl.epochs": "rl.num_train_epochs",
+    "sft.bf16": "model.dtype", "rl.bf16": "model.dtype", "sft.fp16": "model.dtype", "rl.fp16": "model.dtype",
+    "sft.gradient_accumulation_steps": "sft.batch_size, of all micro batches",
+    "rl.gradient_accumulation_steps": "rl.prompts_per_step, of all micro batches",
+    "rl.generation_batch_size": "rl.prompts_per_step × rl.num_generations",
+    "rl.use_vllm": "rl.rollouts.engine", "rl.vllm_mode": "rl.rollouts.engine",
+    "sft.fsdp": "sft.launch.backend: fsdp2", "rl.fsdp": "rl.launch.backend: fsdp2",
+    "sft.deepspeed": "sft.launch.backend: fsdp2", "rl.deepspeed": "rl.launch.backend: fsdp2",
+    "sft.warmup_steps": "sft.warmup_ratio", "rl.warmup_steps": "rl.warmup_ratio",
+    "sft.launch.nodes": "torchrun on each node: docs/clusters.md",
+    "rl.launch.nodes": "torchrun on each node: docs/clusters.md",
 }  # fmt: skip
-"""Names that people try, of which the most similar setting is another one."""
+"""Names that people try, as from TRL, of which the most similar setting is another one."""
 
 
 def _unknown_setting(location: list[str]) -> str:
@@ -124,6 +136,8 @@ def _unknown_setting(location: list[str]) -> str:
     path = _setting_path(location)
     if path in OTHER_NAMES:
         return f"unknown setting {name} (here it is {OTHER_NAMES[path]})"
+    if same := [setting for setting in setting_names(Config) if setting.endswith(f".{path}")]:
+        return f"unknown setting {name} (did you mean {' or '.join(same[:3])}?)"
     suggestions = difflib.get_close_matches(path, list(setting_names(Config)), n=1, cutoff=0.6)
     if not suggestions:
         return f"unknown setting {name}"

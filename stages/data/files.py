@@ -17,6 +17,8 @@ ANSWERS = {"answer", "output", "response", "completion"}
 """Fields whose cells in a table are numbers where they look like one."""
 FIRST_FIELDS = {"question", "instruction", "messages", "conversations", "prompt"}
 """A file with one object is a single row if the object has one of these fields; others are refused."""
+ZIPPED = b"PK\x03\x04"
+"""Begins a zip archive, such as a file of Excel's."""
 Rows = list[tuple[int, dict[str, Any]]]
 """Each row with its number: the line in JSON Lines and CSV, else counted from 1."""
 
@@ -25,6 +27,8 @@ def read_file(path: Path) -> Rows:
     """Read the rows of a file by its name, gzipped or not (but Parquet); `[` begins a list in JSON."""
     name = path.name.lower().removesuffix(".gz")
     start = first_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(ZIPPED) or name.endswith((".xlsx", ".xls", ".ods")):
+        raise DataError(f"{path} is a spreadsheet or an archive, not rows", "save its sheet as CSV (UTF-8)")
     if name.endswith(".parquet") or start.startswith(b"PAR1"):
         rows = _parquet(path)
     elif name.endswith((".csv", ".tsv")):

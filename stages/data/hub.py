@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stages.errors import HUB_HINT, MissingInputError, first_line
+from stages.runtime.network import offline_without_network
 
 
 @functools.cache
@@ -18,6 +19,7 @@ def resolve_commit(kind: str, name: str, revision: str) -> str:
     """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
+    offline_without_network()
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 

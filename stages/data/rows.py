@@ -23,6 +23,7 @@ from stages.data.hub import resolve_commit
 from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line, sought
 from stages.prompts.answers import gold_from_response, is_answer, matches_gold
 from stages.records import SHOWN_LINES, Example, data_error
+from stages.runtime.network import offline_without_network
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
 
 def _hub_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     assert source.path is not None
+    offline_without_network()
     import datasets
 
     try:

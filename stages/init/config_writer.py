@@ -29,6 +29,8 @@ STEP = 16
 """Lengths are rounded up to multiples of this."""
 AT_ONCE = "Answer at once: only the final answer after ####."
 """System message of the fast mode of a model whose template has no switch, as in the demo."""
+BARE = 0.8
+"""Where more of the rows have an answer without its working, the others say little of its length."""
 THOUGHT = 1024
 """Tokens of a thought and its answer, where the rows do not show any."""
 THINKING = 0.8
@@ -191,7 +193,7 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
     default = defaults.max_completion_length
     if not profile.imitable:
         response, response_why = default, f"no row has one, so {default} is a guess"
-    elif profile.bare and response < default:
+    elif profile.bare > BARE * len(profile.rows.examples) and response < default:
         response = default
         response_why = f"{profile.bare} rows have an answer without its working, so {default} is a guess"
     if profile.thinks and not profile.thoughts and response < THOUGHT:

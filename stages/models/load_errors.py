@@ -19,6 +19,7 @@ from stages.errors import (
     is_rust_panic,
     sought,
 )
+from stages.runtime.network import offline_without_network
 
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 """Errors of this machine, not of the files."""
@@ -34,6 +35,8 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
     """
     if not Path(model.name).exists() and not model.may_be_on_hub:
         raise MissingInputError(f"no model folder {sought(model.name)}", "a hub id is NAME or OWNER/NAME")
+    if not Path(model.name).exists():
+        offline_without_network()
     try:
         yield
     except LoraparError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ModelSection
+from stages.runtime.network import offline_without_network
 
 NAMES = (
     ("vocab_size",),
@@ -54,6 +55,8 @@ def _config(model: ModelSection) -> dict[str, Any]:
     try:
         if not Path(file).is_file():
             from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+            offline_without_network()
 
             cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
             file = (

@@ -103,7 +103,7 @@ def command(launch: LaunchSection) -> list[str]:
         )
     if gpus and number > gpus:
         raise ConfigError(f"launch.processes {number}: there are {gpus} GPUs", "lower it")
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    return [sys.executable, "-m", "stages.pipeline.torchrun", "--standalone", "--nproc-per-node", str(number)]
 
 
 def _check_config(path: str) -> None:
@@ -120,6 +120,10 @@ def _check_config(path: str) -> None:
         load_config_from_file(path)
     except Exception as error:  # accelerate's launcher would end with a traceback
         raise ConfigError(f"{title}: {first_line(error)}", hint) from None
+    distributed.refuse_untested(
+        settings.get("distributed_type") in ("FSDP", "DEEPSPEED"),
+        str(settings.get("mixed_precision") or "no"),
+    )
     if settings.get("distributed_type") in ("NO", "MULTI_CPU", False):  # YAML reads a bare NO as false
         raise ConfigError(
             f"{title} starts a single process (distributed_type)",

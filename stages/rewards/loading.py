@@ -140,7 +140,8 @@ def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixe
         call = functools.partial(function, **fixed)
         columns |= {key: [json.loads(text) for text in columns[key]] for key in decoded if key in columns}
         try:
-            values = list(call(completions=completions, **columns))
+            returned = call(completions=completions, **columns)
+            values = list([] if returned is None else returned)
         except SandboxFailure as error:
             raise SandboxError(f"reward {name}: {error}", "see: lorapar doctor") from error
         except Exception as error:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import LoraparError
+from stages.errors import ConfigError, LoraparError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,23 @@ def connect() -> Any:
 
     # NCCL's default of ten minutes is too short for an RL step in which all others wait for rank 0's samples.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT_S))
+
+
+def refuse_untested(divided: bool, precision: str) -> None:
+    """Raise ConfigError for accelerate settings that would silently corrupt training.
+
+    divided: by accelerate's FSDP or DeepSpeed. precision: its `mixed_precision`.
+    """
+    if divided:
+        raise ConfigError(
+            "launch.config asks for FSDP or DeepSpeed by accelerate, which was not tested",
+            "leave launch.config out and use launch.backend=fsdp2, which divides the base model",
+        )
+    if precision != "no":
+        raise ConfigError(
+            f"launch.config: mixed_precision {precision} would change results, and no artifact records it",
+            "set mixed_precision to no in that file",
+        )
 
 
 def report_failure(error: LoraparError) -> bool:

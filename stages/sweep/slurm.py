@@ -108,6 +108,8 @@ class Cluster:
 
         A job that is queued or running is kept, unless a job that it depends on is submitted again.
         """
+        for node in nodes.values():
+            self._check_gpus(node)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "jobs.lock"):
             self.jobs = self._read_record()
@@ -132,6 +134,16 @@ class Cluster:
                 replace_file(self.record, json.dumps(self.jobs, indent=1).encode())
                 self.say(f"job {job_of[artifact]} submitted: {node.title}")
             return job_of
+
+    def _check_gpus(self, node: Node) -> None:
+        """Raise ConfigError if a stage would get several GPUs and use one."""
+        gpus = {**self.settings.get("default", {}), **self.settings.get(node.stage, {})}.get("gpus_per_node")
+        launched = getattr(getattr(node.config, node.stage, None), "launch", None)
+        if isinstance(gpus, int) and gpus > 1 and launched and not launched.is_distributed:
+            raise ConfigError(
+                f"a job of {node.stage} has {gpus} GPUs (gpus_per_node), and {node.stage} uses one",
+                f"set {node.stage}.launch.backend to ddp, or {node.stage}: {{gpus_per_node: 1}} for Slurm",
+            )
 
     def report(self, nodes: dict[ArtifactId, Node]) -> dict[str, int]:
         """Print the state of each artifact's job, and submit none; return state → number of artifacts."""

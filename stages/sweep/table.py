@@ -102,11 +102,14 @@ def table(
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
     settings = file.settings()
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
-    check_size(path, len(rows), len(set(seeds or file.seeds)), max_cells)
+    numbers = seeds or file.seeds
+    if repeated := [seed for seed in numbers if numbers.count(seed) > 1]:
+        raise ConfigError(f"{path}: seed {repeated[0]} is named twice, and gives the same run")
+    check_size(path, len(rows), len(numbers), max_cells)
     errors: dict[str, dict[str, None]] = {}
     hints: dict[str, None] = {}
     cells = []
-    for seed, row in itertools.product(dict.fromkeys(seeds or file.seeds), rows):
+    for seed, row in itertools.product(numbers, rows):
         try:
             cells.append(_cell(path, file, row, seed, base, overrides or []))
         except LoraparError as error:

@@ -314,15 +314,22 @@ def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
     """It is the paper's there, and what it changes has another key."""
     [text] = [block.text for block in blocks("python") if block.title == "scorers.py"]
     file = tmp_path / "scorers.py"
-    file.write_text(text + "\ndef narrow(value, gradient, fisher):\n    return value[:1]\n", encoding="utf-8")
+    file.write_text(
+        text + "\ndef narrow(value, gradient, fisher):\n    return value[:1]\ndef wrong(*_):\n    return x\n",
+        encoding="utf-8",
+    )
     given = ("score.examples=6", f"score.scorer_file={file}")
     wanted, mine = (make_step(begun(*given, f"score.scorer={name}"), "score") for name in ("taylor2", "mine"))
     one, other = (read_importance(made.path / "importance.safetensors") for made in (wanted, mine))
     assert wanted.path != mine.path
     assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
-    with pytest.raises(UnusableResult, match="scorer narrow gave .* no score for each element"):
-        make_step(begun(*given, "score.scorer=narrow"), "score")
-    with pytest.raises(ConfigError, match="unknown scorer 'wide'.*; .*scorers.py has: mine, narrow"):
+    for name, said in (
+        ("narrow", r"gave no tensor of \(\d+, \d+\)"),
+        ("wrong", "raised NameError: .*x.* not d"),
+    ):
+        with pytest.raises(UnusableResult, match=f"scorer {name} {said}"):
+            make_step(begun(*given, f"score.scorer={name}"), "score")
+    with pytest.raises(ConfigError, match="unknown scorer 'wide'.*; .*scorers.py has: mine, narrow, wrong"):
         begun(*given, "score.scorer=wide")
     keys = {plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key}
     file.write_text(text.replace("0.5", "0.25"), encoding="utf-8")

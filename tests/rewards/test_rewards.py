@@ -217,6 +217,8 @@ def test_rewards_of_other_libraries_are_floats():
     assert loading.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
     with pytest.raises(UnusableResult, match="reward odd gave 1 values for 2 completions"):
         loading.with_checks("odd", lambda completions: [1.0])(completions=["a", "b"])
+    with pytest.raises(UnusableResult, match="reward odd gave 0 values for 2 completions"):
+        loading.with_checks("odd", lambda completions: None)(completions=["a", "b"])
 
 
 def test_code_in_a_thought_is_a_draft():

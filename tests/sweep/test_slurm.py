@@ -99,6 +99,13 @@ def submitted(monkeypatch):
     return seen
 
 
+def test_gpus_that_a_stage_would_not_use_are_refused(path, sweep, submitted):
+    path.with_name("slurm.yaml").write_text("default: {partition: all, time: 20, gpus_per_node: 8}\n")
+    done = sweep()
+    assert done.code == 78 and "a job of score has 8 GPUs (gpus_per_node), and score uses one" in done.err
+    assert not submitted.jobs
+
+
 def test_each_job_waits_for_those_that_make_its_inputs(path, sweep, submitted):
     done = sweep()
     assert done.code == 0 and "13 steps are queued or running" in done.err, done.err

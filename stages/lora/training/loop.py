@@ -211,18 +211,9 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
 
 
 def refuse_untested(trainer: Any) -> None:
-    """Reject accelerate settings (FSDP, DeepSpeed, mixed precision) that would silently corrupt training."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError(
-            "launch.config asks for FSDP or DeepSpeed by accelerate, which was not tested",
-            "leave launch.config out and use launch.backend=fsdp2, which divides the base model",
-        )
-    kind = trainer.accelerator.mixed_precision
-    if kind != "no":
-        raise ConfigError(
-            f"launch.config: mixed_precision {kind} would change results, and no artifact records it",
-            "set mixed_precision to no in that file",
-        )
+    """Raise ConfigError for accelerate settings that would silently corrupt this training."""
+    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    distributed.refuse_untested(divided, trainer.accelerator.mixed_precision)
 
 
 def _digest(model: PeftModel) -> str:
