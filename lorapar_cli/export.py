@@ -111,9 +111,8 @@ def command(
 
 def _check_options(target: str, merged: bool, base_dtype: bool, views: bool) -> None:
     if target not in TRAINED:
-        raise ConfigError(
-            f"--target {target}: expected one of {', '.join(TRAINED)}", "fast is sft, slow is rl or sft2"
-        )
+        names = ", ".join(TRAINED)
+        raise ConfigError(f"--target {target}: expected one of {names}", "fast is sft, slow is rl or sft2")
     if merged and base_dtype:
         raise ConfigError("--base-dtype is for adapters: a merged model has the data type of its base")
     if merged and views:

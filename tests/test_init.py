@@ -12,7 +12,7 @@ import yaml
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
-from stages.init import config_writer, hold_out
+from stages.init import config_writer, data_profile, hold_out
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
@@ -86,12 +86,23 @@ def test_rewards_follow_the_answers(written):
 def test_rows_without_answers_are_not_passed_over(written):
     plain = [{"instruction": f"Say {i}.", "output": f"Well, {i}"} for i in range(3)]
     found, said = written(plain)
-    assert found["sft"] == {"rounds": 2} and found["eval"] == {"targets": ["base", "sft", "sft2"]}
-    assert "rl" not in found and "prompt" not in found
-    assert "no row has a verifiable answer" in said and "a cold start" not in said
+    assert found["sft"]["rounds"] == 2 and found["eval"] == {"targets": ["base", "sft", "sft2"]}
+    assert "rl" not in found and "prompt" not in found and "system2_share" not in found["sft"]
+    assert "no row has a verifiable answer" in said and "so no row is held out" in said
     found, said = written([*plain, {"instruction": "1 + 1?", "output": "#### 2"}])
     assert "3 of 4 rows have no verifiable answer" in said
-    assert found["rl"]["rewards"] == {"text_overlap": 1.0} and "sft" not in found
+    assert found["rl"]["rewards"] == {"text_overlap": 1.0}
+
+
+def test_a_small_model_gets_the_rates_of_the_demo_and_a_cold_start(written, monkeypatch):
+    found, said = written(rows(300))
+    assert (found["sft"]["learning_rate"], found["sft"]["system2_share"]) == (2e-3, 0.3)
+    assert found["rl"]["learning_rate"] == 1.5e-4
+    assert "how RL finds" not in said
+    monkeypatch.setattr(data_profile, "parameters", lambda _: 7_000_000_000)
+    found, said = written(rows(300))
+    assert not {"learning_rate", "system2_share"} & (found["sft"].keys() | found["rl"].keys())
+    assert "how RL finds" in said
 
 
 def test_answers_without_their_working_say_nothing_about_the_length_of_completions(written):

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from stages import escaping
-from stages.config import BenchmarkSection, Config, LoraSection, ModelSection, ServerSection
+from stages.config import BenchmarkSection, Config, LoraSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.config.yaml import on_one_line
 from stages.evaluation.benchmarks import benchmarks
 from stages.init.data_profile import VERIFIED, DataProfile
-from stages.models.size import parameters
 from stages.plan.lengths import Lengths
 
 FAR = 2
@@ -95,7 +94,7 @@ def choices(
     if profile.section.template == "plain":
         yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
     if profile.system2_rows is None and labels is None:
-        yield from _voters(profile, model)
+        yield from _voters(profile)
     if profile.section.system:
         yield Choice("prompt.system", profile.section.system, "so that answers can be verified")
     yield from _modes(profile)
@@ -113,6 +112,7 @@ def choices(
     limits = {choice.name: choice.value for choice in rl}
     yield from [] if profile.imitable else RL_ALONE
     yield from SECOND_SFT if profile.unverifiable else rl
+    yield from _small(profile) if profile.is_small else ()
     yield from _server(profile, limits)
     yield from _benchmarks(tests, protected, limits)
 
@@ -129,9 +129,20 @@ def _modes(profile: DataProfile) -> Iterator[Choice]:
             yield Choice("sft.system1_targets", "answer", "the fast mode writes no working")
 
 
-def _voters(profile: DataProfile, model: str) -> list[Choice]:
+def _small(profile: DataProfile) -> Iterator[Choice]:
+    """Rates of a small model, and a cold start; the defaults are the paper's, for 7 billion parameters."""
+    if profile.imitable:
+        yield Choice("sft.learning_rate", 2e-3, "a small model learns slowly: the demo's rate")
+    if profile.imitable and not profile.unverifiable and not profile.thinks:
+        why = "else a small model has hardly a right answer to System 2, and RL no signal"
+        yield Choice("sft.system2_share", 0.3, why)
+    if not profile.unverifiable:
+        yield Choice("rl.learning_rate", 1.5e-4, "the demo's rate")
+
+
+def _voters(profile: DataProfile) -> list[Choice]:
     """Few-shot questions to a model that cannot chat or is small; by default the base plays a role."""
-    number = parameters(ModelSection(name=model))
+    number = profile.parameters
     if profile.section.template == "plain":
         why = "it has no chat"
     elif number is not None and number < ROLE_PLAY:

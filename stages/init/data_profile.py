@@ -12,6 +12,7 @@ from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.init.modes import modes_of
 from stages.labelling.known import system_of
+from stages.models.size import parameters
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.lengths import Lengths
 from stages.prompts.answers import extract_letter, parse_number
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ASKS = "Work it out, then write the final answer after ####."
 """System message for rows whose answers can be verified, as in the demo."""
+SMALL = 1e9
+"""Parameters below which the rates of the demo's model are proposed."""
 VERIFIED = {"number", "letter", "text"}
 READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 """Benchmarks that read an answer where the prompt asks for it."""
@@ -61,8 +64,14 @@ class DataProfile:
     """True if the chat template takes no system message."""
     positions: int | None
     """Number of tokens that the model can read, if its config says."""
+    parameters: int | None
+    """Number of the model's parameters, if its files or its config say."""
     linear: set[str]
     """Names of the linear modules that the base model has, without its head."""
+
+    @property
+    def is_small(self) -> bool:
+        return self.parameters is not None and self.parameters < SMALL
 
     @property
     def imitable(self) -> bool:
@@ -121,6 +130,7 @@ def survey(
         section=renderer.section,
         refuses_system=renderer.section.system != section.system,
         positions=getattr(base.config, "max_position_embeddings", None),
+        parameters=parameters(model),
         linear=linear_modules(base),
     )
 

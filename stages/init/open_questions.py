@@ -79,7 +79,8 @@ def _about_success(
             counts = f"{sum(items)} of its {len(items)}"
             yield f"what {test.path} measures: {counts} questions are trained on"
     if not tests:
-        yield "which rows measure success: lorapar init … --test FILE"
+        held_out = "no answer can be graded, so no row is held out" if profile.unverifiable else ""
+        yield f"which rows measure success: {held_out or 'lorapar init … --test FILE'}"
     if protected:
         yield (
             "how much is kept: partition.protect_theta 0.9 protects about 40 % of the elements, 0.5 about "
@@ -108,10 +109,10 @@ def _about_learning(profile: DataProfile, labels: str | None) -> Iterator[str]:
             "how the model thinks: no row has a thought (reasoning_content, or <think>…</think> in the "
             "response), so what SFT learns of System 2 rows is not to think; leave sft.system2_share at 0"
         )
-    elif profile.imitable and not profile.unverifiable:
+    elif profile.imitable and not profile.unverifiable and not profile.is_small:
         yield (
             "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
             "answer to System 2, and RL without a signal ends by itself; sft.system2_share: 0.3 is a cold "
             "start"
         )
-    yield "learning rates, passes over the rows and LoRA's rank: the defaults are a start"
+    yield "learning rates, passes over the rows and LoRA's rank: these are a start"

@@ -51,7 +51,11 @@ def card(
         "partition": config.partition.model_dump(mode="json"), "lora": identity["lora"]
     }  # fmt: skip
     sections[stage] = {k: v for k, v in trained_by.items() if not isinstance(v, dict | list | None)}
-    settings = {"base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype}
+    settings = {"base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype, "seed": config.seed}
+    if not baseline:
+        settings |= {"score.scorer": config.score.scorer, "score.scorer_file": config.score.scorer_file}
+    if stage == "rl":
+        settings |= {"rl.rewards": config.rl.rewards, "rl.rewards_file": config.rl.rewards_file}
     # With their sections: both partition and rl have a `beta`.
     settings |= {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
     named = {name: str(value) for name, value in settings.items() if value is not None}
