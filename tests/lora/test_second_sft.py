@@ -71,11 +71,11 @@ def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
 
 
 def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):
-    export_command = ("export", ROOT / "configs/smoke.yaml", tmp_path / "out")
+    export_command = ("export", ROOT / "configs/smoke.yaml")
     make_steps(begun(*TWO), "sft")
-    done = lorapar(*export_command, *flags(*begun.home, *TWO, "eval.targets=[sft2]"))
+    done = lorapar(*export_command, tmp_path / "out", *flags(*begun.home, *TWO, "eval.targets=[sft2]"))
     assert done.code == 0 and "adapter of sft2" in done.out + done.err
-    done = lorapar(*export_command, *flags(*begun.home), "--target", "sft2")
+    done = lorapar(*export_command, tmp_path / "new", *flags(*begun.home), "--target", "sft2")
     assert done.code == 78 and "--target sft2: SFT has one round" in done.err
 
 
