@@ -56,7 +56,7 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         begin = BEGIN.format(name)
         head, _, tail = text.partition(begin)
-        written = head + begin + "\n".join([*tables(replicates), ""]) + END + tail.partition(END)[2]
+        written = head + begin + "\n".join([*tables(replicates), ""]) + END + tail.partition(END.strip())[2]
         if arguments.check and written != text:
             sys.exit(f"{page.name} says other things than {items.name}: run benchmarks/replicates.py")
         page.write_text(written, encoding="utf-8")
@@ -155,10 +155,15 @@ RAFT: tuple[Contrast, ...] = (
     ("RAFT minus SFT", "rl raft", ("sft",)),
     ("RAFT at 3e-4 minus SFT", "rl raft 3e-4", ("sft",)),
 )
+COUNTS: tuple[Contrast, ...] = (
+    ("E1. random within each weight minus important", "sft within", ("sft important",)),
+)
 RAFT_ARMS = {"sft": "SFT", "rl": "GRPO", "rl raft": "RAFT", "rl raft 3e-4": "RAFT at 3e-4"}
+COUNTS_ARMS = {"sft important": "important", "sft within": "random within each weight"}
 EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], str]] = {
     "demo": (RESULTS / "demo.md", demo_tables, "demo"),
     "raft": (FOUND, partial(tables_of, RAFT_ARMS, RAFT), "final"),
+    "counts": (FOUND, partial(tables_of, COUNTS_ARMS, COUNTS), "final"),
 }
 """By name: the page of an experiment, its tables, and the benchmark on which it was measured."""
 
