@@ -105,6 +105,8 @@ class Results:
 def results(table: Table) -> Results:
     artifacts = Artifacts()
     found = Results(table, {}, {}, artifacts, {})
+    numbers: dict[str, str] = {}
+    """Column of which a summary has no value → what that summary has."""
     for row, name in itertools.product(table.rows, table.file.columns):
         cells = table.cells_of(row)
         if not all(name in cell.columns for cell in cells):
@@ -120,6 +122,11 @@ def results(table: Table) -> Results:
         except NothingToShow:
             if column.graded:
                 log.warning("%s: no answer is in the group of column %r", row, name)
+            else:
+                summary = artifacts.needed(cells[0], column).manifest["summary"]
+                numbers[name] = ", ".join(k for k, value in summary.items() if isinstance(value, int | float))
+    for name in numbers.keys() - {column for _, column in found.values}:
+        log.warning("no summary has the value of column %r; there are: %s", name, numbers[name])
     for contrast in table.contrasts:
         references, cells = table.cells_of(*contrast.against), table.cells_of(*contrast.rows)
         if all(contrast.on in cell.columns for cell in references + cells):

@@ -373,7 +373,7 @@ def by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr("stages.sweep.results.Artifacts.current", artifact)
 
 
-def test_numbers_by_hand(small, by_hand):
+def test_numbers_by_hand(small, by_hand, caplog):
     """Two seeds, four items, the third of System 2."""
     found = results(table(small))
     sft, rl, gain = (found.values["θ .9", name] for name in ("SFT", "RL", "gain"))
@@ -390,6 +390,7 @@ def test_numbers_by_hand(small, by_hand):
     assert astuple(half.over_seeds) == pytest.approx(OF_HALVES, abs=1e-4)
     assert found.comparisons[Contrast(("β 0",), ("θ .9",), "SFT")].mean == 0
     assert ("θ .9", "active") not in found.values  # its summary has no such number
+    assert "no summary has the value of column 'active'; there are: " in caplog.text
     loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
     assert loose.values["θ .9", "SFT"].mean == 1
     assert "Parsed flexibly: SFT of β 0; SFT of θ .5" in render.legend(loose)
