@@ -10,7 +10,7 @@ from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, flag, plan_of
 from stages.config import TRAINED
 from stages.data.rows import missing_path_error
-from stages.errors import ConfigError, OutputError
+from stages.errors import ConfigError
 from stages.pipeline.state import current_artifact, require_current
 from stages.store.artifacts import Store
 
@@ -71,8 +71,7 @@ def command(
     from stages import export as exporting
     from stages import gguf
 
-    if folder.exists():
-        raise OutputError(f"{folder} exists", "name a folder that does not")
+    exporting.refuse_existing(folder)  # at once: planning takes seconds
     settings, steps = plan_of(config, set_)
     modes = settings.eval.modes
     if views and target is not None:

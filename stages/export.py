@@ -88,14 +88,19 @@ def write_views(
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise OutputError if there is such a folder."""
+    if out.exists():
+        raise OutputError(f"{out} exists", "name a folder that does not")
+
+
 @contextmanager
 def _building(out: Path, evaluated: Sequence[Artifact]) -> Iterator[Path]:
     """Yield a temporary folder beside `out`, renamed to `out` on success, with the results for the hub.
 
     OutputError if `out` exists, or would lie among the artifacts of a run.
     """
-    if out.exists():
-        raise OutputError(f"{out} exists", "name a folder that does not")
+    refuse_existing(out)
     refuse_store(out)
     try:
         partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")

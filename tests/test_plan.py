@@ -44,7 +44,7 @@ def asked(lorapar, smoke_flags):
 def no_room(monkeypatch):
     """The base does not fit: nothing is measured, and the lengths are told."""
 
-    def full(*_):
+    def full(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(profiler, "load_base", full)
@@ -183,7 +183,7 @@ def model(smoke):
         measured = Measurement(10, 10.0, 20.0)
         made = SimpleNamespace(
             measure_votes=lambda _: measured,
-            measure_training=lambda *_: measured,
+            measure_training=lambda *_, **__: measured,
             measure_generation=lambda *_: (measured, Measurement(10, 20.0, 20.0)),
             supports_packing=lambda _: True,
             kv_cache_mib=lambda rows, length: rows * length / 1024,
@@ -283,7 +283,7 @@ def test_known_labels_cost_no_votes_and_untrained_models_may_answer_fewer_items(
 def test_rl_is_measured_at_its_limits(model):
     """Shorter batches scaled up would count a chunk of logits, which has a limit, more than once."""
     batches = []
-    measure = lambda rows, *_: batches.append(rows) or Measurement(10, 10.0, 20.0)  # noqa: E731
+    measure = lambda rows, *_, **__: batches.append(rows) or Measurement(10, 10.0, 20.0)  # noqa: E731
     costs(model("rl.max_prompt_length=20", "rl.too_long=truncate_left", measure_training=measure))
     batch = batches[-1]
     assert [len(row.input_ids) for row in batch] == [20 + 12] * 8
@@ -338,7 +338,7 @@ def test_weights_that_do_not_fit_are_told_and_not_loaded(asked, smoke, monkeypat
 
 
 def test_memory_that_runs_out_is_a_step_that_does_not_fit(model):
-    def full(*_):
+    def full(*_, **__):
         raise MemoryError
 
     made = model(measure_training=full)

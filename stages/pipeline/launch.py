@@ -26,9 +26,14 @@ EXPECTED_KEYS = "LORAPAR_EXPECTED_KEYS"
 """Environment variable with the keys that another process must make; its config may have changed by then."""
 
 
+def settings_of(config: Config, stage: Stage) -> LaunchSection | None:
+    """The `launch` of a stage's section; None for a stage that has none."""
+    return getattr(getattr(config, stage.name, None), "launch", None)
+
+
 def section(config: Config, stage: Stage) -> LaunchSection | None:
     """The `launch` of a stage's section, if it asks for several processes and this is not one of them."""
-    launch = getattr(getattr(config, stage.name), "launch", None)
+    launch = settings_of(config, stage)
     return launch if launch and launch.is_distributed and not distributed.launched() else None
 
 
@@ -37,7 +42,7 @@ def check_started(config: Config, stage: Stage) -> None:
 
     Each would train on all rows, and their sum would have the key of what one trains.
     """
-    launch = getattr(getattr(config, stage.name), "launch", None)
+    launch = settings_of(config, stage)
     if distributed.world_size() > 1 and not (launch and launch.is_distributed):
         setting = f"{stage.name}.launch.backend"
         raise ConfigError(
@@ -120,7 +125,7 @@ def _check_config(path: str) -> None:
         load_config_from_file(path)
     except Exception as error:  # accelerate's launcher would end with a traceback
         raise ConfigError(f"{title}: {first_line(error)}", hint) from None
-    distributed.refuse_untested(
+    distributed.check_accelerate_settings(
         settings.get("distributed_type") in ("FSDP", "DEEPSPEED"),
         str(settings.get("mixed_precision") or "no"),
     )

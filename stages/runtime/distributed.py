@@ -83,7 +83,7 @@ def connect() -> Any:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT_S))
 
 
-def refuse_untested(divided: bool, precision: str) -> None:
+def check_accelerate_settings(divided: bool, precision: str) -> None:
     """Raise ConfigError for accelerate settings that would silently corrupt training.
 
     divided: by accelerate's FSDP or DeepSpeed. precision: its `mixed_precision`.

@@ -130,7 +130,7 @@ def _cost(model: CostModel, scored: str) -> Cost:
     if not texts.imitable:
         return UNKNOWN  # only protected rows are scored, whose lengths are not read here
     rows = texts.trained_rows("score")
-    measured = model.profiler.measure_training(rows[: score.batch_size], True, 0.0, False, False)
+    measured = model.profiler.measure_training(rows[: score.batch_size], True, 0.0, False, sharing=False)
     lengths = [len(row.input_ids) for row in rows]
     activations = measured.mib_of(sum(lengths[: score.batch_size]))
     memory = model.memory(activations, adapted=True, launched=score.launch)

@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from stages.config import DataSection, LoraSection, ModelSection, PromptSection, RlSection, ScoreSection
-from stages.errors import UnusableResult, is_out_of_memory
 from stages.lora import examples
 from stages.lora.adapter import adapter, fsdp
 from stages.lora.importance.masks import flatten_weights, read_importance, write_importance
@@ -248,23 +247,7 @@ def _importance(
 def _scores(run: Scoring, layers: dict[str, nn.Linear], sums: Moments) -> dict[str, Tensor]:
     """The formula's score of each element, from its value and the means of its gradient and of its square."""
     formula = formula_of(run.scorer, run.score.scorer_file)
-    scores = {}
-    mend = f"mend it in {run.score.scorer_file} and run the same command"
-    for name, *tensors in _means(run, layers, sums):
-        try:
-            scores[name] = formula(*tensors)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise UnusableResult(
-                f"scorer {run.scorer} raised {type(error).__name__}: {error}", mend
-            ) from error
-        if not isinstance(scores[name], torch.Tensor) or scores[name].shape != tensors[0].shape:
-            raise UnusableResult(
-                f"scorer {run.scorer} gave no tensor of {tuple(tensors[0].shape)} for the elements of {name}",
-                mend,
-            )
-    return scores
+    return {name: formula(*tensors) for name, *tensors in _means(run, layers, sums)}
 
 
 def _means(

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.config.yaml import read_yaml
 from stages.errors import ArtifactError, ConfigError, MissingInputError, ServerError
-from stages.pipeline.launch import EXPECTED_KEYS
+from stages.pipeline import launch
 from stages.runtime.process_guard import Guarded
 from stages.store.digests import replace_file
 from stages.sweep.file import mistakes_error
@@ -69,7 +69,7 @@ class Call:
         self._child = Guarded(
             [sys.executable, "-m", "lorapar_cli", *self.command],
             preexec_fn=_ignore_job_signals,
-            env=os.environ | {EXPECTED_KEYS: self.expected_key},
+            env=os.environ | {launch.EXPECTED_KEYS: self.expected_key},
         )
         # Not Popen.wait: it holds a lock, and `checkpoint` interrupts it to wait for the same child.
         status = os.waitpid(self._child.pid, 0)[1]
@@ -138,7 +138,7 @@ class Cluster:
     def _check_gpus(self, node: Node) -> None:
         """Raise ConfigError if a stage would get several GPUs and use one."""
         gpus = {**self.settings.get("default", {}), **self.settings.get(node.stage, {})}.get("gpus_per_node")
-        launched = getattr(getattr(node.config, node.stage, None), "launch", None)
+        launched = launch.settings_of(node.config, node.step.stage)
         if isinstance(gpus, int) and gpus > 1 and launched and not launched.is_distributed:
             raise ConfigError(
                 f"a job of {node.stage} has {gpus} GPUs (gpus_per_node), and {node.stage} uses one",

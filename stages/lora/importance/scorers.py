@@ -13,10 +13,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.config.training import SCORER_FILE
-from stages.errors import UnusableResult
+from stages.errors import UnusableResult, is_out_of_memory
 from stages.own_functions import functions_in, imported
 from stages.registry import Registry
 
@@ -44,8 +44,25 @@ of GRPO's loss at SFT's adapter (`stages/score/gradients.py`); only `rl.rescore`
 def formula_of(name: str, file: str | None) -> Callable[..., Tensor]:
     """Return the formula called `name`; one of a person's file takes precedence."""
     if file and name in functions_in(file, SCORER_FILE):
-        return getattr(imported(file, SCORER_FILE), name)  # type: ignore[no-any-return]
+        return partial(_own_scores, getattr(imported(file, SCORER_FILE), name), name, file)
     return scorers.pick(name)
+
+
+def _own_scores(formula: Callable[..., Any], name: str, file: str, *tensors: Tensor) -> Tensor:
+    """Scores by a person's formula; UnusableResult if it raises, or gives another thing than one for each."""
+    import torch
+
+    mend = f"mend it in {file} and run the same command"
+    try:
+        scores = formula(*tensors)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnusableResult(f"scorer {name} raised {type(error).__name__}: {error}", mend) from error
+    shape = tensors[0].shape
+    if not isinstance(scores, torch.Tensor) or scores.shape != shape:
+        raise UnusableResult(f"scorer {name} gave no tensor of {tuple(shape)}, as its elements are", mend)
+    return scores
 
 
 def rescored_by_rollouts(config: Config) -> bool:

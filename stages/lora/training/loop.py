@@ -213,7 +213,7 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
 def refuse_untested(trainer: Any) -> None:
     """Raise ConfigError for accelerate settings that would silently corrupt this training."""
     divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    distributed.refuse_untested(divided, trainer.accelerator.mixed_precision)
+    distributed.check_accelerate_settings(divided, trainer.accelerator.mixed_precision)
 
 
 def _digest(model: PeftModel) -> str:
