@@ -82,10 +82,6 @@ def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
     parent[ADAPTER_NAME] = layer
 
 
-pack, unpack = sparsify, densify
-"""Names from before a row of several sequences was called packed, for code that has them."""
-
-
 class SparseLinear(nn.Linear):
     """A bias-free linear layer of which only the elements under `mask` train.
 
