@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--as", dest="suffix", default="", metavar="NAME")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    for name, (page, tables, benchmark) in EXPERIMENTS.items():
+    for name, (page, tables, benchmarks) in EXPERIMENTS.items():
         items = RESULTS / f"{name}-items.json.gz"
         replicates = json.loads(gzip.decompress(items.read_bytes())) if items.exists() else {}
         if arguments.add and arguments.add[0] == name:
-            add(replicates, arguments.add[1], Path(arguments.add[2]), benchmark, arguments.suffix)
+            add(replicates, arguments.add[1], Path(arguments.add[2]), benchmarks, arguments.suffix)
             text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
             items.write_bytes(gzip.compress(text.encode(), mtime=0))
         text = page.read_text(encoding="utf-8")
@@ -64,21 +64,32 @@ def main() -> None:
         sys.exit("\n".join([f"{FOUND.name}:", *wrong]))
 
 
-def add(replicates: dict[str, Replicate], k: str, run: Path, benchmark: str, suffix: str) -> None:
-    """Keep the answers of each evaluation of a run on a benchmark; `suffix` stands behind the targets."""
+def add(
+    replicates: dict[str, Replicate], k: str, run: Path, benchmarks: tuple[str, ...], suffix: str
+) -> None:
+    """Keep the answers to these benchmarks of each target of a run; `suffix` stands behind the targets.
+
+    Of several benchmarks an item's `system` is the number of its benchmark.
+    """
     replicate = replicates.setdefault(k, {"system": [], "arms": {}})
-    ids: list[str] = []
+    samples_of: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for file in sorted(run.glob("eval/*/manifest.json")):
         target, _, name = json.loads(file.read_text(encoding="utf-8"))["variant"].partition("@")
-        if name != benchmark:
-            continue
         with (file.parent / "samples.jsonl").open(encoding="utf-8") as lines:
-            samples = [json.loads(line) for line in lines]
+            samples_of.setdefault(target, {})[name] = [json.loads(line) for line in lines]
+    ids: list[str] = []
+    for target, parts in samples_of.items():
+        if not parts.keys() >= set(benchmarks):
+            continue
+        numbered = [(number, sample) for number, name in enumerate(benchmarks, 1) for sample in parts[name]]
+        samples = [sample for _, sample in numbered]
         of_arm = [sample["id"] for sample in samples]
         if ids[: len(of_arm)] != of_arm[: len(ids)]:
-            sys.exit(f"{file.parent}: these are other items")
+            sys.exit(f"{run}, {target}: these are other items")
         if len(of_arm) > len(ids):
-            ids, replicate["system"] = of_arm, [sample["extra"]["intended"] for sample in samples]
+            ids = of_arm
+            intended = [sample["extra"].get("intended") for sample in samples]
+            replicate["system"] = intended if len(benchmarks) == 1 else [number for number, _ in numbered]
         replicate["arms"][f"{target} {suffix}".rstrip()] = {
             "right": [int(sample["correct"]) for sample in samples],
             "tokens": [sample["extra"]["tokens"] for sample in samples],
@@ -160,12 +171,24 @@ COUNTS: tuple[Contrast, ...] = (
 )
 RAFT_ARMS = {"sft": "SFT", "rl": "GRPO", "rl raft": "RAFT", "rl raft 3e-4": "RAFT at 3e-4"}
 COUNTS_ARMS = {"sft important": "important", "sft within": "random within each weight"}
-EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], str]] = {
-    "demo": (RESULTS / "demo.md", demo_tables, "demo"),
-    "raft": (FOUND, partial(tables_of, RAFT_ARMS, RAFT), "final"),
-    "counts": (FOUND, partial(tables_of, COUNTS_ARMS, COUNTS), "final"),
+PROTECT: tuple[Contrast, ...] = (
+    ("F1. protected minus random frozen", "sft protect", ("sft random",)),
+    ("F2. protected minus the low rate", "sft protect", ("sft low",)),
+    ("the low rate minus 2e-3", "sft low", ("sft high",)),
+)
+PROTECT_ARMS = {
+    "sft protect": "protected, 2e-3",
+    "sft random": "random frozen, 2e-3",
+    "sft low": "none, 5e-4",
+    "sft high": "none, 2e-3",
 }
-"""By name: the page of an experiment, its tables, and the benchmark on which it was measured."""
+EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
+    "demo": (RESULTS / "demo.md", demo_tables, ("demo",)),
+    "raft": (FOUND, partial(tables_of, RAFT_ARMS, RAFT), ("final",)),
+    "counts": (FOUND, partial(tables_of, COUNTS_ARMS, COUNTS), ("final",)),
+    "protect": (FOUND, partial(tables_of, PROTECT_ARMS, PROTECT), ("old", "new")),
+}
+"""By name: the page of an experiment, its tables, and the benchmarks on which it was measured."""
 
 
 def _difference(replicate: Replicate, arm: str, references: tuple[str, ...]) -> float:
