@@ -174,7 +174,8 @@ COUNTS_ARMS = {"sft important": "important", "sft within": "random within each w
 PROTECT: tuple[Contrast, ...] = (
     ("F1. protected minus random frozen", "sft protect", ("sft random",)),
     ("F2. protected minus the low rate", "sft protect", ("sft low",)),
-    ("the low rate minus 2e-3", "sft low", ("sft high",)),
+    ("protected minus none at 2e-3", "sft protect", ("sft high",)),
+    ("the low rate minus none at 2e-3", "sft low", ("sft high",)),
 )
 PROTECT_ARMS = {
     "sft protect": "protected, 2e-3",
