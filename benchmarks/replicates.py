@@ -75,11 +75,13 @@ def add(
     samples_of: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for file in sorted(run.glob("eval/*/manifest.json")):
         target, _, name = json.loads(file.read_text(encoding="utf-8"))["variant"].partition("@")
+        if name not in benchmarks:
+            continue
         with (file.parent / "samples.jsonl").open(encoding="utf-8") as lines:
             samples_of.setdefault(target, {})[name] = [json.loads(line) for line in lines]
     ids: list[str] = []
     for target, parts in samples_of.items():
-        if not parts.keys() >= set(benchmarks):
+        if len(parts) < len(benchmarks):
             continue
         numbered = [(number, sample) for number, name in enumerate(benchmarks, 1) for sample in parts[name]]
         samples = [sample for _, sample in numbered]
@@ -87,9 +89,8 @@ def add(
         if ids[: len(of_arm)] != of_arm[: len(ids)]:
             sys.exit(f"{run}, {target}: these are other items")
         if len(of_arm) > len(ids):
-            ids = of_arm
-            intended = [sample["extra"].get("intended") for sample in samples]
-            replicate["system"] = intended if len(benchmarks) == 1 else [number for number, _ in numbered]
+            ids, several = of_arm, len(benchmarks) > 1
+            replicate["system"] = [n if several else sample["extra"]["intended"] for n, sample in numbered]
         replicate["arms"][f"{target} {suffix}".rstrip()] = {
             "right": [int(sample["correct"]) for sample in samples],
             "tokens": [sample["extra"]["tokens"] for sample in samples],
