@@ -142,6 +142,23 @@ def tables_of(
     yield from contrasts(replicates, compared)
 
 
+def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown, as of `tables_of`; in an arm `two` SFT answers System 1's items and RL System 2's."""
+    for replicate in replicates.values():
+        arms = replicate["arms"]
+        for elements in [name.removeprefix("rl ") for name in arms if name.startswith("rl ")]:
+            answers = zip(
+                replicate["system"],
+                arms[f"sft {elements}"]["right"],
+                arms[f"rl {elements}"]["right"],
+                strict=True,
+            )
+            arms[f"two {elements}"] = {
+                "right": [fast if system == 1 else slow for system, fast, slow in answers]
+            }
+    yield from tables_of(UNLIKE_ARMS, UNLIKE, replicates)
+
+
 def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) -> Iterator[str]:
     """Lines of Markdown: of each contrast the replicates in which all its arms were run, and their mean."""
     yield "| contrast, in points | by replicate | mean |"
@@ -184,11 +201,27 @@ PROTECT_ARMS = {
     "sft low": "none, 5e-4",
     "sft high": "none, 2e-3",
 }
+UNLIKE: tuple[Contrast, ...] = (
+    ("G1. LoRA-PAR minus all elements, two checkpoints each", "two split", ("two all",)),
+    ("G2. LoRA-PAR, two checkpoints minus one adapter", "two split", ("rl split",)),
+    ("G3. LoRA-PAR minus random elements, two checkpoints each", "two split", ("two within",)),
+    ("all elements, two checkpoints minus one adapter", "two all", ("rl all",)),
+    ("LoRA-PAR, two checkpoints minus SFT alone", "two split", ("sft split",)),
+    ("all elements, two checkpoints minus SFT alone", "two all", ("sft all",)),
+)
+UNLIKE_ARMS = {
+    "two split": "LoRA-PAR, two checkpoints",
+    "rl split": "its RL alone",
+    "two all": "all elements, two checkpoints",
+    "rl all": "its RL alone",
+    "two within": "random, two checkpoints",
+}
 EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
     "demo": (RESULTS / "demo.md", demo_tables, ("demo",)),
     "raft": (FOUND, partial(tables_of, RAFT_ARMS, RAFT), ("final",)),
     "counts": (FOUND, partial(tables_of, COUNTS_ARMS, COUNTS), ("final",)),
     "protect": (FOUND, partial(tables_of, PROTECT_ARMS, PROTECT), ("old", "new")),
+    "unlike": (FOUND, unlike_tables, ("recall", "chains")),
 }
 """By name: the page of an experiment, its tables, and the benchmarks on which it was measured."""
 
