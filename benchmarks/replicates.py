@@ -143,7 +143,7 @@ def tables_of(
 
 
 def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown, as of `tables_of`; in an arm `two` SFT answers System 1's items and RL System 2's."""
+    """Lines of Markdown as of `tables_of`; in an arm `two` SFT answers System 1's items and RL System 2's."""
     for replicate in replicates.values():
         arms = replicate["arms"]
         for elements in [name.removeprefix("rl ") for name in arms if name.startswith("rl ")]:
