@@ -143,19 +143,19 @@ def tables_of(
 
 
 def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown as of `tables_of`; in an arm `two` SFT answers System 1's items and RL System 2's."""
+    """Lines of Markdown as of `tables_of`, with arms made of the answers of others.
+
+    `two`: SFT's answers to System 1's items and RL's to System 2's; `sft chains`, `rl chains`: those to
+    System 2's alone.
+    """
     for replicate in replicates.values():
         arms = replicate["arms"]
         for elements in [name.removeprefix("rl ") for name in arms if name.startswith("rl ")]:
-            answers = zip(
-                replicate["system"],
-                arms[f"sft {elements}"]["right"],
-                arms[f"rl {elements}"]["right"],
-                strict=True,
-            )
-            arms[f"two {elements}"] = {
-                "right": [fast if system == 1 else slow for system, fast, slow in answers]
-            }
+            fast, slow = (arms[f"{target} {elements}"]["right"] for target in ("sft", "rl"))
+            answers = zip(replicate["system"], fast, slow, strict=True)
+            arms[f"two {elements}"] = {"right": [f if system == 1 else s for system, f, s in answers]}
+            for target, right in (("sft", fast), ("rl", slow)):
+                arms[f"{target} chains {elements}"] = {"right": _of(replicate, 2, right)}
     yield from tables_of(UNLIKE_ARMS, UNLIKE, replicates)
 
 
@@ -206,15 +206,18 @@ UNLIKE: tuple[Contrast, ...] = (
     ("G2. LoRA-PAR, two checkpoints minus one adapter", "two split", ("rl split",)),
     ("G3. LoRA-PAR minus random elements, two checkpoints each", "two split", ("two within",)),
     ("all elements, two checkpoints minus one adapter", "two all", ("rl all",)),
-    ("LoRA-PAR, two checkpoints minus SFT alone", "two split", ("sft split",)),
-    ("all elements, two checkpoints minus SFT alone", "two all", ("sft all",)),
+    ("LoRA-PAR minus all elements, SFT alone", "sft split", ("sft all",)),
+    ("LoRA-PAR, RL minus SFT on chains", "rl chains split", ("sft chains split",)),
+    ("all elements, RL minus SFT on chains", "rl chains all", ("sft chains all",)),
 )
 UNLIKE_ARMS = {
-    "two split": "LoRA-PAR, two checkpoints",
-    "rl split": "its RL alone",
-    "two all": "all elements, two checkpoints",
-    "rl all": "its RL alone",
-    "two within": "random, two checkpoints",
+    "sft split": "LoRA-PAR: SFT",
+    "rl split": "one adapter",
+    "two split": "two checkpoints",
+    "sft all": "all elements: SFT",
+    "rl all": "one adapter",
+    "two all": "two checkpoints",
+    "two within": "random: two checkpoints",
 }
 EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
     "demo": (RESULTS / "demo.md", demo_tables, ("demo",)),
