@@ -212,11 +212,11 @@ UNLIKE: tuple[Contrast, ...] = (
 )
 UNLIKE_ARMS = {
     "sft split": "LoRA-PAR: SFT",
-    "rl split": "one adapter",
-    "two split": "two checkpoints",
+    "rl split": "LoRA-PAR: one adapter",
+    "two split": "LoRA-PAR: two checkpoints",
     "sft all": "all elements: SFT",
-    "rl all": "one adapter",
-    "two all": "two checkpoints",
+    "rl all": "all elements: one adapter",
+    "two all": "all elements: two checkpoints",
     "two within": "random: two checkpoints",
 }
 EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
