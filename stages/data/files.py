@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _csv(path: Path, delimiter: str) -> Rows:
     bad: list[str] = []
     try:
         names = [name.strip() for name in next((line for line in reader if any(line)), [])]
-        if repeated := [name for name in names if name and names.count(name) > 1]:
+        if repeated := [name for name, times in Counter(names).items() if name and times > 1]:
             raise DataError(f"{path}: two columns are called {repeated[0]!r}")
         for values in reader:
             if not any(values):  # a row that only has a format in the spreadsheet

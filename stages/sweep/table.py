@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -103,9 +104,9 @@ def table(
     settings = file.settings()
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
     numbers = seeds or file.seeds
-    if repeated := [seed for seed in numbers if numbers.count(seed) > 1]:
-        raise ConfigError(f"{path}: seed {repeated[0]} is named twice, and gives the same run")
     check_size(path, len(rows), len(numbers), max_cells)
+    if repeated := [seed for seed, times in Counter(numbers).items() if times > 1]:
+        raise ConfigError(f"{path}: seed {repeated[0]} is named twice, and gives the same run")
     errors: dict[str, dict[str, None]] = {}
     hints: dict[str, None] = {}
     cells = []
