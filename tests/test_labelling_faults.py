@@ -26,22 +26,26 @@ ROWS = 60
 QUICK = {"concurrency": 8, "timeout_s": 1, "stall_s": 4}
 
 
-@pytest.fixture
-def config(tiny, tmp_path):
+def config_in(folder: Path, tiny: Path):
     """A function from the mock's URL (or several) to a config with one remote voter and ROWS rows."""
     rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "config.yaml").write_text(
-        f"{{run: faults, runs_dir: {tmp_path}/runs, model: {{name: {tiny}}}, "
-        f"data: {{path: {tmp_path}/rows.jsonl}}, server: {json.dumps(QUICK)}, eval: {{targets: [base]}}}}\n"
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "config.yaml").write_text(
+        f"{{run: faults, runs_dir: {folder}/runs, model: {{name: {tiny}}}, "
+        f"data: {{path: {folder}/rows.jsonl}}, server: {json.dumps(QUICK)}, eval: {{targets: [base]}}}}\n"
     )
 
     def make(*urls: str, **classify):
         voter = {"model": "judge", "base_url": list(urls), "persona": "role_play"}
         section = {"voters": [voter], "accept_weak": True, **classify}
-        return load(tmp_path / "config.yaml", [f"classify={json.dumps(section)}"])
+        return load(folder / "config.yaml", [f"classify={json.dumps(section)}"])
 
     return make
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    return config_in(tmp_path, tiny)
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +84,11 @@ FAULTS = {
 """torture/test_servers.py tries more of them, at random."""
 
 
-@pytest.fixture
-def undisturbed(config, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
     """The labels without faults."""
     with serve(Mock()) as healthy:
-        apart = {"runs_dir": str(tmp_path / "healthy")}  # its votes must not answer for the other
-        return system_of(classify(config(healthy.url).model_copy(update=apart)))
+        return system_of(classify(config_in(tmp_path_factory.mktemp("healthy"), tiny)(healthy.url)))
 
 
 @pytest.mark.parametrize("name", FAULTS)
