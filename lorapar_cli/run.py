@@ -88,7 +88,8 @@ def command(
         terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
     terminal.places(store, requested)
     if last is None:
-        terminal.say(f"next: {_next(settings, requested, typed(config, set_))}")
+        commands = _next(settings, requested, typed(config, set_))
+        terminal.say("\n  ".join(["next, any of:", *commands] if len(commands) > 1 else [f"next: {commands[0]}"]))
 
 
 def _on_slurm(cluster: Path, cell: Cell, first: str | None, dry_run: bool) -> None:
@@ -109,16 +110,16 @@ def _launch(launcher: LaunchSection | None, arguments: list[str], store: Store, 
         raise ConfigError(f"{task.stage.name} is no longer what was planned", "run the same command again")
 
 
-def _next(settings: Config, requested: Collection[str], arguments: str) -> str:
+def _next(settings: Config, requested: Collection[str], arguments: str) -> list[str]:
     """The commands that use what a run has made. requested: the names of its steps."""
     report = f"lorapar report {arguments} --out report"
     trained = [target for target, step in TRAINED.items() if step in requested]
     if not trained:
-        return report
+        return [report]
     modes = settings.eval.modes.values()
     target = "" if settings.eval.modes["slow"] in trained else f" --target {trained[-1]}"
-    views = " (--views: both modes)" if set(modes) <= set(trained) and settings.served_by_vllm else ""
-    return f"{report}, lorapar ask {arguments}, or lorapar export {arguments} DIR{target}{views}"
+    views = "  # --views: both modes" if set(modes) <= set(trained) and settings.served_by_vllm else ""
+    return [report, f"lorapar ask {arguments}", f"lorapar export {arguments} DIR{target}{views}"]
 
 
 def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:
