@@ -89,7 +89,9 @@ def command(
     terminal.places(store, requested)
     if last is None:
         commands = _next(settings, requested, typed(config, set_))
-        terminal.say("\n  ".join(["next, any of:", *commands] if len(commands) > 1 else [f"next: {commands[0]}"]))
+        terminal.say(
+            "\n  ".join(["next, any of:", *commands] if len(commands) > 1 else [f"next: {commands[0]}"])
+        )
 
 
 def _on_slurm(cluster: Path, cell: Cell, first: str | None, dry_run: bool) -> None:

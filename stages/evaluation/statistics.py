@@ -97,7 +97,7 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     null = np.ones(1)  # null[k] = probability that P = k; (1 + sum of magnitudes,)
     for magnitude, number in Counter(abs(unit) for unit in units if unit).items():
         binomial = np.zeros(magnitude * number + 1)
-        binomial[::magnitude] = [comb(number, positive) / 2**number for positive in range(number + 1)]
+        binomial[::magnitude] = _coins(number)
         if len(null) > 1:
             from scipy.signal import convolve  # half a second, and most tests have one magnitude alone
 
@@ -106,6 +106,15 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     sums = 2 * np.arange(len(null)) - (len(null) - 1)  # S = 2 P - Σ |uᵢ| for each cell of `null`
     # Convolution by FFT has rounding errors, which may lead below 0 or above 1.
     return float(np.clip(null[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
+
+
+def _coins(number: int) -> list[float]:
+    """Probability of 0, 1, … `number` heads when so many coins are thrown."""
+    probabilities, ways, all_ways = [], 1, 2**number
+    for heads in range(number + 1):
+        probabilities.append(ways / all_ways)
+        ways = ways * (number - heads) // (heads + 1)  # n over h + 1 = (n over h) · (n - h) / (h + 1)
+    return probabilities
 
 
 def p_value(p: float) -> str:

@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -154,18 +155,21 @@ def best_threshold(
     signals: by item id; an item without one is answered slowly. most_tokens: as a share of the slow mode's;
     if no threshold keeps to it, all items that can are answered fast.
     """
-    ordered = sorted({signal for signal in signals.values() if signal is not None}, reverse=True)
     fast, slow = tuning.fast, tuning.slow
-    # From all items fast to all slow: a threshold is halfway between two neighbours, or at an end.
-    thresholds = [1.0, *((above + below) / 2 for above, below in pairwise(ordered)), 0.0]
+    first = [(slow if signal is None else fast)[id] for id, signal in signals.items()]
+    # Exact sums, so that an item that moves from fast to slow leaves nothing behind.
+    right, tokens = (sum(map(Fraction, values), Fraction()) for values in zip(*first, strict=True))
     all_tokens = sum(slow[id][1] for id in signals) or 1.0
+    waiting = sorted((signal, id) for id, signal in signals.items() if signal is not None)  # the last is next
+    ordered = sorted({signal for signal, _ in waiting}, reverse=True)
+    # From all items fast to all slow: a threshold is halfway between two neighbours, or at an end.
     candidates = []
-    for threshold in thresholds:
-        chosen = [
-            slow[id] if signal is None or signal > threshold else fast[id] for id, signal in signals.items()
-        ]
-        share = sum(tokens for _, tokens in chosen) / all_tokens
-        candidates.append((fmean(right for right, _ in chosen), -share, threshold))
+    for threshold in [1.0, *((above + below) / 2 for above, below in pairwise(ordered)), 0.0]:
+        while waiting and waiting[-1][0] > threshold:
+            _, id = waiting.pop()
+            right += Fraction(slow[id][0]) - Fraction(fast[id][0])
+            tokens += Fraction(slow[id][1]) - Fraction(fast[id][1])
+        candidates.append((float(right) / len(signals), -float(tokens) / all_tokens, threshold))
     cheap = [candidate for candidate in candidates if most_tokens is None or -candidate[1] <= most_tokens]
     accuracy, share, threshold = max(cheap or candidates[:1])
     return Threshold(threshold, "answers", len(signals), accuracy=accuracy, tokens=-share)

@@ -75,10 +75,11 @@ def _in_order(inputs: dict[str, tuple[str, ...]]) -> list[str]:
         sorter.prepare()
     except CycleError as error:
         raise ConfigError(f"these steps need each other: {', '.join(error.args[1])}") from None
-    names, ready, ordered = list(inputs), set[str](), list[str]()
+    positions = {name: position for position, name in enumerate(inputs)}
+    ready, ordered = set[str](), list[str]()
     while sorter.is_active():
         ready.update(sorter.get_ready())
-        following = min(ready, key=names.index)
+        following = min(ready, key=positions.__getitem__)
         ready.remove(following)
         ordered.append(following)
         sorter.done(following)

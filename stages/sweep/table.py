@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from stages.config import Config
 from stages.config.yaml import on_one_line
@@ -112,7 +113,7 @@ def table(
     cells = []
     for seed, row in itertools.product(numbers, rows):
         try:
-            cells.append(_cell(path, file, row, seed, base, overrides or []))
+            cells.append(_cell(path, file, row, settings[row], seed, base, overrides or []))
         except LoraparError as error:
             errors.setdefault(str(error), {})[repr(row)] = None
             if isinstance(error, MissingInputError):
@@ -153,13 +154,20 @@ def _matching(path: Path, kind: str, patterns: list[str], names: list[str]) -> l
     return [name for name in names if name in chosen]
 
 
-def _cell(path: Path, file: TableFile, row: str, seed: int, base: Path | None, overrides: list[str]) -> Cell:
-    """Plan one cell.
+def _cell(
+    path: Path,
+    file: TableFile,
+    row: str,
+    settings: dict[str, Any],
+    seed: int,
+    base: Path | None,
+    overrides: list[str],
+) -> Cell:
+    """Plan one cell, of a row with these settings.
 
     Config file: `--base`, else the row's `base`, else the table's. Settings, of which later ones win: config
     file, table's `set`, row (or combination of the grid), seed, `--set`. The seed replaces SEED in them.
     """
-    settings = file.settings()[row]
     config_path = base or Path(settings.get("base", file.base))
     if "seed" in {**file.set, **settings}:
         raise ConfigError("seed is set by the table's seeds, not by a setting of its own")

@@ -110,6 +110,9 @@ def test_where_no_response_has_more_than_its_answer_texts_can_be_verified(tmp_pa
         assert [(e.response, e.gold) for e in found] == list(zip([*answers, *more], golds, strict=True))
     table = "question,answer\n" + "".join(f'q{n},"{answer}"\n' for n, answer in enumerate(answers))
     assert [e.gold for e in read(source(tmp_path / "rows.csv", table))] == answers
+    digits = "7" * 5000  # of which Python makes no number
+    (example,) = read(source(tmp_path / "long.csv", f"question,answer\nq,{digits}\n"))
+    assert example.response == digits
 
 
 def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path, caplog):
