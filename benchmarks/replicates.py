@@ -121,10 +121,7 @@ def demo_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
         base = f"{_percent(arms['base']['right'])} ({arms['base']['cut']} of {len(arms['base']['right'])})"
         yield f"| {k} | {base} | {' | '.join(accuracies_by_mode)} | {lengths} | {_specialised(replicate)} |"
     yield ""
-    shares = [_tokens(replicate, "auto") / _tokens(replicate, "rl") for replicate in replicates.values()]
-    accuracies = [statistics.mean(replicate["arms"]["auto"]["right"]) for replicate in replicates.values()]
-    accuracy, share = (100 * statistics.mean(values) for values in (accuracies, shares))
-    yield f"In the mean `auto` answers {accuracy:.1f} % with {share:.1f} % of slow's tokens."
+    yield f"In the mean {_auto(replicates, '')}; with all elements {_auto(replicates, ' all')}."
     yield ""
     yield from contrasts(replicates, DEMO)
 
@@ -176,6 +173,12 @@ DEMO: tuple[Contrast, ...] = (
     ("slow minus SFT under slow's message: RL's own", "rl", ("rl-1",)),
     ("slow, rollouts in 8 bits minus float32", "rl int8", ("rl",)),
     ("`auto`, the same", "auto int8", ("auto",)),
+    ("all elements minus LoRA-PAR: `auto`", "auto all", ("auto",)),
+    ("the same, slow", "rl all", ("rl",)),
+    ("the same, fast", "sft all", ("sft",)),
+    ("all elements at 1e-3 minus LoRA-PAR, k = 53 to 55: `auto`", "auto all 1e-3", ("auto",)),
+    ("the same, slow", "rl all 1e-3", ("rl",)),
+    ("the same, fast", "sft all 1e-3", ("sft",)),
 )
 RAFT: tuple[Contrast, ...] = (
     ("D1. GRPO minus RAFT", "rl", ("rl raft",)),
@@ -250,6 +253,15 @@ def _specialised(replicate: Replicate) -> str:
         of_better, of_worse = (_of(replicate, system, right) for right in (better, worse))
         p_values.append(p_value(paired_p(of_worse, of_better)) if sum(of_better) > sum(of_worse) else "no")
     return ", ".join(p_values)
+
+
+def _auto(replicates: dict[str, Replicate], elements: str) -> str:
+    """Mean accuracy of `auto` with these elements, and its tokens as a share of slow's."""
+    auto, slow = f"auto{elements}", f"rl{elements}"
+    complete = [replicate for replicate in replicates.values() if auto in replicate["arms"]]
+    accuracy = statistics.mean(statistics.mean(replicate["arms"][auto]["right"]) for replicate in complete)
+    share = statistics.mean(_tokens(replicate, auto) / _tokens(replicate, slow) for replicate in complete)
+    return f"`auto` answers {100 * accuracy:.1f} % with {100 * share:.1f} % of slow's tokens"
 
 
 def _of(replicate: Replicate, system: int, right: list[int]) -> list[int]:
