@@ -176,7 +176,7 @@ DEMO: tuple[Contrast, ...] = (
     ("all elements minus LoRA-PAR: `auto`", "auto all", ("auto",)),
     ("the same, slow", "rl all", ("rl",)),
     ("the same, fast", "sft all", ("sft",)),
-    ("all elements at 1e-3 minus LoRA-PAR, k = 53 to 55: `auto`", "auto all 1e-3", ("auto",)),
+    ("all elements at 1e-3 minus LoRA-PAR (at 2e-3), k = 53 to 55: `auto`", "auto all 1e-3", ("auto",)),
     ("the same, slow", "rl all 1e-3", ("rl",)),
     ("the same, fast", "sft all 1e-3", ("sft",)),
 )
