@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
 def _cell(name: str, text: str) -> Any:
     """Return the value of a cell; one that answers by a number is that number, as it is in JSON.
 
-    One of more than 1,000 digits stays text: Python reads no number of 4,300.
+    One of more than 1,000 digits stays text: Python reads none of more than 4,300.
     """
     is_number = name in ANSWERS and re.fullmatch(r"-?(0|[1-9]\d{0,999})(\.\d+)?", text)
     return json.loads(text) if is_number else text or None

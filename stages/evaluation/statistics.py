@@ -97,7 +97,7 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     null = np.ones(1)  # null[k] = probability that P = k; (1 + sum of magnitudes,)
     for magnitude, number in Counter(abs(unit) for unit in units if unit).items():
         binomial = np.zeros(magnitude * number + 1)
-        binomial[::magnitude] = _coins(number)
+        binomial[::magnitude] = _fair_binomial(number)
         if len(null) > 1:
             from scipy.signal import convolve  # half a second, and most tests have one magnitude alone
 
@@ -108,8 +108,8 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     return float(np.clip(null[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
 
 
-def _coins(number: int) -> list[float]:
-    """Probability of 0, 1, … `number` heads when so many coins are thrown."""
+def _fair_binomial(number: int) -> list[float]:
+    """Probabilities of 0, 1, … `number` heads in so many throws of a fair coin: Binomial(number, 1/2)."""
     probabilities, ways, all_ways = [], 1, 2**number
     for heads in range(number + 1):
         probabilities.append(ways / all_ways)

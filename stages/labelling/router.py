@@ -156,9 +156,9 @@ def best_threshold(
     if no threshold keeps to it, all items that can are answered fast.
     """
     fast, slow = tuning.fast, tuning.slow
-    first = [(slow if signal is None else fast)[id] for id, signal in signals.items()]
-    # Exact sums, so that an item that moves from fast to slow leaves nothing behind.
-    right, tokens = (sum(map(Fraction, values), Fraction()) for values in zip(*first, strict=True))
+    answers = [(slow if signal is None else fast)[id] for id, signal in signals.items()]
+    # Exact sums, so that an item that moves from fast to slow leaves no rounding error behind.
+    right, tokens = (sum(map(Fraction, values), Fraction()) for values in zip(*answers, strict=True))
     all_tokens = sum(slow[id][1] for id in signals) or 1.0
     waiting = sorted((signal, id) for id, signal in signals.items() if signal is not None)  # the last is next
     ordered = sorted({signal for signal, _ in waiting}, reverse=True)
