@@ -64,18 +64,3 @@ def test_arrows_point_down(path: Path):
     room = path.relative_to(ROOT / "stages").parts[0].removesuffix(".py")
     if room != "__init__":
         assert upward(room, path.read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "from stages.lora import adapter",
-        "def f():\n    import stages.engines.vllm",
-        "if TYPE_CHECKING:\n    from stages.pipeline.steps import Step",
-        "named('stages.lora.importance.strategies', 'strategies')",
-        "import_module(f'stages.evaluation.benchmarks.{name}')",
-        "from lorapar_cli import terminal",
-    ],
-)
-def test_an_arrow_up_is_seen(text: str):
-    assert upward("config", text)

@@ -180,18 +180,6 @@ def test_names_of_other_libraries_and_of_two_sections(tmp_path):
     assert "is a table, not a config" in message(ROOT / "configs/tables/theta.yaml")
 
 
-def test_all_mistakes_at_once_with_the_nearest_name(tmp_path):
-    path = written(
-        tmp_path,
-        "model: {name: x}\npartition: {thta: 0.9}\nsft: {learning_rate: fast}\nscore: {scorer: taylr}\n",
-    )
-    text = message(path)
-    assert "3 mistakes" in text
-    assert "unknown setting partition.thta (did you mean partition.theta?)" in text
-    assert "sft.learning_rate: input should be a valid number, unable to parse" in text
-    assert "score: unknown scorer 'taylr'; choose from: fisher, grad2," in text
-
-
 @pytest.mark.parametrize(
     ("text", "number"),
     [("9e-1", 0.9), ("1e3", 1000.0), ("-2.5E+3", -2500.0), (".5e1", 5.0), ("1.e2", 100.0), ("7", 7)],

@@ -8,10 +8,8 @@ import subprocess
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from markupsafe import escape
 
 from stages import escaping
-from stages.report.page import PageSection, Text, render
 
 BAD = [
     "plain", "θ 0.9", "a_b_c", "*a* _b_ **c**", "`code` ``x``", "a|b", "||", "# title #", "- item",
@@ -98,9 +96,3 @@ def test_shell(text):
     assert done.stdout.decode() == text
     if quoted[:1] != "$":
         assert shlex.split(quoted) == [text]
-
-
-@pytest.mark.parametrize("text", [text for text in BAD if escape(text) != text])
-def test_page(text):
-    found = render(text, [text], [PageSection(text, text, [Text(text)])])
-    assert f"<p>{escape(text)}</p>" in found and f"<title>{escape(text)}</title>" in found

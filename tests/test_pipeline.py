@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS, make_step, make_steps, needs_vllm
 
-from stages.config import Config, ModelSection
+from stages.config import Config
 from stages.errors import ConfigError
 from stages.pipeline import launch
 from stages.pipeline.resolve import load, resolved
@@ -140,13 +140,6 @@ def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkey
     monkeypatch.setattr("stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded"))
     made = make_steps(smoke(*small, "run=another"), "classify", "eval")
     assert all(now for _, now in made.values())
-
-
-def test_a_voter_of_its_own_model_is_asked_in_the_revision_it_names(smoke):
-    found = smoke("classify.voters=[{model: a/b, revision: abc}, {persona: judge}]")
-    own, trained = (voter.voting_model(found.model) for voter in found.classify.voters)
-    assert own == ModelSection(name="a/b", revision="abc")
-    assert trained.name == found.model.name
 
 
 @pytest.mark.parametrize("stage", ["votes", pytest.param("answers", marks=pytest.mark.slow)])

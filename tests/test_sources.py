@@ -6,7 +6,7 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from stages.config import BenchmarkSection, DataSection, PromptSection, SourceSection
+from stages.config import BenchmarkSection, PromptSection, SourceSection
 from stages.data import formats
 from stages.data import rows as data
 from stages.errors import ConfigError, DataError, MissingInputError
@@ -56,16 +56,6 @@ def test_broken_lines_and_bad_fields_are_named_and_counted(tmp_path):
     assert text == "bad row: /data.jsonl:2: the answer must be text, a number or a boolean, got list"
 
 
-def test_empty_rows_may_be_left_out(tmp_path):
-    pairs = [("Q", "A"), (" ", "A"), ("Q2", ""), ("Q3", "A3")]
-    path = written(tmp_path, *({"question": q, "answer": a} for q, a in pairs)).path
-    empty = r"data.jsonl:2: prompt or response is empty \(line 3 as well\)"
-    with pytest.raises(DataError, match=empty) as caught:
-        data.read(DataSection(path=path))
-    assert "empty: drop leaves out empty ones" in caught.value.hint
-    assert [e.prompt for e in data.read(DataSection(path=path, empty="drop"))] == ["Q", "Q3"]
-
-
 def test_a_damaged_gzip_file_and_half_a_surrogate_pair(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     packed = bytearray(gzip.compress(b'{"question": "Q", "answer": "A"}\n' * 50))
@@ -91,13 +81,6 @@ def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(s
     before = of_voters(smoke(f"classify.voters=[{shown}]"), cache)
     written(tmp_path, "22", name="shots.jsonl")  # other worked examples in the same file
     assert of_voters(smoke(f"classify.voters=[{shown}]"), cache)["judged"] != before["judged"]
-
-
-def test_repeated_rows_and_a_limit(tmp_path):
-    row = {"question": "Q", "answer": "A"}
-    assert refused(tmp_path, row, row) == "duplicate id: /data.jsonl:2 repeats /data.jsonl:1"
-    assert len(read(tmp_path, row, row, duplicates="first")) == 1
-    assert [e.prompt for e in read(tmp_path, row, {**row, "question": "R"}, limit=1)] == ["Q"]
 
 
 def test_items_of_an_own_benchmark_count_once(tmp_path):

@@ -48,15 +48,6 @@ def test_every_step_is_made_once_whatever_the_batch_size_of_inference(copied):
     assert not any(now for _, now in make_steps(copied("score.batch_size=2", "server.batch_size=4")).values())
 
 
-def test_labels_and_importance(whole):
-    labels = read_labels(whole["classify:train"].path / "labels.jsonl")
-    assert {row.system for row in labels} == {1, 2}
-    assert set(labels[0].votes) == {"tiny-random/steps", "tiny-random/effort", "tiny-random/simplicity"}
-    summary = whole["score"].manifest["summary"]
-    assert summary["system1"]["examples"] == summary["system2"]["examples"] == 8
-    assert 0 < summary["system1"]["second_order"] < 1
-
-
 @pytest.mark.parametrize(("stage", "before"), [("sft", "score"), ("rl", "sft")])
 def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     """Read back from disk, with weight decay 0.1 and a KL term: not one bit of a frozen element differs."""
@@ -71,16 +62,6 @@ def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     assert 0 < number < sum(mask.numel() for mask in active.values())
     assert changed > 0.95 * number
     assert whole[stage].manifest["summary"]["frozen_drift"] == 0
-
-
-def test_theta_reruns_partition_and_what_follows(copied):
-    config = copied("partition.theta=0.8")
-    store = Store(config.root)
-    states = {name: state(store, step) for name, step in plan_steps(resolved(config)).items()}
-    for name in ("partition:sft", "sft"):
-        assert (states[name].state, states[name].why) == ("stale", "partition.theta was 0.9, now 0.8")
-    outdated = {name for name, found in states.items() if found.state != "current"}
-    assert outdated == {"partition:sft", "partition:rl", "sft", "rl", "eval:sft@demo", "eval:rl@demo"}
 
 
 def test_a_stale_input_is_an_error_with_the_command(copied):
@@ -172,18 +153,6 @@ def test_votes_that_are_asked_in_other_batches_end_in_the_same_labels(copied):
         assert (one.example, one.system) == (two.example, two.system)
         assert two.votes == pytest.approx(one.votes, rel=0, abs=1.1e-6)
         assert two.votes == {name: round(vote, 6) for name, vote in two.votes.items()}
-
-
-@pytest.mark.slow
-def test_more_samples_ask_only_for_the_new_ones(copied):
-    def counted(samples: int) -> int:
-        voter = f"engine: transformers, samples: {samples}, temperature: 0.5, thinking: {{max_tokens: 4}}"
-        config = copied(f"classify.voters=[{{{voter}}}]", "data.limit=8")
-        make_steps(config, "classify:train")
-        return sum(len(journal.read_bytes().splitlines()) for journal in journals(config, "votes"))
-
-    three, five = counted(3), counted(5)
-    assert five - three == 2 * (8 + 32)  # the rows, and the examples for calibration
 
 
 def test_another_voter_asks_only_for_its_own(copied):

@@ -55,8 +55,9 @@ def test_a_test_verifies_too_and_keep_takes_what_a_reward_of_one_s_own_reads(tmp
 )
 def test_a_row_without_response_and_gold_is_empty(tmp_path, row):
     answered = {name: value for name, value in row.items() if name != "gold"} | {"gold": "5"}
-    with pytest.raises(DataError, match="prompt or response is empty"):
+    with pytest.raises(DataError, match="prompt or response is empty") as caught:
         _read(tmp_path, answered, row)
+    assert "empty: drop leaves out empty ones" in caught.value.hint
     [example] = _read(tmp_path, answered, row, empty="drop")
     assert (example.prompt, example.response, example.gold) == ("open?", "", "5")
 

@@ -14,7 +14,6 @@ from stages.errors import DataError
 from stages.labelling.personas import PersonaContext, personas
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
-from stages.records import Labelled, read_labels, write_labels
 
 PAIR = {"question": "Two and two?", "answer": "2 + 2 = 4.\n#### 4"}
 TEXT = {"type": "text", "text": "Two and two?"}
@@ -34,15 +33,11 @@ READ = {
     "rows.jsonl": lines(PAIR),
     "list.jsonl": json.dumps([PAIR], indent=1),
     "rows.csv": 'question,answer\r\n"Two and two?","2 + 2 = 4.\n#### 4"\r\n',
-    "bom.csv": '\ufeffquestion,answer\n"Two and two?","2 + 2 = 4.\n#### 4"\n',
     "rows.tsv": 'question\tanswer\nTwo and two?\t"2 + 2 = 4.\n#### 4"\n',
     "alpaca.json": json.dumps([{"instruction": "Two and two?", "input": "", "output": "#### 4"}]),
     "dolly.jsonl": lines({"instruction": "Two and two?", "context": "", "response": "#### 4", "kind": "x"}),
     "sharegpt.json": json.dumps([{"conversations": [HUMAN, GPT]}]),
-    "messages.jsonl": lines({"messages": chat("Two and two?", "#### 4")}),
     "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
-    "text.jsonl": lines({"question": "Two and two?", "answer": "4"}),
-    "number.jsonl": lines({"question": "Two and two?", "answer": 4}),
     "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
     "parts.jsonl": lines({"messages": [{"role": "user", "content": [TEXT]}, GPT], "context": "c"}),
@@ -185,7 +180,7 @@ def test_conversations(tmp_path, tiny):
     assert alone[0].id != last.id  # another question, by what was said before
 
 
-def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
+def test_a_conversation_is_rendered_and_shown_to_voters(tmp_path, tiny):
     row = {"messages": chat("One?", "1", "Two?", "#### 2")}
     (example,) = read(source(tmp_path / "chat.jsonl", lines(row)))
     tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
@@ -195,8 +190,6 @@ def test_a_conversation_is_rendered_shown_to_voters_and_kept(tmp_path, tiny):
         assert places == sorted(places)
     ballot = personas.pick("role_play")(example, PersonaContext("m", True))
     assert "User: One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
-    write_labels(tmp_path / "labels.jsonl", [Labelled(example, 1, {})])
-    assert read_labels(tmp_path / "labels.jsonl")[0].example == example
 
 
 def test_empty_cells_are_empty_rows(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
@@ -165,17 +165,3 @@ def test_where_a_template_has_no_system_role_the_user_says_it(engine, monkeypatc
     chat = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "2 + 2?"}]
     ids = choice_ids(engine.tokenizer, ChoiceRequest(chat, ("A", "B")))
     assert engine.tokenizer.decode(ids) == "user: Judge.\n\n2 + 2?"
-
-
-def test_a_window_does_not_count_padding(engine):
-    """A cached prefix with padding behind it would fill the window with columns that hold nothing."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 100, "initializer_range": 0.2}
-    config = MistralConfig(**shape, sliding_window=48, max_position_embeddings=256)
-    windowed = InProcess(MistralForCausalLM(config).eval(), engine.tokenizer, 4)
-    common = torch.randint(3, 100, (40,)).tolist()
-    prompts = [common + torch.randint(3, 100, (more,)).tolist() for more in (1, 5, 20, 30)]
-    together = windowed._last_logits_padded(prompts)
-    alone = torch.cat([windowed._last_logits_padded([prompt]) for prompt in prompts])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)

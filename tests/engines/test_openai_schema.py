@@ -150,13 +150,6 @@ def test_a_listed_name_may_stand_for_the_model(listed, taken):
             asked.choice_of(reply)
 
 
-def test_two_tokens_of_one_text_count_together():
-    """A letter and the byte that writes it, as in vocabularies with a fallback to bytes."""
-    top = [{"token": t, "logprob": math.log(p)} for t, p in (("A", 0.5), ("A", 0.3), ("B", 0.2))]
-    choice = read(changed(CHAT, "choices.0.logprobs.content.0.top_logprobs", top))
-    assert choice_probabilities(choice, ("A", "B"), 1) == pytest.approx((0.8, 0.2))
-
-
 BEHIND = [("A", 0.7), ("A", 0.1), ("A.", 0.1), ("A!", 0.05), ("A?", 0.03)]
 
 

@@ -1,6 +1,5 @@
 """Intervals at their edges, and refused answers, which drop their item from metrics and tables alike."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -35,8 +34,6 @@ def test_without_variance_the_interval_is_wilson_s_over_items(shares):
     mean = sum(shares) / len(shares)
     low, high = interval(shares)
     assert (low, high) == pytest.approx(wilson(mean * len(shares), len(shares)))
-    assert math.isfinite(low) and math.isfinite(high)
-    assert 0 <= low <= mean <= high <= 1 and high - low < 1
     assert (low == 0) == (mean == 0) and (high == 1) == (mean == 1)
 
 

@@ -62,14 +62,6 @@ def test_auto_answers_each_item_as_the_mode_it_chose(answered):
     assert metrics["router"]["examples"] == 48  # all labelled rows, fewer than 64 of each system
 
 
-def test_other_labels_make_auto_stale_but_not_the_answers(answered):
-    config, made = answered
-    other = config.model_copy(update={"classify": config.classify.model_copy(update={"seed": 5})})
-    steps = plan_steps(other)
-    assert steps["eval:auto@demo"].key != made["eval:auto@demo"][0].manifest["key"]
-    assert state(Store(config.root), plan_steps(config)["eval:auto@demo"]).state == "current"
-
-
 def test_the_page_compares_the_routings_and_speaks_of_slow_first(answered):
     config, _ = answered
     steps = plan_steps(config)
@@ -105,11 +97,6 @@ def test_a_mode_asks_everything_in_its_own_way(smoke, begun):
     for target, system in (("base", None), ("sft", 1), ("rl", 2)):
         for sample in read_samples(made[f"eval:{target}@demo"][0].path / "samples.jsonl"):
             assert systems[system or sample.system] in sample.prompt
-
-
-def test_auto_needs_both_modes(smoke):
-    with pytest.raises(ConfigError, match="auto chooses between the answers of sft and rl; name both, too"):
-        smoke("eval.targets=[base, rl, auto]")
 
 
 CHOICE = "prompt.choice=Say fast or slow."

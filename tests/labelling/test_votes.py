@@ -54,6 +54,8 @@ def test_other_words_and_another_seed_of_a_voter_that_samples_have_other_votes(t
     assert len(votes(tmp_path, 2, words=("easy", "hard")).missing()) == 2
     one, two = (votes(tmp_path, 2, seed=seed, temperature=0.5, thinking={}) for seed in (0, 1))
     assert one.path != two.path
+    list(one.ask(Echo(0), print))
+    assert len(votes(tmp_path, 2, samples=3, temperature=0.5, thinking={}).missing()) == 4  # the new ones
 
 
 def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):

@@ -16,7 +16,6 @@ from stages.lora.grpo import zero_signal
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
 from stages.lora.grpo.prompts import ReplaySampler
 from stages.lora.training.curves import KL_FROM_START
-from stages.records import read_samples
 from stages.rl.kl_probe import KlProbe
 
 REWARDS = """
@@ -247,19 +246,19 @@ def test_the_drift_is_the_divergence_computed_by_hand(with_reward, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_system_message_by_label_reaches_sft_rl_and_eval(begun, monkeypatch):
+def test_a_system_message_by_label_reaches_sft_and_rl(begun, monkeypatch):
     """Each stage's prompts begin as their labels say."""
     messages = {1: "Be quick.", 2: "Think it over."}
     config = begun(
         f"prompt.by_system={json.dumps(messages)}", "rl.system1_share=0.5", "sft.system2_share=1",
-        "eval.targets=[base]", "eval.benchmarks.demo.limit=12", "rl.max_prompt_length=600",
+        "rl.max_prompt_length=600",
     )  # fmt: skip
     of = systems(config)
 
     def right(text: str, label: int) -> None:
         assert messages[label] in text and messages[3 - label] not in text
 
-    made = artifacts(config, "score", "partition", "sft", "classify:demo", "eval")
+    artifacts(config, "score", "partition", "sft")
     with monkeypatch.context() as patch:
         trainer, *_ = trainer_of(config, patch, "sft")
     texts = [trainer.processing_class.decode(row) for row in trainer.train_dataset["input_ids"]]
@@ -270,7 +269,3 @@ def test_a_system_message_by_label_reaches_sft_rl_and_eval(begun, monkeypatch):
     assert set(found) == {1, 2}
     for prompt, label in zip(trainer.train_dataset["prompt"], found, strict=True):
         right(prompt, label)
-    samples = read_samples(made["eval:base@demo"].path / "samples.jsonl")
-    assert {row.system for row in samples} == {1, 2}
-    for row in samples:
-        right(row.prompt, row.system)

@@ -12,7 +12,6 @@ from results import artifacts
 from stages.config import LoraSection, ModelSection, RlSection, ScoreSection
 from stages.errors import ConfigError, OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
-from stages.lora.adapter.shared_cast import SharedCast
 from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
@@ -101,25 +100,6 @@ def test_sums_over_a_model_of_16_bits_have_32(tiny):
     sums = scored(frozen(tiny, torch.bfloat16)[0], rows(1), size(4))
     for value in (*sums.gradient.values(), *sums.square.values()):
         assert value.dtype == torch.float32 and not torch.equal(value.bfloat16().float(), value)
-
-
-def test_layers_that_read_one_input_share_one_cast_of_it(tiny, monkeypatch):
-    """Nothing but the hooks keeps a cast for the backward pass, as no weight is trained."""
-    base = load_base(ModelSection(name=str(tiny), dtype="bfloat16"))
-    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    model = adapter.initial(base, LoraSection(r=3, target_modules=names), 0).eval().requires_grad_(False)
-    casts, usual = [], SharedCast.__call__
-
-    def call(shared, *given):
-        cast = usual(shared, *given)
-        if torch.is_grad_enabled():  # elsewhere nothing is kept
-            casts.append(shared._cast)  # a weak reference, a new one for each cast
-        return cast
-
-    monkeypatch.setattr(SharedCast, "__call__", call)
-    scored(model, rows(1), size(4))
-    number = model.config.num_hidden_layers
-    assert len(casts) == 6 * number and len(set(map(id, casts))) == 3 * number
 
 
 def test_padding_is_masked_by_length_and_not_by_its_token():

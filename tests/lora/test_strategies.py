@@ -138,7 +138,6 @@ def test_random_half_needs_no_scores_and_trains_one_half_in_both_stages():
     found = split([0.0] * 101, [0.0] * 101, strategy="random_half")
     assert found.region.tolist().count(SHARED) == 50 and found.region.tolist().count(NONE) == 51
     assert torch.equal(found.active["sft"], found.active["rl"]) and int(found.active["rl"].sum()) == 50
-    assert torch.equal(found.region, split([0.0] * 101, [0.0] * 101, strategy="random_half").region)
     assert int(split([0.0] * 10, [0.0] * 10, strategy="random_half", density=0.1).active["sft"].sum()) == 1
 
 
@@ -210,5 +209,3 @@ def test_topk_within_takes_the_same_share_of_each_weight():
     one, two = [1.0, 2, 3, 4, 5, 6, 7, 8, 90, 91, 92, 93], [9.0, 8, 7, 6, 5, 4, 3, 2, 93, 92, 91, 90]
     region = split(one, two, sizes=[8, 4], strategy="topk_within", density=0.25).region.tolist()
     assert region == [S2_ONLY, S2_ONLY, 0, 0, 0, 0, S1_ONLY, S1_ONLY, S2_ONLY, 0, 0, S1_ONLY]
-    whole = split(one, two, sizes=[12], strategy="topk_within", density=0.25)
-    assert whole.region.tolist() == split(one, two, strategy="topk", density=0.25).region.tolist()

@@ -22,7 +22,7 @@ from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps, stage_names
-from stages.prompts.renderer import IGNORED, Renderer
+from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, labelled_examples, read_labels
 from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
@@ -153,7 +153,7 @@ def test_rows_that_do_not_teach_to_stop_are_named(tiny):
         assert [text.split(": ")[1] for text in told.said] == said
 
 
-def test_system_1_may_learn_to_answer_at_once(tiny):
+def test_system_1_may_learn_to_answer_at_once():
     def row(n: int, system: int | None, response: str, gold: str | None) -> Labelled:
         return Labelled(Example(str(n), f"{n}?", response, gold), system, {})
 
@@ -164,9 +164,6 @@ def test_system_1_may_learn_to_answer_at_once(tiny):
     section = SftSection(system1_targets="answer", system2_share=0.5)
     given = examples.trained_by_sft(labels, section, 0)
     assert [e.response for e in given] == ["#### 4", "Slowly.\n#### 5", "Nothing to verify."]
-    renderer = Renderer(load_tokenizer(ModelSection(name=str(tiny))), PromptSection())
-    trained = [t for t in renderer.row(given[0]).labels if t != IGNORED]
-    assert renderer.tokenizer.decode(trained) == f"#### 4{renderer.end}"
     assert [e.response for e in examples.trained_by_sft(labels, SftSection(), 0)][0] == "Two and two.\n#### 4"
     with pytest.raises(DataError, match="none of 1 System 1 rows has a verifiable answer"):
         examples.trained_by_sft(labels[1:], section, 0)

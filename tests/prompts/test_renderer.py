@@ -17,17 +17,6 @@ from stages.records import Example, Labelled
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")
 
 
-def test_chat_row(tokenizer):
-    renderer = Renderer(tokenizer, PromptSection(system="Be brief."))
-    row = renderer.row(EXAMPLE)
-    prompt = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert tokenizer.decode(row.input_ids) == prompt + "It is 4.\n#### 4<|im_end|>"
-    assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
-    assert renderer.stop_ids == [tokenizer.eos_token_id]
-
-
 def test_a_marker_before_eos_ends_an_answer_too(tokenizer):
     """As in Phi-3, whose template writes `<|end|>` after an answer, and then EOS."""
     tokenizer.add_tokens("<|end|>", special_tokens=True)

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from stages.config import Config, ModelSection
-from stages.report.card import _base_model_line, card, hub_results
+from stages.config import Config
+from stages.report.card import card, hub_results
 from stages.store.artifacts import Artifact
 
 
@@ -86,12 +86,3 @@ def test_the_card_names_what_it_is_and_what_it_was_trained_on(manifest, tmp_path
     assert "load_in_4bit=True" in adapter and "import torch\n" in adapter
     assert "| base in | NF4, bfloat16 |" in adapter
     assert "Trained and evaluated on the base in 4 bits" in merged and "to the bit" not in merged
-
-
-def test_a_base_is_named_if_it_can_be_one_of_the_hub_s(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for base in ("gpt2", "org/m"):
-        assert _base_model_line(ModelSection(name=base)) == f"base_model: {base}\n"
-    (tmp_path / "org/m").mkdir(parents=True)  # a folder here
-    for base in ("org/m", "/models/m", "./m", "a/b/m", "~/m"):
-        assert _base_model_line(ModelSection(name=base)) == ""

@@ -90,9 +90,6 @@ def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
     panel = figures.training_panel("t", {"a": [(5.0, 1.0), (6.0, 3.0), (30.0, 8.0)], "b": [(1.0, 0.0)]}, 5)
     bold = [list(line.get_ydata()) for line in panel.axes[0].lines if line.get_linewidth() > 1]
     assert bold == [[1, 2, 8], [0]]  # steps 5 and 6, and long after that
-    many = figures.training_curves({str(row): [history] for row in range(24)}, {"reward": "reward"})
-    drawn = [line for line in many.axes[0].lines if len(line.get_xdata())]
-    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
 
 
 def drawn(name: str) -> str:
@@ -451,10 +448,3 @@ def test_a_comparison_without_a_p_value_counts_in_the_correction():
     for other in (None, Value(0.1, [0.1, 0.1], 100, True, None)):
         incomplete = Results(None, {}, {first: value, second: other}, Artifacts(), {})
         assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}
-
-
-def test_a_system_and_its_target_have_one_colour_that_no_other_series_takes():
-    before = figures.colours(["base", "sft", "rl", "oracle"])
-    after = figures.colours(["System 2", "System 1"])
-    assert before[1:3] == after[::-1] and len({*before, *after}) == 4
-    assert len(set(figures.colours(map(str, range(6))))) == 6
