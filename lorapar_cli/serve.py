@@ -3,7 +3,6 @@
 import importlib.util
 import ipaddress
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +15,8 @@ from stages.errors import ConfigError
 from stages.pipeline import external_key
 from stages.pipeline.resolve import INSTALL_VLLM
 from stages.pipeline.state import require_current
+from stages.pipeline.steps import digest_cache
 from stages.store.artifacts import Store
-from stages.store.digests import DigestCache
 
 EXAMPLE = """\
 curl -i {address}/chat/completions{key} -H 'Content-Type: application/json' \\
@@ -50,7 +49,7 @@ def command(
         raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
     store = Store(settings.root)
     inputs = {name: require_current(store, steps[name], steps[needed[-1]]) for name in needed}
-    identity = external_key.of_served_base(settings, DigestCache(Path(settings.runs_dir) / ".digests.json"))
+    identity = external_key.of_served_base(settings, digest_cache(settings))
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.listener(host, port) as listener,

@@ -26,6 +26,8 @@ from stages.records import SHOWN_LINES, Example, data_error
 from stages.runtime.network import offline_without_network
 
 log = logging.getLogger(__name__)
+_say_once = functools.cache(log.info)
+"""Logs once in a process, however often its stages read the rows."""
 
 MAX_CHARACTERS = 1_000_000
 """Longest prompt and response together: some tokenizers abort the process on texts of tens of megabytes."""
@@ -75,12 +77,6 @@ def read_rows(source: SourceSection) -> Rows:
     if unanswered := sum(not example.response for example in examples):
         log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
     return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    """Log what every stage of a run would say of its rows again."""
-    log.info(text)
 
 
 def parse_rows(
@@ -135,14 +131,8 @@ def drop_duplicates(located: list[tuple[str, Example]], source: SourceSection) -
     if repeated and source.duplicates == "error":
         raise data_error("duplicate id", repeated, "take the first of each: duplicates: first")
     if repeated:
-        _say_repeated(str(source.path), len(repeated))
+        _say_once("%s: %d repeated rows left out", source.path, len(repeated))
     return [example for _, example in first.values()]
-
-
-@functools.cache
-def _say_repeated(path: str, number: int) -> None:
-    """Say so once in a process, however often the rows are read."""
-    log.info("%s: %d repeated rows left out", path, number)
 
 
 def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:

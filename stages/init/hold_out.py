@@ -1,4 +1,4 @@
-"""Splits a file of rows for `lorapar init --protect`: rows to train on, and rows to evaluate on."""
+"""Splits a file of rows for `lorapar init`: rows to train on, and rows to evaluate on."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _check_room(texts: Texts, trained: int) -> None:
         raise OutputError(
             f"runs_dir: {free / resources.MIB:.1f} MiB are free, and the adapters alone take "
             f"{needed / resources.MIB:.1f}",
-            "lorapar clean, or name another one",
+            "free some room, or name another one",
         )
 
 
