@@ -5,7 +5,8 @@ python benchmarks/replicates.py --check                  fail if they stand ther
 python benchmarks/replicates.py --add demo 53 runs/r53   keep the answers of a run as the demo's replicate 53
 
 An arm is a target of eval; with `--as NAME` it is that target with NAME behind it, such as `rl int8`.
-`--check` also compares every mean and interval that stands beside the values of its replicates in found.md.
+`--check` also compares every mean and interval that stands beside the values of its replicates in earlier.md,
+and looks for those that README and other pages quote in the tables.
 """
 
 import argparse
@@ -19,19 +20,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.evaluation.statistics import over_replicates, p_value, paired_difference, paired_p
+import experiments
+from experiments import Contrast
+
+from stages.evaluation.statistics import interval, over_replicates, p_value, paired_difference, paired_p
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results"
-FOUND = RESULTS / "found.md"
+FOUND, DEMO_PAGE, EARLIER = RESULTS / "found.md", RESULTS / "demo.md", RESULTS / "earlier.md"
+QUOTING = (ROOT / "README.md", ROOT / "docs/when.md", ROOT / "docs/related.md", FOUND, DEMO_PAGE)
+"""Pages that quote no interval but those of the tables, or of the times that scripts measured."""
 _NUMBER = r"[-+]?\d+\.\d"
 VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_NUMBER}), ({_NUMBER})\]")
 """At least five values, their mean, and its interval, in cells of a table."""
+QUOTED = re.compile(rf"({_NUMBER}\d?)(?: points| %| times)?,? \[({_NUMBER}\d?)(?:, |–)({_NUMBER}\d?)\]")
+"""A mean with its interval, in a sentence or a table."""
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
 BEGIN, END = "<!-- Written by benchmarks/replicates.py from {}-items.json.gz -->\n\n", "\n<!-- end -->"
-Contrast = tuple[str, str, tuple[str, ...]]
-"""What is compared: its name, the arm, and the arms of which the best one is subtracted."""
+MODES = ("fast", "slow", "`auto`")
+TARGETS = ("base", "sft", "rl", "auto")
+"""What the demo evaluates, in the order of its page."""
 Replicate = dict[str, Any]
 """`system` of each item, for which its generator made it, and the `arms` by name.
 
@@ -46,6 +55,7 @@ def main() -> None:
     parser.add_argument("--as", dest="suffix", default="", metavar="NAME")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    computed = [(RESULTS / "times.md").read_text(encoding="utf-8")]
     for name, (page, tables, benchmarks) in EXPERIMENTS.items():
         items = RESULTS / f"{name}-items.json.gz"
         replicates = json.loads(gzip.decompress(items.read_bytes())) if items.exists() else {}
@@ -56,12 +66,13 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         begin = BEGIN.format(name)
         head, _, tail = text.partition(begin)
-        written = head + begin + "\n".join([*tables(replicates), ""]) + END + tail.partition(END.strip())[2]
+        computed.append("\n".join([*tables(replicates), ""]))
+        written = head + begin + computed[-1] + END + tail.partition(END.strip())[2]
         if arguments.check and written != text:
             sys.exit(f"{page.name} says other things than {items.name}: run benchmarks/replicates.py")
         page.write_text(written, encoding="utf-8")
-    if wrong := list(wrong_means(FOUND.read_text(encoding="utf-8"))):
-        sys.exit("\n".join([f"{FOUND.name}:", *wrong]))
+    if wrong := [*wrong_means(EARLIER.read_text(encoding="utf-8")), *unknown_quotes("\n".join(computed))]:
+        sys.exit("\n".join(wrong))
 
 
 def add(
@@ -109,6 +120,18 @@ def wrong_means(page: str) -> Iterator[str]:
             yield f"{row[0]}: computed {', '.join(f'{value:.2f}' for value in computed)}"
 
 
+def unknown_quotes(tables: str) -> Iterator[str]:
+    """Means and intervals on the `QUOTING` pages that are not in the tables, of either sign."""
+    known = {_quoted(match) for match in QUOTED.finditer(tables)}
+    for page in QUOTING:
+        text = page.read_text(encoding="utf-8")
+        for match in QUOTED.finditer(text):
+            mean, low, high = quote = _quoted(match)
+            if not {quote, (-mean, -high, -low)} & known:
+                line = text[: match.start()].count("\n") + 1
+                yield f"{page.name}:{line}: {match[0]} is in no table that is computed"
+
+
 def demo_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     """Lines of Markdown: accuracies and tokens of each replicate, then contrasts over replicates."""
     titles = ("k", "base, four shots (cut)", *MODES, f"tokens: {', '.join(MODES)}", "better on its own kind")
@@ -123,7 +146,7 @@ def demo_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     yield ""
     yield f"In the mean {_auto(replicates, '')}; with all elements {_auto(replicates, ' all')}."
     yield ""
-    yield from contrasts(replicates, DEMO)
+    yield from contrasts(replicates, experiments.DEMO)
 
 
 def tables_of(
@@ -139,11 +162,23 @@ def tables_of(
     yield from contrasts(replicates, compared)
 
 
+def run_table(replicates: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown: accuracies of one run by system, with intervals over items."""
+    for replicate in replicates.values():
+        yield f"| items | {' | '.join(TARGETS)} |"
+        yield "|---" * (1 + len(TARGETS)) + "|"
+        for name, part in (("all", ""), ("system 1", ":1"), ("system 2", ":2")):
+            cells = []
+            for right in (_right(replicate, target + part) for target in TARGETS):
+                low, high = (100 * bound for bound in interval(right))
+                cells.append(f"{_percent(right)} [{low:.1f}, {high:.1f}]")
+            yield f"| {name} | {' | '.join(cells)} |"
+
+
 def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
     """Lines of Markdown as of `tables_of`, with arms made of the answers of others.
 
-    `two`: SFT's answers to System 1's items and RL's to System 2's; `sft chains`, `rl chains`: those to
-    System 2's alone.
+    `two`: SFT's answers to System 1's items and RL's to System 2's.
     """
     for replicate in replicates.values():
         arms = replicate["arms"]
@@ -151,9 +186,7 @@ def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
             fast, slow = (arms[f"{target} {elements}"]["right"] for target in ("sft", "rl"))
             answers = zip(replicate["system"], fast, slow, strict=True)
             arms[f"two {elements}"] = {"right": [f if system == 1 else s for system, f, s in answers]}
-            for target, right in (("sft", fast), ("rl", slow)):
-                arms[f"{target} chains {elements}"] = {"right": _of(replicate, 2, right)}
-    yield from tables_of(UNLIKE_ARMS, UNLIKE, replicates)
+    yield from tables_of(experiments.UNLIKE_ARMS, experiments.UNLIKE, replicates)
 
 
 def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) -> Iterator[str]:
@@ -161,79 +194,27 @@ def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) 
     yield "| contrast, in points | by replicate | mean |"
     yield "|---|---|---|"
     for name, arm, references in compared:
-        complete = [r for r in replicates.values() if {arm, *references} <= set(r["arms"])]
+        names = {name.partition(":")[0] for name in (arm, *references)}
+        complete = [replicate for replicate in replicates.values() if names <= set(replicate["arms"])]
         if differences := [_difference(replicate, arm, references) for replicate in complete]:
             by_replicate = ", ".join(f"{difference:+.1f}" for difference in differences)
             yield f"| {name} | {by_replicate} | {_mean(differences)} |"
 
 
-MODES = ("fast", "slow", "`auto`")
-DEMO: tuple[Contrast, ...] = (
-    ("`auto` minus the better mode", "auto", ("sft", "rl")),
-    ("slow minus SFT under slow's message: RL's own", "rl", ("rl-1",)),
-    ("slow, rollouts in 8 bits minus float32", "rl int8", ("rl",)),
-    ("`auto`, the same", "auto int8", ("auto",)),
-    ("all elements minus LoRA-PAR: `auto`", "auto all", ("auto",)),
-    ("the same, slow", "rl all", ("rl",)),
-    ("the same, fast", "sft all", ("sft",)),
-    ("all elements at 1e-3 minus LoRA-PAR (at 2e-3), k = 53 to 55: `auto`", "auto all 1e-3", ("auto",)),
-    ("the same, slow", "rl all 1e-3", ("rl",)),
-    ("the same, fast", "sft all 1e-3", ("sft",)),
-)
-RAFT: tuple[Contrast, ...] = (
-    ("D1. GRPO minus RAFT", "rl", ("rl raft",)),
-    ("GRPO minus RAFT at 3e-4", "rl", ("rl raft 3e-4",)),
-    ("GRPO minus SFT", "rl", ("sft",)),
-    ("RAFT minus SFT", "rl raft", ("sft",)),
-    ("RAFT at 3e-4 minus SFT", "rl raft 3e-4", ("sft",)),
-)
-COUNTS: tuple[Contrast, ...] = (
-    ("E1. random within each weight minus important", "sft within", ("sft important",)),
-)
-RAFT_ARMS = {"sft": "SFT", "rl": "GRPO", "rl raft": "RAFT", "rl raft 3e-4": "RAFT at 3e-4"}
-COUNTS_ARMS = {"sft important": "important", "sft within": "random within each weight"}
-PROTECT: tuple[Contrast, ...] = (
-    ("F1. protected minus random frozen", "sft protect", ("sft random",)),
-    ("F2. protected minus the low rate", "sft protect", ("sft low",)),
-    ("protected minus none at 2e-3", "sft protect", ("sft high",)),
-    ("the low rate minus none at 2e-3", "sft low", ("sft high",)),
-)
-PROTECT_ARMS = {
-    "sft protect": "protected, 2e-3",
-    "sft random": "random frozen, 2e-3",
-    "sft low": "none, 5e-4",
-    "sft high": "none, 2e-3",
-}
-UNLIKE: tuple[Contrast, ...] = (
-    ("G1. LoRA-PAR minus all elements, two checkpoints each", "two split", ("two all",)),
-    ("G2. LoRA-PAR, two checkpoints minus one adapter", "two split", ("rl split",)),
-    ("G3. LoRA-PAR minus random elements, two checkpoints each", "two split", ("two within",)),
-    ("all elements, two checkpoints minus one adapter", "two all", ("rl all",)),
-    ("LoRA-PAR minus all elements, SFT alone", "sft split", ("sft all",)),
-    ("LoRA-PAR, RL minus SFT on chains", "rl chains split", ("sft chains split",)),
-    ("all elements, RL minus SFT on chains", "rl chains all", ("sft chains all",)),
-)
-UNLIKE_ARMS = {
-    "sft split": "LoRA-PAR: SFT",
-    "rl split": "LoRA-PAR: one adapter",
-    "two split": "LoRA-PAR: two checkpoints",
-    "sft all": "all elements: SFT",
-    "rl all": "all elements: one adapter",
-    "two all": "all elements: two checkpoints",
-    "two within": "random: two checkpoints",
-}
 EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
-    "demo": (RESULTS / "demo.md", demo_tables, ("demo",)),
-    "raft": (FOUND, partial(tables_of, RAFT_ARMS, RAFT), ("final",)),
-    "counts": (FOUND, partial(tables_of, COUNTS_ARMS, COUNTS), ("final",)),
-    "protect": (FOUND, partial(tables_of, PROTECT_ARMS, PROTECT), ("old", "new")),
+    "demo": (DEMO_PAGE, demo_tables, ("demo",)),
+    "readme": (DEMO_PAGE, run_table, ("demo",)),
+    "raft": (FOUND, partial(tables_of, experiments.RAFT_ARMS, experiments.RAFT), ("final",)),
+    "counts": (FOUND, partial(tables_of, experiments.COUNTS_ARMS, experiments.COUNTS), ("final",)),
+    "default": (FOUND, partial(tables_of, experiments.COUNTS_ARMS, experiments.DEFAULT), ("final",)),
+    "protect": (FOUND, partial(tables_of, experiments.PROTECT_ARMS, experiments.PROTECT), ("old", "new")),
     "unlike": (FOUND, unlike_tables, ("recall", "chains")),
 }
 """By name: the page of an experiment, its tables, and the benchmarks on which it was measured."""
 
 
 def _difference(replicate: Replicate, arm: str, references: tuple[str, ...]) -> float:
-    right = {name: replicate["arms"][name]["right"] for name in (arm, *references)}
+    right = {name: _right(replicate, name) for name in (arm, *references)}
     best = max(references, key=lambda name: sum(right[name]))
     return 100 * paired_difference(right[best], right[arm])[0]
 
@@ -264,6 +245,12 @@ def _auto(replicates: dict[str, Replicate], elements: str) -> str:
     return f"`auto` answers {100 * accuracy:.1f} % with {100 * share:.1f} % of slow's tokens"
 
 
+def _right(replicate: Replicate, name: str) -> list[int]:
+    arm, _, system = name.partition(":")
+    right: list[int] = replicate["arms"][arm]["right"]
+    return _of(replicate, int(system), right) if system else right
+
+
 def _of(replicate: Replicate, system: int, right: list[int]) -> list[int]:
     return [answer for answer, of in zip(right, replicate["system"], strict=False) if of == system]
 
@@ -280,6 +267,11 @@ def _by_system(replicate: Replicate, name: str) -> str:
     """Accuracy in per cent, and in brackets that of System 1 and System 2 items."""
     right = replicate["arms"][name]["right"]
     return f"{_percent(right)} ({', '.join(_percent(_of(replicate, system, right)) for system in (1, 2))})"
+
+
+def _quoted(match: re.Match[str]) -> tuple[float, ...]:
+    """Mean, lower and upper end, to one decimal, as pages quote them."""
+    return tuple(round(float(figure), 1) for figure in match.groups())
 
 
 if __name__ == "__main__":
