@@ -259,6 +259,8 @@ def install(count: int, measure: bool = False) -> None:
     torch.version.cuda = "13.0"
     torch._C._cuda_getCurrentRawStream = _always(0)  # bitsandbytes looks for it when it is imported
     torch.accelerator.is_available = lambda: False
+    torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")
+    torch.accelerator.current_stream = lambda *_: _Nothing()
     _use_gloo()
     _load_on_device()
     # What is computed again in a backward pass says that it is on the CPU: compare the rest of it.
@@ -345,7 +347,7 @@ def _use_gloo() -> None:
     def gather(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return real_gather(output.view(-1), tensor.reshape(-1), *args, **kwargs)  # NCCL asks for no shape
 
-    dist.all_gather_into_tensor = gather
+    dist.all_gather_into_tensor = dist.all_gather_single = gather
 
 
 def _load_on_device() -> None:
