@@ -23,6 +23,7 @@ RAFT: tuple[Contrast, ...] = (
     ("D2. LoRA-PAR minus all elements, after GRPO", "rl", ("rl all",)),
     ("D3. GRPO minus longer SFT, for as many minutes", "rl", ("sft long",)),
     ("D4. GRPO of all elements after longer SFT, minus that SFT", "rl long", ("sft long",)),
+    ("D5. GRPO minus GRPO of random elements within each weight", "rl", ("rl within",)),
     ("GRPO minus SFT", "rl", ("sft",)),
     ("RAFT minus SFT", "rl raft", ("sft",)),
     ("RAFT at 3e-4 minus SFT, k = 25 alone", "rl raft 3e-4", ("sft",)),
@@ -40,6 +41,7 @@ RAFT_ARMS = {
     "sft": "SFT",
     "rl": "GRPO",
     "rl raft": "RAFT",
+    "rl within": "GRPO, random within each weight",
     "sft all": "all elements: SFT",
     "rl all": "all elements: GRPO",
     "sft long": "longer SFT",
@@ -53,16 +55,25 @@ DEFAULT: tuple[Contrast, ...] = (
 PROTECT: tuple[Contrast, ...] = (
     ("F1. protected minus random frozen", "sft protect", ("sft random",)),
     ("F2. protected minus the low rate", "sft protect", ("sft low",)),
+    ("F3. protected minus replay", "sft protect", ("sft replay",)),
+    ("F4. protected minus half the rate", "sft protect", ("sft half",)),
     ("protected minus none at 2e-3", "sft protect", ("sft high",)),
     ("the low rate minus none at 2e-3", "sft low", ("sft high",)),
     ("protected minus the low rate, old items", "sft protect:1", ("sft low:1",)),
     ("the same, new items", "sft protect:2", ("sft low:2",)),
+    ("replay minus none at 2e-3", "sft replay", ("sft high",)),
+    ("protected minus replay, old items", "sft protect:1", ("sft replay:1",)),
+    ("the same, new items", "sft protect:2", ("sft replay:2",)),
+    ("protected minus half the rate, old items", "sft protect:1", ("sft half:1",)),
+    ("the same, new items", "sft protect:2", ("sft half:2",)),
 )
 PROTECT_ARMS = {
     "sft protect": "protected, 2e-3",
     "sft random": "random frozen, 2e-3",
     "sft low": "none, 5e-4",
+    "sft half": "none, 1e-3",
     "sft high": "none, 2e-3",
+    "sft replay": "replay, 2e-3",
 }
 UNLIKE: tuple[Contrast, ...] = (
     ("G1. LoRA-PAR minus all elements, two checkpoints each", "two split", ("two all",)),
