@@ -6,7 +6,7 @@ python benchmarks/replicates.py --add demo 53 runs/r53   keep the answers of a r
 
 An arm is a target of eval; with `--as NAME` it is that target with NAME behind it, such as `rl int8`.
 `--check` also compares every mean and interval that stands beside the values of its replicates in earlier.md,
-and looks for those that README and other pages quote in the tables.
+and looks for those that README and the guide quote in the tables.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ RESULTS = ROOT / "docs/results"
 FOUND, DEMO_PAGE, EARLIER = RESULTS / "found.md", RESULTS / "demo.md", RESULTS / "earlier.md"
 QUOTING = (ROOT / "README.md", ROOT / "docs/when.md", ROOT / "docs/related.md", FOUND, DEMO_PAGE)
 """Pages that quote no interval but those of the tables, or of the times that scripts measured."""
+GUIDE = sorted({*(ROOT / "docs").glob("*.md")} - {*QUOTING, ROOT / "docs/failed.md"})
+"""Pages that quote earlier.md as well."""
 _NUMBER = r"[-+]?\d+\.\d"
 VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_NUMBER}), ({_NUMBER})\]")
 """At least five values, their mean, and its interval, in cells of a table."""
-QUOTED = re.compile(rf"({_NUMBER}\d?)(?: points| %| times)?,? \[({_NUMBER}\d?)(?:, |–)({_NUMBER}\d?)\]")
+QUOTED = re.compile(rf"({_NUMBER}\d?)(?:\s[%*a-z]+){{0,4}},?\s\[({_NUMBER}\d?)(?:, |–)({_NUMBER}\d?)\]")
 """A mean with its interval, in a sentence or a table."""
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
@@ -71,7 +73,9 @@ def main() -> None:
         if arguments.check and written != text:
             sys.exit(f"{page.name} says other things than {items.name}: run benchmarks/replicates.py")
         page.write_text(written, encoding="utf-8")
-    if wrong := [*wrong_means(EARLIER.read_text(encoding="utf-8")), *unknown_quotes("\n".join(computed))]:
+    known, earlier = "\n".join(computed), EARLIER.read_text(encoding="utf-8")
+    unknown = [*unknown_quotes(QUOTING, known), *unknown_quotes(GUIDE, known + earlier)]
+    if wrong := [*wrong_means(earlier), *unknown]:
         sys.exit("\n".join(wrong))
 
 
@@ -120,10 +124,10 @@ def wrong_means(page: str) -> Iterator[str]:
             yield f"{row[0]}: computed {', '.join(f'{value:.2f}' for value in computed)}"
 
 
-def unknown_quotes(tables: str) -> Iterator[str]:
-    """Means and intervals on the `QUOTING` pages that are not in the tables, of either sign."""
+def unknown_quotes(pages: Iterable[Path], tables: str) -> Iterator[str]:
+    """Means and intervals on these pages that are not in the tables, of either sign."""
     known = {_quoted(match) for match in QUOTED.finditer(tables)}
-    for page in QUOTING:
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for match in QUOTED.finditer(text):
             mean, low, high = quote = _quoted(match)
