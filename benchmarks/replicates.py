@@ -31,7 +31,7 @@ FOUND, DEMO_PAGE, EARLIER = RESULTS / "found.md", RESULTS / "demo.md", RESULTS /
 QUOTING = (ROOT / "README.md", ROOT / "docs/when.md", ROOT / "docs/related.md", FOUND, DEMO_PAGE)
 """Pages that quote no interval but those of the tables, or of the times that scripts measured."""
 GUIDE = sorted({*(ROOT / "docs").glob("*.md")} - {*QUOTING, ROOT / "docs/failed.md"})
-"""Pages that quote earlier.md as well."""
+"""The other pages, which quote earlier.md as well; failed.md has figures of its own."""
 _NUMBER = r"[-+]?\d+\.\d"
 VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_NUMBER}), ({_NUMBER})\]")
 """At least five values, their mean, and its interval, in cells of a table."""

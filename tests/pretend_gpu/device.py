@@ -259,6 +259,7 @@ def install(count: int, measure: bool = False) -> None:
     torch.version.cuda = "13.0"
     torch._C._cuda_getCurrentRawStream = _always(0)  # bitsandbytes looks for it when it is imported
     torch.accelerator.is_available = lambda: False
+    # accelerate takes its device from the first, optimizers ask the second whether a graph is being captured.
     torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")
     torch.accelerator.current_stream = lambda *_: _Nothing()
     _use_gloo()
