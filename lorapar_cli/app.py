@@ -11,7 +11,7 @@ import typer
 from lorapar_cli import options, terminal
 from lorapar_cli.commands import ABOUT, COMMANDS
 from lorapar_cli.errors import to_user_error
-from lorapar_cli.process import end_on_signal, set_up
+from lorapar_cli.process import end_on_signal, received, set_up
 from lorapar_cli.stage import command_of
 from stages import ORDER
 from stages.errors import is_rust_panic
@@ -45,6 +45,8 @@ def main() -> None:
             terminal.say("stopped; the same command goes on from what is finished")
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or is_rust_panic(problem)):
             raise
+        if received:  # a library caught the signal's exception in the middle of an import, and broke on it
+            sys.exit(128 + received[0])
         error = to_user_error(problem)
         if not distributed.report_failure(error):
             terminal.error(error, options.typed_config)

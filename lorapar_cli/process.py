@@ -18,11 +18,15 @@ AGAIN_S = 0.05
 SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
 """Libraries whose warnings at startup are not actionable, such as that a CPU has no Triton."""
 
+received: list[int] = []
+"""Termination signals that this process has got."""
+
 
 def end_on_signal(number: int, _: FrameType | None) -> None:
     """Raise Terminated, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
     for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
         signal.signal(another, signal.SIG_IGN)
+    received.append(number)
     raise Terminated(128 + number)
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import signal
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,8 +15,9 @@ from conftest import make_step
 from safetensors import SafetensorError
 
 from lorapar_cli.errors import to_user_error
+from lorapar_cli.process import end_on_signal, received
 from stages.config import LaunchSection, ModelSection, PromptSection
-from stages.errors import ConfigError, DataError, LoraparError, MissingInputError
+from stages.errors import ConfigError, DataError, LoraparError, MissingInputError, Terminated
 from stages.models.base import load_base
 from stages.models.load_errors import load_errors
 from stages.models.tokenizer import load_tokenizer
@@ -58,6 +61,21 @@ def test_the_command_shows_no_trace(lorapar, monkeypatch):
     done = lorapar("status", "configs/smoke.yaml")
     assert done.code == 70 and done.err.startswith("error: this is a defect of lorapar: ValueError: odd")
     assert "Traceback" not in done.err and "hint: please report it with" in done.err
+
+
+def test_an_error_after_a_swallowed_signal_ends_as_the_signal_does(lorapar, monkeypatch):
+    def load(*_):
+        with suppress(Terminated):
+            end_on_signal(signal.SIGTERM, None)
+        raise ValueError("odd")
+
+    monkeypatch.setattr("signal.signal", Mock())
+    monkeypatch.setattr("lorapar_cli.options.load", load)
+    try:
+        done = lorapar("status", "configs/smoke.yaml")
+    finally:
+        received.clear()
+    assert (done.code, done.err) == (128 + signal.SIGTERM, "")
 
 
 @pytest.mark.parametrize(
