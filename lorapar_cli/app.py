@@ -16,7 +16,6 @@ from lorapar_cli.stage import command_of
 from stages import ORDER
 from stages.errors import is_rust_panic
 from stages.pipeline.stage import stage
-from stages.runtime import distributed
 
 app = typer.Typer(
     help=ABOUT,
@@ -41,15 +40,14 @@ def main() -> None:
         app()
     except BaseException as problem:
         # The command line's library turns Ctrl-C into this exit.
-        if isinstance(problem, SystemExit) and problem.code == 130 and not distributed.launched():
+        if isinstance(problem, SystemExit) and problem.code == 130:
             terminal.say("stopped; the same command goes on from what is finished")
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or is_rust_panic(problem)):
             raise
         if received:  # a library caught the signal's exception in the middle of an import, and broke on it
             sys.exit(128 + received[0])
         error = to_user_error(problem)
-        if not distributed.report_failure(error):
-            terminal.error(error, options.typed_config)
+        terminal.error(error, options.typed_config)
         sys.exit(error.exit_code)
     finally:  # nothing is left to unwind, and an exception while Python exits would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

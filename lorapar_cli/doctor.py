@@ -40,7 +40,6 @@ def examine() -> Iterator[Finding]:
     yield Finding("engine vllm", vllm or "not installed: voters run in process (engine transformers)")
     try:
         yield _device()
-        yield _types()
     except (ImportError, OSError) as error:  # a library of CUDA that is missing, or half an installation
         yield Finding("torch", f"does not load: {first_line(error)}", False)
     yield from _sandboxes()
@@ -65,16 +64,6 @@ def _device() -> Finding:
     return Finding(
         "device", f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     )
-
-
-def _types() -> Finding:
-    """Measure float32 and bfloat16 on the CPU, and say which one `model.dtype: auto` uses."""
-    from stages.models.dtype import native_bfloat16, speeds
-
-    measured = speeds(1.0)
-    text = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in measured.items())
-    rule = "auto keeps a checkpoint's bfloat16" if native_bfloat16() else "auto uses float32"
-    return Finding("model.dtype on CPU", f"{text}: {rule}")
 
 
 def _sandboxes() -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.tables import show, table
 from stages import escaping
-from stages.config import DataSection, ModelSection, ScoreSection
+from stages.config import DataSection, ModelSection
 from stages.data.rows import local_file
 from stages.errors import ConfigError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
@@ -21,15 +21,12 @@ from stages.store.artifacts import refuse_store
 if TYPE_CHECKING:
     from stages.config import BenchmarkSection
     from stages.init.data_profile import DataProfile
-    from stages.init.hold_out import HeldOut
     from stages.init.own_rows import OwnRows
 
 
 DATA = "Training rows: a file, or the hub id of a data set without subsets."
-PROTECT = "Rows whose skill must survive. A part of them is held out to measure it."
 SHOWN = 5
 """Final answers that are shown with their texts."""
-LABEL_WORDS = "Words of --labels that stand for the systems, such as lookup=1,work=2."
 COLUMNS = "Columns with other names than those of usual formats, such as question=Prompt,answer=Completion."
 HOLD_OUT = (
     "Without --test, evaluate on a fifth of the questions of a file, at most 300, and train on the rest."
@@ -53,19 +50,17 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Labels of your own: id or question, and system, 1 or 2."),
     ] = None,
-    label_words: Annotated[str | None, typer.Option(metavar="WORD=SYSTEM,…", help=LABEL_WORDS)] = None,
     tests: Annotated[
         list[str] | None,
         typer.Option("--test", metavar="FILE", help="Rows to evaluate on, or a hub id; repeatable."),
     ] = None,
-    protect: Annotated[str | None, typer.Option(metavar="FILE", help=PROTECT)] = None,
     columns: Annotated[str | None, typer.Option(metavar="FIELD=COLUMN,…", help=COLUMNS)] = None,
     holds_out: Annotated[bool, typer.Option("--hold-out/--no-hold-out", help=HOLD_OUT)] = True,
     example: Annotated[str | None, typer.Option(metavar="NAME", help=EXAMPLE)] = None,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
-        if data or model or labels or label_words or tests or protect or columns:
+        if data or model or labels or tests or columns:
             problem = f"--example {example} takes no rows and no model"
             raise ConfigError(problem, "only --out may stand beside it")
         from stages.init import examples
@@ -79,13 +74,11 @@ def command(
             "or copy an example: lorapar init --example demo",
         )
     path = out or Path(Path(data).name.split(".")[0] + ".yaml")
-    _check_paths(data, path, labels, protect)
+    _check_paths(data, path, labels)
     written: list[Path] = []
     try:
         pairs = _pairs("--columns", columns, "question=Prompt,answer=Completion")
-        rows = _rows(data, path.parent, tests or [], protect, pairs, holds_out, written)
-        if labels:
-            labels = _labels(labels, label_words, data, path.parent, written)
+        rows = _rows(data, path.parent, tests or [], pairs, holds_out, written)
         _write_config(data, model, path, labels, rows)
     except BaseException:  # such as a full disk
         for file in written:
@@ -95,14 +88,13 @@ def command(
     terminal.say(f"wrote {names}; next: lorapar plan {escaping.shell(str(path))}")
 
 
-def _check_paths(data: str, path: Path, labels: str | None, protect: str | None) -> None:
+def _check_paths(data: str, path: Path, labels: str | None) -> None:
     """Raise the error of a wrong path at once, before libraries are loaded."""
     if path.exists():
         raise OutputError(f"{path} exists already", "another name: --out FILE")
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_store(path)
-    for rows in filter(None, (data, protect)):
-        local_file(DataSection(path=rows))
+    local_file(DataSection(path=data))
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
 
@@ -116,20 +108,6 @@ def _pairs(option: str, text: str | None, example: str) -> dict[str, str]:
     return pairs
 
 
-def _labels(file: str, words: str | None, data: str, folder: Path, written: list[Path]) -> str:
-    """The file of labels for the config, with systems in place of words."""
-    from stages.init.hold_out import stem
-    from stages.init.own_labels import own_labels
-    from stages.labelling.known import system_of
-
-    systems = {}
-    for word, text in _pairs("--label-words", words, "lookup=1,work=2").items():
-        if (system := system_of(text)) is None:
-            raise ConfigError(f"--label-words {words}: a system is 1 or 2", "such as lookup=1,work=2")
-        systems[word] = system
-    return own_labels(file, systems, folder / f"{stem(data)}-labels.jsonl", written)
-
-
 @dataclass
 class _Files:
     """The files of rows for a config, and those that this command has written."""
@@ -138,36 +116,30 @@ class _Files:
     data: str
     """The rows to train on."""
     benchmarks: list[BenchmarkSection]
-    protected: HeldOut | None
     written: list[Path]
 
 
 def _rows(
-    data: str, folder: Path, tests: list[str], protect: str | None, columns: dict[str, str], holds_out: bool,
+    data: str, folder: Path, tests: list[str], columns: dict[str, str], holds_out: bool,
     written: list[Path],
 ) -> _Files:  # fmt: skip
     """Read the rows, and hold some out; `written` gets the files that were not there before."""
     from stages.init.data_profile import benchmark_of
     from stages.init.hold_out import hold_out, stem
     from stages.init.own_rows import own_rows
-    from stages.lora.examples import protected as protected_examples
 
     title = stem(data)
     reading = own_rows(data, folder, columns, written)
     tests = list(dict.fromkeys(tests))
     if reading.path != data:  # the rows to evaluate on are of the same kind
         tests = [own_rows(test, folder, columns, written).path for test in tests]
-    rows = _Files(reading, reading.path, [benchmark_of(test) for test in tests], None, written)
-    if protect:
-        protected_examples(protect, ScoreSection(), 0)  # raises if no row has a response to score
+    rows = _Files(reading, reading.path, [benchmark_of(test) for test in tests], written)
     if not tests and holds_out and local_file(DataSection(path=reading.path)):
         split = hold_out(reading.path, folder, written, title)
         rows.data, rows.benchmarks = split.train, [split.test] if split.test else []
         if split.test and (undivided := Path(reading.path)) in written:  # its two parts have all of its rows
             undivided.unlink()
             written.remove(undivided)
-    if protect:  # two files of one name would be one
-        rows.protected = hold_out(protect, folder, written, "protected" if stem(protect) == title else "")
     return rows
 
 
@@ -175,37 +147,24 @@ def _write_config(data: str, model: str, path: Path, labels: str | None, rows: _
     from stages.init import config_writer
     from stages.init.data_profile import survey
     from stages.init.hold_out import stem
-    from stages.init.open_questions import open_questions
     from stages.labelling.known import with_known_labels
 
-    old, protected = rows.protected, None
-    measured = [*rows.benchmarks, *([old.test] if old and old.test else [])]
     base = ModelSection(name=model)
-    profile = survey(base, DataSection(path=rows.data, empty="drop", duplicates="first"), measured)
-    if old:
-        section = DataSection(path=old.train, empty="drop", duplicates="first")
-        old_profile = survey(base, section, measured, profile.section)
-        protected = config_writer.Protected(old.train, old_profile, old.test)
-    settings = list(
-        config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, protected, stem(data))
-    )
+    profile = survey(base, DataSection(path=rows.data, empty="drop", duplicates="first"), rows.benchmarks)
+    settings = list(config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, stem(data)))
     if labels:  # says how many rows have none
         with_known_labels(profile.rows.examples, "system", Path(labels))
-    questions = open_questions(profile, rows.benchmarks, labels, protected)
     _print_reading(rows.reading, data)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
         terminal.write(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
-    print("\nwhat the rows do not say:")
-    for question in questions:
-        print(f"  {question}")
     head = [
         f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
     rows.written.append(path)
-    path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
+    path.write_text(config_writer.document(settings, head), encoding="utf-8")
     plan_steps(resolved(load(path, [])))
 
 

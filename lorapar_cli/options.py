@@ -69,15 +69,6 @@ def without_sandbox(unsafe: bool, *stages: str) -> list[str]:
     return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
 
 
-Cluster = Annotated[
-    Path | None,
-    typer.Option("--slurm", metavar="FILE", help="Submit Slurm jobs, with the settings in this file."),
-]
-DryRun = Annotated[
-    bool, flag("--dry-run", help="Only print what would be done; with --slurm, also the state of the jobs.")
-]
-
-
 def sets(overrides: list[str] | None) -> list[str]:
     """Return the overrides as command-line arguments."""
     return [argument for text in overrides or () for argument in ("--set", text)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lorapar_cli.options import ConfigPath, Json, LastStage, Overrides, flag, plan_of, typed
@@ -15,13 +14,10 @@ from stages.errors import ConfigError
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors, check_stage_name
 from stages.plan.estimate import Estimate, estimate, memory_remedies
-from stages.runtime import libraries, resources
-from stages.store import estimates
+from stages.runtime import libraries
 from stages.store.artifacts import Store
-from stages.store.estimates import PlannedCost
 
 if TYPE_CHECKING:
-    from stages.plan.estimate import MemoryEstimate
     from stages.plan.lengths import Span
 
 
@@ -34,9 +30,7 @@ Check = Annotated[
 def command(
     config: ConfigPath,
     set_: Overrides = None,
-    verbose: Annotated[
-        bool, flag("--verbose", help="Also what fills the memory, and all lengths of texts.")
-    ] = False,
+    verbose: Annotated[bool, flag("--verbose", help="Also all lengths of texts.")] = False,
     brief: Annotated[bool, flag("--brief", help="Only how long it takes, and what is wrong.")] = False,
     check: Check = False,
     last: LastStage = None,
@@ -62,15 +56,15 @@ def command(
         check_for_failures(settings, pending, quietly=check)
     if check:
         return
-    predicted = _estimate(settings, pending) if pending else Estimate({}, [])
+    predicted = estimate(settings, pending) if pending else Estimate({}, [])
     if as_json:
         print(json.dumps(_as_json(states, predicted)))
         return
     remedies = memory_remedies(settings, pending, predicted)
     if not brief:
-        _print_all(states, predicted, list(states if verbose else remedies), verbose)
+        _print_all(states, predicted, verbose)
     elif pending:
-        print(_busy(predicted) or f"{_about(predicted)} here")
+        print(f"{_about(predicted)} here")
     else:
         nothing_to_do()
     for name, remedy in remedies.items():
@@ -78,15 +72,6 @@ def command(
     if pending and not brief:
         first = "change that, and lorapar plan" if remedies else "lorapar run"
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
-
-
-def _estimate(settings: Config, pending: list[Step]) -> Estimate:
-    """Estimate the cost of these steps, and store it for comparison with what they will take."""
-    predicted = estimate(settings, pending)
-    costs = {step.key: predicted.costs[step.name] for step in pending}
-    planned = {key: PlannedCost(seconds=cost.seconds, mib=cost.mib) for key, cost in costs.items()}
-    estimates.save(settings.root, planned)
-    return predicted
 
 
 def check_for_failures(settings: Config, pending: list[Step], quietly: bool = False) -> None:
@@ -106,11 +91,8 @@ def check_for_failures(settings: Config, pending: list[Step], quietly: bool = Fa
         logger.setLevel(level)
 
 
-def _print_all(states: dict[str, str], predicted: Estimate, detailed: list[str], verbose: bool) -> None:
-    """Print the state and cost of each step, what is too long, and the total.
-
-    detailed: steps of which it is printed what fills the memory.
-    """
+def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> None:
+    """Print the state and cost of each step, what is too long, and the total."""
     rows = table("step", "state", "takes about", "memory")
     rows.columns[1].justify = "left"
     for name, current in states.items():
@@ -118,17 +100,11 @@ def _print_all(states: dict[str, str], predicted: Estimate, detailed: list[str],
         time = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
         rows.add_row(name, current, time, gib(cost.mib) if cost and cost.mib else "")
     show(rows)
-    costs = {name: cost for name, cost in predicted.costs.items() if name in detailed}
-    if memories := {name: cost.memory for name, cost in costs.items() if cost.memory}:
-        print()
-        _print_memory(memories)
     if spans := [span for span in predicted.spans if verbose or span.longer]:
         print()
         _print_lengths(spans)
     if predicted.costs:
-        print(
-            f"\n{_busy(predicted) or _about(predicted)}; half as much or twice as much would be no surprise"
-        )
+        print(f"\n{_about(predicted)}; half as much or twice as much would be no surprise")
     if predicted.room is not None:
         print(f"there are {gib(predicted.room)} of memory")
 
@@ -138,27 +114,6 @@ def _about(predicted: Estimate) -> str:
         return "how long it takes is not known"
     unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
     return f"about {duration(sum(predicted.seconds))}{unknown}"
-
-
-def _busy(predicted: Estimate) -> str | None:
-    """The line on other work here, which the estimate leaves out; None if there is none."""
-    if predicted.busy_cores is None:
-        return None
-    cores = f"{predicted.busy_cores:.1f} of {resources.usable_cores()} cores"
-    alone = f"alone it would take {_about(predicted)}" if predicted.seconds else _about(predicted)
-    return f"this machine is busy with other work: {cores}; {alone}"
-
-
-def _print_memory(memories: dict[str, MemoryEstimate]) -> None:
-    """Print the memory of each step by its use; steps with the same numbers share a line."""
-    rows = table("MiB", "weights", "optimizer", "activations", "KV cache", "libraries", "together")
-    names: dict[tuple[str, ...], list[str]] = {}
-    for name, memory in memories.items():
-        numbers = tuple(f"{mib:.0f}" for mib in (*asdict(memory).values(), memory.total))
-        names.setdefault(numbers, []).append(name)
-    for numbers, steps in names.items():
-        rows.add_row(", ".join(steps), *numbers)
-    show(rows)
 
 
 def _print_lengths(spans: list[Span]) -> None:
@@ -184,13 +139,10 @@ def _as_json(states: dict[str, str], predicted: Estimate) -> dict[str, Any]:
             "state": current,
             "seconds": cost and cost.seconds,
             "mib": cost and cost.mib,
-            "of_mib": cost and cost.memory and asdict(cost.memory),
         }
     tokens = {
         span.name: {"rows": span.rows, "sample": len(span.lengths.ordered), **span.lengths.summary()}
         | {"limit": span.limit, "longer": span.longer}
         for span in predicted.spans
     }
-    return {
-        "steps": steps, "tokens": tokens, "memory_mib": predicted.room, "busy_cores": predicted.busy_cores
-    }  # fmt: skip
+    return {"steps": steps, "tokens": tokens, "memory_mib": predicted.room}

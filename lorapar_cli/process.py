@@ -11,7 +11,7 @@ from typing import Any
 
 from lorapar_cli import terminal
 from stages.errors import Terminated
-from stages.runtime import distributed, process_guard, resources
+from stages.runtime import resources
 
 AGAIN_S = 0.05
 """Seconds until a dropped signal is sent again, by when the callback that dropped it is over."""
@@ -52,7 +52,7 @@ def set_up() -> None:
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every character
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.raiseExceptions = False  # stderr on a full disk is no reason for a traceback
-    logging.getLogger("stages").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    logging.getLogger("stages").setLevel(logging.INFO)
     for name in SILENCED_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
@@ -66,9 +66,6 @@ def set_up() -> None:
     # Child processes must not import, for instance, a user's `datasets.py` from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     sys.unraisablehook = send_again
-    if distributed.launched():  # a launcher ends its processes itself, except when it is killed
-        process_guard.end_with_parent()
-    else:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave that
-                signal.signal(number, end_on_signal)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave that
+            signal.signal(number, end_on_signal)

@@ -22,9 +22,7 @@ from stages.sweep.table import Table
 
 def command(
     paths: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Table files, or one config.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.html and, of tables, report.md, .csv and .tex.")
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and, of tables, report.md and .csv.")],
     base: Base = None,
     only: Rows = None,
     column: Columns = None,
@@ -94,7 +92,6 @@ def _report_tables(tables: list[Table], out: Path, only: list[str], options: lis
     texts = {out / "report.md": "\n".join(summaries)}
     for found in all_results:
         texts[out / f"{found.table.path.stem}.csv"] = render.csv_text(found)
-        texts[out / f"{found.table.path.stem}.tex"] = render.latex(found)
     files.refuse_others([page, *texts])
     texts[page] = table_page.page([(found, partial(sweep, [found.table.path])) for found in all_results])
     files.write(texts)
@@ -102,4 +99,4 @@ def _report_tables(tables: list[Table], out: Path, only: list[str], options: lis
         values = found.values.values()
         complete = sum(value is not None for value in values)
         terminal.say(f"{found.table.path}: {complete} of {len(values)} values are available")
-    terminal.say(f"{page}, report.md, and a .csv and .tex of each table")
+    terminal.say(f"{page}, report.md, and a .csv of each table")

@@ -1,16 +1,13 @@
 """`lorapar run`: makes whatever is missing or stale, stage by stage, in this process."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import (
-    Cluster,
     ConfigPath,
-    DryRun,
     LastStage,
     Overrides,
     Quiet,
@@ -21,18 +18,13 @@ from lorapar_cli.options import (
     without_sandbox,
 )
 from lorapar_cli.plan import check_for_failures
-from lorapar_cli.progress import Position, Silence, TerminalProgress
-from lorapar_cli.stage import make, report
-from lorapar_cli.sweep import run_on_slurm
-from stages.config import TRAINED, Config, LaunchSection
-from stages.errors import ConfigError
-from stages.pipeline import launch
+from lorapar_cli.progress import Silence, TerminalProgress
+from lorapar_cli.stage import make, make_elsewhere, report
+from stages.config import TRAINED, Config
 from stages.pipeline.run import Task, pending_stages
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
 from stages.store.artifacts import Store
-from stages.sweep.graph import build_graph
-from stages.sweep.table import Cell, cell_of_run
 
 
 def command(
@@ -47,18 +39,12 @@ def command(
         ),
     ] = None,
     last: LastStage = None,
-    cluster: Cluster = None,
-    dry_run: DryRun = False,
     unsafe: Unsafe = False,
     quiet: Quiet = False,
 ) -> None:
     set_ = [*(set_ or []), *without_sandbox(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
     store, requested = Store(settings.root), ancestors(settings, steps, last)
-    if cluster is not None:
-        return _on_slurm(cluster, cell_of_run(config, tuple(set_), settings, requested), first, dry_run)
-    if dry_run:
-        raise ConfigError("--dry-run goes with --slurm", f"lorapar plan {typed(config, set_)}")
     made: set[str] = set()
     must_check = True
     for task in pending_stages(settings, steps, store, first, last):
@@ -71,11 +57,11 @@ def command(
             check_for_failures(settings, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
-        position = Position.from_task(task, store)
-        terminal.say(f"--- {position.labels[0]}, {task.stage.name}: {task.why}")
-        launcher = launch.section(settings, task.stage)
-        if launcher or task.stage.needs_own_process(settings):
-            _launch(launcher, [task.stage.name, str(config), *_options(set_, task, quiet)], store, task)
+        position = f"stage {task.number} of {task.tasks}"
+        terminal.say(f"--- {position}, {task.stage.name}: {task.why}")
+        if task.stage.needs_own_process(settings):
+            make_elsewhere([task.stage.name, str(config), *_options(set_, task, quiet)])
+            store.look_again()
             continue
         with Silence() if quiet else TerminalProgress(position) as progress:
             on_made = (lambda *_: None) if quiet else report
@@ -92,24 +78,6 @@ def command(
         terminal.say(
             "\n  ".join(["next, any of:", *commands] if len(commands) > 1 else [f"next: {commands[0]}"])
         )
-
-
-def _on_slurm(cluster: Path, cell: Cell, first: str | None, dry_run: bool) -> None:
-    """Submit a job for each missing step."""
-    if first:
-        raise ConfigError(f"--slurm with --from {first}: jobs make what is missing", "leave out --from")
-    nodes = build_graph([cell])
-    if not dry_run:
-        check_for_failures(cell.config, [n.step for n in nodes.values() if not n.current], quietly=True)
-    run_on_slurm(cluster, [cell], nodes, dry_run)
-
-
-def _launch(launcher: LaunchSection | None, arguments: list[str], store: Store, task: Task) -> None:
-    """Make a task in other processes, which load the config; ConfigError if they made something else."""
-    launch.run(launcher, arguments, [step.key for step in task.steps])
-    store.look_again()
-    if not all(current_artifact(store, step) for step in task.steps):
-        raise ConfigError(f"{task.stage.name} is no longer what was planned", "run the same command again")
 
 
 def _next(settings: Config, requested: Collection[str], arguments: str) -> list[str]:

@@ -30,10 +30,6 @@ def command(
         str, typer.Option(help=f"Address to listen on; to let other machines in, set a key in {KEY_ENV}.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-    origin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="URL", help="Let web pages of this origin ask; repeatable, * for all."),
-    ] = None,
     set_: Overrides = None,
 ) -> None:
     settings, steps = plan_of(config, set_)
@@ -53,8 +49,8 @@ def command(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.listener(host, port) as listener,
-        TerminalProgress(None) as progress,
-        serve.open_gateway(settings, inputs, identity, key, tuple(origin or ()), progress) as gateway,
+        TerminalProgress() as progress,
+        serve.open_gateway(settings, inputs, identity, key, progress) as gateway,
     ):
 
         def say_where() -> None:

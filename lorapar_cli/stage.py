@@ -13,12 +13,10 @@ from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
 from stages.errors import ConfigError
-from stages.pipeline import launch
 from stages.pipeline.run import calls_of_pending, give_memory_back, run_step
 from stages.pipeline.stage import Stage
-from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.runtime import distributed, libraries
+from stages.runtime import libraries, process_guard
 from stages.store.artifacts import Artifact, Store
 
 Progress = TerminalProgress | Silence
@@ -34,7 +32,6 @@ def make(
         if not force:
             _answer_together(settings, store, steps, progress, engines)
         for step in steps:
-            progress.begin(step.name)
             artifact, created = run_step(settings, store, step, force, progress, engines)
             progress.done()
             on_made(step, artifact, created)
@@ -77,23 +74,19 @@ def command_of(stage: Stage) -> Callable[..., None]:
 
 
 def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json: bool) -> None:
-    """Make steps of one stage for its command, in several processes if its `launch` asks for them."""
-    launch.check_key(steps)
-    launch.check_started(settings, steps[0].stage)
-    store = Store(settings.root)
-    launcher = launch.section(settings, steps[0].stage)
-    if launcher and (force or not all(current_artifact(store, step) for step in steps)):
-        launch.run(launcher, sys.argv[1:])
-        return
-    is_shown = distributed.is_main() and not quiet
-    with TerminalProgress(None) if is_shown else Silence() as progress:
-        make(settings, store, steps, force, progress, partial(report, as_json=as_json))
+    """Make steps of one stage for its command."""
+    with Silence() if quiet else TerminalProgress() as progress:
+        make(settings, Store(settings.root), steps, force, progress, partial(report, as_json=as_json))
+
+
+def make_elsewhere(arguments: list[str]) -> None:
+    """Run `lorapar ARGUMENTS` in a process of its own, whose messages stand here too."""
+    if code := process_guard.run([sys.executable, "-m", "lorapar_cli", *arguments]):
+        raise SystemExit(code)
 
 
 def report(step: Step, artifact: Artifact, created: bool, as_json: bool = False) -> None:
-    """Print what there is to say of an artifact, once for all processes of a launcher."""
-    if distributed.is_main():
-        terminal.artifact(step.name, artifact, created, as_json)
+    terminal.artifact(step.name, artifact, created, as_json)
 
 
 def _variants(steps: list[Step], only: list[str] | None) -> list[Step]:

@@ -1,24 +1,20 @@
 """`lorapar sweep`: runs the missing steps of tables of many runs. `report.py` shows the results."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lorapar_cli import terminal, worker
-from lorapar_cli.live_line import interactive
-from lorapar_cli.options import Cluster, DryRun, Overrides, Quiet
+from lorapar_cli.options import Overrides, Quiet, flag
 from lorapar_cli.tables import show, table
-from lorapar_cli.watch import last_error, sweep_view
-from stages import ORDER, escaping
+from stages import escaping
 from stages.errors import ConfigError, LoraparError
 from stages.runtime import gpu
-from stages.sweep import slurm
 from stages.sweep.file import MAX_CELLS
 from stages.sweep.graph import ArtifactId, Node, build_graph, measured
-from stages.sweep.local import Outcome, Sweep, Worker
+from stages.sweep.local import Outcome, run
 from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as load_table
 
@@ -65,30 +61,19 @@ def command(
         int | None, typer.Option(help="Steps at a time on this machine.", min=1, max=MAX_JOBS)
     ] = None,
     devices: Devices = None,
-    cluster: Cluster = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, flag("--dry-run", help="Only print what would be done.")] = False,
     quiet: Quiet = False,
 ) -> None:
     choice = {"base": base, "only": only, "columns": column, "overrides": set_, "max_cells": max_cells}
     tables = load_tables(paths, seeds, **choice)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
-    if cluster is not None and (jobs or devices):
-        problem = "--slurm cannot be combined with --jobs or --devices"
-        raise ConfigError(problem, "its file says what resources a job gets")
     slots = _slots(jobs, devices)
     seconds = measured(nodes)
     if not quiet or dry_run:
-        _announce(cells, nodes, seconds, 1 if cluster else len(slots))
-    if cluster is not None and dry_run and not shutil.which("squeue"):
-        terminal.say("squeue is not installed here: see the state of jobs on a machine that submits to Slurm")
-    elif cluster is not None:
-        run_on_slurm(cluster, cells, nodes, dry_run)
-    elif not dry_run:
-        view, say, on_poll = sweep_view(interactive() and not quiet, seconds)
-        workers = [Worker(device, worker.begin, worker.make_step) for device in slots]
-        with view:
-            outcomes = Sweep(nodes, workers, _logs(cells), say, on_poll).run()
+        _announce(cells, nodes, seconds, len(slots))
+    if not dry_run:
+        outcomes = run(nodes, slots, _logs(cells), worker.begin, worker.make_step, terminal.say)
         _report_failures(outcomes, len(cells))
         terminal.say(f"next: lorapar report {' '.join(escaping.shell(str(p)) for p in paths)} --out report")
 
@@ -115,28 +100,6 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
 
 def _logs(cells: list[Cell]) -> Path:
     return Path(cells[0].config.runs_dir) / "sweeps"
-
-
-def run_on_slurm(settings: Path, cells: list[Cell], nodes: dict[ArtifactId, Node], dry_run: bool) -> None:
-    """Submit jobs for missing artifacts; with `dry_run`, only report jobs, and exit with 1 if one failed."""
-    jobs = slurm.Cluster(_logs(cells), slurm.settings(settings, list(ORDER)), terminal.say)
-    evaluations = [node for node in nodes.values() if node.stage == "eval"]
-    if any(node.config.eval.engine == "transformers" for node in evaluations):
-        terminal.say(
-            "evaluations use engine transformers, by the config or because this machine has no GPU; if the "
-            "jobs have one, set eval.engine: vllm (another engine makes other artifacts)"
-        )
-    if dry_run:
-        counts = jobs.report(nodes)
-        terminal.conclude(", ".join(f"{number} {status}" for status, number in counts.items()))
-        if counts.get(slurm.FAILED):
-            raise typer.Exit(1)
-    elif submitted := jobs.submit(nodes):
-        terminal.conclude(
-            f"{len(submitted)} steps are queued or running; the same command with --dry-run shows their state"
-        )
-    else:
-        terminal.nothing_to_do()
 
 
 def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:
@@ -212,9 +175,7 @@ def _report_failures(outcomes: list[Outcome], cells: int) -> None:
         step = outcome.node.step
         reason = "a step that it needs failed"
         if outcome.log:
-            other_artifact = "made another artifact, because its inputs have changed"
-            error = last_error(outcome.log, outcome.log_offset) if outcome.code else other_artifact
-            reason = f"{error}; see {outcome.log}"
+            reason = f"see {outcome.log}"
         needed_by = "; ".join(f"{row}, seed {seed}" for _, row, seed in outcome.node.cells)
         code = "" if outcome.code is None else str(outcome.code)
         failures.add_row(f"{step.name} {step.key}", outcome.status, code, f"{reason} ({needed_by})")

@@ -1,5 +1,6 @@
 """Terminal output: messages, errors, tables."""
 
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorapar_cli.live_line import LiveLine, colored, interactive
 from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.errors import LoraparError
@@ -20,11 +20,9 @@ from stages.records import read_samples
 from stages.report import comparison, voters
 from stages.report.page import Grid
 from stages.store.artifacts import Artifact, Store
-from stages.store.estimates import actual_and_planned
 
 NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 """Environment variables by which libraries draw no progress bars."""
-live_line = LiveLine()
 _quiet = False
 
 
@@ -46,9 +44,24 @@ def conclude(text: str) -> None:
     _print(escaping.terminal(text))
 
 
+@functools.cache
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def interactive() -> bool:
+    """True if stderr is a terminal on which a line can be rewritten."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def _print(text: str) -> None:
-    with suppress(OSError), live_line.above():  # no work may end with its terminal, or on the log's full disk
-        print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # no work may end with its terminal, or on the log's full disk
+        if interactive():
+            console().print(text, soft_wrap=True)  # above a bar, if there is one
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 class LogHandler(logging.Handler):
@@ -70,10 +83,7 @@ def nothing_to_do() -> None:
 
 def error(problem: LoraparError, config: str = "") -> None:
     """Print an error and its hint. config: what the user typed, for the CONFIG of the hint's command."""
-    label = "\x1b[1;31merror:\x1b[0m" if colored() else "error:"
-    # The line of a process that was killed may still stand here.
-    start = "\r\x1b[K" if interactive() else ""
-    _print(f"{start}{label} {escaping.terminal(str(problem))}")
+    _print(f"error: {escaping.terminal(str(problem))}")
     if problem.hint:
         hint = re.sub(r"(?<!\S)CONFIG(?!\S)", lambda _: config or "CONFIG", problem.hint)
         conclude(f"  hint: {hint}")
@@ -93,14 +103,10 @@ def artifact(name: str, committed: Artifact, created: bool, as_json: bool) -> No
 
 
 def _cost(committed: Artifact) -> str:
-    """Format time and memory of a step, and in brackets what `lorapar plan` had estimated."""
-    actual, planned = actual_and_planned(committed.manifest["provenance"])
-    costs = [(actual.seconds, planned.seconds, "s"), (actual.mib, planned.mib, "MiB")]
-    return ", ".join(
-        f"{value:.0f} {unit}" + ("" if estimate is None else f" (planned {estimate:.0f})")
-        for value, estimate, unit in costs
-        if value is not None
-    )
+    """Format time and memory of a step."""
+    provenance = committed.manifest["provenance"]
+    peak = max(provenance.get("peak_mib", {}).values(), default=0)
+    return f"{provenance['seconds']:.0f} s, {peak:.0f} MiB"
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:

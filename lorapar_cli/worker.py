@@ -10,9 +10,8 @@ from lorapar_cli import options, terminal
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.process import set_up
 from lorapar_cli.progress import TerminalProgress
-from lorapar_cli.stage import make, report
+from lorapar_cli.stage import make, make_elsewhere, report
 from stages.config import Config
-from stages.pipeline import launch
 from stages.pipeline.steps import Step
 from stages.runtime import gpu, process_guard
 from stages.store.artifacts import Store
@@ -39,11 +38,10 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
     options.typed_config = " ".join(command[1:])
     sys.argv[1:] = command  # what the manifest says
     try:
-        launcher = launch.section(config, step.stage)
-        if launcher or step.stage.needs_own_process(config):
-            launch.run(launcher, command, [step.key])
+        if step.stage.needs_own_process(config):
+            make_elsewhere(command)
         else:
-            with TerminalProgress(None) as progress:
+            with TerminalProgress() as progress:
                 make(config, Store(config.root), [step], False, progress, report)
     except Exception as problem:
         error = to_user_error(problem)

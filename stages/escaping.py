@@ -16,10 +16,6 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>|&#~$]|(?<![^\W_])_|_(?![^\W_])")
 _MARKDOWN_START = re.compile(r"^(\d*)((?<=\d)[.)](?=\s|$)|[-+](?=\s|$)|-(?=[-\s]*$)|=(?==*$))")
 """Characters that begin a list, or draw a line, at the start of a paragraph."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_LATEX: dict[str, str | int | None] = {character: f"\\{character}" for character in "&%$#_{}"}
-_LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "θ": r"$\theta$"}
-_LATEX |= {"<": "$<$", ">": "$>$", "|": r"\textbar{}"}
-_LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "–": "--", "→": r"$\rightarrow$", "−": "$-$", "×": r"$\times$"}
 
 
 def terminal(text: str) -> str:
@@ -43,12 +39,6 @@ def markdown_code(text: str) -> str:
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     space = " " if line[:1] in ("`", " ") or line[-1:] == "`" else ""
     return f"{fence}{space}{line}{space}{fence}"
-
-
-def latex(text: str) -> str:
-    """Escape a text for a cell; a bracket or a star that begins it is no argument of the line before."""
-    escaped = one_line(text).translate(str.maketrans(_LATEX))
-    return f"{{}}{escaped}" if escaped[:1] in ("[", "*") else escaped
 
 
 def csv_cell(text: str) -> str:

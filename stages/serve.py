@@ -13,10 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.config import MODES, ROUTED, Config
-from stages.engines.chats import ModePrompt
-from stages.engines.gateway import Gateway
-from stages.engines.mode_choice import ModeChoice, Post
+from stages.config import MODES, Config
+from stages.engines.gateway import Gateway, ModePrompt, Post
 from stages.errors import ConfigError, ServerError
 from stages.evaluation.routing import read_tuning, tuning_steps
 from stages.labelling.router import Router, build_router
@@ -30,7 +28,7 @@ from stages.store.artifacts import Artifact
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from stages.engines.openai.client import Client
+    from stages.engines.openai import Client
 
 PROBE = Example("probe", "What is 3 + 4?", "", None)
 """A question to ask before the first client does."""
@@ -66,13 +64,12 @@ def open_gateway(
     inputs: Mapping[str, Artifact],
     identity: str,
     api_key: str,
-    origins: tuple[str, ...],
     progress: Progress,
 ) -> Iterator[Gateway]:
     """Start the server with both adapters, find the router's threshold, and yield the gateway before it.
 
     inputs: the artifacts of classify:train and of both modes, by step. identity: of the base, for the journal
-    of votes. api_key: which clients have to send; empty for none. origins: of web pages that may ask.
+    of votes. api_key: which clients have to send; empty for none.
     ConfigError for a model that vLLM cannot serve so.
     """
     from stages.engines import vllm
@@ -101,13 +98,13 @@ def open_gateway(
             _set_threshold(router, config, inputs, voters, progress)
             progress.say(router.summary())
             yield Gateway(
-                voter.transport.urls[0].removesuffix("/v1"),
+                voter.urls[0].removesuffix("/v1"),
                 {mode: _mode_prompt(config, mode) for mode in adapters},
-                ModeChoice(partial(_votes, router, voters), router.mode, config.eval.router.cascade),
-                voter.transport.exit_error,
+                partial(_votes, router, voters),
+                router.mode,
+                voter.exit_error,
                 api_key,
-                voter.transport.key,
-                origins,
+                voter.key,
             )
 
 
@@ -118,10 +115,7 @@ def _set_threshold(
     voters: Mapping[str, Client],
     progress: Progress,
 ) -> None:
-    """Take the threshold of a cascade from an evaluation, and find any other on rows that are asked now."""
-    if config.eval.router.cascade:
-        router.take_threshold(inputs[_evaluation_of_auto(config)].path / "metrics.json")
-        return
+    """Find the threshold on rows that are asked now."""
     tuning = read_tuning(config.eval, inputs)
     router.set_questions(tuning.items if tuning else [])
     router.collect(voters.__getitem__, progress, "choices", config.classify)
@@ -150,19 +144,7 @@ def _mode_prompt(config: Config, mode: str) -> ModePrompt:
 
 def needed_steps(config: Config) -> tuple[str, ...]:
     """The steps whose artifacts are served, or tell how to choose between them."""
-    thresholds = (_evaluation_of_auto(config),) if config.eval.router.cascade else tuning_steps(config.eval)
-    return ("classify:train", *thresholds, *(view.step for view in views_of(config).values()))
-
-
-def _evaluation_of_auto(config: Config) -> str:
-    """The step that has found the threshold of a cascade: each evaluation of auto finds the same one."""
-    names = [name for name in config.eval.benchmarks if name != config.eval.router.tune]
-    if ROUTED not in config.eval.targets or not names:
-        raise ConfigError(
-            "a cascade is served with the threshold that an evaluation of auto has found",
-            "name auto in eval.targets, and a benchmark besides eval.router.tune",
-        )
-    return f"eval:{ROUTED}@{names[0]}"
+    return ("classify:train", *tuning_steps(config.eval), *(view.step for view in views_of(config).values()))
 
 
 async def _votes(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> list[float]:

@@ -10,7 +10,6 @@ import pytest
 from stages.errors import ArtifactError, BusyError, OutputError
 from stages.store import artifacts
 from stages.store.artifacts import MANIFEST, Store
-from stages.store.checkpoints import Checkpoints
 from stages.store.digests import DigestCache, key_of
 
 PROVENANCE = {"config": {}, "seconds": 2.5, "finished": "2026-11-29T00:00:00+00:00", "versions": {}}
@@ -119,18 +118,6 @@ def test_digest_cache_follows_content(tmp_path):
     (tmp_path / "m/a").write_text("2")
     os.utime(tmp_path / "m/a", ns=(1, 1))
     assert cache.folder(tmp_path / "m") != one
-
-
-def test_only_the_first_process_sets_an_unfinished_checkpoint_aside(tmp_path, monkeypatch):
-    found = Checkpoints(tmp_path, "inputs")
-    for n in (1, 2):
-        (tmp_path / f"checkpoint-{n}").mkdir()
-    found.seal(tmp_path / "checkpoint-1")
-    for rank in (1, 0):
-        monkeypatch.setattr("stages.runtime.distributed.rank", lambda rank=rank: rank)
-        assert found.newest() == tmp_path / "checkpoint-1"
-        assert (tmp_path / "checkpoint-2").exists() == (rank == 1)
-    assert (tmp_path / "checkpoint-2.incomplete").exists()
 
 
 def edited(path: Path, change) -> None:

@@ -93,7 +93,6 @@ MISTAKES = {
     ),
     "classify.voters=[{samples: 3}]": f"{VOTER}: 3 samples of a greedy voter are all the same",
     "classify.voters=[{revision: v1}]": f"{VOTER}: revision v1 needs model, and cannot be used with base_url",
-    "rl.kl=0.1": "unknown setting rl.kl (here it is rl.beta)",
     "classify.voters=[{person: judge}]": f"unknown setting {VOTER}.person (did you mean {VOTER}.persona?)",
     "classify.voters=[{model: m, base_url: 'ftp://x/'}]": "is not a URL: expected http",
     "classify.voters=[{model: m, base_url: 'https://me:secret@host/v1'}]": (
@@ -123,13 +122,12 @@ MISTAKES = {
     "run=!!python/object/apply:os.system ['exit']": "is not YAML",
     "lora={init: pissa, compensate: false}": "lora: init pissa without compensation adds B₀A₀ to the base",
     "server.port=8000": "server.port: voters with devices have servers of their own",
-    "score.launch={backend: fsdp2}": "runs RL's rollouts in score.launch, whose backend fsdp2 does not",
 }
 BASE = """
 run: a
 model: {name: x}
 classify: {voters: [{engine: vllm, devices: '0'}, {persona: steps, engine: vllm, devices: '1'}]}
-rl: {rescore: grpo_sign, dynamic_sampling: 1, rollouts: {engine: vllm_colocate, enable_sleep_mode: true}}
+rl: {rollouts: {engine: vllm_colocate}}
 eval:
   # of which every setting is commented out
 partition:
@@ -170,14 +168,6 @@ def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
     own = benchmarks["own"]
     assert (own.path, own.subset, own.revision) == ("mine.jsonl", None, "main")
     assert (own.shots, own.mode) == (5, "likelihood")
-
-
-def test_names_of_other_libraries_and_of_two_sections(tmp_path):
-    path = written(tmp_path, "model: {name: x}\nrl: {use_vllm: true}\nlearning_rate: 1.0e-3\n")
-    text = message(path)
-    assert "unknown setting rl.use_vllm (here it is rl.rollouts.engine)" in text
-    assert "learning_rate (did you mean sft.learning_rate or rl.learning_rate?)" in text
-    assert "is a table, not a config" in message(ROOT / "configs/tables/theta.yaml")
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from safetensors import SafetensorError
 
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.process import end_on_signal, received
-from stages.config import LaunchSection, ModelSection, PromptSection
+from stages.config import ModelSection, PromptSection
 from stages.errors import ConfigError, DataError, LoraparError, MissingInputError, Terminated
 from stages.models.base import load_base
 from stages.models.load_errors import load_errors
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline import launch, torchrun
 from stages.prompts.renderer import Renderer
-from stages.runtime import distributed, network
+from stages.runtime import network
 
 
 @pytest.mark.parametrize(
@@ -92,22 +91,6 @@ def test_a_rewards_file_does_not_end_the_program(begun, tmp_path, does, error, t
     config = begun("rl.start_from=init", f"rl.rewards_file={file}", "rl.rewards={mine: 1}", "rl.max_steps=1")
     with pytest.raises(error, match=told):
         make_step(config, "rl")
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("[" * 300, "is not YAML"), ("", "holds no settings"),
-        ("{a: 1, compute_environment: LOCAL_MACHINE, distributed_type: 'NO'}", "config .*unknown keys"),
-        ("distributed_type: MULTI_CPU", "starts a single process"),
-        ("distributed_type: DEEPSPEED", "asks for FSDP or DeepSpeed"),
-        ("{distributed_type: MULTI_GPU, mixed_precision: bf16}", "mixed_precision bf16 would change results"),
-    ],
-)  # fmt: skip
-def test_a_launcher_s_file_of_garbage(tmp_path, text, told):
-    (tmp_path / "accelerate.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=told):
-        launch.command(LaunchSection(config=str(tmp_path / "accelerate.yaml")))
 
 
 @pytest.fixture
@@ -200,28 +183,6 @@ def test_a_package_that_is_missing_is_no_fault_of_the_hub():
 def test_what_the_machine_lacks_is_no_fault_of_the_model(error, tiny):
     with pytest.raises(type(error)), load_errors("model", section(tiny)):
         raise error
-
-
-def test_a_killed_process_is_named_and_not_what_the_others_saw_of_it(tmp_path, monkeypatch):
-    from torch.distributed import run as launcher
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-
-    monkeypatch.setattr(distributed, "launched", lambda: True)
-    lost = to_user_error(RuntimeError("[third_party/gloo/pair.cc] Connection closed by peer"))
-    assert lost.exit_code == 69 and "another process of this stage has ended" in str(lost)
-    monkeypatch.setenv(distributed.FAILURE_ENV, str(tmp_path / "failure.json"))
-    distributed.report_failure(lost)
-
-    def ended(*_):
-        ends = {0: 69, 1: -9}
-        failures = {rank: ProcessFailure(rank, 0, code, "<N/A>") for rank, code in ends.items()}
-        raise ChildFailedError("sft", failures)
-
-    monkeypatch.setattr(launcher, "main", ended)
-    with pytest.raises(SystemExit):
-        torchrun.run()
-    code, message, _ = json.loads((tmp_path / "failure.json").read_text())
-    assert code == 74 and message.startswith("process 1 was killed")
 
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):

@@ -68,17 +68,6 @@ def test_csv_is_no_formula(text):
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_latex(text):
-    escaped = escaping.latex(text)
-    assert "\n" not in escaped and harmless(escaped)
-    assert escaped[:1] not in ("[", "*")  # would be an argument of the line break before
-    bare = escaped.removeprefix("{}")
-    for command in sorted(escaping._LATEX.values(), key=len, reverse=True):
-        bare = bare.replace(command, "")
-    assert not set(bare) & set("&%$#_{}~^\\<>|")
-
-
-@pytest.mark.parametrize("text", BAD)
 def test_terminal_and_comments(text):
     assert harmless(escaping.terminal(text))
     line = escaping.one_line(text)

@@ -1,6 +1,5 @@
 """An exported adapter or model answers as what was trained, and the check says so where it does not."""
 
-import contextlib
 import copy
 import json
 import re
@@ -11,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Silent, flags, make_steps
+from conftest import ROOT, flags, make_steps
 from huggingface_hub import RepoUrl
-from huggingface_hub.errors import LocalTokenNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages import export
 from stages.config import BaselineSection, PromptSection
-from stages.engines import EngineSpec
-from stages.engines.in_process import open_engine
-from stages.errors import AnswerError, ConfigError, OutputError, ServerError
+from stages.errors import ConfigError, OutputError
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
@@ -99,27 +95,6 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
     assert "started from, rounded to the base's type" in (tmp_path / "h/README.md").read_text()
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "h").iterdir()}
     assert modes == {0o666 & (tmp_path / "h").stat().st_mode}  # safetensors writes for its owner alone
-
-
-def test_the_type_of_the_base_is_that_of_its_files(trained, tmp_path, monkeypatch):
-    """Not that in which a CPU without bfloat16 computes; and without one in config.json there is none.
-
-    SHiRA has positions, too, which 16 bits cannot count.
-    """
-    config, artifact = trained
-    model = config.model.model_copy(update={"name": str(tmp_path / "base"), "dtype": "auto"})
-    shutil.copytree(config.model.name, tmp_path / "base")
-    described = json.loads((tmp_path / "base/config.json").read_text()) | {"torch_dtype": None}
-    (tmp_path / "base/config.json").write_text(json.dumps(described | {"dtype": "bfloat16"}))
-    monkeypatch.setattr("stages.models.dtype.native_bfloat16", lambda: False)
-    file = tmp_path / "a.safetensors"
-    save_file({"a": torch.ones(2), "indices": torch.tensor([257, 1001], dtype=torch.int32)}, file)
-    export._cast(file, model)
-    cast = load_file(file)
-    assert cast["a"].dtype == torch.bfloat16 and cast["indices"].tolist() == [257, 1001]
-    (tmp_path / "base/config.json").write_text(json.dumps(described | {"dtype": None}))
-    with pytest.raises(ConfigError, match="config.json names no dtype"):
-        export._cast(file, model)
 
 
 def test_nothing_is_exported_among_artifacts_or_onto_a_full_disk(trained, tmp_path, full_disk):
@@ -251,73 +226,6 @@ class Heard:
         return self.engine.generate(questions, sampling)
 
 
-def test_each_view_is_asked_as_its_stage_asks(trained, another, tmp_path, monkeypatch):
-    config, artifact = trained
-    told = config.prompt.model_copy(update={"by_system": {1: "Be quick."}, "system": "Be calm."})
-    slow = config.prompt.model_copy(update={"by_system": {2: "Be slow."}})
-    config = config.model_copy(update={"prompt": told, "rl": config.rl.model_copy(update={"prompt": slow})})
-    both, tokenizer = {"sft": artifact, "rl": another}, load_tokenizer(config.model)
-    export.write_views(both, config, tmp_path / "v")
-    heard = {}
-
-    @contextlib.contextmanager
-    def modules(model, adapters, server, say):
-        with contextlib.ExitStack() as stack:
-            for name, adapter in {model.name: None, **adapters}.items():
-                spec = EngineSpec("transformers", model, adapter)
-                engine = stack.enter_context(open_engine(spec, server, say))
-                heard[name] = Heard(engine, tokenizer)
-            yield heard
-
-    monkeypatch.setattr("stages.engines.vllm.open_modules", modules)
-    rows = list(export.check_views(both, config, tmp_path / "v", 3, Silent().say))
-    assert all(row["agree"] == 1 and row["differ_from_base"] for row in rows)
-    assert rows[1]["differ_from_fast"] > 0
-
-    def messages(name):
-        every = ("quick", "slow", "calm")
-        return sorted(m for asked in heard[name].asked for m in every if all(f"Be {m}." in q for q in asked))
-
-    names = (config.model.name, "fast", "slow")
-    assert list(map(messages, names)) == [["quick"], ["quick", "slow"], ["slow"]]
-
-
-@pytest.mark.vllm
-def test_one_server_has_both_views(trained, another, tmp_path):
-    """And a view under the wrong name, or the same one twice, is found out."""
-    config, artifact = trained
-    both = {"sft": artifact, "rl": another}
-    export.write_views(both, config, tmp_path / "v")
-    rows = list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
-    assert [row["engine"] for row in rows] == ["vllm, fast", "vllm, slow"]
-    assert all(row["agree"] >= 0.99 and row["differ_from_base"] for row in rows)
-    assert 0 < rows[1]["differ_from_fast"] <= 4 and "differ_from_fast" not in rows[0]
-    shutil.rmtree(tmp_path / "v/slow")
-    shutil.copytree(tmp_path / "v/fast", tmp_path / "v/slow")
-    # By which of its two signs depends on how far apart the adapters are.
-    signs = "all 4 answers of slow are those of fast|served is not this adapter"
-    with pytest.raises(AnswerError, match=signs):
-        list(export.check_views(both, config, tmp_path / "v", 4, Silent().say))
-
-
-@pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_the_check_passes_what_was_trained_and_nothing_else(trained, tmp_path, monkeypatch, form):
-    config, artifact = trained
-    monkeypatch.setattr(export, "engines", lambda _: ["transformers"])
-    export.write(artifact, config, tmp_path / "x", form)
-    rows = list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
-    assert [(row["engine"], row["agree"], row["items"]) for row in rows] == [("transformers", 1.0, 3)]
-    assert rows[0]["differ_from_base"] > 0
-    name, part = "model.safetensors", "down_proj"
-    if form == "adapter":
-        name, part = "adapter_model.safetensors", "lora_B"
-    weights = load_file(tmp_path / "x" / name)
-    spoilt = {key: weight * (-100 if part in key else 1) for key, weight in weights.items()}
-    save_file(spoilt, tmp_path / "x" / name, metadata={"format": "pt"})
-    with pytest.raises(AnswerError, match="what was served is not this adapter"):
-        list(export.check(artifact, config, tmp_path / "x", form, 3, Silent().say))
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [  # stale where another test has made it with other settings in the store that they share
@@ -355,10 +263,3 @@ def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, mon
     for folder in (tmp_path / "x", tmp_path / "hub/me/mine"):
         names = sorted(path.name for path in folder.iterdir())
         assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-
-
-def test_a_push_that_fails_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(error=LocalTokenNotFoundError("no token")))
-    with pytest.raises(ServerError, match="cannot push to mine: no token") as caught:
-        export.push(tmp_path, "mine")
-    assert caught.value.hint.endswith(f"log in with hf auth login, then upload it: hf upload mine {tmp_path}")

@@ -17,7 +17,6 @@ from conftest import ROOT, Silent, config_file, make_steps
 from mock_server import Mock, serve
 
 from stages.config import ServerSection
-from stages.engines.openai import session
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels, write_jsonl
@@ -46,14 +45,6 @@ def config_in(folder: Path, tiny: Path):
 @pytest.fixture
 def config(tiny, tmp_path):
     return config_in(tmp_path, tiny)
-
-
-@pytest.fixture(autouse=True)
-def brief_pauses(monkeypatch):
-    import asyncio
-
-    real = asyncio.sleep
-    monkeypatch.setattr(session, "_pause", lambda seconds: real(min(seconds, 0.05)))
 
 
 def classify(config, progress=None, force=False):
@@ -182,20 +173,6 @@ def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
     assert "its weights have changed under the same name; its 82 earlier votes are set aside" in said
     assert "judge/role_play puts 0.40% of its probability on the label words: it would say something" in said
     assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1
-
-
-def test_a_server_that_gives_the_taken_token_alone_is_named(config, monkeypatch):
-    """Each vote of it would be 0 or 1."""
-    monkeypatch.setattr(session, "TRIES", 1)
-    tokens = [{"token": t, "top_logprobs": [{"token": t, "logprob": 0.0}]} for t in ("System", "1")]
-    alone = ("body", {"choices": [{"logprobs": {"content": tokens}}]})
-    constrained = "'choice': ['System1', 'System2']"
-    with (
-        serve(Mock(lambda n, path, body: alone if constrained in str(body) else None)) as mock,
-        pytest.raises(AnswerError, match="not answer 1. of 92 .*reply has no probability of 'System2'"),
-    ):
-        classify(config(mock.url))
-    assert not votes_in(config(mock.url))
 
 
 def test_voters_at_several_servers_run_side_by_side(config):

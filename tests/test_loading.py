@@ -1,8 +1,5 @@
 """Where the weights of the base are read to."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,7 +7,6 @@ from transformers import AutoModelForCausalLM
 from stages.config import ModelSection
 from stages.errors import DataError
 from stages.models.base import load_adapted, load_base
-from stages.models.dtype import is_converted
 
 
 def test_weights_go_to_the_device_without_a_copy_of_all_in_main_memory(monkeypatch, tiny):
@@ -28,20 +24,6 @@ def test_weights_go_to_the_device_without_a_copy_of_all_in_main_memory(monkeypat
     load_base(section)
     assert devices == [{"meta"}, {"cpu"}]
     assert not hasattr(load_base(section), "hf_device_map")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_copied_only_if_they_are_converted(tiny, dtype):
-    section = ModelSection(name=str(tiny), dtype=dtype)
-    base = load_base(section, torch.device("cpu"))
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    files = [line.split()[0].split("-") for line in maps if line.endswith(".safetensors")]
-    mapped = {
-        any(int(begin, 16) <= weight.data_ptr() < int(end, 16) for begin, end in files)
-        for weight in base.parameters()
-    }
-    assert mapped == {not is_converted(section)} == {dtype == "float32"}
 
 
 def test_an_adapter_of_no_kind_is_named(tiny, tmp_path):

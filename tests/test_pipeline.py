@@ -9,7 +9,6 @@ from conftest import CONFIGS, make_step, make_steps, needs_vllm
 
 from stages.config import Config
 from stages.errors import ConfigError
-from stages.pipeline import launch
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import pending_stages
 from stages.pipeline.stage import all_stages, section
@@ -185,14 +184,3 @@ def test_untrained_models_may_get_worked_examples(smoke, tmp_path):
     assert "70 + 1" not in before
     one, two = keys(without), keys(with_two)
     assert {name for name in one if one[name] != two[name]} == {"eval:base@demo"}
-
-
-@pytest.mark.parametrize("started", ["sft", "eval"])
-def test_processes_of_a_launcher_do_not_make_what_one_would(smoke, monkeypatch, started):
-    """Each would train on all rows, and the adapter would have the key of another one."""
-    stages = {stage.name: stage for stage in all_stages()}
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"{started} was started in 2 processes, and is for one"):
-        launch.check_started(smoke(), stages[started])
-    launch.check_started(smoke("sft.launch.backend=ddp"), stages["sft"])

@@ -44,11 +44,6 @@ def test_labels_that_are_none_are_said_at_once(certain, tmp_path):
     assert problem.startswith("classify:train, classify:demo: 2 × label in ") and "neither 1 nor 2" in problem
 
 
-def test_a_sound_config_has_none(certain):
-    """Two processes can share a step's samples, of which there are several for each prompt."""
-    assert certain("rl.launch={backend: ddp, processes: 2}") == []
-
-
 BARE_ITEM = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "def f(): 1")
 LETTERS = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
 REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
@@ -186,7 +181,10 @@ def test_labels_tell_of_more(smoke):
     [problem] = problems(config, steps)
     assert problem.stopped == ("rl",) and "are fewer than the 16 of a step" in str(problem)
     assert problems(config, [step for step in steps if step.name != "rl"]) == []
-    one_pass = ("rl.max_steps=null", "rl.num_train_epochs=1", "rl.keep_steps=[4]")
+    one_pass = (
+        "rl.max_steps=null",
+        "rl.num_train_epochs=1",
+    )
     late = resolved(smoke(*KNOWN, *one_pass, "rl.prompts_per_step=4"))
     [problem] = problems(late, list(plan_steps(late).values()))
     assert "rl.keep_steps: 4 is more than the 3 steps of RL" in str(problem)

@@ -22,8 +22,7 @@ CASES = {
     "one": ["eval.targets=[base, init, sft, rl]"],
     "two": TWO,
     "sampled": [
-        "rl.beta=0", "rl.system1_share=0.25", "rl.dynamic_sampling=1", "rl.rescore=grpo_sign", "rl.top_p=0.9",
-        "rl.keep_steps=[1]", "lora.init=pissa", "eval.benchmarks.demo.temperature=0.7",
+        "rl.beta=0", "rl.system1_share=0.25", "rl.rescore=grpo_sign", "rl.top_p=0.9", "lora.init=pissa", "eval.benchmarks.demo.temperature=0.7",
         "eval.targets=[rl, rl-1]",
     ],
     "protected": ["partition.protect={old}", "sft.rounds=2", "eval.targets=[sft, sft2]"],

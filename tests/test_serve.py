@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from stages import serve
 from stages.config import LoraSection, ModelSection
-from stages.engines.chats import ModePrompt
-from stages.errors import ConfigError, ServerError
+from stages.errors import ServerError
 from stages.lora.adapter import adapter
 from stages.models.base import load_adapted, load_base
 
@@ -35,23 +34,6 @@ def test_the_adapter_of_zeros_is_the_base(tiny, tmp_path, init):
         assert torch.equal(load_adapted(model, zeros)(input_ids=ids).logits, expected)
     names = [load_file(folder / "adapter_model.safetensors").keys() for folder in (zeros, trained)]
     assert names[0] == names[1]
-
-
-def test_each_mode_has_its_prompt_and_what_no_server_can_offer_is_refused(smoke):
-    off, on = {"enable_thinking": False}, {"enable_thinking": True}
-    config = smoke(
-        "prompt.system=Both.", "prompt.by_system={2: Think.}",
-        f"prompt.chat_template_kwargs_by_system={json.dumps({2: on})}",
-        f"sft.prompt={{system: Be quick., chat_template_kwargs: {json.dumps(off)}}}",
-    )  # fmt: skip
-    fast, slow = (serve._mode_prompt(config, mode) for mode in ("fast", "slow"))
-    assert (fast, slow) == (ModePrompt("Be quick.", off), ModePrompt("Think.", on))
-    with pytest.raises(ConfigError, match="a server takes chats, and sft learned prompts of template plain"):
-        serve._check(smoke("prompt.template=plain"))
-    with pytest.raises(ConfigError, match="vLLM cannot serve adapters of a 4-bit base"):
-        serve._check(smoke("model.load_in_4bit=true"))
-    with pytest.raises(ConfigError, match="the threshold that an evaluation of auto has found"):
-        serve.needed_steps(smoke("eval.router={by: [cascade], tune: demo}"))
 
 
 def test_a_taken_port_is_said_before_anything_starts():

@@ -141,7 +141,10 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     fast[1]["answer"] = "Some."
     write_jsonl(tmp_path / "mixed.jsonl", rows)
     small = ("classify.strategy=known", "classify.known=intended", "score.examples=4", "sft.max_steps=1")
-    small += ("rl.max_steps=1", "rl.system1_share=0.25", "rl.kl_probe_prompts=0")
+    small += (
+        "rl.max_steps=1",
+        "rl.system1_share=0.25",
+    )
     settings = (f"data.path={tmp_path / 'mixed.jsonl'}", *small, "eval.targets=[sft]")
     config = resolved(smoke(*settings))
     assert problems(config, list(plan_steps(config).values())) == []

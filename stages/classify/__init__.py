@@ -16,9 +16,8 @@ from stages.pipeline.stage import BENCHMARKS, Check, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.cost_model import CostModel
-    from stages.plan.estimate import Cost
     from stages.plan.prompt_lengths import Texts
+    from stages.plan.work import Work
     from stages.store.digests import DigestCache
 
 
@@ -51,7 +50,7 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
 
 def _server_checks(config: Config) -> Iterator[Check]:
     """A connection to each server that must be asked, because no run has votes of its model."""
-    from stages.engines.openai.transport import check_reachable
+    from stages.engines.openai import check_reachable
     from stages.labelling.votes import journal_path
 
     votes = Path(config.runs_dir) / "votes"
@@ -72,38 +71,23 @@ def _check_known_labels(texts: Texts, variant: str) -> None:
     with_known_labels(texts.rows[variant], config.classify.known, path, required)
 
 
-def _cost(model: CostModel, variant: str) -> Cost:
-    """Votes, one forward pass over each prompt:
-
-    seconds = (rows + held-out examples) · Σ_voters samples · prompt tokens · token_s
-    """
-    from stages.engines.in_process import batch_sizes
+def _work(texts: Texts, variant: str) -> Work | None:
+    """Votes, one forward pass over each prompt, and the first time those on held-out examples."""
     from stages.labelling.personas import held_out
-    from stages.plan.cost_model import NOTHING, SERVER_S, UNKNOWN
-    from stages.plan.profiler import per_text
     from stages.plan.prompt_lengths import PROMPT_SAMPLE
+    from stages.plan.work import Work, per_text
 
-    config, rows, voters = model.config, model.texts.rows[variant], model.config.classify.voters
+    config, rows, voters = texts.config, texts.rows[variant], texts.config.classify.voters
     if config.labelling_strategy(variant) in UNVOTED or not rows:
-        return NOTHING
+        return Work(copies=0)
     if config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
-        return UNKNOWN  # other models vote (the base itself in 16 bits), or think at unknown length
-    ballots = model.texts.ballots(variant)
-    row_tokens = largest_batch = 0.0
-    prompts: Any  # token ids
-    for voter, requests in zip(voters, ballots, strict=True):
-        prompts = sorted(request.text for request in requests[:PROMPT_SAMPLE])
-        size = max(batch_sizes(prompts))
-        row_tokens += voter.samples * per_text(prompts, size)
-        largest_batch = max(largest_batch, size * per_text(prompts, size))
-    measured = model.profiler.measure_votes(ballots[0])
-    served = [voter for voter in voters if voter.engine != "transformers"]
-    memory = None if served else model.memory(measured.mib_of(largest_batch))
-    # All steps share the server, and the votes on held-out examples, which a journal keeps.
+        return None  # other models vote (the base itself in 16 bits), or think at unknown length
     first = variant == "train"
     examples = len(rows) + (len(held_out(config.classify.held_out)) if first else 0)
-    thread_s = examples * row_tokens * measured.token_s
-    return model.total(thread_s, memory, starts=SERVER_S if served and first else 0.0)
+    prompts = [[request.text for request in ballots[:PROMPT_SAMPLE]] for ballots in texts.ballots(variant)]
+    tokens = sum(v.samples * per_text(p, len(p)) for v, p in zip(voters, prompts, strict=True))
+    served = any(voter.engine != "transformers" for voter in voters)
+    return Work(read=examples * tokens, servers=served and first)
 
 
 STAGE = Stage(
@@ -122,7 +106,7 @@ STAGE = Stage(
         "comparison with known labels. Only where voters label.",
     },
     checks=_checks,
-    cost=_cost,
+    work=_work,
     memory_hint=lambda config, variant: "server.batch_size, or choose a smaller model",
     version=7,
 )

@@ -11,14 +11,7 @@ from typing import Any
 from stages.config import ClassifySection
 from stages.errors import AnswerError
 from stages.labelling.aggregate import Calibration, VoterResult, rounded
-from stages.labelling.agreement import (
-    CHANCE,
-    SURFACE,
-    compare_with_known,
-    kappas,
-    neighbour_scores,
-    surface_scores,
-)
+from stages.labelling.agreement import CHANCE, compare_with_known
 from stages.labelling.known import system_of
 from stages.labelling.votes import VoteJournal
 from stages.records import Labelled
@@ -29,8 +22,6 @@ POOR_MASS = 0.01
 """A constrained choice says little if the label words have less than this share of the probability."""
 CONTESTED = 10
 """Number of contested examples in the report."""
-COMBINED = "these together"
-"""Title of the score that `neighbour_scores` makes of all surface scores."""
 
 
 def counts(rows: list[Labelled]) -> dict[str, Any]:
@@ -69,17 +60,12 @@ def content(
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,
         }
-    votes = {
-        title: {id: 2 if id in result.system2_ids else 1 for id in result.valid}
-        for title, result in results.items()
-    }
     probabilities = {title: result.valid for title, result in results.items()}
     known = _known_comparison(rows, section.known, probabilities)
     return {
         "rule": section.rule,
         **counts(rows),
         "voters": voters,
-        "agreement": kappas(votes),
         "contested": _contested(rows),
         **({"known": known} if known else {}),
     }
@@ -90,7 +76,7 @@ def write(
 ) -> dict[str, Any]:
     """Write the report and say its warnings; returns its most important figures, for the manifest."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    for warning in (*_voter_warnings(content["voters"]), *_known_label_warnings(content)):
+    for warning in _voter_warnings(content["voters"]):
         say(warning)
     if not section.accept_weak:
         _refuse_weak_voters(content["voters"], section.min_auc)
@@ -112,7 +98,7 @@ def _refuse_weak_voters(voters: dict[str, Any], min_auc: float) -> None:
 def _known_comparison(
     rows: list[Labelled], field: str, probabilities: dict[str, dict[str, float]]
 ) -> dict[str, Any] | None:
-    """Compare labels, votes and surface scores with the labels in `field`; None if no row has one.
+    """Compare labels and votes with the labels in `field`; None if no row has one.
 
     probabilities: of System 2, by voter and example id.
     """
@@ -123,9 +109,7 @@ def _known_comparison(
     if not known_labels:
         return None
     labels = {row.example.id: row.system for row in rows}
-    surface = surface_scores([row.example for row in rows if row.example.id in known_labels])
-    surface[COMBINED] = neighbour_scores(surface, known_labels)
-    return {"field": field, **compare_with_known(known_labels, labels, {**probabilities, **surface})}
+    return {"field": field, **compare_with_known(known_labels, labels, probabilities)}
 
 
 def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:
@@ -158,39 +142,9 @@ def _voter_warnings(voters: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _known_label_warnings(content: dict[str, Any]) -> Iterator[str]:
-    """Warnings about an agreement with known labels that could be had without reading the questions."""
-    if not (known := content.get("known")):
-        return
-    areas = {title: area[0] for title, area in known["auc"].items() if area}
-    best_voter = max((area for title, area in areas.items() if title in content["voters"]), default=0.0)
-    # A surface score may be high for either system: an AUC of 0.1 separates as well as one of 0.9. The
-    # combined score is fitted to the labels, so it is high for System 2.
-    surface = {title: max(area, 1 - area) for title, area in areas.items() if title in SURFACE}
-    surface |= {COMBINED: areas[COMBINED]} if COMBINED in areas else {}
-    best = max(surface, key=surface.__getitem__, default="")
-    if surface and surface[best] >= best_voter:
-        yield (
-            f"warning: the question's surface alone ({best}) separates the known labels as well as the best "
-            f"voter (AUC {surface[best]:.2f} and {best_voter:.2f}): agreement does not show that anything "
-            "was read"
-        )
-    # The agreement that the more frequent label would have if every row got it.
-    frequent = max(known[f"known {k} labelled 1"] + known[f"known {k} labelled 2"] for k in (1, 2))
-    baseline = frequent / max(known["n"], 1)
-    if known["interval"] is not None and known["interval"][0] <= baseline:
-        low, high = known["interval"]
-        yield (
-            f"warning: the labels agree with {known['field']} in {known['agreement']:.0%} "
-            f"[{low:.0%}-{high:.0%}] of the rows; one label for all would in {baseline:.0%}"
-        )
-
-
 def _headline(content: dict[str, Any]) -> dict[str, Any]:
     """The figures of the report that are shown at the end of classify."""
     headline = {key: content[key] for key in ("examples", "system1", "system2", "undecided", "with_gold")}
-    if content["agreement"].get("fleiss_kappa") is not None:
-        headline["fleiss_kappa"] = content["agreement"]["fleiss_kappa"]
     voters = content["voters"]
     headline["votes_system2"] = {title: voter["system2_share"] for title, voter in voters.items()}
     invalid = {title: voter["invalid"] for title, voter in voters.items() if voter["invalid"]}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from stages.config.evaluation import (
-    KEPT,
     MODES,
     REGIONS,
     ROUTED,
@@ -31,7 +30,6 @@ from stages.config.sources import CHOICE, DataSection, LoraSection, ModelSection
 from stages.config.training import (
     SECOND_SFT,
     BaselineSection,
-    LaunchSection,
     PartitionSection,
     ScoreSection,
     SftSection,
@@ -69,7 +67,7 @@ class Config(Section):
 
         reads_scores = not has_trait("strategies", self.partition.strategy, "unscored")
         is_zero = self.lora.init == "default" and has_trait("scorers", self.score.scorer, "product")
-        if is_zero and (reads_scores or self.partition.protect):
+        if is_zero and reads_scores:
             yield (
                 "lora.init default has B = 0, so every importance is zero; "
                 "choose normal, pissa, olora or orthogonal"
@@ -86,20 +84,6 @@ class Config(Section):
                 "the reversed order is sft.start_from=rl with rl.start_from=init"
             )
         yield from self._conflicts_of_votes_and_targets()
-        if has_trait("scorers", self.score.scorer, "rollouts"):
-            yield (
-                f"score.scorer {self.score.scorer} needs completions of SFT's adapter, and score runs "
-                f"before SFT; set rl.rescore={self.score.scorer} for RL's elements"
-            )
-        if self.rl.rescore:
-            by_rollouts = has_trait("scorers", self.rl.rescore, "rollouts")
-            yield from self._conflicts_of_rescoring(reads_scores, by_rollouts)
-        for target in self.eval.targets:
-            if target.startswith(KEPT) and int(target.removeprefix(KEPT)) not in self.rl.keep_steps:
-                yield (
-                    f"target {target}: RL keeps that adapter only if rl.keep_steps names the step, got "
-                    f"{self.rl.keep_steps}"
-                )
         if self.baseline is not None:
             yield from self._conflicts_of_baseline(self.baseline.method)
         if self.model.load_in_4bit:
@@ -118,34 +102,14 @@ class Config(Section):
                 "share a port; leave server.port out"
             )
 
-    def _conflicts_of_rescoring(self, reads_scores: bool, by_rollouts: bool) -> Iterator[str]:
-        for conflict, why in (
-            (self.rl.start_from != "sft", "rl starts from the initial adapter"),
-            (self.sft.rounds == 2, "the second round of SFT trains the same elements before it"),
-            (self.baseline is not None, "a baseline is trained whole"),
-            (not reads_scores, f"strategy {self.partition.strategy} reads no scores"),
-        ):
-            if conflict:
-                yield f"rl.rescore scores the adapter of SFT for RL, and {why}"
-        sleeps = self.rl.dynamic_sampling and self.rl.rollouts.enable_sleep_mode
-        if by_rollouts and sleeps and self.score.launch.backend == "fsdp2":
-            yield (
-                f"rl.rescore {self.rl.rescore} runs RL's rollouts in score.launch, whose backend fsdp2 does "
-                "not go with rl.dynamic_sampling and rl.rollouts.enable_sleep_mode; use ddp"
-            )
-
     def _conflicts_of_baseline(self, method: str) -> Iterator[str]:
         subject = f"baseline {method}"
-        if self.partition.protect:
-            yield f"{subject} is trained whole; leave out partition.protect"
         if scored := [target for target in self.eval.targets if target in ("init", *REGIONS)]:
             yield f"{subject} has no scored initial adapter; take {scored[0]} out of eval.targets"
         if self._uses_vllm:
             yield f"vllm cannot serve {subject}; use engine transformers"
         if self.sft.loraplus_lr_ratio or self.rl.loraplus_lr_ratio:
             yield f"{subject} has no LoRA factors; leave out loraplus_lr_ratio"
-        if method == "dora" and self.rl.launch.backend == "fsdp2":
-            yield f"{subject} needs whole weights for the copy that RL starts from; use ddp"
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
         if method == "prefix_tuning" and checkpointing:
             yield f"{subject} does not train under gradient_checkpointing, which drops the prefix"
@@ -158,8 +122,6 @@ class Config(Section):
             yield f"{subject} is for LoRA: TRL would round baseline {self.baseline.method} to bfloat16"
         if self.lora.init not in ("normal", "default"):
             yield f"{subject}: PEFT cannot make init {self.lora.init} over 4 bits; use normal"
-        if sharded := [s for s in ("score", "sft", "rl") if getattr(self, s).launch.backend == "fsdp2"]:
-            yield f"{subject}: {sharded[0]}.launch.backend fsdp2 cannot divide 4 bits; use ddp"
         if self._uses_vllm:
             yield f"{subject}: what vllm would serve has other base weights; use engine transformers"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from stages.config.fields import (
     PositiveShare,
@@ -35,15 +35,12 @@ SYSTEMS = {"sft": 1, "sft2": 2, "rl": 2}
 """Target → the system whose rows its adapter learned from last, and whose mode it therefore is."""
 MODES = ("fast", "slow")
 """The modes of System 1 and System 2, and the words by which a model chooses one."""
-KEPT = "rl-"
-"""Beginning of targets with the adapter that RL had after some step, e.g. rl-20 (`rl.keep_steps`)."""
-KeptTarget = Annotated[str, Field(pattern=rf"^{KEPT}[1-9][0-9]*$")]
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
 def system_asked(target: str, prompt: PromptSection) -> int | None:
     """Return the system in whose mode a target is asked every item; None if the item's label decides."""
-    return SYSTEMS.get(target.partition("-")[0]) if prompt.has_modes else None
+    return SYSTEMS.get(target) if prompt.has_modes else None
 
 
 of_answers = partial(setting, ignored_by="classify")
@@ -108,10 +105,9 @@ class BenchmarkSection(SourceSection):
 
 
 class SandboxSection(Section):
-    backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting(
+    backend: Literal["auto", "refuse", "unsafe-no-sandbox"] = setting(
         "auto",
-        "Sandbox for programs written by a model. auto: bubblewrap, or landlock if bubblewrap fails its "
-        "self-test; refuse: run none of them.",
+        "Sandbox for programs written by a model. auto: bubblewrap; refuse: run none of them.",
     )
     seconds: float = setting(
         5, "Time limit of one program with all its tests, in seconds of wall time.", gt=0, le=86400
@@ -119,15 +115,14 @@ class SandboxSection(Section):
     memory_mb: int = setting(512, "Limit of a program's address space, in MiB.", ge=64)
 
 
-Signal = Literal["vote", "choice", "cascade"]
+Signal = Literal["vote", "choice"]
 
 
 class RouterSection(Section):
     by: list[Signal] = setting(
         ["vote"],
         "What tells that a question needs the slow mode; of several, their mean. vote: the base, asked as a "
-        "voter; choice: the word of the fast mode's adapter under prompt.choice; cascade: the fast answer, 1 "
-        "minus the least probability of its tokens.",
+        "voter; choice: the word of the fast mode's adapter under prompt.choice.",
         min_length=1,
     )
     tune: str | None = setting(
@@ -140,22 +135,16 @@ class RouterSection(Section):
         "Most tokens of auto on the rows of tune, as a share of the slow mode's; none: any number.",
     )
 
-    @property
-    def cascade(self) -> bool:
-        """Whether the fast mode answers before the choice."""
-        return "cascade" in self.by
-
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if not self.tune and (self.cascade or self.tokens):
-            yield "a cascade, or a limit of tokens, needs rows to find its threshold on; set tune"
+        if not self.tune and self.tokens:
+            yield "a limit of tokens needs rows to find its threshold on; set tune"
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region] | KeptTarget] = unkeyed(
+    targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region]] = unkeyed(
         ["base", "sft", "rl"],
         "Models to evaluate. base: without adapter; init, sft, sft2, rl: with the initial adapter, that of "
-        "SFT, of its second round (sft.rounds) or of RL; rl-20: with that of RL after step 20 "
-        "(rl.keep_steps); s1_only, s2_only, shared: RL's adapter with all elements outside this region reset "
+        "SFT, of its second round (sft.rounds) or of RL; s1_only, s2_only, shared: RL's adapter with all elements outside this region reset "
         "to their initial values; auto: the answers of the fast or the slow mode, as `router` decides for "
         "each item. The fast mode is sft, the slow one rl, or sft2 if rl is not a target.",
         min_length=1,

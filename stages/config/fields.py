@@ -127,7 +127,12 @@ class Section(BaseModel):
     """Base class of all sections: immutable, without unknown settings, infinities or huge integers."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
     retired: ClassVar[dict[str, tuple[Any, str]]] = {}
     """Settings that are gone: for each its default, which stays in keys, and the reader that ignored it."""

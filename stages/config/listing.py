@@ -1,11 +1,7 @@
 """Lists all settings: their names, as YAML with descriptions, and as a JSON schema."""
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
-from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -19,33 +15,6 @@ def section_type(field: FieldInfo) -> type[Section] | None:
     """Return the section class of a field that is a section, a list or mapping of sections, or optional."""
     types = [field.annotation, *getattr(field.annotation, "__args__", ())]
     return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
-
-
-@cache
-def document(section: type[Section]) -> None:
-    """Give the settings of a section, and of those in it, the descriptions that stand below them.
-
-    pydantic would do so at each start (`use_attribute_docstrings`), which takes a tenth of a quick command.
-    """
-    texts: dict[str, str] = {}
-    for owner in reversed(section.__mro__):
-        if issubclass(owner, Section) and owner.__module__.startswith("stages."):
-            [source] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-            assert isinstance(source, ast.ClassDef)
-            texts |= dict(_texts_below(source.body))
-    for name, field in section.model_fields.items():
-        field.description = field.description or texts.get(name)
-        if inner := section_type(field):
-            document(inner)
-    section.model_rebuild(force=True)
-
-
-def _texts_below(statements: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each annotated variable that a string follows, and the string."""
-    for declaration, following in pairwise(statements):
-        if isinstance(declaration, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(declaration.target, ast.Name) and isinstance(following.value, ast.Constant)
-            yield declaration.target.id, str(following.value.value)
 
 
 def describe(field: FieldInfo) -> str:
@@ -84,7 +53,6 @@ def annotated(
 
     In each section, a line `# advanced` comes before the settings that few users change.
     """
-    document(section)
     fields = sorted(section.model_fields.items(), key=lambda field: marks_of(field[1])["advanced"])
     for is_advanced, group in groupby(fields, key=lambda field: marks_of(field[1])["advanced"]):
         if is_advanced:
@@ -122,7 +90,6 @@ def json_schema(section: type[Section] = Config) -> dict[str, Any]:
 
     It may extend another file and so leave anything out.
     """
-    document(section)
     schema = section.model_json_schema()
     schema["properties"]["extends"] = {
         "type": "string",

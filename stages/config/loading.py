@@ -112,28 +112,10 @@ def _message(error: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
-OTHER_NAMES = {
-    "rl.kl": "rl.beta", "rl.kl_coef": "rl.beta", "rl.group_size": "rl.num_generations",
-    "lora.rank": "lora.r", "lora.alpha": "lora.lora_alpha", "sft.lr": "sft.learning_rate",
-    "rl.lr": "rl.learning_rate", "sft.epochs": "sft.num_train_epochs", "rl.epochs": "rl.num_train_epochs",
-    "sft.gradient_accumulation_steps": "sft.batch_size, of all micro batches",
-    "rl.gradient_accumulation_steps": "rl.prompts_per_step, of all micro batches",
-    "rl.generation_batch_size": "rl.prompts_per_step × rl.num_generations",
-    # in any section
-    "bf16": "model.dtype", "fp16": "model.dtype", "warmup_steps": "warmup_ratio",
-    "fsdp": "launch.backend: fsdp2",
-    "deepspeed": "launch.backend: fsdp2; DeepSpeed is not supported", "use_vllm": "rl.rollouts.engine",
-    "vllm_mode": "rl.rollouts.engine", "nodes": "torchrun on each node: docs/clusters.md",
-}  # fmt: skip
-"""Names that people try, as from TRL, of which the most similar setting is another one."""
-
-
 def _unknown_setting(location: list[str]) -> str:
     """Name an unknown setting with the most similar one."""
     name = ".".join(location)
     path = _setting_path(location)
-    if known := OTHER_NAMES.get(path) or OTHER_NAMES.get(location[-1]):
-        return f"unknown setting {name} (here it is {known})"
     if same := [setting for setting in setting_names(Config) if setting.endswith(f".{path}")]:
         return f"unknown setting {name} (did you mean {' or '.join(same[:3])}?)"
     suggestions = difflib.get_close_matches(path, list(setting_names(Config)), n=1, cutoff=0.6)

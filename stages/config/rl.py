@@ -15,8 +15,6 @@ from stages.config.fields import (
     advanced,
     advanced_unkeyed,
     as_value_error,
-    check_url,
-    registry_name,
     setting,
     unkeyed,
 )
@@ -24,21 +22,17 @@ from stages.config.training import DROPOUT, SAVE_STEPS, WARMUP, AutoOff, TrainSe
 
 
 class RolloutsSection(Section):
-    engine: Literal["transformers", "vllm_colocate", "vllm_server"] = setting("transformers")
+    engine: Literal["transformers", "vllm_colocate"] = setting("transformers")
     """What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the trainer's
-    GPUs; vllm_server: a vLLM server on other GPUs."""
+    GPU."""
     batch_size: PositiveInt = unkeyed(64)
     """Completions that engine transformers samples at a time; halved if memory runs out."""
     int8: bool = advanced(False, keyed_if_set=True)
     """Where the model computes in float32 on a CPU, sample in 8 bits, which is faster, and weigh each
     token's loss by the policy's probability over the sampler's, at most correction_max."""
-    base_url: str | None = unkeyed(None, "Address of the vLLM server, without /v1.")
     gpu_memory_utilization: float | None = unkeyed(None, gt=0, lt=1)
     """Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of a
     step's completions take, at most half of what is free beside the weights."""
-    tensor_parallel_size: PositiveInt = unkeyed(1, "Number of GPUs that share one colocated vLLM.")
-    enable_sleep_mode: bool = advanced_unkeyed(False)
-    """Free the memory of a colocated vLLM during optimizer steps."""
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
         advanced("sequence_mask")
     )
@@ -47,16 +41,8 @@ class RolloutsSection(Section):
     correction_max: PositiveFloat = advanced(3.0, "Ratio above which the correction masks or truncates.")
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if (self.engine == "vllm_server") != (self.base_url is not None):
-            yield "base_url goes with engine vllm_server, and only with it"
-        if self.base_url is not None:
-            check_url("base_url", self.base_url)
         if self.int8 and self.engine != "transformers":
             yield f"int8 goes with engine transformers; {self.engine} has vLLM's own quantization"
-
-
-OF_UPDATES = (TrainSection.model_fields.keys() | {"num_iterations"}) - {"prompt", "max_grad_norm"}
-"""Settings of RL that count for its updates alone, and not for the gradients at its start."""
 
 
 class RlSection(TrainSection):
@@ -67,18 +53,11 @@ class RlSection(TrainSection):
     weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
     adam_beta2: ShareBelowOne = advanced(0.99, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
-    rescore: Annotated[str, registry_name("scorers")] | None = advanced_unkeyed(None)
-    """Scorer that scores importance again, at SFT's adapter, to choose RL's elements (arXiv 2604.14010): e.g.
-    taylor2, or grpo_sign, which scores System 2's by RL's own gradients on its first eight batches of
-    prompts; none: no second scores."""
     data: Literal["system2", "all"] = setting("system2")
     """Rows to train on: System 2 or all. Undecided rows are never used."""
     prompts_per_step: PositiveInt = setting(32, "Prompts per optimizer step.")
     system1_share: ShareBelowOne = setting(0.0)
     """Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1."""
-    dynamic_sampling: NonNegativeInt = advanced(0)
-    """Dynamic sampling (DAPO): how many times a step replaces the System 2 groups whose rewards are all equal
-    with groups of new prompts."""
     num_generations: int = setting(8, "Completions per prompt (group size).", gt=1)
     per_device_train_batch_size: PositiveInt = setting(8)
     """Completions per forward pass; must divide prompts_per_step × num_generations."""
@@ -102,11 +81,6 @@ class RlSection(TrainSection):
     """Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline."""
     use_bias_correction_kl: bool = advanced(False)
     """Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO."""
-    kl_probe_prompts: NonNegativeInt = advanced(16)
-    """Number of held-out System 1 prompts on which the KL divergence from the start of RL is logged; none
-    with 0 or data all."""
-    kl_probe_steps: PositiveInt = advanced(5)
-    """Optimizer steps between two measurements on kl_probe_prompts and on the held-out protected rows."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting("dapo")
     """How token losses are averaged, as in TRL (the paper: grpo); cispo: as dapo, with clipped ratios as
     weights (arXiv 2506.13585)."""
@@ -126,8 +100,6 @@ class RlSection(TrainSection):
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
     save_steps: PositiveInt = advanced_unkeyed(5, SAVE_STEPS)
-    keep_steps: list[PositiveInt] = advanced_unkeyed([])
-    """Steps after which the adapter is kept, too, for targets such as rl-20."""
     max_zero_signal_steps: PositiveInt = advanced_unkeyed(20)
     """Stop after this many consecutive steps in which all rewards of each group are equal."""
 
@@ -137,8 +109,6 @@ class RlSection(TrainSection):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"{self.prompts_per_step} × {self.num_generations}"
             )
-        if self.max_steps and self.keep_steps and max(self.keep_steps) > self.max_steps:
-            yield f"keep_steps: {max(self.keep_steps)} is more than max_steps {self.max_steps}"
         if self.max_thinking_length and self.max_thinking_length >= self.max_completion_length:
             yield (
                 f"max_thinking_length {self.max_thinking_length} leaves no room for an answer within "
@@ -184,14 +154,3 @@ class RlSection(TrainSection):
                 f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is "
                 f"{self.replay_prompts}; a step needs at least one prompt of each system"
             )
-        samples_by_itself = self.rollouts.engine == "transformers" or (
-            self.rollouts.engine == "vllm_colocate" and self.rollouts.tensor_parallel_size == 1
-        )
-        for name in ("dynamic_sampling", "max_thinking_length"):
-            if getattr(self, name) and not samples_by_itself:
-                yield f"{name} needs rollouts that each process samples for itself"
-            if getattr(self, name) and self.rollouts.enable_sleep_mode and self.launch.backend == "fsdp2":
-                yield (
-                    f"{name} with rollouts.enable_sleep_mode and launch.backend fsdp2: a process that draws "
-                    "again would wait for the others' parts of the base; leave out one of them"
-                )

@@ -13,17 +13,14 @@ from stages.config.fields import (
     ShareBelowOne,
     advanced,
     advanced_unkeyed,
-    as_value_error,
     registry_name,
     setting,
     unkeyed,
 )
 from stages.config.sources import PromptSection
-from stages.own_functions import functions_in
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 """`auto` or `off`; also false, because YAML reads a bare `off` as false."""
-SCORER_FILE = "score.scorer_file"
 Strategy = Annotated[str, registry_name("strategies")]
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
@@ -52,40 +49,12 @@ def _check_optimizer(name: str) -> str:
 Optimizer = Annotated[str, AfterValidator(_check_optimizer)]
 
 
-class LaunchSection(Section):
-    backend: Literal["single", "ddp", "fsdp2", "zero2"] = setting("single")
-    """single: one process; ddp: several processes, each with the whole model; fsdp2: several processes, each
-    with a shard of every layer of the base model and the whole adapter; zero2 is refused: the gradients and
-    optimizer state that it shards are small."""
-    processes: int | None = setting(None, gt=0, le=1024)
-    """Number of processes on this machine; none: one for each GPU."""
-    config: str | None = advanced(None)
-    """Your own accelerate config file, e.g. for several machines; it replaces backend and processes."""
-
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if self.processes and self.backend == "single" and self.config is None:
-            yield "processes are for backend ddp or fsdp2, and backend is single"
-
-    @property
-    def is_distributed(self) -> bool:
-        """True if the stage may run in more than one process."""
-        return self.backend != "single" or self.config is not None
-
-    @property
-    def shards_base(self) -> bool:
-        """True if each process holds a shard of the base model."""
-        return self.backend == "fsdp2" and self.config is None
-
-
 SECOND_SFT = "sft:system2"
 """Step that trains System 2's elements by SFT, from the adapter of step `sft`."""
-LAUNCH = "How many processes run the stage, and what each of them holds."
 
 
 class BaselineSection(Section):
-    method: Literal[
-        "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "dora", "miss", "randlora", "shira", "vera"
-    ] = setting(...)
+    method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(...)
     """PEFT method. dora, miss, randlora, shira and vera use lora.target_modules; dora also uses
     lora.lora_alpha and lora.use_rslora."""
     virtual_tokens: PositiveInt = advanced(20, "Length of the trained prompt or prefix, in tokens.")
@@ -106,25 +75,12 @@ DROPOUT = "Dropout on the input of the adapter; shira, ia3 and the prompt method
 
 
 class ScoreSection(Section):
-    scorer: str = setting("taylor2", ignored_by="score:rl")
-    """Importance formula, one of `lorapar list scorers`, or a function of scorer_file."""
-    scorer_file: str | None = advanced_unkeyed(None)
-    """Python file with formulas of your own: functions of an element's value, gradient and Fisher
-    information."""
+    scorer: Annotated[str, registry_name("scorers")] = setting("taylor2")
+    """Importance formula, one of `lorapar list scorers`."""
     examples: PositiveInt = setting(100, "Number of examples of each system.")
     batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
-    launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
     prompt: PromptSection | None = advanced(None)
     """Prompt settings of this stage, used instead of the section `prompt`."""
-
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        functions = functions_in(self.scorer_file, SCORER_FILE) if self.scorer_file and registries else {}
-        if registries and self.scorer not in functions:
-            try:
-                as_value_error(partial(registries["scorers"].check, self.scorer))
-            except ValueError as error:
-                names = f"; {self.scorer_file} has: {', '.join(functions)}" if functions else ""
-                yield f"{error}{names}"
 
 
 BY_DENSITY = ("topk", "topk_within", "random_half")
@@ -158,12 +114,6 @@ class PartitionSection(Section):
     rl_density: PositiveShare | None = advanced_of_rl(None)
     """Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; none:
     as many as strategy and beta give it."""
-    protect: str | None = unkeyed(None)
-    """Rows whose skill must survive training: a file in any format of data.path. No stage trains an element
-    that these rows need."""
-    protect_theta: Share = unkeyed(0.9)
-    """Elements are protected, the most important ones first, until they have this share of the protected
-    rows' total importance; 0: none, and what the rows lose is only measured."""
 
     def _conflicts_of_rl_density(self) -> Iterator[str]:
         if self.rl_density is None:
@@ -178,14 +128,6 @@ class PartitionSection(Section):
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         yield from self._conflicts_of_rl_density()
-        # Elements that are important for one kind of rows often are for another. A random control would lose
-        # far fewer of its elements to the protected ones, and train more than what it is compared with.
-        control = self.strategy if self.strategy in ("random", "random_within") else self.rl_elements
-        if self.protect and self.protect_theta and control in ("random", "random_within"):
-            yield (
-                f"{control} is a control that trains as many elements as the rule it stands for; with "
-                "protect it would train more"
-            )
 
 
 class TrainSection(Section):
@@ -208,7 +150,6 @@ class TrainSection(Section):
     gradient_checkpointing: bool = unkeyed(False)
     """Recompute activations in the backward pass: less memory, more time."""
     save_steps: PositiveInt = advanced_unkeyed(25, SAVE_STEPS)
-    launch: LaunchSection = advanced_unkeyed(LaunchSection(), LAUNCH)
     report_to: list[Tracker] = unkeyed([])
     """Experiment trackers that receive the logs; the package of each must be installed."""
     prompt: PromptSection | None = advanced(None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 engines = ModuleRegistry(
     "engine",
     {
-        "openai": "stages.engines.openai.client",
+        "openai": "stages.engines.openai",
         "transformers": "stages.engines.in_process",
         "vllm": "stages.engines.vllm",
     },
@@ -121,25 +121,6 @@ class Engine(Protocol):
     ) -> Iterator[tuple[int, Completion]]:
         """Yield each request's index and completion as soon as it ends, in any order."""
         ...
-
-    def least_probabilities(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
-        """Yield the index of each prompt with its completion, and the completion's least token probability.
-
-        It is 1 for a completion without tokens.
-        """
-        ...
-
-
-SAME_PROBES = 0.8
-"""Share of equal greedy completions from which two fingerprints count as those of one model.
-
-It is below 1 because batching and hardware change single tokens.
-"""
-
-
-def same_model(probes: list[str], reference: list[str]) -> bool:
-    """True if two lists of greedy completions of the same prompts come from one model."""
-    return sum(a == b for a, b in zip(probes, reference, strict=True)) >= SAME_PROBES * len(probes)
 
 
 class EngineCache:

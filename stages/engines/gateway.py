@@ -2,43 +2,28 @@
 
 A request names a mode, or `auto`, for which one is chosen. It gets the system message of its mode's
 training, if it has none of its own, and the arguments of the chat template. All else passes through
-unchanged, in both directions. The header MODE_HEADER of a response names the mode.
+unchanged. The header MODE_HEADER of a response names the mode. Limits and timeouts are uvicorn's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import importlib.util
 import json
 import logging
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stages.config import MODES
 from stages.config import ROUTED as AUTO
-from stages.engines import asgi_server
-from stages.engines.chats import (
-    CHAT,
-    MESSAGES,
-    RESPONSES,
-    ModePrompt,
-    Refusal,
-    in_mode,
-    json_object,
-    question,
-)
-from stages.engines.connections import limits
-from stages.engines.mode_choice import HeldAnswer, ModeChoice
 from stages.errors import ServerError
+from stages.records import Example
 
 if TYPE_CHECKING:
-    import aiohttp
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -47,18 +32,45 @@ log = logging.getLogger(__name__)
 
 MODE_HEADER, VOTE_HEADER = "x-lorapar-mode", "x-lorapar-system2"
 """Response headers: the mode that answers and, for `auto`, the signal that it should be the slow one."""
-MODELS, HEALTH = "/v1/models", "/health"
-ANSWERED = {CHAT, RESPONSES, MESSAGES, "/v1/completions", "/tokenize", "/detokenize"}
-"""Paths whose requests name a model."""
-PATHS = ANSWERED | {MODELS, HEALTH, "/version", "/metrics"}
-"""What clients may ask for. vLLM offers more, some of it for whoever runs it alone."""
-PER_HOP = {
-    "host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "date", "server",
-    "cookie", "set-cookie",
-}  # fmt: skip
-"""Headers that belong to one connection or one server, and are not passed on."""
 MAX_BODY = 8 * 2**20
 """Bytes of a request: more than a million tokens, and little enough to be parsed between two answers."""
+VOTE_S = 1.8
+"""Seconds that votes may take. Without them, the slow mode answers."""
+POLL_S = 1.0
+"""Seconds between two looks at whether the server behind the gateway still runs."""
+
+Post = Callable[[str, dict[str, Any]], Awaitable[Any]]
+"""Posts a body to a path below `/v1/` of the server, and returns its reply's JSON."""
+
+
+class Refusal(Exception):
+    """An error that the client is told, with a status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class ModePrompt:
+    """The prompt of a mode in training, apart from the question."""
+
+    system: str | None = None
+    """System message."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
+
+    def applied(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The chat with this prompt. What it says itself counts: its system message, and each argument."""
+        messages = content.get("messages")
+        if not isinstance(messages, list):
+            return content
+        if self.template_arguments:
+            arguments = self.template_arguments | (content.get("chat_template_kwargs") or {})
+            content = {**content, "chat_template_kwargs": arguments}
+        if self.system and not any(_role(message) in ("system", "developer") for message in messages):
+            content = {**content, "messages": [{"role": "system", "content": self.system}, *messages]}
+        return content
 
 
 @dataclass
@@ -69,232 +81,169 @@ class Gateway:
     """Address of the server, without `/v1`."""
     modes: dict[str, ModePrompt]
     """The modes, each with the prompt of its training."""
-    choice: ModeChoice
-    """Chooses the mode of a request to `auto`."""
+    votes: Callable[[Example, Post], Awaitable[list[float]]]
+    """Probabilities that a question is of System 2, one of each signal."""
+    mode_of: Callable[[float | None], str]
+    """The mode for the mean of the signals, or for none."""
     exit_error: Callable[[], ServerError | None]
     api_key: str = ""
     """The key that clients have to send; empty: none."""
     upstream_key: str = ""
     """The key that the server asks for."""
-    origins: tuple[str, ...] = ()
-    """Origins of web pages that may ask; `*` for all."""
-    _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-    """Set when open responses have had their time."""
 
     def run(self, bound: socket.socket, started: Callable[[], None]) -> None:
         """Serve until a signal ends it; ServerError if the server behind it ends.
 
         bound: a socket that does not listen yet. started: called once requests are taken.
         """
-        has_uvloop = importlib.util.find_spec("uvloop")  # vLLM brings it
-        loop = importlib.import_module("uvloop" if has_uvloop else "asyncio").new_event_loop
-        with asyncio.Runner(loop_factory=loop) as runner:
-            runner.run(asgi_server.serve(self.app(), bound, started, self.exit_error, self._stopping))
+        asyncio.run(self._run(bound, started))
+
+    async def _run(self, bound: socket.socket, started: Callable[[], None]) -> None:
+        import uvicorn
+
+        server = uvicorn.Server(uvicorn.Config(
+            self.app(), ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=3
+        ))  # fmt: skip
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        while not server.started and not serving.done():
+            await asyncio.wait([serving], timeout=0.05)
+        if server.started:
+            started()
+        while not serving.done():
+            await asyncio.wait([serving], timeout=POLL_S)
+            if not server.should_exit and (error := self.exit_error()):
+                server.should_exit = True
+                await serving
+                raise error
+        serving.result()
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
-        import aiohttp
+        import httpx
         from starlette.applications import Starlette
-        from starlette.middleware import Middleware
-        from starlette.middleware.cors import CORSMiddleware
         from starlette.routing import Route
 
-        @contextlib.asynccontextmanager
+        @asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            async with aiohttp.ClientSession(
-                # vLLM closes a connection that is idle for 5 s; a request on it would be lost.
-                connector=aiohttp.TCPConnector(limit=limits()[1], keepalive_timeout=2),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"Authorization": f"Bearer {self.upstream_key}"} if self.upstream_key else {},
-                auto_decompress=False,
-            ) as client:
-                app.state.client = client
+            key = {"Authorization": f"Bearer {self.upstream_key}"} if self.upstream_key else {}
+            async with httpx.AsyncClient(
+                base_url=self.upstream, headers=key, timeout=httpx.Timeout(None, connect=10), trust_env=False
+            ) as app.state.client:
                 yield
 
-        cors = Middleware(
-            CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"],
-            expose_headers=[MODE_HEADER, VOTE_HEADER],
-        )  # fmt: skip
-        return Starlette(
-            routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])],
-            middleware=[cors] if self.origins else [],
-            lifespan=lifespan,
-        )
+        routes = [
+            Route("/health", self._models),
+            Route("/v1/models", self._models),
+            Route("/v1/chat/completions", self._answer, methods=["POST"]),
+        ]
+        return Starlette(routes=routes, lifespan=lifespan, exception_handlers={Refusal: _refused})
 
-    async def _answer(self, request: Request) -> Response:
-        """Answer one request; a client that leaves ends its vote and its answer."""
-        started, headers = time.monotonic(), dict[str, str]()
-        try:
-            self._check_access(request)
-            response = await self._unless_left(request, await _body(request), headers)
-        except Refusal as error:
-            response = _error(str(error), error.status)
-        except Exception as error:
-            log.warning("%s: %s %s", request.url.path, type(error).__name__, error)
-            response = _error("the server behind this gateway does not answer", 502)
-        mode = f" {headers[MODE_HEADER]}" if MODE_HEADER in headers else ""
-        seconds = time.monotonic() - started
-        log.info("%s %s%s %d %.2f s", request.method, request.url.path, mode, response.status_code, seconds)
-        return response
-
-    def _check_access(self, request: Request) -> None:
-        """Raise Refusal for an endpoint that there is not, or a wrong key; before the body is read."""
-        path, headers = request.url.path, request.headers
-        if path not in PATHS:
-            raise Refusal(404, f"unknown endpoint {path}")
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        token = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # Anthropic's
-        if path != HEALTH and not hmac.compare_digest(token.encode(), self.api_key.encode()) and self.api_key:
+    def _check_key(self, request: Request) -> None:
+        token = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if self.api_key and not hmac.compare_digest(token.encode(), self.api_key.encode()):
             raise Refusal(401, "wrong or missing API key")
-
-    async def _unless_left(self, request: Request, body: bytes, headers: dict[str, str]) -> Response:
-        from starlette.responses import Response, StreamingResponse
-
-        gone = asyncio.create_task(_client_disconnected(request))
-        work = asyncio.create_task(self._respond(request, body, headers, gone))
-        response = Response(status_code=499)  # nobody is there to read it
-        try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                response = work.result()
-            return response
-        finally:
-            work.cancel()
-            if not isinstance(response, StreamingResponse):  # which watches the client itself
-                gone.cancel()
-
-    async def _respond(
-        self, request: Request, body: bytes, headers: dict[str, str], gone: asyncio.Task[None]
-    ) -> Response:
-        """The response to a request whose body is read. headers: gets those that the gateway adds."""
-        path = request.url.path
-        if path == MODELS:
-            return await self._models(request)
-        if path not in ANSWERED:
-            return self._response(await self._send(request, body), headers, gone)
-        content = json_object(body)
-        if content.get("model") == AUTO:
-            return await self._in_chosen_mode(request, content, headers, gone)
-        changed = self._in_mode(path, content, headers)
-        body = body if changed == content else json.dumps(changed).encode()
-        return self._response(await self._send(request, body), headers, gone)
-
-    async def _in_chosen_mode(
-        self, request: Request, content: dict[str, Any], headers: dict[str, str], gone: asyncio.Task[None]
-    ) -> Response:
-        """The response of the mode that is chosen for a request to `auto`."""
-        from starlette.responses import Response
-
-        path, fast, held = request.url.path, MODES[0], None
-        example = question(path, content)
-        if self.choice.cascade and not self.choice.is_paused:
-            if path != CHAT:
-                raise Refusal(400, f"model {AUTO} answers {CHAT} alone, where answers have probabilities")
-            asked = self._in_mode(path, {**HeldAnswer.request(content), "model": fast}, headers)
-            reply = await self._send(request, json.dumps(asked).encode(), {"Accept-Encoding": "identity"})
-            if reply.status != 200:
-                return self._response(reply, headers, gone)
-            held = HeldAnswer(await reply.read(), reply.content_type, bool(content.get("logprobs")))
-        signal = await self.choice.signal(example, partial(self._post, request.app.state.client), held)
-        mode = self.choice.mode_of(signal)
-        headers[VOTE_HEADER] = "none" if signal is None else f"{signal:.4f}"
-        if held and mode == fast:
-            return Response(held.reply_body(), headers=headers, media_type=held.content_type)
-        changed = self._in_mode(path, {**content, "model": mode}, headers)
-        return self._response(await self._send(request, json.dumps(changed).encode()), headers, gone)
-
-    def _in_mode(self, path: str, content: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
-        """The request for the server; Refusal if it names no model that there is."""
-        mode = content.get("model")
-        if not isinstance(mode, str) or mode not in self.modes:
-            choices = ", ".join([*self.modes, AUTO])
-            name = "no model is named" if mode is None else f"unknown model {mode!r}"
-            raise Refusal(400, f"{name}; choose from {choices}")
-        headers[MODE_HEADER] = mode
-        return in_mode(content, path, self.modes[mode])
-
-    async def _post(self, client: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> Any:
-        async with client.post(f"{self.upstream}/v1/{path}", json=body) as reply:
-            if reply.status != 200:
-                raise ValueError(f"HTTP {reply.status}")
-            return json.loads(await reply.read())
 
     async def _models(self, request: Request) -> Response:
         """List the modes and `auto`, as the server lists its models."""
         from starlette.responses import JSONResponse
 
-        async with request.app.state.client.get(f"{self.upstream}{MODELS}") as reply:
-            listing = json.loads(await reply.read())
+        if request.url.path != "/health":
+            self._check_key(request)
+        listing = (await request.app.state.client.get("/v1/models")).json()
         modes = [model for model in listing["data"] if model["id"] in self.modes]
-        listing["data"] = [*modes, {**modes[0], "id": AUTO, "root": AUTO}]
-        return JSONResponse(listing)
+        return JSONResponse({**listing, "data": [*modes, {**modes[0], "id": AUTO, "root": AUTO}]})
 
-    async def _send(
-        self, request: Request, body: bytes, extra_headers: Mapping[str, str] | None = None
-    ) -> aiohttp.ClientResponse:
-        """Send a request on with this body."""
-        dropped = PER_HOP | {"authorization", "x-api-key"} | {name.lower() for name in extra_headers or ()}
-        own = {name: value for name, value in request.headers.items() if name not in dropped}
-        query = f"?{request.url.query}" if request.url.query else ""
-        client: aiohttp.ClientSession = request.app.state.client
-        url = f"{self.upstream}{request.url.path}{query}"
-        added = ("Accept", "Accept-Encoding", "User-Agent")  # what aiohttp would add to the client's headers
-        return await client.request(
-            request.method,
-            url,
-            headers={**own, **(extra_headers or {})},
-            data=body or None,
-            skip_auto_headers=added,
-        )
-
-    def _response(
-        self, reply: aiohttp.ClientResponse, headers: dict[str, str], gone: asyncio.Task[None]
-    ) -> Response:
-        """The server's reply as it comes, with these headers."""
+    async def _answer(self, request: Request) -> Response:
         from starlette.responses import StreamingResponse
 
-        kept = {name: value for name, value in reply.headers.items() if name.lower() not in PER_HOP}
-        return StreamingResponse(self._chunks(reply, gone), reply.status, {**kept, **headers})
+        self._check_key(request)
+        content, client = await _json(request), request.app.state.client
+        mode, headers = content.get("model"), {}
+        if mode == AUTO:
+            signal = await self._signal(question(content), client)
+            mode = self.mode_of(signal)
+            headers[VOTE_HEADER] = "none" if signal is None else f"{signal:.4f}"
+        if mode not in self.modes:
+            raise Refusal(400, f"unknown model {mode!r}; choose from {', '.join([*self.modes, AUTO])}")
+        body = self.modes[mode].applied({**content, "model": mode})
+        reply = await client.send(client.build_request("POST", request.url.path, json=body), stream=True)
 
-    async def _chunks(self, reply: aiohttp.ClientResponse, gone: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        """The parts of a response, until the client leaves or the gateway ends."""
-        stopping = asyncio.create_task(self._stopping.wait())
+        async def chunks() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in reply.aiter_raw():
+                    yield chunk
+            finally:
+                await reply.aclose()
+
+        kept = {
+            name: reply.headers[name]
+            for name in ("content-type", "content-encoding")
+            if name in reply.headers
+        }
+        return StreamingResponse(chunks(), reply.status_code, {**kept, **headers, MODE_HEADER: mode})
+
+    async def _signal(self, example: Example, client: Any) -> float | None:
+        """The mean of all signals on a question; None if one cannot be had in time."""
+
+        async def post(path: str, body: dict[str, Any]) -> Any:
+            reply = await client.post(f"/v1/{path}", json=body)
+            reply.raise_for_status()
+            return reply.json()
+
         try:
-            while True:
-                part = asyncio.ensure_future(reply.content.readany())
-                await asyncio.wait([part, gone, stopping], return_when=asyncio.FIRST_COMPLETED)
-                if not part.done():
-                    part.cancel()
-                    raise ConnectionAbortedError  # so that the client sees that its answer is cut
-                if not (data := part.result()):
-                    return
-                yield data
-        finally:
-            stopping.cancel()
-            gone.cancel()
-            reply.close() if not reply.content.at_eof() else reply.release()
+            async with asyncio.timeout(VOTE_S):
+                return fmean(await self.votes(example, post))
+        except Exception as error:
+            log.warning("auto gets no votes, and is answered by %s: %s", MODES[1], error)
+            return None
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a request; Refusal if it is too long, without reading all of it."""
+async def _json(request: Request) -> dict[str, Any]:
+    """The object in the body; Refusal if there is none, or it is too long."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY:
             raise Refusal(413, f"a request may have {MAX_BODY // 2**20} MiB")
-    return bytes(body)
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise Refusal(400, "the body is no JSON object")
+    return content
 
 
-async def _client_disconnected(request: Request) -> None:
-    """Wait until the client closes its connection; its request is read already."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def question(content: dict[str, Any]) -> Example:
+    """Return what a chat asks, as an example to vote on: its last message of the user, after earlier turns."""
+    messages = content.get("messages")
+    turns = (
+        [(_role(message), _text(message)) for message in messages if _role(message) in ("user", "assistant")]
+        if isinstance(messages, list)
+        else []
+    )
+    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    if not asked:
+        raise Refusal(400, f"model {AUTO} needs a user message")
+    earlier = [[turns[i][1], turns[i + 1][1]] for i in asked[:-1] if turns[i + 1][0] == "assistant"]
+    return Example("question", turns[asked[-1]][1], "", None, turns=earlier)
 
 
-def _error(message: str, status: int) -> Response:
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _text(message: dict[str, Any]) -> str:
+    """The text of a message, which may come in parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content.encode(errors="replace").decode() if isinstance(content, str) else ""
+
+
+async def _refused(request: Request, error: Refusal) -> Response:
     """An error in OpenAI's form."""
     from starlette.responses import JSONResponse
 
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+    detail = {"message": str(error), "type": "invalid_request_error", "code": error.status}
+    return JSONResponse({"error": detail}, error.status)

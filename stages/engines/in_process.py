@@ -124,19 +124,6 @@ class InProcess:
         prompts, seeds = [request.ids for request in requests], [request.seed for request in requests]
         return generate(self.model, self.tokenizer, prompts, sampling, stops, seeds, self.batch_size)
 
-    @torch.no_grad()
-    def least_probabilities(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
-        """Yield each completion's least token probability, from one forward pass of each row."""
-        for i, (prompt, completion) in enumerate(rows):
-            if not completion:
-                yield i, 1.0
-                continue
-            ids = torch.tensor([prompt + completion[:-1]], device=self.model.device)
-            targets = torch.tensor(completion, device=ids.device)
-            # Logits that predict the completion's tokens: (tokens, vocabulary).
-            logits = self.model(input_ids=ids, logits_to_keep=len(completion)).logits[0]
-            yield i, float(logits.float().softmax(-1).gather(1, targets[:, None]).min())
-
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Compute the logits after each prompt: (prompts, vocabulary)."""
         if not support.supports_packing(self.model, prompts[0]):

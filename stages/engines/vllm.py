@@ -24,8 +24,7 @@ from pydantic import BaseModel, PositiveInt
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import EngineSpec
-from stages.engines.openai.client import Client
-from stages.engines.openai.transport import Transport
+from stages.engines.openai import Client
 from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
@@ -157,7 +156,7 @@ def _serving(
             _wait_until_healthy(guard, port, server.startup_s, log.name)
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
-            yield lambda name: Client(Transport((url,), key, server, exit_error, grows=True), name)
+            yield lambda name: Client((url,), key, server, name, exit_error)
             failed = False
         finally:
             guard.end()

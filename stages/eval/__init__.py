@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stages.config import KEPT, REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config, system_asked
+from stages.config import REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config, system_asked
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.routing import tuning_steps
 from stages.pipeline import external_key
@@ -17,9 +17,8 @@ from stages.pipeline.stage import BENCHMARKS, Check, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.cost_model import CostModel
-    from stages.plan.estimate import Cost
     from stages.plan.prompt_lengths import Texts
+    from stages.plan.work import Work
     from stages.store.digests import DigestCache
 
 
@@ -27,12 +26,10 @@ def _inputs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
     if target == ROUTED:
         router, modes = config.eval.router, config.eval.modes
-        adapter = (TRAINED[modes["fast"]],) if {"choice", "cascade"} & set(router.by) else ()
+        adapter = (TRAINED[modes["fast"]],) if "choice" in router.by else ()
         answers = (f"eval:{mode}@{name}" for mode in modes.values())
         return ("classify:train", *adapter, *tuning_steps(config.eval), *answers)
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
-    if target.startswith(KEPT):
-        return (*labels, "rl")
     if target in REGIONS:
         return (*labels, "score", "partition:rl", "rl")
     if target in TRAINED:
@@ -91,36 +88,29 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     yield partial(preflight.check_prompts, texts, step)
 
 
-def _cost(model: CostModel, variant: str) -> Cost:
-    """An answer to each item, see `CostModel.generation_s`; the check of the first answers takes little time.
-
-    That check loads the model once more, beside the merged copy or the server that answers.
-    """
-    from stages.plan.cost_model import SERVER_S, UNKNOWN
-    from stages.plan.profiler import per_text
+def _work(texts: Texts, variant: str) -> Work | None:
+    """An answer to each item; the check of the first ones loads the model once more."""
     from stages.plan.prompt_lengths import PROMPT_SAMPLE, generation_limit
+    from stages.plan.work import Work, per_text
 
     target, _, name = variant.partition("@")
-    evaluation, rows, texts = model.config.eval, model.texts.rows[name], model.texts
+    evaluation, rows = texts.config.eval, texts.rows[name]
     section = evaluation.benchmarks[name]
     if target in UNTRAINED_TARGETS:
         rows = rows[: evaluation.untrained_items]
     if not rows or target == ROUTED:  # other steps' answers, and votes of a prompt that is not known here
-        return UNKNOWN
-    limit, slots = generation_limit(section), min(model.config.server.batch_size, len(rows))
+        return None
+    limit, slots = generation_limit(section), min(texts.config.server.batch_size, len(rows))
     prompts = texts.prompts(name, target)
     trained = target not in UNTRAINED_TARGETS and texts.rows["train"]
-    response = model.response_tokens(limit) if trained else float(limit)
-    read_tokens = per_text(prompts[:PROMPT_SAMPLE], slots)
-    thread_s = model.generation_s(len(rows) * section.samples, read_tokens, response)
-    adapted, served = target != "base", evaluation.engine == "vllm"
-    checked = (adapted or served) and evaluation.parity_items and not section.temperature
-    copy = model.profiler.copy_mib if checked else 0.0
-    cache = model.profiler.kv_cache_mib(slots, max(map(len, prompts)) + limit)
-    decoding = model.generation()[1].mib_of(slots)
-    memory = None if served else model.memory(decoding, adapted=adapted, copy=copy, cache=cache)
-    starts = SERVER_S if served and name == next(iter(evaluation.benchmarks)) else 0.0
-    return model.total(thread_s, memory, starts=starts, loads=1 + bool(checked))
+    response = texts.response_tokens(limit) if trained else float(limit)
+    answers, served = len(rows) * section.samples, evaluation.engine == "vllm"
+    checked = (target != "base" or served) and evaluation.parity_items and not section.temperature
+    return Work(
+        read=answers * per_text(prompts[:PROMPT_SAMPLE], slots), written=answers * response, slots=slots,
+        length=max(map(len, prompts)) + limit, copies=1 + bool(checked),
+        servers=served and name == next(iter(evaluation.benchmarks)),
+    )  # fmt: skip
 
 
 STAGE = Stage(
@@ -136,7 +126,7 @@ STAGE = Stage(
         "`strict` and `flexible` (the answer in each reading), `correct`, `correct_flexible`, `outcome`.",
     },
     checks=_checks,
-    cost=_cost,
+    work=_work,
     holds_base=lambda config: config.eval.engine == "transformers",
     memory_hint=lambda config, variant: "server.batch_size",
     answers_together=_answers_together,

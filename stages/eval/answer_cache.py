@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.config import BenchmarkSection
 from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
-from stages.engines.openai.replies import TokenId
 from stages.errors import AnswerError, ArtifactError
 from stages.evaluation.benchmarks import benchmarks
 from stages.prompts import thoughts
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
     from stages.evaluation.grading import Context, Grade
     from stages.progress import Progress
     from stages.prompts.renderer import Renderer
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CachedAnswer(BaseModel):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from stages.config import MODES, ROUTED, ClassifySection
@@ -30,13 +28,11 @@ def route(evaluation: Evaluation, classify: ClassifySection) -> tuple[list[Sampl
         lambda signal: fast_modes[0].engine(_adapter_for(signal, fast_modes[0])),
         context.progress, f"choosing for {ROUTED}", classify,
     )  # fmt: skip
-    if settings.cascade:
-        router.unsure = {id: unsure for fast in fast_modes for id, unsure in _unsure(fast).items()}
     router.find_threshold(read_tuning(evaluation.eval, context.inputs))
     context.progress.say(router.summary())
     modes = {item.id: router.mode(router.system2(item)) for item in items}
     answers = answers_of_modes(evaluation.eval, name, context.inputs)
-    routed = select_answers(answers, modes, choice_tokens=len(router.journals), cascade=settings.cascade)
+    routed = select_answers(answers, modes, choice_tokens=len(router.journals))
     return routed, {"router": router.record(), "routing": compare({**answers, ROUTED: routed})}
 
 
@@ -54,20 +50,3 @@ def _router(evaluation: Evaluation, fast: Evaluation, classify: ClassifySection)
         evaluation.eval.router, classify, model, evaluation.prompt, evaluation.eval.engine, identities,
         labels, context.journals,
     )  # fmt: skip
-
-
-def _unsure(fast: Evaluation) -> dict[str, float]:
-    """1 minus the least probability of a token in the fast answer, or the mean of several, by item id."""
-    adapter, progress = fast.stored_adapter(), fast.context.progress
-    answers = fast.cache(adapter)
-    answers.complete(lambda: fast.engine(adapter), fast.title, progress)  # they are in the journal
-    slots = list(answers.answers)
-    rows = [(answers.prompts[i].ids, answers.answers[i, n].ids) for i, n in slots]
-    progress.start("probabilities of the fast answers", len(rows))
-    unsure: dict[str, list[float]] = {}
-    # vLLM 0.31 ends with an error if asked for the probabilities of a prompt through a LoRA module.
-    merged = replace(fast, server=fast.server.model_copy(update={"adapter": "merged"}))
-    for at, least in merged.engine(adapter).least_probabilities(rows):
-        unsure.setdefault(answers.rows[slots[at][0]].example.id, []).append(1 - least)
-        progress.advance(1)
-    return {id: fmean(values) for id, values in unsure.items()}

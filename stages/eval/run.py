@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
 from stages.config import (
-    KEPT,
     REGIONS,
     UNTRAINED_TARGETS,
     BenchmarkSection,
@@ -39,7 +38,7 @@ from stages.records import Labelled, Sample, read_labels, write_jsonl
 from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
-    from stages.engines.openai.client import Client
+    from stages.engines.openai import Client
     from stages.pipeline.context import StageContext
 
 
@@ -100,8 +99,6 @@ class Evaluation:
 
     def stored_adapter(self) -> Path | None:
         """The folder of the target's adapter in an artifact; None for the base."""
-        if self.target.startswith(KEPT):
-            return self.context.inputs["rl"].kept_adapter(self.target.removeprefix(KEPT))
         return self.context.adapter("score", "sft", "rl")
 
     def identity(self, adapter: Path | None) -> dict[str, Any]:

@@ -24,12 +24,12 @@ ORACLE = "oracle"
 
 
 def select_answers(
-    samples: dict[str, list[Sample]], modes: dict[str, str], choice_tokens: int = 0, cascade: bool = False
+    samples: dict[str, list[Sample]], modes: dict[str, str], choice_tokens: int = 0
 ) -> list[Sample]:
     """Return the answers of each item in its mode, in the order of the items; `extra` names the mode.
 
     samples: the answers by mode, to the same items, else an ArtifactError. modes: mode by item id.
-    choice_tokens: what choosing a mode took. cascade: what is answered slowly was answered fast before.
+    choice_tokens: what choosing a mode took.
     """
     by_slot = {(mode, s.id, s.sample): s for mode, answers in samples.items() for s in answers}
     slots = [(modes.get(s.id, ""), s.id, s.sample) for s in next(iter(samples.values()))]
@@ -43,8 +43,7 @@ def select_answers(
         answer = by_slot[mode, id, number]
         tokens = answer.extra.get("tokens")
         if tokens is not None:
-            fast = by_slot[MODES[0], id, number].extra.get("tokens", 0) if cascade and mode != MODES[0] else 0
-            tokens = {"tokens": tokens + choice_tokens + fast}
+            tokens = {"tokens": tokens + choice_tokens}
         selected.append(replace(answer, extra={**answer.extra, **(tokens or {}), "mode": mode}))
     return selected
 
@@ -60,7 +59,6 @@ class Tuning:
     items: list[Example]
     fast: Answered
     slow: Answered
-    """With all tokens of the answers to an item that is answered slowly; choosing its mode is not counted."""
 
 
 def tuning_steps(section: EvalSection) -> tuple[str, ...]:
@@ -78,10 +76,8 @@ def read_tuning(section: EvalSection, inputs: Mapping[str, Artifact]) -> Tuning 
         return None
     benchmark = section.benchmarks[tune]
     answers = answers_of_modes(section, tune, inputs)
-    all_slow = {sample.id: MODES[1] for sample in answers[MODES[1]]}
-    slow = select_answers(answers, all_slow, cascade=section.router.cascade)
     items = benchmarks.pick(benchmark.kind).load(benchmark)
-    return Tuning(items, answered(answers[MODES[0]]), answered(slow))
+    return Tuning(items, answered(answers[MODES[0]]), answered(answers[MODES[1]]))
 
 
 def answers_of_modes(

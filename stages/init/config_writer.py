@@ -60,23 +60,12 @@ RL_ALONE = [
 """RL without SFT and without scores, both of which read responses."""
 
 
-@dataclass(frozen=True)
-class Protected:
-    """The rows whose skill must survive training."""
-
-    path: str
-    profile: DataProfile
-    test: BenchmarkSection | None
-    """Benchmark of those that are held out; None if no answer can be verified."""
-
-
 def choices(
     profile: DataProfile,
     model: str,
     data: str,
     tests: list[BenchmarkSection],
     labels: str | None = None,
-    protected: Protected | None = None,
     name: str = "",
 ) -> Iterator[Choice]:
     """Yield the settings that differ from the defaults for these rows.
@@ -90,7 +79,7 @@ def choices(
         yield Choice("data.empty", "drop", f"{empty} rows have no prompt or no response")
     if repeated := profile.rows.repeated:
         yield Choice("data.duplicates", "first", f"{repeated} rows repeat one before")
-    yield from _lengths([profile, *([protected.profile] if protected else [])])
+    yield from _lengths(profile)
     if profile.section.template == "plain":
         yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
     if profile.system2_rows is None and labels is None:
@@ -106,15 +95,13 @@ def choices(
         yield Choice("classify.labels_file", labels)
     elif profile.system2_rows is not None:
         yield Choice("classify.strategy", "known", "each row has a field system")
-    if protected:
-        yield Choice("partition.protect", protected.path, "no stage trains what its rows need")
     rl = list(_rl(profile))
     limits = {choice.name: choice.value for choice in rl}
     yield from [] if profile.imitable else RL_ALONE
     yield from SECOND_SFT if profile.unverifiable else rl
     yield from _small(profile) if profile.is_small else ()
     yield from _server(profile, limits)
-    yield from _benchmarks(tests, protected, limits)
+    yield from _benchmarks(tests, limits)
 
 
 def _modes(profile: DataProfile) -> Iterator[Choice]:
@@ -153,8 +140,8 @@ def _voters(profile: DataProfile) -> list[Choice]:
     return [Choice("classify.voters", voters, f"the model itself, by worked examples: {why}")]
 
 
-def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
-    """The choices as YAML, each with its reason as a comment, between other comments."""
+def document(chosen: list[Choice], head: list[str]) -> str:
+    """The choices as YAML, each with its reason as a comment."""
     tree: dict[str, Any] = {}
     for choice in chosen:
         *path, last = choice.name.split(".")
@@ -162,8 +149,7 @@ def document(chosen: list[Choice], head: list[str], foot: list[str]) -> str:
         for key in path:
             section = section.setdefault(key, {})
         section[last] = choice
-    comments = ["", "# Undecided:", *(f"# - {escaping.one_line(line)}" for line in foot)] if foot else []
-    return "\n".join([*(f"# {escaping.one_line(line)}" for line in head), *_lines(tree), *comments, ""])
+    return "\n".join([*(f"# {escaping.one_line(line)}" for line in head), *_lines(tree), ""])
 
 
 def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
@@ -176,11 +162,10 @@ def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _lines(node, indent + "  ")
 
 
-def _lengths(profiles: list[DataProfile]) -> Iterator[Choice]:
-    """Lengths of the rows to train on, and of protected ones if there are any."""
-    longest, why = max(_limit(profile.row, profile.positions) for profile in profiles)
+def _lengths(profile: DataProfile) -> Iterator[Choice]:
+    longest, why = _limit(profile.row, profile.positions)
     yield Choice("data.max_length", longest, f"prompt and response: {why}")
-    if any(longest < profile.row.longest for profile in profiles):
+    if longest < profile.row.longest:
         yield Choice("data.too_long", "drop", "the longer rows are left out of SFT and score")
 
 
@@ -254,19 +239,12 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
 
 
-def _benchmarks(
-    tests: list[BenchmarkSection], protected: Protected | None, limits: dict[str, Any]
-) -> Iterator[Choice]:
-    """A benchmark for each test file and for the protected rows. limits: the settings of RL."""
+def _benchmarks(tests: list[BenchmarkSection], limits: dict[str, Any]) -> Iterator[Choice]:
+    """A benchmark for each test file. limits: the settings of RL."""
     names: list[str] = []
     for test in tests:
         names.append(_benchmark_name(_word(str(test.path)).strip("-_"), test.kind, names))
         yield from _benchmark(names[-1], test, limits, "as many as in RL")
-    if protected and protected.test:
-        name = _benchmark_name("protected", protected.test.kind, names)
-        limits = {choice.name: choice.value for choice in _rl(protected.profile)}
-        yield from _benchmark(name, protected.test, limits, "a quarter more than their responses")
-        yield Choice(f"eval.benchmarks.{name}.label", False, "the systems are those of the new rows")
 
 
 def _benchmark_name(word: str, kind: str, taken: Collection[str]) -> str:

@@ -6,11 +6,10 @@ threshold, which is found on rows that both modes have answered or, for the base
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -69,8 +68,6 @@ class Router:
     ) -> None:
         """journals: of the signals `vote` and `choice`. labels: of the training rows."""
         self.settings, self.journals = settings, journals
-        self.unsure: dict[str, float] = {}
-        """The signal `cascade` by item id, where fast answers are at hand."""
         by_labels = "vote" in journals and not settings.tune
         systems = (1, 2) if by_labels else ()
         self._rows = [row for system in systems for row in _sample(labels, system, seed)]
@@ -116,19 +113,12 @@ class Router:
     def system2(self, example: Example) -> float | None:
         """The mean of the signals on an item; None if one is missing, as after an invalid vote."""
         signals = [journal.vote(example) for journal in self.journals.values()]
-        if self.settings.cascade:
-            signals.append(self.unsure.get(example.id))
         valid = [signal for signal in signals if signal is not None]
         return fmean(valid) if len(valid) == len(signals) else None
 
     def mode(self, system2: float | None) -> str:
         """Return `fast` or `slow` for a signal; slow if there is none."""
         return MODES[system2 is None or system2 > self.threshold.threshold]
-
-    def take_threshold(self, metrics: Path) -> None:
-        """Take the threshold that an evaluation of `auto` has found, from its metrics."""
-        record = json.loads(metrics.read_text(encoding="utf-8"))["router"]
-        self.threshold = Threshold(**{field.name: record[field.name] for field in fields(Threshold)})
 
     def summary(self) -> str:
         """One line on what `auto` decides by, and what it will cost."""

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from stages.config import Voter
-from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure, same_model
-from stages.engines.openai.client import Client
-from stages.errors import AnswerError, ConfigError
+from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure
+from stages.errors import AnswerError
 from stages.labelling.personas import is_for_calibration
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
@@ -42,16 +41,7 @@ def tolerated(total: int, share: float) -> float:
 def journal_path(folder: Path, model_title: str, persona: str, key: str) -> Path:
     """The file of a voter's journal. key: of all that changes its answers, or `*` for a pattern."""
     model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
-    return folder / f"{model_name}-{persona}-{key}.jsonl"
-
-
-def _has_changed(client: Client, probes: list[str]) -> bool:
-    """True if the model gives other answers than these, twice the same: some servers sample all answers."""
-    try:
-        answers = client.fingerprint()
-        return not same_model(answers, probes) and same_model(client.fingerprint(), answers)
-    except ConfigError:  # its servers differ from each other
-        return True
+    return folder / f"{model_name}-{persona}-{key}.sqlite"
 
 
 class VoteJournal:
@@ -109,36 +99,13 @@ class VoteJournal:
         return [request for key, request in requests.items() if key not in self._journal]
 
     def ask(self, engine: Engine, say: Callable[[str], None]) -> Generator[None, None, None]:
-        """Send the engine the missing requests and journal each answer as it arrives; yields after each.
-
-        If a remote model's greedy answers to the probes have changed, so have its weights, under the same
-        name: its earlier votes are then set aside. AnswerError if that is so after the last vote.
-        """
-        # Models that run here are identified by the digest of their weights, so they need no probes.
-        remote = engine if isinstance(engine, Client) and self.voter.urls else None
-        probes = remote.fingerprint() if remote else []
+        """Send the engine the missing requests and journal each answer as it arrives; yields after each."""
         with self._journal.writing(say):
-            recorded = self._journal.notes.get("fingerprint", [])
-            is_known = isinstance(recorded, list) and len(recorded) == len(probes)
-            if is_known and not same_model(probes, recorded):
-                say(
-                    f"{self.title} gives other answers than before: its weights have changed under the same "
-                    f"name; its {self._journal.set_aside()} earlier votes are set aside"
-                )
-                is_known = False
-            if remote and not is_known:
-                self._journal.note("fingerprint", probes)
             self.set_examples(self.examples)  # another run may have added answers
             missing = self.missing()
             for i, result in engine.choose_words(self._choice_request(*request) for request in missing):
                 self._record(*missing[i], result)
                 yield
-            if remote and missing and _has_changed(remote, probes):
-                raise AnswerError(
-                    f"{self.title} gives other answers than before its votes: its weights have changed "
-                    f"meanwhile; its {self._journal.set_aside()} votes are set aside",
-                    "run the same command again: it asks again",
-                )
 
     def _record(self, example: Example, sample: int, result: ChoiceResult | Failure) -> None:
         """Journal an answer; a failure is not journalled, so the next run asks again."""

@@ -1,4 +1,4 @@
-"""The examples that score and SFT read: labelled ones, and protected ones."""
+"""The labelled examples that score and SFT read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import logging
 import random
 from dataclasses import replace
 
-from stages.config import MODES, ScoreSection, SftSection, SourceSection
-from stages.data.rows import read
+from stages.config import MODES, ScoreSection, SftSection
 from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
 
 log = logging.getLogger(__name__)
 
-PROTECTED = "protected"
-"""Name of the rows of `partition.protect`: as a variant of score, and as a prefix in its file."""
-PROBE_ROWS = 16
-"""Most protected rows that are not scored, so that the drift of training is measured on them."""
 _SFT_WITHOUT = {1: "sft.data=all", 2: "sft.system2_share=0 with sft.rounds=1"}
 """System → settings with which SFT needs no response of its rows."""
 
@@ -34,24 +29,6 @@ def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, 
         number = min(score.examples, len(examples))
         samples[system] = random.Random(f"{seed} score {system}").sample(examples, number)
     return samples
-
-
-def protected(path: str, score: ScoreSection, seed: int) -> tuple[list[Example], list[Example], int]:
-    """Two random samples of the protected rows that have a response: those to score, and those held out.
-
-    Of few rows a quarter is held out. The third value is the number of rows without a response. DataError if
-    none has one.
-    """
-    rows = read(SourceSection(path=path, empty="drop", duplicates="first"))
-    answered = [example for example in rows if example.response]
-    if not answered:
-        raise DataError(
-            f"none of {len(rows)} rows of partition.protect, {path}, has a response",
-            "importance is that of responses: name rows with the answers to keep",
-        )
-    random.Random(f"{seed} protected").shuffle(answered)
-    held_out = min(PROBE_ROWS, len(answered) // 4)
-    return answered[held_out:][: score.examples], answered[:held_out], len(rows) - len(answered)
 
 
 def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:

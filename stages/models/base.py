@@ -141,12 +141,6 @@ def weights_mib(model: ModelSection) -> float:
     return without_weights(model).num_parameters() * itemsize / resources.MIB
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers that the architecture says must not be split among devices; it may name none."""
-    names = model._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
 def _run_once(loaded: PreTrainedModel) -> None:
     """Run two tokens through the model in training mode, so that errors of its config show here."""
     eos = loaded.generation_config.eos_token_id if loaded.generation_config else None

@@ -59,15 +59,6 @@ def _auto(name: str, revision: str) -> str:
     return "bfloat16" if stored == "bfloat16" and native_bfloat16() else "float32"
 
 
-def is_converted(model: ModelSection) -> bool:
-    """True if loading converts the weights to a dtype that the checkpoint's config does not name.
-
-    Each process then has a copy of them in main memory. Otherwise their files are mapped, and processes share
-    what is read of them.
-    """
-    return str(load_config(model).dtype).removeprefix("torch.") != resolve(model)
-
-
 def answer_dtype(model: ModelSection, engine: str) -> str:
     """Return the precision in which an engine here computes its answers, for the key of their journal.
 

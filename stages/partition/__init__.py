@@ -7,30 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.config import Config
 from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
 from stages.lora.importance.strategies import number_of
-from stages.pipeline.stage import WEIGHTS, Check, Stage, protected_step
+from stages.pipeline.stage import WEIGHTS, Check, Stage
+from stages.plan.work import Work
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.cost_model import CostModel
-    from stages.plan.estimate import Cost
     from stages.plan.prompt_lengths import Texts
-    from stages.store.digests import DigestCache
-
-
-def _inputs(config: Config, trained: str) -> tuple[str, ...]:
-    scores = "score:rl" if trained == "rl" and config.rl.rescore else "score"
-    return (*protected_step(config), scores)
-
-
-def _external_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
-    section = config.partition
-    return {"protect_theta": section.protect_theta} if section.protect else {}
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -57,17 +44,10 @@ def _check_density(texts: Texts, trained: str) -> None:
         )
 
 
-def _cost(model: CostModel, _: str) -> Cost:
-    from stages.plan.cost_model import NOTHING
-
-    return NOTHING
-
-
 STAGE = Stage(
     name="partition",
-    inputs=_inputs,
+    inputs=lambda config, trained: ("score",),
     sections=lambda config, _: ("partition", "seed"),
-    external_key=_external_key,
     variants=lambda config: ("sft", "rl"),
     variants_help="sft or rl",
     files={
@@ -76,6 +56,6 @@ STAGE = Stage(
         f"SFT trains RL's. All {WEIGHTS}.",
     },
     checks=_checks,
-    cost=_cost,
+    work=lambda texts, _: Work(copies=0),
     version=2,
 )

@@ -11,7 +11,6 @@ from torch import Tensor
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
-from stages.lora.examples import PROTECTED
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import (
     NONE,
@@ -19,7 +18,6 @@ from stages.lora.importance.strategies import (
     S2_ONLY,
     SHARED,
     Split,
-    needed_set,
     order_within,
     strategies,
     top_share,
@@ -31,8 +29,7 @@ from stages.records import read_json
 def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
-    What the protected rows need is active in no stage, whichever region it is of. Returns the size of each
-    region and the active share. UnusableResult if no element is active.
+    Returns the size of each region and the active share. UnusableResult if no element is active.
     """
     score = context.inputs["score"].path
     by_name = read_json(score / "shapes.json", dict[str, tuple[PositiveInt, ...]])
@@ -50,13 +47,8 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
         active = split.active["sft"]
     else:
         active = _rl_active(split, scores, partition, seed, sizes)
-    protected = _protected(context, partition, len(active))
-    if not bool((active & ~protected).any()):
-        raise UnusableResult(
-            f"no element is active in {context.variant}",
-            _hint(context.variant, partition, bool(active.any())),
-        )
-    active &= ~protected
+    if not bool(active.any()):
+        raise UnusableResult(f"no element is active in {context.variant}", _hint(context.variant, partition))
     Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
@@ -70,7 +62,6 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
         "s1_only_share": _exclusive_share(counts[S1_ONLY], counts[SHARED]),
         "s2_only_share": _exclusive_share(counts[S2_ONLY], counts[SHARED]),
         "jaccard": counts[SHARED] / union if union else 0.0,
-        **({"protected": int(protected.sum())} if partition.protect else {}),
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
@@ -90,18 +81,8 @@ def _rl_active(
     return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
 
 
-def _protected(context: StageContext, partition: PartitionSection, elements: int) -> Tensor:
-    """The elements that the protected rows need, as a bool mask; none without such rows."""
-    if context.protected is None or not partition.protect_theta:
-        return torch.zeros(elements, dtype=torch.bool)
-    scores = read_importance(context.protected / "importance.safetensors")[PROTECTED]
-    return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
-
-
-def _hint(stage: str, partition: PartitionSection, protected: bool) -> str:
-    """The setting to change where no element is active. protected: all that were chosen are protected."""
-    if protected:
-        return "the protected rows need all that it would train: lower partition.protect_theta"
+def _hint(stage: str, partition: PartitionSection) -> str:
+    """The setting to change where no element is active."""
     if stage == "rl" and partition.rl_density is not None:
         return "raise partition.rl_density"
     if stage == "rl" and partition.rl_elements == "not_system1":

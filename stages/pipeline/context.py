@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.lora.examples import PROTECTED
-
 if TYPE_CHECKING:
     from stages.engines import EngineCache
     from stages.progress import Progress
@@ -44,12 +42,6 @@ class StageContext:
     def adapter(self, *stages: str) -> Path | None:
         """The adapter folder of the first of these stages that is among its inputs."""
         return next((self.inputs[stage].adapter for stage in stages if stage in self.inputs), None)
-
-    @property
-    def protected(self) -> Path | None:
-        """The artifact of the protected rows, if there are any."""
-        step = f"score:{PROTECTED}"
-        return self.inputs[step].path if step in self.inputs else None
 
     @property
     def masks(self) -> Path | None:

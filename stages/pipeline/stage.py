@@ -17,7 +17,6 @@ from stages import ORDER, about
 from stages.config import Config, Section
 from stages.config.fields import setting
 from stages.errors import ConfigError
-from stages.lora.examples import PROTECTED
 
 if TYPE_CHECKING:
     from stages.store.digests import DigestCache
@@ -52,8 +51,8 @@ class Stage:
     """Sections it reads that are not in its key as a whole; `external_key` adds the parts that matter."""
     checks: Callable[[Any, Any], Iterable[Check]] = lambda texts, step: ()
     """What is certain to stop a step, found before the run begins. Gets `Texts` of plan/, and the step."""
-    cost: Callable[[Any, str], Any] | None = None
-    """`Cost` of a step by the `CostModel`, both of plan/; None if it cannot be predicted."""
+    work: Callable[[Any, str], Any] | None = None
+    """The `Work` of a step on the `Texts`, both of plan/; None if it cannot be predicted."""
     holds_base: Callable[[Config], bool] = lambda config: False
     """Whether one process of it holds all weights of the base."""
     memory_hint: Callable[[Config, str], str] = lambda config, variant: ""
@@ -128,16 +127,8 @@ TRAINED = {
 """The files of a stage that trains."""
 
 
-def protected_step(config: Config) -> tuple[str, ...]:
-    """The step that scores the protected rows, if there are any.
-
-    It stands before other scores, because the last artifact of a stage has its name in a context's inputs.
-    """
-    return (f"score:{PROTECTED}",) if config.partition.protect else ()
-
-
 def training_inputs(config: Config, masks: str, start: str) -> tuple[str, ...]:
     """The steps that training reads. masks: variant of partition. start: step that made the first adapter."""
     if config.baseline is None:
-        return ("classify:train", *protected_step(config), f"partition:{masks}", start)
+        return ("classify:train", f"partition:{masks}", start)
     return ("classify:train",) if start == "score" else ("classify:train", start)

@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from stages import sandbox as sandboxes
-from stages.config import Config, LaunchSection, RlSection, SftSection
+from stages.config import Config, RlSection, SftSection
 from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
 from stages.lora.training import loop
 from stages.models import base
-from stages.pipeline import launch
 from stages.pipeline.stage import Check, section
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
@@ -85,35 +84,19 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)
 
 
-def of_training(config: Config, launching: LaunchSection) -> Iterator[Check]:
+def of_training(config: Config) -> Iterator[Check]:
     """The checks of every stage that computes gradients."""
     yield partial(base.check_trainable, config.model)
-    if launching.is_distributed:
-        yield partial(launch.command, launching)
 
 
 def of_trainer(training: SftSection | RlSection) -> Iterator[Check]:
     """The checks of a stage that has a trainer."""
-    yield partial(loop.check_machine, training, training.launch.is_distributed)
-    yield partial(check_shares, training)
+    yield partial(loop.check_machine, training)
 
 
 def check_lengths(texts: Texts, stage: str, rows: list[Example]) -> None:
     """Raise DataError about a row that is too long, or too few rows, for score or sft."""
     texts.renderer(stage, texts.labels).rows(sampled(rows, TRAINING_SAMPLE), texts.config.data)
-
-
-def check_shares(training: SftSection | RlSection) -> None:
-    """Raise ConfigError if the processes of this machine cannot share the samples of a step evenly."""
-    launching = training.launch
-    if launching.backend == "single" or launching.config is not None:  # that file says how many there are
-        return
-    if isinstance(training, RlSection):
-        samples = training.prompts_per_step * training.num_generations
-    else:
-        samples = training.batch_size
-    processes, _ = launch.processes(launching)
-    loop.accumulation_steps(samples, training.per_device_train_batch_size, processes)
 
 
 def check_prompts(texts: Texts, step: Step) -> None:

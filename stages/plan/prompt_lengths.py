@@ -11,7 +11,7 @@ from stages.config import UNTRAINED_TARGETS, UNVOTED, BenchmarkSection, Config, 
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
-from stages.engines.openai.requests import max_reply_tokens
+from stages.engines.openai import max_reply_tokens
 from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import held_out, question_of
@@ -94,6 +94,10 @@ class Texts:
     @cached_property
     def rl_prompts(self) -> Lengths:
         return Lengths(prompt_length(row) for row in self.training_rows("rl"))
+
+    def response_tokens(self, limit: int) -> float:
+        """Mean length of a trained model's answers: as the responses or, if no row has one, the limit."""
+        return self.responses.within(limit) if self.imitable else float(limit)
 
     @cached_property
     def responses(self) -> Lengths:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from stages import escaping
 from stages.config import Config, ModelSection
-from stages.data.rows import may_be_hub_id
 from stages.errors import ArtifactError, ConfigError, validation_messages
 from stages.records import read_json
 from stages.report import usage
@@ -36,12 +34,10 @@ model.set_adapter("slow")  # or "fast"
 """
 
 
-def card(
-    artifact: Artifact, form: Form, folder: Path, evaluated: Sequence[Artifact] = (), base_dtype: bool = False
-) -> str:
+def card(artifact: Artifact, form: Form, folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
     """Compose a model card from the manifest of the adapter and the metrics of its evaluations.
 
-    folder: holds the export. base_dtype: true if the adapter was rounded to the base's type.
+    folder: holds the export.
     """
     manifest, view, config = artifact.manifest, view_of(artifact), _config(artifact)
     stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
@@ -53,7 +49,7 @@ def card(
     sections[stage] = {k: v for k, v in trained_by.items() if not isinstance(v, dict | list | None)}
     settings = {"base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype, "seed": config.seed}
     if not baseline:
-        settings |= {"score.scorer": config.score.scorer, "score.scorer_file": config.score.scorer_file}
+        settings |= {"score.scorer": config.score.scorer}
     if stage == "rl":
         settings |= {"rl.rewards": config.rl.rewards, "rl.rewards_file": config.rl.rewards_file}
     # With their sections: both partition and rl have a `beta`.
@@ -72,7 +68,7 @@ tags: [lorapar, {baseline["method"] if baseline else "lora"}]
 {subject} of step `{view.step}` of lorapar (arXiv 2507.20999), artifact
 `{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
 {trained} were trained in this step, in
-{summary["steps"]} steps{_untrained_note(form, config, base_dtype)}.
+{summary["steps"]} steps{_untrained_note(form, config)}.
 
 {_results(evaluated)}{_usage(artifact, form, folder, config)}| setting | value |
 |---|---|
@@ -128,15 +124,14 @@ def _method_name(config: Config) -> str:
     return {"importance": "LoRA-PAR", "all": "LoRA"}.get(strategy, f"LoRA-PAR ({strategy})")
 
 
-def _untrained_note(form: Form, config: Config, base_dtype: bool) -> str:
+def _untrained_note(form: Form, config: Config) -> str:
     """Continue the sentence on the trained elements: what became of the others, and of a base in 4 bits."""
     if form == "merged":
         note = ". Trained and evaluated on the base in 4 bits; merged into its weights before that"
         return note if config.model.load_in_4bit else ""
     if config.baseline:
         return "; all that the method has"
-    precision = "rounded to the base's type" if base_dtype else "to the bit"
-    return f"; the others are those that it started from, {precision}"
+    return "; the others are those that it started from, to the bit"
 
 
 def _base_model_line(base: ModelSection) -> str:
@@ -221,34 +216,3 @@ def _results(evaluated: Sequence[Artifact]) -> str:
             if measures.value:
                 lines.append(f"| {name}, {group} | {measures.value.text()} | {measures.n} |")
     return "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
-
-
-def hub_results(evaluated: Sequence[Artifact]) -> str:
-    """Write results on data sets of the hub, in percent, as YAML for `.eval_results/`; "" if there are none.
-
-    A data set accepts results only for tasks that it declares; a task has the name of the benchmark's kind.
-    Source: https://huggingface.co/docs/hub/eval-results.
-    """
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-
-    entries = []
-    for artifact in evaluated:
-        target, _, name = artifact.manifest["variant"].partition("@")
-        benchmark = _config(artifact).eval.benchmarks[name]
-        summary = artifact.manifest["summary"]
-        if not may_be_hub_id(benchmark.path or "") or not summary.get("all", {}).get("n"):
-            continue
-        keys = ("subset", "split", "shots", "mode", "temperature", "limit")
-        values = {key: getattr(benchmark, key) for key in keys}
-        settings = ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
-        source = f"{target} on {name}, lorapar {artifact.manifest['key']}"
-        entry = EvalResultEntry(
-            dataset_id=benchmark.path,
-            task_id=benchmark.kind,
-            value=round(100 * summary["all"]["accuracy"], 2),
-            dataset_revision=benchmark.revision if len(benchmark.revision) == 40 else None,
-            date=artifact.manifest["provenance"]["finished"],
-            notes=f"{source}: {settings}; n {summary['all']['n']}",
-        )
-        entries.append(entry)
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

@@ -6,11 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt
 
-from stages.config import REGIONS, ROUTED, TRAINED, Config
-from stages.config.evaluation import KEPT
+from stages.config import REGIONS, ROUTED
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
-from stages.evaluation.statistics import Interval, paired_difference, paired_p
+from stages.evaluation.statistics import Interval, paired_p
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_json, read_samples
@@ -84,21 +83,16 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
 
 
-def answers_of(artifact: Artifact) -> dict[str, list[Sample]]:
-    """Read the graded answers of an evaluation by item."""
-    return answers_by_item(read_samples(artifact.path / "samples.jsonl"))
-
-
 def is_derived(target: str) -> bool:
     """Whether a target is made of another's weights or answers, or is an earlier step of RL's."""
-    return target in (*REGIONS, ROUTED) or target.startswith(KEPT)
+    return target in (*REGIONS, ROUTED)
 
 
 def p_note(targets: Iterable[str]) -> str:
     """Explain what the p-values of these targets compare."""
     derived = {target for target in targets if is_derived(target)}
     note = "p: paired test on the same items against the target to the left"
-    note += ", passing over auto and kept steps." if derived - set(REGIONS) else "."
+    note += ", passing over auto." if derived - set(REGIONS) else "."
     regions = " Regions alone are tested against the model that they are of."
     return note + (regions if derived & set(REGIONS) else "")
 
@@ -200,52 +194,6 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def protection(config: Config, artifacts: dict[str, Artifact]) -> list[Block]:
-    """Build the table: the base's accuracy on each benchmark, the change after each step, and the drift.
-
-    Empty without `partition.protect`, or if nothing is trained yet.
-    """
-    trained = {target: artifacts[step] for target, step in TRAINED.items() if step in artifacts}
-    if not config.partition.protect or not trained:
-        return []
-    rows = []
-    for benchmark in config.eval.benchmarks:
-        evaluations = {target: f"eval:{target}@{benchmark}" for target in ("base", *TRAINED)}
-        by_target = {
-            target: accuracy_by_item(answers_of(artifacts[step]))
-            for target, step in evaluations.items()
-            if step in artifacts
-        }
-        if by_target:
-            base = by_target.get("base", {})
-            mean = f"{100 * fmean(base.values()):.1f}" if base else ""
-            changes = (_change(base, by_target.get(target, {})) for target in trained)
-            rows.append([benchmark, str(len(base) or ""), mean, *changes])
-    summaries = {target: artifact.manifest["summary"] for target, artifact in trained.items()}
-    drift = [f"{s['protected_kl']:.3g}" if "protected_kl" in s else "" for s in summaries.values()]
-    if any(drift):
-        held_out = artifacts["score:protected"].manifest["summary"]["held_out"]
-        rows.append(["drift on held-out protected rows", str(held_out), "", *drift])
-    shares = ", ".join(f"{target} trains {100 * s['active_share']:.1f} %" for target, s in summaries.items())
-    masks = next(a for name, a in artifacts.items() if name.startswith("partition:")).manifest["summary"]
-    caption = (
-        "Change of the accuracy against the base in points [95 % interval, paired over items]. Drift: KL "
-        "from the adapter that the stage starts with, in nats per token of the answers. Of the elements, "
-        f"{100 * masks['protected'] / masks['elements']:.1f} % are protected; {shares}."
-    )
-    return [Grid(["", "items", "base, %", *trained], rows, caption)]
-
-
-def _change(base: dict[str, float], trained: dict[str, float]) -> str:
-    """Return the change against the base on the items that both answered, with its interval."""
-    items = [item for item in base if item in trained]
-    if not items:
-        return ""
-    points = paired_difference([base[item] for item in items], [trained[item] for item in items])
-    change, low, high = (100 * value for value in points)
-    return f"{change:+.1f} [{low:.1f}, {high:.1f}]"
-
-
 ROUTINGS_CAPTION = (
     "fast and slow: one mode for all items. auto: the router decides for each item. "
     "label: the mode of the item's label. oracle: the better mode for each item, and of equals the shorter "
@@ -283,7 +231,6 @@ def _decision(router: _Router) -> str:
     signals = {
         "vote": f"the vote of the base, as persona {router.persona}",
         "choice": "the word that the fast mode's adapter says",
-        "cascade": "the least probability of a token in the fast answer",
     }
     text = f"auto decides by {' and '.join(signals[signal] for signal in router.by)}. Its threshold, "
     text += f"{router.threshold:.3f}, "
@@ -296,4 +243,4 @@ def _decision(router: _Router) -> str:
         text += f"is from {router.examples} labelled training rows{area}."
     else:
         text += "is not fitted."
-    return f"{text} A vote or a word counts as one token, and a fast answer counts before a slow one."
+    return f"{text} A vote or a word counts as one token."

@@ -13,7 +13,6 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from stages.lora.training import curves as training
 from stages.store.digests import id_of
 from stages.sweep.values import Value
 
@@ -163,53 +162,6 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], title: str) -> F
     return figure
 
 
-@rc_context(STYLE)
-def heat_map(rows: list[str], columns: list[str], shares: list[list[float]], title: str) -> Figure:
-    """Draw shares in per cent by row and column; the colour scale begins at 0."""
-    figure, axes = _new(3.2, 1.1 + 0.11 * len(rows))
-    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    # A row number is no layer number in a hybrid model, where some layers lack these modules.
-    axes.yaxis.set_major_formatter(lambda at, _: rows[int(at)] if at in range(len(rows)) else "")
-    axes.set(title=title, ylabel="layer")
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.ax.tick_params(labelsize=8)
-    bar.ax.set_title("%", fontsize=8)
-    bar.outline.set_visible(False)
-    return figure
-
-
-Curve = tuple[list[float], list[float]]
-"""Shares of the elements, and shares of the importance that they hold, both from 0 to 1."""
-
-
-@rc_context(STYLE)
-def cumulative_curves(curves: dict[str, Curve], nulls: dict[str, dict[str, Curve]], theta: float) -> Figure:
-    """Plot the share of the importance that the most important elements hold over their share of all.
-
-    curves: by name. nulls: what chance gives for some of them by each of two nulls, in the same colours.
-    """
-    figure, axes = _new(4.4, 3.4)
-    for colour, (name, curve) in zip(colours(curves), curves.items(), strict=True):
-        chance = [
-            (f"{name}, {null}", style, drawn[name])
-            for style, (null, drawn) in zip(("--", ":"), nulls.items(), strict=False)
-            if name in drawn
-        ]
-        for label, style, shares in ((name, "-", curve), *chance):
-            elements, importance = ([100 * share for share in axis] for axis in shares)
-            axes.plot(elements, importance, color=colour, label=label, linewidth=1.4, linestyle=style)
-    axes.axhline(100 * theta, color=INK, linewidth=0.8, linestyle=":")
-    axes.annotate(f"θ = {theta:g}", (100, 100 * theta), ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="elements, most important first, %", ylabel="importance, %")
-    axes.set(xlim=(0, 100), ylim=(0, 102))
-    axes.grid(alpha=0.2)
-    axes.legend(fontsize=8, loc="lower right")
-    return figure
-
-
 WINDOW = 5
 """Steps of the moving mean of RL's curves."""
 
@@ -241,29 +193,6 @@ def training_panel(title: str, curves: dict[str, list[tuple[float, float]]], win
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-@rc_context(STYLE)
-def training_curves(runs: dict[str, list[training.History]], panels: dict[str, str]) -> Figure:
-    """Plot logged values by step, as moving means over WINDOW: a line for each seed, styled by its row.
-
-    runs: row → histories. panels: title → log key.
-    """
-    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
-    for position, (title, name) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(2, 2, position)
-        for number, histories in enumerate(runs.values()):
-            for history in histories:
-                points = training.points(history, name)
-                steps = [step for step, _ in points]
-                axes.plot(steps, _smoothed(points, WINDOW), **_look(number), linewidth=0.9, alpha=0.8)
-        axes.set(title=title, xlabel="optimizer step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    for number, row in enumerate(runs):
-        axes.plot([], [], **_look(number), label=row)
-    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 

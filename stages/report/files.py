@@ -9,7 +9,6 @@ from stages.store.whole_files import whole_files
 MARKS = {
     ".html": '<meta name="generator" content="lorapar">',
     ".md": "<!-- lorapar report -->",
-    ".tex": "% lorapar report",
     ".csv": "row,column,mean,low,high,",
 }
 """What a file of a report has at its start; another one of its name has not."""
@@ -23,8 +22,8 @@ def refuse_others(files: Iterable[Path]) -> None:
 
 
 def write(texts: dict[Path, str]) -> None:
-    """Write each text to its file; text and LaTeX get their mark here."""
+    """Write each text to its file; Markdown gets its mark here."""
     with whole_files(list(texts), replace=True) as drafts:
         for draft, text in zip(drafts, texts.values(), strict=True):
-            head = f"{MARKS[draft.suffix]}\n" if draft.suffix in (".md", ".tex") else ""
+            head = f"{MARKS[draft.suffix]}\n" if draft.suffix == ".md" else ""
             draft.write_text(head + text, encoding="utf-8")

@@ -56,27 +56,6 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class ComparedItem:
-    """One item that two targets answered differently."""
-
-    outcome: str
-    """`won` or `lost`, seen from the second target."""
-    label: str
-    question: str
-    gold: str
-    first: str
-    first_answer: str
-    second: str
-    second_answer: str
-
-
-@dataclass(frozen=True)
-class Items:
-    items: list[ComparedItem]
-    kind: ClassVar[str] = "items"
-
-
-@dataclass(frozen=True)
 class Details:
     """Blocks that are folded until the reader opens them."""
 
@@ -93,7 +72,7 @@ class Tiles:
     """Title, figure and what belongs to it, of each."""
 
 
-Block = Text | Grid | Pictures | Items | Details
+Block = Text | Grid | Pictures | Details
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stages.lora.training import curves
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import read_json
-from stages.report import comparison, elements, figures, provenance, voters
+from stages.report import comparison, elements, figures, voters
 from stages.report.page import (
     Block,
     Command,
@@ -27,7 +27,6 @@ from stages.report.page import (
     render,
 )
 from stages.report.views import prompt_of, views_of
-from stages.report.won_and_lost import Answered, won_and_lost
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
@@ -70,14 +69,10 @@ def build(
     missing = [name for name in steps if name not in artifacts]
     sections = [
         PageSection("results", "Results", list(_results(tables, comparison.routed(artifacts)))),
-        PageSection("protection", "Gain and loss", comparison.protection(config, artifacts)),
         PageSection("routing", "Routing", comparison.routings(artifacts)),
-        PageSection("items", "Won and lost", list(_items(artifacts, tables))),
         PageSection("training", "Training", list(_training(artifacts))),
-        PageSection("elements", "Elements", list(elements.parts(config, artifacts))),
+        PageSection("elements", "Elements", list(elements.parts(artifacts))),
         PageSection("labels", "Labels", list(_label_counts(artifacts))),
-        PageSection("cost", "Cost", [provenance.cost(artifacts)] if artifacts else []),
-        PageSection("settings", "Settings and versions", provenance.settings(config, artifacts)),
     ]
     titles = {target: mode for mode, target in config.eval.modes.items()}
     return [*_tiles(config, tables), *_verdicts(tables, titles)], sections, missing
@@ -200,16 +195,6 @@ def _results(
             svg = figures.svg(plot)
             pictures.append(Picture(svg, f"Accuracy on {name} by the mean tokens of an answer."))
         yield Pictures(pictures)
-
-
-def _items(artifacts: dict[str, Artifact], tables: dict[str, list[dict[str, Any]]]) -> Iterator[Block]:
-    """Show, for each benchmark, items that its last two targets answered differently."""
-    for name, rows in tables.items():
-        targets = dict.fromkeys(row["target"] for row in rows if not comparison.is_derived(row["target"]))
-        evaluated = {target: artifacts[f"eval:{target}@{name}"] for target in list(targets)[-2:]}
-        if len(evaluated) == 2:
-            sides = (Answered(target, comparison.answers_of(one)) for target, one in evaluated.items())
-            yield from won_and_lost(f"{name}: ", *sides)
 
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:

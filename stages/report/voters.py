@@ -26,17 +26,6 @@ class _Voter(BaseModel):
     mass_on_words: float | None
 
 
-class _Pair(BaseModel):
-    equal: float
-    kappa: float | None
-    interval: Ends | None
-
-
-class _Agreement(BaseModel):
-    pairs: dict[str, _Pair] = {}
-    fleiss_kappa: float | None = None
-
-
 class _Known(BaseModel):
     field: str
     auc: dict[str, tuple[float, Ends] | None]
@@ -55,7 +44,6 @@ class _Report(BaseModel):
     """Fields of report.json that are shown; classify/report.py writes them."""
 
     voters: dict[str, _Voter]
-    agreement: _Agreement
     known: _Known | None = None
     contested: list[_Contested]
 
@@ -68,7 +56,6 @@ def blocks(folder: Path) -> list[Grid | Text]:
     parts: list[Grid | Text] = [_voters(report.voters)]
     parts.append(Text("weight: share of the voter's probability that falls on its two words"))
     parts.append(Text("held-out AUC: on rows of known labels (classify.held_out), not on these"))
-    parts += [_pairs(report.agreement)] if report.agreement.pairs else []
     parts += _reference(report.known, report.voters) if report.known else []
     parts += [Text("most contested:")] if report.contested else []
     for row in report.contested[:MAX_CONTESTED]:
@@ -92,18 +79,6 @@ def _voters(voters: dict[str, _Voter]) -> Grid:
         for title, voter in voters.items()
     ]
     return Grid(["voter", "votes 2", "invalid", "failed", "threshold", "held-out AUC", "weight"], rows)
-
-
-def _pairs(agreement: _Agreement) -> Grid:
-    rows = []
-    for names, pair in agreement.pairs.items():
-        kappa = "–" if pair.kappa is None else f"{pair.kappa:.2f}"
-        if pair.interval:
-            kappa += f" [{pair.interval[0]:.2f}–{pair.interval[1]:.2f}]"
-        rows.append([names, f"{percent(pair.equal)}%", kappa])
-    if agreement.fleiss_kappa is not None and len(agreement.pairs) > 1:
-        rows.append(["all, Fleiss' kappa", "", f"{agreement.fleiss_kappa:.2f}"])
-    return Grid(["pair of voters", "equal", "Cohen's kappa"], rows)
 
 
 def _reference(reference: _Known, voters: dict[str, _Voter]) -> list[Grid | Text]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
 from stages.pipeline import external_key
@@ -14,10 +14,8 @@ from stages.rewards import loading
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.cost_model import CostModel
-    from stages.plan.estimate import Cost
     from stages.plan.prompt_lengths import Texts
-    from stages.store.digests import DigestCache
+    from stages.plan.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +32,12 @@ def _sections(config: Config, _: str) -> tuple[str, ...]:
     return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
 
 
-def _external_key(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
-    # In the key only where steps are kept, so that other keys stay as they were.
-    kept = {"keep_steps": sorted(config.rl.keep_steps)} if config.rl.keep_steps else {}
-    return {**external_key.rewards_part(config, cache), **kept}
-
-
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     from stages.lora.grpo import vllm_rollouts
     from stages.plan import preflight
 
     rl = texts.config.rl
-    yield from preflight.of_training(texts.config, rl.launch)
+    yield from preflight.of_training(texts.config)
     yield from preflight.of_trainer(rl)
     yield partial(vllm_rollouts.check_machine, rl.rollouts)
     yield partial(_check_prompts, texts)
@@ -77,43 +69,51 @@ def _check_prompts(texts: Texts) -> None:
         building.optimizer_steps(prompts, rl)
 
 
-def _cost(model: CostModel, _: str) -> Cost:
+def _work(texts: Texts, _: str) -> Work | None:
+    """C = prompts_per_step · num_generations completions a step, sampled every μ steps, and learned from.
+
+    Completions are packed behind one copy of their prompt. A forward pass without a backward pass, by the
+    reference model or for the log-probabilities at sampling, is a third of both.
+    """
     from stages.lora.training.loop import steps_of
-    from stages.plan import rl_steps
-    from stages.plan.cost_model import SYSTEM1_SHARE, UNKNOWN
+    from stages.plan.work import SYSTEM1_SHARE, Work
 
-    rl, number = model.config.rl, len(model.texts.rows["train"])
-    if model.config.baseline is not None:
-        return UNKNOWN
+    rl, number = texts.config.rl, len(texts.rows["train"])
+    if texts.config.baseline is not None:
+        return None
     examples = number if rl.data == "all" else number * (1 - SYSTEM1_SHARE)
-    new_prompts = rl.prompts_per_step - rl.replay_prompts
-    steps = steps_of(int(examples // new_prompts), rl, rl.num_iterations)
+    steps = steps_of(int(examples // (rl.prompts_per_step - rl.replay_prompts)), rl, rl.num_iterations)
     if not steps:
-        hint = "lower rl.prompts_per_step"
-        log.warning("rl: about %d rows do not fill the %d of a step: %s", examples, new_prompts, hint)
-        return UNKNOWN
-    return rl_steps.cost(model, rl, steps)
-
-
-def _memory_hint(config: Config, _: str) -> str:
-    from stages.plan import rl_steps
-
-    return rl_steps.memory_hint(config)
+        log.warning("rl: about %d rows do not fill a step: lower rl.prompts_per_step", examples)
+        return None
+    completions = rl.prompts_per_step * rl.num_generations
+    prompt = texts.rl_prompts.within(rl.max_prompt_length)
+    response = texts.response_tokens(rl.max_completion_length)
+    shared = rl.num_generations if rl.prefix_sharing == "auto" and not rl.lora_dropout else 1
+    passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1)) / 3
+    sampled = steps / rl.num_iterations * completions
+    longest = min(texts.rl_prompts.longest, rl.max_prompt_length)
+    return Work(
+        trained=steps * completions * (prompt / shared + response) * passes,
+        read=sampled * prompt / rl.num_generations, written=sampled * response,
+        batch=rl.per_device_train_batch_size * (longest / shared + rl.max_completion_length),
+        slots=min(completions, rl.rollouts.batch_size), length=longest + rl.max_completion_length, copies=2,
+    )  # fmt: skip
 
 
 STAGE = Stage(
     name="rl",
     inputs=_inputs,
     sections=_sections,
-    external_key=_external_key,
-    files={
-        **TRAINED,
-        "adapters/": "The adapter after each step of `rl.keep_steps`, under the step's number.",
-    },
+    external_key=lambda config, _, cache: external_key.rewards_part(config, cache),
+    files=TRAINED,
     checks=_checks,
-    cost=_cost,
-    holds_base=lambda config: not config.rl.launch.shards_base,
-    memory_hint=_memory_hint,
+    work=_work,
+    holds_base=lambda config: True,
+    memory_hint=lambda config, _: (
+        "rl.per_device_train_batch_size, rl.rollouts.batch_size, or "
+        "rl.max_completion_length, or set rl.gradient_checkpointing"
+    ),
     # vLLM's engine leaves process groups and GPU memory behind, which the next stage would need.
     needs_own_process=lambda config: config.rl.rollouts.engine == "vllm_colocate",
     version=9,

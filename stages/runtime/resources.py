@@ -1,4 +1,4 @@
-"""Measures the machine as this process sees it: cores, memory in MiB (2²⁰ bytes), GPU energy in joules."""
+"""Measures the machine as this process sees it: cores, memory in MiB (2²⁰ bytes)."""
 
 from __future__ import annotations
 
@@ -65,22 +65,6 @@ def limit_threads() -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(usable_cores())
 
 
-def busy_seconds() -> float | None:
-    """Busy time since boot, summed over the cores that this process may use, for all processes; or None.
-
-    Time stolen by other virtual machines counts where the kernel reports it. See proc(5).
-    """
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    names = {f"cpu{number}" for number in cores}
-    try:
-        lines = [line.split() for line in _STAT.read_text(encoding="utf-8").splitlines()]
-        # user, nice, system; not idle and iowait; irq, softirq, steal
-        ticks = [sum(map(int, fields[:3] + fields[5:8])) for name, *fields in lines if name in names]
-    except (OSError, ValueError):
-        return None
-    return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
-
-
 def release_memory() -> None:
     """Return freed memory, which the allocators of libc and torch keep otherwise, to the system and the GPU.
 
@@ -114,29 +98,6 @@ def peak_device_memory() -> int:
     """Peak memory in MiB: of the GPU if there is one, else of this process."""
     peaks = peak_memory()
     return peaks.get("device", 0) if _has_gpu() else peaks["process"]
-
-
-def gpu_energy() -> float | None:
-    """Joules that the visible GPUs have used since their driver was loaded, from NVML; None if unknown.
-
-    All processes on these GPUs count, servers too.
-    """
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = range(pynvml.nvmlDeviceGetCount()) if visible is None else filter(None, visible.split(","))
-        by_number, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
-        handles = [
-            by_number(int(n)) if n.isdecimal() else by_uuid(n) for n in map(str.strip, map(str, names))
-        ]
-        millijoules = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
-    except pynvml.NVMLError:  # no driver, no such device, or a device without this counter
-        return None
-    return sum(millijoules) / 1000 if millijoules else None
 
 
 def _torch_with_gpu() -> Any:

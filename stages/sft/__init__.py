@@ -13,9 +13,8 @@ from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.cost_model import CostModel
-    from stages.plan.estimate import Cost
     from stages.plan.prompt_lengths import Texts
+    from stages.plan.work import Work
 
 
 def _inputs(config: Config, variant: str) -> tuple[str, ...]:
@@ -33,7 +32,7 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     from stages.plan import preflight
 
     sft = texts.config.sft
-    yield from preflight.of_training(texts.config, sft.launch)
+    yield from preflight.of_training(texts.config)
     yield from preflight.of_trainer(sft)
     yield partial(_check_rows, texts, step)
 
@@ -60,33 +59,23 @@ def _check_rows(texts: Texts, step: Step) -> None:
         to_choose.rows(sampled(examples.choices(labels), TRAINING_SAMPLE), config.data)
 
 
-def _cost(model: CostModel, variant: str) -> Cost:
-    """Forward and backward passes, in micro batches that without dropout compute a common beginning once:
-
-    seconds = steps · batch_size · row tokens · token_s
-    """
+def _work(texts: Texts, variant: str) -> Work | None:
+    """Forward and backward passes; without dropout a micro batch computes a common beginning once."""
     from stages.lora.training.loop import steps_of
-    from stages.plan.cost_model import SYSTEM1_SHARE, UNKNOWN
-    from stages.plan.profiler import per_text
+    from stages.plan.work import SYSTEM1_SHARE, Work, per_text
 
-    sft, number = model.config.sft, model.texts.imitable
-    if model.config.baseline is not None or not number:
-        return UNKNOWN  # SFT may still imitate answers alone, and no row is rendered with its answer
-    # First round: System 1's rows, and system2_share times as many of System 2 as the cold start. Second
-    # round: System 2's rows.
+    sft, number = texts.config.sft, texts.imitable
+    if texts.config.baseline is not None or not number:
+        return None  # SFT may still imitate answers alone, and no row is rendered with its answer
     by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
     examples = number if sft.data == "all" else number * by_round
-    if (sft.prompt or model.config.prompt).choice and not variant:
-        examples += len(model.texts.rows["train"])
+    if (sft.prompt or texts.config.prompt).choice and not variant:
+        examples += len(texts.rows["train"])
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
-    rows, packed = model.texts.trained_rows("sft"), sft.padding_free == "auto"
-    batch = rows[: sft.per_device_train_batch_size]
-    measured = model.profiler.measure_training(batch, packed, sft.lora_dropout, sft.gradient_checkpointing)
-    sharing = sft.per_device_train_batch_size if packed and not sft.lora_dropout else 1
-    batch_tokens = len(batch) * per_text([row.input_ids for row in batch], sharing)
-    memory = model.memory(measured.mib_of(batch_tokens), trained=True, launched=sft.launch)
-    row_tokens = per_text([row.input_ids for row in rows], sharing)
-    return model.total(steps * sft.batch_size * row_tokens * measured.token_s, memory, sft.launch)
+    rows = [row.input_ids for row in texts.trained_rows("sft")]  # the longest first
+    size = sft.per_device_train_batch_size
+    sharing = size if sft.padding_free == "auto" and not sft.lora_dropout else 1
+    return Work(trained=steps * sft.batch_size * per_text(rows, sharing), batch=size * len(rows[0]))
 
 
 STAGE = Stage(
@@ -98,8 +87,8 @@ STAGE = Stage(
     variants_help="sft or system2, its second round",
     files=TRAINED,
     checks=_checks,
-    cost=_cost,
-    holds_base=lambda config: not config.sft.launch.shards_base,
+    work=_work,
+    holds_base=lambda config: True,
     memory_hint=lambda config, variant: "sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
     version=7,
 )

@@ -15,15 +15,14 @@ from trl import SFTTrainer
 
 from stages.config import CHOICE, DataSection, SftSection
 from stages.lora import examples
-from stages.lora.adapter import fsdp
-from stages.lora.training import loop, protected_kl
+from stages.lora.training import loop
 from stages.lora.training.health import ProgressCallback, longest_of_sft
 from stages.lora.training.start import Training
 from stages.lora.training.trainer import ResumableTrainer
+from stages.models.base import load_base
 from stages.packing import trainer_inputs
 from stages.packing.support import has_active_dropout
 from stages.prompts.renderer import Renderer, Row
-from stages.runtime import distributed
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -72,7 +71,6 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     trainer = _trainer(run, rows)
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
     trainer.add_callback(ProgressCallback(context.progress, title, {"loss": "loss", "learning_rate": "rate"}))
-    protected_kl.watch(trainer, run)
     summary = loop.train(trainer, run)
     left_out = examples.without_response(labels, sft, context.variant)
     without = {"without_response": left_out} if left_out else {}
@@ -85,7 +83,7 @@ def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
 
     sft = run.sft
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft, stage="sft")
-    base = fsdp.load(run.model, sft.launch)
+    base = load_base(run.model)
     model = run.attach(base)
     memory_hint = (
         f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "
@@ -112,9 +110,6 @@ def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progre
     if endless := renderer.rows_without_stop(rows):
         count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         progress.say(f"warning: {count}: the model may not learn to stop")
-    processes = distributed.world_size()
-    if repeated := -len(rows) % (sft.per_device_train_batch_size * processes) if processes > 1 else 0:
-        progress.say(f"{processes} processes share {len(rows)} rows: {repeated} count twice in each epoch")
 
 
 def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints) -> SFTConfig:
@@ -125,7 +120,7 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
         **PINNED,
         loss_type=sft.loss_type,
         per_device_train_batch_size=sft.per_device_train_batch_size,
-        gradient_accumulation_steps=loop.accumulation_steps(sft.batch_size, sft.per_device_train_batch_size),
+        gradient_accumulation_steps=sft.batch_size // sft.per_device_train_batch_size,
     )
 
 

@@ -22,8 +22,6 @@ from stages.store.digests import canonical_json, fsync, is_hidden, sha256_file
 from stages.store.manifest import SCHEMA, manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
-KEPT_ADAPTERS = "adapters"
-"""Folder of the adapters that RL keeps on its way, each in a folder with the number of its step."""
 MOVE_AWAY_HINT = "move it away and run the stage again"
 
 
@@ -44,10 +42,6 @@ class Artifact:
         """Folder of the adapter: for score the initial adapter, else the trained one."""
         is_initial = "init/adapter_config.json" in self.manifest["files"]
         return self.path / ("init" if is_initial else "adapter")
-
-    def kept_adapter(self, step: str) -> Path:
-        """Folder of the adapter after that step of RL."""
-        return self.path / KEPT_ADAPTERS / step
 
     def integrity_error(self) -> str | None:
         """Describe the first file that differs from the manifest, or return None.

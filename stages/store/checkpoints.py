@@ -12,7 +12,6 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from stages.errors import ConfigError
-from stages.runtime import distributed, resources
 from stages.store.digests import fsync, is_hidden, sha256_file
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,6 @@ class _Seal(BaseModel):
     of: str
     conditions: dict[str, str] = {}
     seconds: float = 0.0
-    joules: float | None = None
     files: dict[str, str]
 
 
@@ -41,19 +39,12 @@ class Checkpoints:
         same bits, although no input depends on it.
         """
         self.folder, self._inputs, self._conditions = folder, inputs, conditions or {}
-        self._start, self._start_joules = time.monotonic(), resources.gpu_energy()
-        self._earlier: tuple[float, float | None] = 0.0, 0.0
-        """Seconds and joules that earlier processes took up to the checkpoint from which this one goes on."""
+        self._start, self._earlier = time.monotonic(), 0.0
+        """Also the seconds that earlier processes took up to the checkpoint from which this one goes on."""
 
-    def spent(self) -> tuple[float, float | None]:
-        """Seconds and joules so far, with those of the processes whose checkpoint was resumed."""
-        seconds, joules = self._earlier
-        end = resources.gpu_energy()
-        known = end is not None and self._start_joules is not None and joules is not None
-        return (
-            seconds + time.monotonic() - self._start,
-            joules + end - self._start_joules if known else None,  # type: ignore[operator]
-        )
+    def spent(self) -> float:
+        """Seconds so far, with those of the processes whose checkpoint was resumed."""
+        return self._earlier + time.monotonic() - self._start
 
     def newest(self) -> Path | None:
         """Return the newest valid checkpoint; newer ones that are invalid are renamed.
@@ -72,13 +63,12 @@ class Checkpoints:
                         f"{path} was made with {before}, and this run has {now}",
                         "resume under the same conditions, or start this stage over with --force",
                     )
-                self._earlier = seal.seconds, seal.joules
+                self._earlier = seal.seconds
                 return path
             log.warning("%s is ignored: %s", path.name, seal)
-            if distributed.is_main():
-                aside = path.with_name(f"{path.name}.incomplete")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+            aside = path.with_name(f"{path.name}.incomplete")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         return None
 
     def seal(self, path: Path) -> None:
@@ -87,10 +77,7 @@ class Checkpoints:
         for file in files:
             fsync(file)
         digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
-        seconds, joules = self.spent()
-        seal = _Seal(
-            of=self._inputs, conditions=self._conditions, seconds=seconds, joules=joules, files=digests
-        )
+        seal = _Seal(of=self._inputs, conditions=self._conditions, seconds=self.spent(), files=digests)
         (path / SEAL).write_text(seal.model_dump_json(), encoding="utf-8")
         for written in (path / SEAL, path, path.parent):
             fsync(written)

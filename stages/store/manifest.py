@@ -56,9 +56,6 @@ class _Summary(BaseModel):
     model_config = ConfigDict(strict=True)
     active: Count = 0
     elements: Annotated[int, Field(gt=0)] = 1
-    protected: Count | dict[str, Any] = 0
-    held_out: Count = 0
-    protected_kl: float | None = None
     moved: Count = 0
     steps: Count = 0
     s1_only: Count = 0
@@ -81,10 +78,7 @@ class _Provenance(BaseModel):
     finished: str
     versions: dict[str, str]
     dtype: str = ""
-    processes: Count = 1
-    joules: Amount | None = None
     peak_mib: dict[str, Amount] = {}
-    estimated: dict[str, float | None] = {}
 
 
 class _Manifest(_Strict):

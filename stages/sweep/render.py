@@ -1,4 +1,4 @@
-"""Renders a table of results as Markdown, CSV and LaTeX."""
+"""Renders a table of results as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -234,20 +234,3 @@ def _csv_numbers(value: Value | None, published: float | str) -> list[float | st
     of_seeds = " ".join(f"{mean:.6g}" for mean in value.of_seeds)
     numbers = [value.mean, *items[:2], value.n, len(value.of_seeds), of_seeds, published, items[2], *seeds]
     return ["" if number is None else number for number in [*numbers, *resampled[:2]]]
-
-
-def latex(results: Results) -> str:
-    """Render a `tabular` with booktabs rules, and one of the comparisons; the legend is in comments above."""
-    lines = [f"% {escaping.one_line(text)}" for text in (legend(results), choices_note(results)) if text]
-    for head, rows in filter(None, (grid(results), comparison_grid(results))):
-        lines += [
-            r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
-            r"\toprule",
-            " & ".join(map(escaping.latex, head)) + r" \\",
-            r"\midrule",
-            *(" & ".join(map(escaping.latex, cells)) + r" \\" for cells in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    return "\n".join(lines)

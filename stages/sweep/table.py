@@ -33,12 +33,6 @@ class Cell:
     """Columns that this cell has a value for."""
 
 
-def cell_of_run(path: Path, overrides: tuple[str, ...], config: Config, steps: dict[str, Step]) -> Cell:
-    """The one cell of a config's own run, with a column for each of these steps."""
-    columns = {name: Column(name, "") for name in steps}
-    return Cell(str(path), config.run, config.seed, path, overrides, config, steps, columns)
-
-
 @dataclass(frozen=True)
 class Contrast:
     """A planned comparison in column `on`: the mean of some rows minus that of others, mostly one of each."""

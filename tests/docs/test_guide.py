@@ -86,7 +86,13 @@ def test_old_rows_are_replayed_and_protected(tiny, demo_data, tmp_path, monkeypa
     [replay] = [block.text for block in blocks("yaml") if block.title == "replay.yaml"]
     Path("replay.yaml").write_text(replay, encoding="utf-8")
     here = [text for text in paths(tiny, demo_data, tmp_path) if not text.startswith("data.path")]
-    config = load(Path("replay.yaml"), [*here, "score.examples=4", "rl.kl_probe_prompts=0"])
+    config = load(
+        Path("replay.yaml"),
+        [
+            *here,
+            "score.examples=4",
+        ],
+    )
 
     steps = make_steps(config, "classify", "score", "partition", "sft", "rl")
     made = {name: artifact for name, (artifact, _) in steps.items()}
@@ -147,7 +153,7 @@ def test_artifacts_have_the_files_that_the_reference_lists(begun: Small) -> None
         stage.name: {name for name, text in stage.files.items() if "Only in" not in text}
         for stage in all_stages()
     }
-    for name, (artifact, _) in make_steps(begun("rl.keep_steps=[1]")).items():
+    for name, (artifact, _) in make_steps(begun()).items():
         stage = name.partition(":")[0]
         listed = {path.name + "/" * path.is_dir() for path in artifact.path.iterdir()} - {"manifest.json"}
         assert listed <= set(described(stage).files), name

@@ -1,12 +1,9 @@
 """What becomes of a voter's answers."""
 
 import pytest
-from mock_server import Mock, serve
 
-from stages.config import ServerSection, Voter
+from stages.config import Voter
 from stages.engines import ChoiceResult
-from stages.engines.openai.client import Client
-from stages.engines.openai.transport import Transport
 from stages.errors import AnswerError
 from stages.labelling.personas import question_of
 from stages.labelling.votes import VoteJournal
@@ -67,20 +64,3 @@ def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):
     made = votes(tmp_path, 1, samples=3, temperature=0.5, thinking={})
     list(made.ask(Three(), print))
     assert made.vote(made.examples[0]) == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize("attribute", ["weights", "say"])
-def test_weights_that_change_while_it_votes_are_noticed(tmp_path, attribute):
-    """The votes are set aside, and the same command asks again; not if it samples all that it says."""
-    samples = attribute == "say"
-    mock = Mock(
-        lambda n, path, body: setattr(mock, attribute, str(n) if samples else "ab"[n > 9]), weights="a"
-    )
-    with serve(mock):
-        judge = Client(Transport((mock.url,), "", ServerSection(concurrency=2)), "judge")
-        asked = votes(tmp_path, 8, model="judge", base_url=[mock.url])
-        if not samples:
-            with pytest.raises(AnswerError, match="have changed meanwhile; its 8 votes are set aside"):
-                list(asked.ask(judge, print))
-            assert len(asked.missing()) == 8
-        assert len(list(asked.ask(judge, print))) == 8 and not asked.missing()

@@ -6,15 +6,14 @@ from conftest import labels_of, make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.classify.report import _known_label_warnings, _refuse_weak_voters
+from stages.classify.report import _refuse_weak_voters
 from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError
 from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, calibrate
-from stages.labelling.agreement import auc, compare_with_known, kappas, neighbour_scores, surface_scores
+from stages.labelling.agreement import auc, compare_with_known
 from stages.labelling.personas import (
-    HELD_OUT,
     SHOTS,
     PersonaContext,
     personas,
@@ -72,17 +71,6 @@ def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
     assert "q0\nAnswer: a0\nSteps: one\n" in text and "q1\nAnswer: a1\nSteps: many\n" in text
     assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, brief()).text)
     assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, brief()).text)
-
-
-def test_labelled_examples():
-    """Balanced, by turns, none in both files, and yes/no questions on both sides."""
-    shown, held = read_labelled_examples(SHOTS), read_labelled_examples(HELD_OUT)
-    assert not {row.example.prompt for row in shown} & {row.example.prompt for row in held}
-    assert len(held) >= 24 and len(shots(SHOTS, 5)) == 4
-    for rows in (shown, held):
-        assert [row.system for row in rows] == [1, 2] * (len(rows) // 2)
-        forms = surface_scores([row.example for row in rows])["yes/no form"]
-        assert all(any(forms[row.example.id] for row in rows if row.system == k) for k in (1, 2))
 
 
 def test_labelled_examples_of_a_user(tmp_path):
@@ -187,27 +175,6 @@ def test_auc_is_the_share_of_pairs_in_order(pairs):
     assert math.isclose(found[0], sum(order) / len(order)) and found[1][0] <= found[0] <= found[1][1]
 
 
-def test_kappas_against_worked_tables():
-    """Cohen's kappa is 0.4 for 20 agreeing yes, 15 agreeing no, 5 and 10 apart (a textbook's table).
-
-    Fleiss' kappa of two equals Scott's pi.
-    """
-    pairs = [(1, 1)] * 20 + [(1, 2)] * 5 + [(2, 1)] * 10 + [(2, 2)] * 15
-    votes = {name: {str(i): pair[k] for i, pair in enumerate(pairs)} for k, name in enumerate("ab")}
-    found = kappas(votes)
-    assert found["pairs"]["a | b"]["kappa"] == pytest.approx(0.4) and found["pairs"]["a | b"]["equal"] == 0.7
-    # Fleiss, Cohen and Everitt: A .10972, B .10188, C .01, variance .2016 / (.25 × 50)
-    assert found["pairs"]["a | b"]["interval"] == pytest.approx([0.15109, 0.64891], abs=1e-4)
-    share = 55 / 100
-    chance = share**2 + (1 - share) ** 2
-    assert found["fleiss_kappa"] == pytest.approx((0.7 - chance) / (1 - chance))
-    same = kappas({"a": {"1": 2, "2": 2}, "b": {"1": 2, "2": 2}})
-    assert same["fleiss_kappa"] is None and same["pairs"]["a | b"]["kappa"] is None
-    assert kappas({"a": {"1": 1}}) == {}
-    one_way = kappas({"a": {"1": 2, "2": 1, "3": 1}, "b": {"1": 1, "2": 1, "3": 1}})["pairs"]["a | b"]
-    assert (one_way["kappa"], one_way["interval"]) == (0, None)
-
-
 def test_agreement_with_known_labels():
     known, labels = {"1": 1, "2": 2, "3": 2, "4": 1}, {"1": 1, "2": 2, "3": 1, "4": None}
     found = compare_with_known(known, labels, {"a": {"1": 0.1, "2": 0.9, "3": 0.4}})
@@ -217,25 +184,6 @@ def test_agreement_with_known_labels():
     assert found["auc"]["a"][0] == 1
 
 
-def test_surface():
-    texts = {
-        "Is ice cold?": (3, 0, 1),
-        "Could 3 boats cross? How many?": (6, 1, 0),
-        "Was it before 1990, or after?": (6, 1, 1),
-        "Ann has 1,200 pens and 3.5 kg in 2 boxes.": (10, 3, 0),
-    }
-    found = surface_scores([Example(text, text, "", None) for text in texts])
-    shown = {text: tuple(found[n][text] for n in ("words", "numbers", "yes/no form")) for text in texts}
-    assert shown == texts
-
-
-def test_neighbours_are_others():
-    """On a line of seven, of which the last three are System 2: 1 to 5 are beside 0, and 1 to 5 beside 6."""
-    line = {"words": {str(i): float(i) for i in range(7)}}
-    found = neighbour_scores(line, {str(i): 1 + (i > 3) for i in range(7)})
-    assert (found["0"], found["6"]) == (0.4, 0.4)
-
-
 def known_of(words: float, low: float = 0.6) -> dict:
     """Ten rows of which nine are labelled as known, a voter with AUC .8, and that of the number of words."""
     cells = {"known 1 labelled 1": 5, "known 1 labelled 2": 0}
@@ -243,15 +191,6 @@ def known_of(words: float, low: float = 0.6) -> dict:
     areas = {"v": (0.8, (0, 1)), "words": (words, (0, 1))}
     known = {"field": "s", "n": 10, "agreement": 0.9, "interval": [low, 0.98], **cells, "auc": areas}
     return {"voters": {"v": {}}, "known": known}
-
-
-def test_an_agreement_that_could_be_had_without_reading_is_warned_of():
-    """By a score of the surface, in both directions, or by one label for all rows."""
-    assert list(_known_label_warnings(known_of(0.25))) == []
-    (said,) = _known_label_warnings(known_of(0.15))
-    assert "(AUC 0.85 and 0.80)" in said
-    (said,) = _known_label_warnings(known_of(0.5, 0.5))
-    assert "one label for all would in 50%" in said
 
 
 def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():

@@ -6,10 +6,7 @@ import json
 import pytest
 import torch
 from conftest import make_step
-from results import artifacts
-from safetensors.torch import load_file
 
-from stages import export
 from stages.errors import ConfigError
 from stages.lora.adapter import adapter
 from stages.models.base import load_base
@@ -40,17 +37,6 @@ def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
     ids = torch.arange(5, 40, device=small.device)[None]
     gap = (small(ids).logits - large(ids).logits).float().norm() / large(ids).logits.float().norm()
     assert 0 < gap < 0.3
-
-
-@pytest.mark.slow
-def test_a_merged_export_has_whole_weights_and_is_followed_by_them(begun, tmp_path, silent):
-    config = begun(*FOUR, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
-    artifact = artifacts(config, "classify", "score", "partition", "sft")["sft"]
-    export.write(artifact, config, tmp_path / "out", "merged")
-    weights = load_file(tmp_path / "out/model.safetensors").values()
-    assert {weight.dtype for weight in weights} == {torch.bfloat16}
-    (row,) = export.check(artifact, config, tmp_path / "out", "merged", 2, silent.say)
-    assert row["engine"] == "transformers" and row["agree"] == 1
 
 
 def test_without_bitsandbytes_it_is_refused(begun, monkeypatch):

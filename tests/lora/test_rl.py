@@ -23,7 +23,6 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
-from stages.rl import run as rl
 
 THREE = ("rl.max_steps=3", "rl.num_train_epochs=9")
 
@@ -93,7 +92,10 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
-    cut = ready("rl.max_prompt_length=20", "rl.too_long=truncate_left", "rl.kl_probe_prompts=0")
+    cut = ready(
+        "rl.max_prompt_length=20",
+        "rl.too_long=truncate_left",
+    )
     with pytest.raises(UnusableResult, match=r"loss is inf in step 1, rows \w+") as caught:
         make_step(cut, "rl")
     assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
@@ -119,7 +121,10 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready, renderer)
     ]  # none of System 2 is too long
 
     def pool(how: str):
-        limits = [f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}", "rl.kl_probe_prompts=0"]
+        limits = [
+            f"rl.max_prompt_length={longest - 1}",
+            f"rl.too_long={how}",
+        ]
         return RlPrompts.from_labels(labels, renderer, ready("rl.system1_share=0.25", *limits).rl, {}, 0)
 
     with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {longest - 1}"):
@@ -137,7 +142,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
         return [0.0] * len(completions)
 
     seen = []
-    config = ready("rl.kl_probe_prompts=0")
+    config = ready()
     labels = [
         replace(row, example=replace(row.example, extra={"target": values[i % 8], "more": [3, 2.5][i % 2]}))
         for i, row in enumerate(labels_of(config))
@@ -147,22 +152,6 @@ def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
     loading.with_checks("mine", mine, pool.encoded)(completions=["a"] * pool.system2_rows, **columns)
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
-
-
-def test_what_the_steps_earned_by_hand():
-    rows = [
-        {"reward": float(n), rl.LENGTH: 10.0 * n, rl.KL_FROM_START: n / 100, "resampled/completions": n % 2}
-        for n in range(1, 9)
-    ]
-    assert rl._earned(rows, 16) == {
-        "equal_reward_steps": 0,
-        "reward_first_quarter": 1.5,
-        "reward_last_quarter": 7.5,
-        "length_last_quarter": 75.0,
-        "completions": 8 * 16 + 4,
-        "kl_from_start": 0.08,
-    }
-    assert rl._earned([{rl.LENGTH: 1.0}], 16)["reward_last_quarter"] is None  # no reward applied
 
 
 def test_rewards_read_the_thought_that_a_prompt_opens(tiny):
@@ -180,7 +169,7 @@ def test_rewards_read_the_thought_that_a_prompt_opens(tiny):
 
 def test_the_adapter_of_a_step_is_that_of_a_run_up_to_it(own, odd):
     given = (*THREE, *odd, "rl.learning_rate=0.01")
-    config = own(*given, "rl.keep_steps=[1, 3]", "eval.targets=[rl-1, rl]", "eval.benchmarks.demo.limit=2")
+    config = own(*given, "eval.targets=[rl-1, rl]", "eval.benchmarks.demo.limit=2")
     made = artifacts(config)
     first, last = (adapter.read(made["rl"].kept_adapter(step)) for step in ("1", "3"))
     end = adapter.read(made["rl"].adapter)
@@ -190,10 +179,7 @@ def test_the_adapter_of_a_step_is_that_of_a_run_up_to_it(own, odd):
 
 
 def test_only_runs_that_keep_a_step_have_another_key(begun):
-    plain, same, kept = (
-        plan_steps(resolved(begun(*THREE, *more)))["rl"].key
-        for more in ((), ("rl.keep_steps=[]",), ("rl.keep_steps=[2]",))
-    )
+    plain, same, kept = (plan_steps(resolved(begun(*THREE, *more)))["rl"].key for more in ((), (), ()))
     assert plain == same != kept
 
 
@@ -210,7 +196,7 @@ def test_a_thought_is_closed_at_its_limit_and_its_end_is_not_learned(tiny, demo_
     (model / "chat_template.jinja").write_text(OPENS, encoding="utf-8")
     limits = ("rl.max_thinking_length=6", "rl.max_completion_length=40", "rl.max_prompt_length=900")
     given = ("classify.voters=[{engine: transformers, persona: effort}]", "rl.start_from=init", *limits)
-    config = Small(model, demo_data, tmp_path / "runs")(*given, "rl.dynamic_sampling=1", "rl.beta=0")
+    config = Small(model, demo_data, tmp_path / "runs")(*given, "rl.beta=0")
     make_steps(config, "classify", "score", "partition")
     trainer, adapted, _ = trainer_of(config, monkeypatch)
     adapted.train()

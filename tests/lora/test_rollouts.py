@@ -1,9 +1,6 @@
 """Rollouts from vLLM: TRL's two modes with an engine of our own in vLLM's place, and the real one on CPU."""
 
 import copy
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,11 +8,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
-from conftest import ROOT, flags, make_step, make_steps
-from results import history
 from torch import Tensor
 from transformers import Qwen2Config
-from trl.generation import vllm_generation
 
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
@@ -24,7 +18,6 @@ from stages.errors import ConfigError, OutOfMemoryError, ServerError
 from stages.lora.adapter import adapter
 from stages.lora.grpo import sampler, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
-from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
@@ -106,42 +99,6 @@ def weights_of(engine: Engine, weights):
         yield name, value
 
 
-@pytest.mark.parametrize("engine", MODE_CASES)
-def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(own, monkeypatch, engine):
-    known = ["classify.strategy=random", "rl.start_from=init"]
-    config = own(*known, f"rl.rollouts.engine={engine}", *MODES[engine])
-    make_steps(config, "classify:train", "score", "partition")
-    bases, engines = [], []
-
-    def watched(*given):
-        base = load_base(*given)
-        bases.extend([base, copy.deepcopy(base)])
-        return base
-
-    def start(generation):
-        engines.append(Engine(bases[1]))
-        setattr(generation, "llm" if generation.mode == "colocate" else "vllm_client", engines[0])
-
-    monkeypatch.setattr("stages.lora.adapter.fsdp.load_base", watched)
-    monkeypatch.setattr(vllm_rollouts, "prepare", lambda *_: None)
-    monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", start)
-    monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
-    made = make_step(config, "rl")
-
-    assert made.manifest["summary"]["frozen_drift"] == 0 and made.manifest["summary"]["moved"] > 0
-    before = dict(bases[1].named_parameters())
-    after = {n.replace(".base_layer", ""): p for n, p in bases[0].named_parameters() if ".lora_" not in n}
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert engines[0].syncs and all(sync.keys() == before.keys() for sync in engines[0].syncs)
-    changed = [name for name, weight in engines[0].syncs[-1].items() if not torch.equal(weight, before[name])]
-    assert len(changed) == len(adapter.read(made.path / "adapter")) // 2
-    assert engines[0].given["generation_kwargs" if engine == "vllm_server" else "stop_token_ids"]
-    steps = history(made)
-    assert all({f"{RAW}/mean", f"{RAW}/max", BEYOND} <= row.keys() for row in steps)
-    ratios = [row["sampling/importance_sampling_ratio/mean"] for row in steps]
-    assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
-
-
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):
     """What had ended is kept, and all are those of a machine with more memory. Nothing drops out of them."""
     section = ModelSection(name=str(tiny))
@@ -213,33 +170,6 @@ def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
         assert base.name_or_path == called
 
 
-def test_colocated_samples_differ_by_the_seed_and_not_within_a_model(monkeypatch):
-    """vLLM in this process has seeded all generators with the rank, whatever the config's seed is."""
-    generation = SimpleNamespace(_iter_named_params=None)
-    colocated, drawn = RolloutsSection(engine="vllm_colocate", tensor_parallel_size=2), []
-    for seed, rank in ((3, 0), (3, 1), (3, 2), (7, 0)):
-        monkeypatch.setattr(vllm_rollouts.distributed, "rank", lambda rank=rank: rank)
-        torch.manual_seed(0)
-        vllm_rollouts.install_weights(SimpleNamespace(vllm_generation=generation), None, colocated, seed)
-        drawn.append(float(torch.rand(1)))
-    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
-
-
-def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: object())
-    for changes, said in (
-        ({"engine": "vllm_server", "base_url": "http://gpu"}, "engine vllm_server needs a GPU"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size 2 does not divide 1 processes"),
-        ({"enable_sleep_mode": True}, "rl.rollouts.enable_sleep_mode needs a GPU"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            vllm_rollouts.prepare(COLOCATED.model_copy(update=changes), "m")
-    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_colocate: vllm is not installed"):
-        vllm_rollouts.prepare(COLOCATED, "m")
-
-
 RAW_LOGPROBS = {
     "weight_transfer_config": {"backend": "nccl"}, "model_config": {"logprobs_mode": "raw_logprobs"},
 }  # fmt: skip
@@ -273,27 +203,6 @@ LLAMA2_7B, QWEN25_7B = (6_738_415_616, 2 * 32 * 32 * 128 * 2), (7_615_616_512, 2
 PAPER = RlSection(rollouts=COLOCATED)  # 256 completions of 128 + 256 tokens
 
 
-@pytest.mark.parametrize(
-    ("model", "card", "settings", "weights", "cache"),
-    [
-        # 256 · 2,560 · 56 KiB would be 35 GiB; half of 80 - 2 · 14.185 - 3 is 24.31.
-        (QWEN25_7B, 80, {"max_prompt_length": 512, "max_completion_length": 2048}, 14.18, 24.31),
-        # 256 · 384 · 512 KiB would be 48 GiB; nine tenths of 48 - 2 · 12.551 - 3 are 17.91.
-        (LLAMA2_7B, 48, {"enable_sleep_mode": True}, 12.55, 17.91),
-        # Two GPUs that share a vLLM hold half of its weights each: half of 24 - 12.551 - 6.276 - 3 is 1.09.
-        (LLAMA2_7B, 24, {"tensor_parallel_size": 2}, 6.28, 1.09),
-    ],
-)
-def test_a_colocated_engine_takes_its_weights_and_what_completions_need(
-    model, card, settings, weights, cache
-):
-    rollouts = {name: settings[name] for name in settings.keys() & RolloutsSection.model_fields.keys()}
-    rl = PAPER.model_copy(update={**settings, "rollouts": COLOCATED.model_copy(update=rollouts)})
-    free = card * GIB - 2 * model[0]
-    found = vllm_rollouts.colocated_bytes(rl, *model, free, rl.rollouts.tensor_parallel_size)
-    assert found / GIB == pytest.approx(weights + 3 + cache, abs=0.02)
-
-
 def test_an_engine_that_does_not_fit_beside_the_base_is_refused():
     """LLaMA-2-7B on 24 GiB: its 12.6 GiB twice."""
     with pytest.raises(ConfigError, match=r"11\.4 GiB of the GPU are free, and vLLM needs 12\.6") as caught:
@@ -319,38 +228,3 @@ def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
 
 
 NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="V2 needs Triton"))
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize(
-    ("runner", "sleeps"),
-    [
-        (None, False),
-        *(pytest.param(runner, sleeps, marks=NEEDS_GPU) for runner in "01" for sleeps in (False, True)),
-    ],
-    ids=["default", "V1", "V1-asleep", "V2", "V2-asleep"],
-)
-def test_the_real_engine_answers_like_the_trained_model(begun, monkeypatch, capsys, runner, sleeps):
-    """vLLM in the trainer's process: its probabilities after each sync are the trainer's.
-
-    runner: which of vLLM's model runners, V2 by default on CUDA and V1 on a CPU. sleeps: in optimizer steps.
-    """
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-    if runner is not None:
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    config = begun("rl.rollouts.engine=vllm_colocate", "rl.max_steps=3")
-    make_step(config, "sft")
-    asleep = f"rl.rollouts.enable_sleep_mode={sleeps}".lower()
-    settings = [*begun.home, "rl.rollouts.engine=vllm_colocate", asleep]
-    settings += ["rl.max_steps=3", "rl.learning_rate=0.05"]
-    command = [sys.executable, "-m", "lorapar_cli", "rl", "--force", str(ROOT / "configs/smoke.yaml")]
-    done = subprocess.run([*command, *flags(*settings)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    ran = "Using V2 Model Runner" in done.stdout + done.stderr
-    assert runner is None or ran == (runner == "1")
-    steps = json.loads((config.root / "rl/latest/history.json").read_text())
-    differences = [row["sampling/sampling_logp_difference/max"] for row in steps]
-    with capsys.disabled():
-        engine = f"vLLM's model runner {'V2' if ran else 'V1'}{', which sleeps' if sleeps else ''}"
-        print(f"\n  {engine}: log-probabilities differ by {max(differences):.4f} at most", end="")
-    assert len(steps) == 3 and max(differences) < 0.05

@@ -1,15 +1,13 @@
 """Importance, by batched gradients or a pilot run, against plain autograd; and its formulas."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import labels_of, make_step, make_steps
 from guide import blocks
-from results import artifacts
 
-from stages.config import LoraSection, ModelSection, RlSection, ScoreSection
+from stages.config import LoraSection, ModelSection
 from stages.errors import ConfigError, OutOfMemoryError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
@@ -21,8 +19,6 @@ from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.runtime.batch_size import BatchSize
-from stages.score import pilot
-from stages.score import run as score
 
 
 def rows(count: int = 7) -> list[Row]:
@@ -109,13 +105,6 @@ def test_padding_is_masked_by_length_and_not_by_its_token():
     assert batch.labels.tolist() == [long.labels, [IGNORED, 0, IGNORED, IGNORED]]
 
 
-def scoring(**sections) -> score.Scoring:
-    """The stage with these sections."""
-    names = ("context", "model", "data", "prompt", "lora", "score", "seed", "protect", "rl")
-    given = {**dict.fromkeys(names), "context": SimpleNamespace(variant=""), "score": ScoreSection()}
-    return score.Scoring(**given | {"rl": RlSection()} | sections)
-
-
 class Full:
     """Runs out of memory in the backward pass of more than `room` examples, when part of it is done."""
 
@@ -153,19 +142,6 @@ def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypa
     assert caught.value.hint == "shorten the rows" and caught.value.exit_code == 74
 
 
-def test_processes_that_share_a_base_keep_their_batch(monkeypatch):
-    """Each pass needs all of them: one that halved its own would wait for ever."""
-    monkeypatch.setattr(score.fsdp, "is_sharded", lambda _: True)
-    shared = scoring(score=ScoreSection(batch_size=8)).batch_size
-
-    def full() -> None:
-        raise torch.OutOfMemoryError
-
-    with pytest.raises(OutOfMemoryError, match="out of memory with score.batch_size 8") as caught:
-        shared.attempt(8, full)
-    assert caught.value.hint == "lower score.batch_size"
-
-
 def test_formulas():
     value, gradient, fisher = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]), torch.tensor([1.0, 4.0])
     assert scorers.pick("taylor2")(value, gradient, fisher).tolist() == [abs(1.0 - 2.0), abs(-3.0 - 2.0)]
@@ -190,22 +166,6 @@ def test_a_module_that_runs_twice_is_refused(tiny):
         scored(model, rows()[:2], size(4))
 
 
-def test_the_stage_scores_by_means_over_examples(tiny):
-    """Of two examples Σg = 2 and Σg² = 8: g = 1, F = 4, |φ - 2φ²|."""
-    _, layers = frozen(tiny)
-
-    def sums(rows):
-        first, second = ({n: torch.full_like(m.weight, x) for n, m in layers.items()} for x in (2.0, 8.0))
-        return Moments(first, second, 2, 3.0)
-
-    found, told = score._importance(scoring(lora=LoraSection(r=3)), layers, [[]], sums)
-    for name, layer in layers.items():
-        torch.testing.assert_close(found[name], (layer.weight - 2 * layer.weight**2).abs())
-    first = sum(float(m.weight.abs().sum()) for m in layers.values())
-    second = sum(float((2 * m.weight**2).sum()) for m in layers.values())
-    assert told == {"mean_loss": 1.5, "second_order": pytest.approx(second / (first + second), rel=1e-4)}
-
-
 def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     lines = (demo_data / "train.jsonl").read_text().splitlines()[:7]
     labels = {json.loads(line)["question"]: 1 if i < 5 else 2 for i, line in enumerate(lines)}
@@ -218,7 +178,6 @@ def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)
 
 
-LR = pilot.LR
 BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
 
 
@@ -237,81 +196,3 @@ def by_autograd(model, lora) -> dict[str, torch.Tensor]:
             layer.weight.grad *= whole
         optimizer.step()
     return {name: layer.weight.detach() for name, layer in layers.items()}
-
-
-@pytest.mark.parametrize("compensate", [False, True])
-def test_a_pilot_run_is_plain_training_and_leaves_the_layers_as_they_were(tiny, compensate):
-    lora = LoraSection(r=3, compensate=compensate)
-    wanted = by_autograd(adapted(tiny, lora, torch.float64), lora)
-    model = adapted(tiny, lora, torch.float64).requires_grad_(False)
-    layers = adapter.lora_layers(model)
-    before = {name: layer.weight.clone() for name, layer in layers.items()}
-
-    after, loss = pilot.run(layers, lora, BATCHES, lambda batch: scored(model, batch, size(4)))
-    assert loss == pytest.approx(7 * 5.5, rel=0.1)  # a random model, 256 tokens
-    moved = 0.0
-    for name, layer in layers.items():
-        # Losses are float32, and AdamW moves an element by a whole rate where its gradient is all rounding.
-        torch.testing.assert_close(after[name], wanted[name], rtol=0, atol=1e-2 * LR)
-        assert torch.equal(layer.weight, before[name]) and layer.weight.grad is None
-        distance = scorers.pick("moved")(before[name], after[name])
-        moved += float(adapter.trainable_part(name, distance, lora).sum())
-        adapter.trainable_part(name, distance, lora).zero_()
-        assert not distance.any(), name  # what is not trained has not moved
-    assert moved > 0
-
-
-def test_scorer_moved_makes_masks_that_sft_trains(begun):
-    config = begun(
-        "score.scorer=moved", "score.examples=6", "lora.init=default", "partition.strategy=topk",
-        "partition.density=0.25", "sft.max_steps=1", "sft.learning_rate=0.1",
-    )  # fmt: skip
-    made = artifacts(config, "classify:train", "score", "partition", "sft")
-    summary = made["score"].manifest["summary"]["system1"]
-    assert summary["examples"] == 6 and "second_order" not in summary and summary["mean_loss"] > 0
-    scores = read_importance(made["score"].path / "importance.safetensors")
-    largest = max(float(one.max()) for one in scores[1].values())
-    assert summary["pilot_steps"] == 6
-    assert 0 < largest <= 6.1 * pilot.LR  # six steps of AdamW, of one rate each at most
-    assert any(not torch.equal(scores[1][name], scores[2][name]) for name in scores[1])
-    trained = made["sft"].manifest["summary"]
-    assert trained["frozen_drift"] == 0 and 0.25 <= trained["active_share"] <= 0.2501
-
-
-def test_rows_that_are_dropped_leave_no_empty_step(begun):
-    """The examples are fewer than the steps of the pilot run would be, and of these some are too long."""
-    renderer = Renderer(load_tokenizer(begun().model), begun().prompt)
-    slow = [renderer.row(row.example) for row in labels_of(begun()) if row.system == 2]
-    lengths = sorted(len(row.input_ids) for row in slow)
-    few = ["score.scorer=moved", "score.examples=12", "data.too_long=drop"]
-    config = begun(*few, f"data.max_length={lengths[len(lengths) // 2]}")
-    summary = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
-    told = summary["system2"]
-    assert told["pilot_steps"] == told["examples"] < 12 and told["too_long"]
-
-
-def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
-    """It is the paper's there, and what it changes has another key."""
-    [text] = [block.text for block in blocks("python") if block.title == "scorers.py"]
-    file = tmp_path / "scorers.py"
-    file.write_text(
-        text + "\ndef narrow(value, gradient, fisher):\n    return value[:1]\ndef wrong(*_):\n    return x\n",
-        encoding="utf-8",
-    )
-    given = ("score.examples=6", f"score.scorer_file={file}")
-    wanted, mine = (make_step(begun(*given, f"score.scorer={name}"), "score") for name in ("taylor2", "mine"))
-    one, other = (read_importance(made.path / "importance.safetensors") for made in (wanted, mine))
-    assert wanted.path != mine.path
-    assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
-    for name, said in (
-        ("narrow", r"gave no tensor of \(\d+, \d+\)"),
-        ("wrong", "raised NameError: .*x.* not d"),
-    ):
-        with pytest.raises(UnusableResult, match=f"scorer {name} {said}"):
-            make_step(begun(*given, f"score.scorer={name}"), "score")
-    with pytest.raises(ConfigError, match="unknown scorer 'wide'.*; .*scorers.py has: mine, narrow, wrong"):
-        begun(*given, "score.scorer=wide")
-    keys = {plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key}
-    file.write_text(text.replace("0.5", "0.25"), encoding="utf-8")
-    keys.add(plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key)
-    assert len(keys) == 2

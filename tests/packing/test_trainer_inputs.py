@@ -197,8 +197,7 @@ def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, mon
 
 
 TWO_STEPS = [
-    "rl.start_from=init", "rl.max_steps=2", "rl.num_iterations=2", "rl.learning_rate=0.001",
-    "rl.kl_probe_prompts=0", "rl.kl_reference=base",
+    "rl.start_from=init", "rl.max_steps=2", "rl.num_iterations=2", "rl.learning_rate=0.001", "rl.kl_reference=base",
 ]  # fmt: skip
 """Two optimizer steps on the completions of one generation."""
 

@@ -4,12 +4,9 @@ import json
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import pytest
-
 from lorapar_cli import terminal
-from stages.errors import ArtifactError
-from stages.records import Sample, read_labels, read_samples, write_jsonl
-from stages.report import card, comparison, provenance, run_page, voters
+from stages.records import Sample, write_jsonl
+from stages.report import comparison, run_page
 from stages.store.artifacts import Artifact
 
 
@@ -49,38 +46,3 @@ LABELLED = {"id": "a", "prompt": "Q", "response": "", "gold": None, "system": No
 REPORT = {"voters": {}, "agreement": {}, "contested": []}
 METRICS = {"all": {"n": 1, "accuracy": 1.0, "interval": [0.2, 1.0]}}
 ROUTER = {"persona": "p", "threshold": 0.5, "auc": None, "examples": 1}
-
-
-@pytest.mark.parametrize(
-    ("name", "good", "odd", "read"),
-    [
-        ("samples.jsonl", SAMPLE, {"id": ["a"], "correct": "x", "extra": {"tokens": "many"}}, read_samples),
-        ("labels.jsonl", LABELLED, {"system": 3, "votes": {"v": "x"}, "prompt": None}, read_labels),
-        (
-            "report.json", REPORT,
-            {"voters": {"v": {}}, "agreement": 1, "contested": [{"prompt": 1}], "known": {"n": -1}},
-            lambda file: voters.blocks(file.parent),
-        ),
-        (
-            "metrics.json", METRICS, {"all": {"interval": 0.5}, "system1": {"n": "x"}, "system2": []},
-            lambda file: card._results([Artifact(file.parent, {"variant": "sft@demo"})]),
-        ),
-        (
-            "metrics.json", {"routing": {}, "router": ROUTER}, {"routing": {"fast": {}}, "router": {}},
-            lambda file: comparison.routings({"eval:auto@demo": Artifact(file.parent, {})}),
-        ),
-        (
-            "history.json", [{"step": 1, "loss": 0.5}], [7, [{"loss": 1}], [{"step": [1]}]],
-            lambda file: provenance.tokens(Artifact(file.parent, {})),
-        ),
-    ],
-)  # fmt: skip
-def test_a_value_that_no_stage_writes_is_an_error_about_its_file(tmp_path, name, good, odd, read):
-    file = tmp_path / name
-    file.write_text(json.dumps(good) + "\n")
-    read(file)
-    for content in odd if isinstance(odd, list) else [{**good, field: odd[field]} for field in odd]:
-        file.write_text(json.dumps(content) + "\n")
-        with pytest.raises(ArtifactError, match=f"{name}.* is not what its stage writes") as caught:
-            read(file)
-        assert caught.value.hint == "move its folder away and run the stage again"

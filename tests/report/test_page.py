@@ -1,38 +1,20 @@
 """Pages: untrusted texts stay texts, figures have alternatives, and one run shows all that it has."""
 
-import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT, Small, flags
-from matplotlib.figure import Figure
 
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
-from stages.lora.importance.masks import Masks, write_importance
-from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
-from stages.records import Sample, write_jsonl
-from stages.report import comparison, elements, figures, files, provenance, run_page, table_page
-from stages.report.page import (
-    Command,
-    ComparedItem,
-    Grid,
-    Items,
-    PageSection,
-    Picture,
-    Pictures,
-    Text,
-    render,
-)  # fmt: skip
-from stages.report.won_and_lost import Answered, _frame, won_and_lost
-from stages.store.artifacts import Artifact
+from stages.records import Sample
+from stages.report import comparison, figures, files, run_page, table_page
 from stages.sweep.file import Compare
 from stages.sweep.results import Artifacts, Results
 from stages.sweep.table import Contrast, Table
@@ -48,21 +30,6 @@ def value(mean: float, reach: float = 0) -> Value:
     return Value(mean, n=9, over_items=Interval(mean - reach, mean + reach) if reach else None)
 
 
-def test_every_text_is_escaped():
-    item = ComparedItem("won", EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL)
-    parts = [
-        Text(EVIL), Grid([EVIL], [[EVIL, EVIL]], EVIL), Command(EVIL), Items([item]),
-        Pictures([Picture("<svg></svg>", EVIL, EVIL)]),
-    ]  # fmt: skip
-    page = render(EVIL, [EVIL], [PageSection("a", EVIL, parts)])
-    assert "<script" not in page and "<img" not in page and 'aria-label="<' not in page
-    assert page.count("&lt;script&gt;") > 12 and "<svg></svg>" in page
-    assert "<nav" not in page and "<h2" not in page  # one section alone has no contents
-    parts = {"empty": [], "full": [Text("x")], "more": [Text("x")]}
-    page = render("t", [], [PageSection(name, name, blocks) for name, blocks in parts.items()])
-    assert 'href="#empty"' not in page and 'href="#full"' in page and 'href="#more"' in page
-
-
 def test_one_column_over_another():
     """A series is a line, a published one a dashed line, and a row without a series goes across."""
     series = {"QKV": [(0.4, value(0.5, 0.1)), (0.1, value(0.3))]}
@@ -76,20 +43,6 @@ def test_one_column_over_another():
     (axes,) = figures.dot_plot(["a", "b"], {"SFT": {"a": value(0.5, 0.1)}}, {"SFT": {"b": 27.6}}).axes
     lines = [list(map(float, line.get_xdata())) for line in axes.lines if len(line.get_xdata())]
     assert lines == [pytest.approx([40, 60]), [50], [27.6]]  # an interval in per cent, with its mean
-
-
-def test_trainings_are_a_line_for_each_seed_in_the_colour_of_their_row():
-    history = [{"step": step, "reward": float(step)} for step in range(1, 9)]
-    panels = {"reward": "reward", "KL": "kl"}
-    drawn = figures.training_curves({"a": [history, history[:3]], "b": [history]}, panels)
-    reward, other = drawn.axes
-    lines = [line for line in reward.lines if len(line.get_xdata())]
-    assert [len(line.get_xdata()) for line in lines] == [8, 3, 8] and len({x.get_color() for x in lines}) == 2
-    assert list(lines[0].get_ydata()) == [1, 1.5, 2, 2.5, 3, 4, 5, 6]  # means over up to five steps
-    assert not any(len(line.get_xdata()) for line in other.lines)
-    panel = figures.training_panel("t", {"a": [(5.0, 1.0), (6.0, 3.0), (30.0, 8.0)], "b": [(1.0, 0.0)]}, 5)
-    bold = [list(line.get_ydata()) for line in panel.axes[0].lines if line.get_linewidth() > 1]
-    assert bold == [[1, 2, 8], [0]]  # steps 5 and 6, and long after that
 
 
 def drawn(name: str) -> str:
@@ -227,52 +180,6 @@ def sample(item: str, correct: bool, outcome: str | None = None, **other: Any) -
     return replace(Sample(item, 0, None, "Q", "A", None, "1", "1", correct, correct, outcome, {}), **other)
 
 
-def test_won_and_lost_are_by_all_answers_that_count(tmp_path):
-    def answers(name: str, *items: list[bool | None]) -> Artifact:
-        """Whether each answer to each item is right; None: it was refused."""
-        rows = [
-            sample(f"i{at}", bool(right), "refused" if right is None else "correct", sample=number)
-            for at, item in enumerate(items)
-            for number, right in enumerate(item)
-        ]
-        (tmp_path / name).mkdir()
-        write_jsonl(tmp_path / name / "samples.jsonl", (asdict(row) for row in rows))
-        return Artifact(tmp_path / name, {})
-
-    found = {
-        "eval:sft@b": answers("sft", [True, False, False], [True, True, True], [True, True, True]),
-        "eval:rl@b": answers("rl", [False, True, True], [True, True, True], [None, True, True]),
-    }
-    told, folded = run_page._items(found, {"b": [{"target": "sft"}, {"target": "rl"}]})
-    assert told.text == "b: rl wins 1 and loses 0 of 2 items by their shares of right answers."
-    assert folded.summary == "1 won and 0 lost items" and len(folded.blocks[0].items) == 1
-
-
-def test_the_items_are_shown_without_what_all_prompts_have_in_common():
-    asked = {"a": "How many?\nOf apples?", "b": "Who?", "c": "How old?"}
-    prompts = {name: f"<s>\nBe brief.</s>\n<u>\n{question}</u>\n<a>" for name, question in asked.items()}
-    before, after = (
-        {name: [sample(name, correct, prompt=prompt)] for name, prompt in prompts.items()}
-        for correct in (False, True)
-    )
-    _, folded = won_and_lost("", Answered("base", before), Answered("sft", after))
-    items, _, start = folded.blocks
-    assert [item.question for item in items.items] == list(asked.values())
-    assert start.text == "<s>\nBe brief.</s>\n<u>"
-    assert _frame(["the only one"]) == _frame([]) == ("", "")
-    assert _frame(["Question: a?\nAnswer:\n", "Question: b?\nAnswer:\n"]) == ("", "\nAnswer:\n")
-
-
-def test_won_and_lost_are_read_as_their_column_is():
-    """The base's answer to a is right if it is read flexibly, and so is nothing won there."""
-    before = {"a": [sample("a", False, correct_flexible=True)], "b": [sample("b", False)]}
-    after = {name: [sample(name, True)] for name in "ab"}
-    for read, won in (("correct_flexible", 1), ("correct", 2)):
-        base = Answered("base", before, read)
-        told, _ = won_and_lost("", base, Answered("sft", after))
-        assert told.text == f"sft wins {won} and loses 0 of 2 items."
-
-
 def verdict(rows: str, p_values: dict, same: dict | None = None, row: list[str] | None = None) -> str:
     """The verdict on rows of one letter, each a tenth above the row it is compared with.
 
@@ -306,39 +213,6 @@ def test_the_verdict_says_how_many_rows_are_compared():
     assert "told apart from chance, in points: 'B' +10.0 (p = .02); 'C' +10.0 (p = .04)." in both
 
 
-def test_the_verdict_counts_the_items_that_both_have():
-    """One was refused for the first target; the difference is on the other two as well."""
-    before = [sample("a", False), sample("b", False), sample("c", False, "refused")]
-    after = [sample("a", True), sample("b", False), sample("c", True)]
-    rows = list(comparison.compared({"base": {"all": before}, "sft": {"all": after}}))
-    assert (rows[1]["n"], rows[1]["tested"], rows[1]["change"]) == (3, 2, 0.5)
-    (said,) = run_page._verdicts({"demo": rows}, {})
-    assert (
-        "+50.0 points against the base model, which may be chance (p = 1, paired test over 2 items)" in said
-    )
-    head, lines = comparison.table("demo", rows)
-    assert head == ["demo", "n", "base", "sft"]
-    assert lines[0] == ["all", "3", "0.0 [0.0, 65.8]", "66.7 [20.8, 93.9], p = 1"]
-    of_a_group = {"target": "sft", "group": "x", "n": 1}
-    assert comparison.answered_fewer([*rows, of_a_group]) == "base answered 2 of 3 items."
-    assert comparison.answered_fewer(rows[1:] * 2) == ""
-    gain = comparison._change({"a": 0, "b": 0, "c": 1, "d": 1}, {"a": 1, "b": 0, "c": 1})
-    assert gain == "+33.3 [-110.1, 176.8]"
-
-
-def test_the_verdict_is_of_rl_and_not_of_what_is_derived_from_it():
-    right = {"base": 1, "sft": 2, "rl": 6, "auto": 3, "rl-20": 4}
-    answers = {
-        target: {"all": [sample(str(i), i < number) for i in range(8)]} for target, number in right.items()
-    }
-    rows = list(comparison.compared(answers))
-    assert [row["against"] for row in rows] == [None, "base", "sft", "rl", "rl"]
-    (said,) = run_page._verdicts({"demo": rows}, {})
-    assert said.startswith("demo: rl answers 75.0") and "+50.0 points against sft" in said
-    assert "auto" not in said and "rl-20" not in said
-    assert comparison.p_note(right).endswith("to the left, passing over auto and kept steps.")
-
-
 def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
     def row(target: str, group: str, accuracy: float, n: int, **test: float) -> dict:
         return {"target": target, "group": group, "accuracy": accuracy, "n": n, "p": None, **test}
@@ -357,89 +231,6 @@ def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
     rows[2] |= {"target": "lora_1", "p": None}
     del rows[:2]
     assert said() == "demo: lora_1 answers 57.5 % of 30 items correctly."
-
-
-def test_what_was_planned_stands_beside_what_was_taken_and_is_flagged_if_twofold_wrong(tmp_path):
-    def step(seconds: float, mib: float, planned: dict[str, float]) -> Artifact:
-        costs = {"seconds": seconds, "peak_mib": {"process": mib}, "estimated": planned}
-        return Artifact(tmp_path, {"provenance": costs, "summary": {}})
-
-    sft, rl = {"seconds": 20, "mib": 1000}, {"seconds": 61, "mib": 1200}
-    table = provenance.cost({"sft": step(62, 900, sft), "rl": step(30, 500, rl)})
-    shown = [["62", "20 (×3.1)", "900", "1000"], ["30", "61 (×0.49)", "500", "1200 (×0.42)"]]
-    assert [row[1:5] for row in table.rows] == shown
-    assert table.flagged == {(0, 2), (1, 2), (1, 4)} and "Together 92 seconds, planned 81." in table.caption
-    page = render("t", [], [PageSection("cost", "Cost", [table])])
-    assert page.count('<td class="flagged"') == 3 and '<td class="flagged">20 (×3.1)</td>' in page
-    quick = provenance.cost({"partition": step(1.4, 9, {"seconds": 0}), "classify": step(3, 9, {})})
-    assert not quick.flagged and "Together" not in quick.caption
-
-
-def test_a_map_has_the_share_of_both_matrices_from_zero_on():
-    """A has 1 of 4 elements in the region and B 3 of 4; the other layer, 7, has no k."""
-    codes = torch.tensor([S1_ONLY, 0, 0, 0], dtype=torch.uint8)
-    region = {
-        "base.layers.3.attn.q_proj.lora_A.weight": codes.view(1, 4),
-        "base.layers.3.attn.q_proj.lora_B.weight": S1_ONLY - codes.view(4, 1),
-        "base.layers.3.attn.k_proj.lora_A.weight": codes.view(1, 4),
-        "base.layers.7.attn.q_proj.lora_B.weight": codes.view(4, 1),
-    }
-    rows, columns, shares = elements._grid(elements._cells(region), S1_ONLY)
-    assert (rows, columns, shares[0], shares[1][0]) == (["3", "7"], ["q", "k"], [50, 25], 25)
-    assert shares[1][1] != shares[1][1]
-    figure = figures.heat_map(rows, columns, shares, "t")
-    figure.canvas.draw()
-    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert {"3", "7"} <= set(labels) and "0" not in labels
-    assert figure.axes[0].images[0].get_clim() == (0, 50)
-
-
-def test_curves_and_dots_have_their_axes():
-    curve = ([0.25, 1.0], [0.9, 1.0])
-    nulls = {"by weight": {"System 1": ([1.0], [0.5])}, "by feature": {"System 1": ([0.5], [0.25])}}
-    (axes,) = figures.cumulative_curves({"System 1": curve, "System 2": curve}, nulls, 0.9).axes
-    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
-    measured = ([25, 100], [90, 100])
-    assert lines == [measured, ([100], [50]), ([50], [25]), measured, ([0, 1], [90, 90])]
-    assert [elements._share_reaching(theta, curve) for theta in (0.9, 0.94)] == ["25 %", "55 %"]
-    (axes,) = figures.scatter({"a": ([0.1], [0.2])}, "t").axes
-    assert axes.collections[0].get_offsets().tolist() == [[0.1, 0.2]]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("System 1 importance", "System 2 importance")
-
-
-def test_the_figures_of_a_system_are_its_own(tmp_path, monkeypatch):
-    scores = {1: {"a": torch.tensor([[0.8, 0.0, 0.6]])}, 2: {"a": torch.tensor([[0.6, 0.8, 0.0]])}}
-    write_importance(tmp_path / "importance.safetensors", scores)
-    region = {"a": torch.tensor([[S1_ONLY, S2_ONLY, SHARED]], dtype=torch.uint8)}
-    Masks(region, {}).write(tmp_path / "masks.safetensors", "sft")
-    summary = {"elements": 8, "s1_only": 4, "s2_only": 1, "jaccard": 0.5}
-    summary |= {"s1_only_share": 0.8, "s2_only_share": 0.25}
-    partition = SimpleNamespace(theta=0.9, strategy="importance")
-    config = SimpleNamespace(score=SimpleNamespace(scorer="grad2"), rl=None, partition=partition)
-    dots: dict = {}
-    monkeypatch.setattr(figures, "scatter", lambda groups, *_: dots.update(groups) or Figure())
-    score, masks = (Artifact(tmp_path, {"variant": variant, "summary": summary}) for variant in ("", "sft"))
-    grid, pictures = elements._stage(config, score, masks, "")
-    assert grid.rows == [["System 1 only", "4", "50.0 %"], ["System 2 only", "1", "12.5 %"]]
-    reached, alone = (picture.caption for picture in pictures.figures)
-    assert "90 % of it is reached by about 59 % of the elements for System 1, 59 %" in reached
-    assert alone.startswith("80.0 % of System 1's set belong to it alone, 25.0 % of System 2's")
-    assert dots["System 1 only"] == ([pytest.approx(0.8)], [pytest.approx(0.6)])
-
-
-def test_tokens_are_those_trained_on_or_written(tmp_path):
-    def artifact(name: str, summary: dict, history: list | None = None) -> Artifact:
-        (tmp_path / name).mkdir()
-        if history is not None:
-            (tmp_path / name / "history.json").write_text(json.dumps(history))
-        return Artifact(tmp_path / name, {"summary": summary})
-
-    logged = [{"num_tokens": 90.0}, {"loss": 1, "num_tokens": 180.0}, {"loss": 1}]
-    trained = artifact("sft", {}, [{"step": 1, **row} for row in logged])
-    assert provenance.tokens(trained) == 180
-    assert provenance.tokens(artifact("eval", {"all": {"answers": 8, "n": 4, "tokens": 20.5}})) == 164
-    assert provenance.tokens(artifact("mmlu", {"all": {"answers": 8, "tokens": None}})) is None
-    assert provenance.tokens(artifact("score", {"elements": 3})) is None
 
 
 def test_a_comparison_without_a_p_value_counts_in_the_correction():

@@ -83,23 +83,6 @@ class NVML:
     nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda handle: handle)
 
 
-@pytest.mark.parametrize(("visible", "joules"), [(None, 3.5), ("0, 1", 3.5), ("GPU-ab", 0.07), ("", None)])
-def test_energy_is_that_of_the_visible_gpus(monkeypatch, visible, joules):
-    """The library tells millijoules."""
-    monkeypatch.setitem(sys.modules, "pynvml", NVML())
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert resources.gpu_energy() == joules
-
-
-def test_without_a_driver_nobody_tells_energy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", NVML(tells=False))
-    assert resources.gpu_energy() is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert resources.gpu_energy() is None
-
-
 @pytest.mark.parametrize(
     ("theirs", "spins"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],

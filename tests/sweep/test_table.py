@@ -8,24 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import worker_steps
-from conftest import ROOT, alive, make_steps, wait_for
+from conftest import ROOT, make_steps
 
 from stages.data.demo import write
 from stages.errors import ConfigError
-from stages.evaluation.statistics import Interval
-from stages.pipeline.launch import EXPECTED_KEYS
 from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
 from stages.report import table_page
 from stages.store.digests import sha256_file
-from stages.sweep import graph, local, render
+from stages.sweep import graph, render
 from stages.sweep.file import TableFile, read
 from stages.sweep.results import results
 from stages.sweep.table import Contrast, Table, table
@@ -373,55 +369,6 @@ def by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr("stages.sweep.results.Artifacts.current", artifact)
 
 
-def test_numbers_by_hand(small, by_hand, caplog):
-    """Two seeds, four items, the third of System 2."""
-    found = results(table(small))
-    sft, rl, gain = (found.values["θ .9", name] for name in ("SFT", "RL", "gain"))
-    assert (sft.mean, sft.n, sft.of_seeds) == (3 / 8, 4, [0.5, 0.25])
-    assert (rl.mean, rl.n) == (pytest.approx((1 + 1 + 0.5) / 3), 3)  # of a, c, d
-    assert (gain.mean, gain.n) == (pytest.approx((0 + 1 + 0.5) / 3), 3)
-    assert gain.of_seeds == [0.25, pytest.approx(2 / 3)]
-    assert found.values["β 0", "gain"].mean == -3 / 8
-    assert found.values["θ .9", "SFT, System 2"].n == 1
-    half = found.comparisons[Contrast(("θ .5",), ("θ .9",), "SFT")]  # against θ .9, items: -1, -1/2, 0, +1/2
-    assert (half.mean, half.n, half.of_seeds) == (-0.25, 4, [-0.5, 0])
-    # Their deviation is .645497, t of 3 degrees 3.18245; of eight choices of signs six lead as far.
-    assert astuple(half.over_items) == pytest.approx((-1.27713, 0.77713, 0.75), abs=1e-4)
-    assert astuple(half.over_seeds) == pytest.approx(OF_HALVES, abs=1e-4)
-    assert found.comparisons[Contrast(("β 0",), ("θ .9",), "SFT")].mean == 0
-    assert ("θ .9", "active") not in found.values  # its summary has no such number
-    assert "no summary has the value of column 'active'; there are: " in caplog.text
-    loose = results(table(changed(small, ("SFT: sft@demo\n", "SFT: sft@demo.flexible\n"))))
-    assert loose.values["θ .9", "SFT"].mean == 1
-    assert "Parsed flexibly: SFT of β 0; SFT of θ .5" in render.legend(loose)
-    mixed = changed(small, ("gain: rl@demo - sft@demo", "gain: rl@demo - sft@demo.flexible"))
-    assert "gain of θ .5 (what is after the minus)" in render.legend(results(table(mixed)))
-    lines = {tuple(line[:2]): line for line in csv.reader(render.csv_text(found).splitlines())}
-    head = lines["row", "column"]
-    of_sft, of_gain = (dict(zip(head, lines["θ .9", name], strict=True)) for name in ("SFT", "gain"))
-    assert (of_sft["mean"], of_sft["paper"], of_sft["p"]) == ("0.375", "0.276", "")  # all shares of 1
-    assert float(of_gain["p"]) == gain.over_items.p and float(of_gain["seeds_p"]) == gain.over_seeds.p
-    compared = dict(zip(head, lines["θ .5", "SFT, minus 'θ .9'"], strict=True))
-    assert float(compared["mean"]) == -0.25 and float(compared["p"]) == half.over_items.p
-    assert compared["seeds"] == "2" and compared["bootstrap_low"] == ""
-    assert r"SFT: '$\theta$ .5' minus '$\theta$ .9'" in render.latex(found)
-    assert render.latex(found).startswith("% Seeds 1, 2.")
-    head, rows = render.grid(found)
-    assert head[1:4] == ["SFT, n 4", "SFT, System 2, n 1", "RL"] and ", n 3; seeds [" in rows[0][3]
-    assert re.search(r"^37\.5 \[\S+ \S+\] \(paper: 27\.6\); seeds \[0\.0, 100\.0\]$", rows[0][1])
-    head, (row, _) = render.comparison_grid(found)
-    tested = ["over items", "p", "by Holm", "over seeds", "p", "by Holm"]
-    assert head == ["comparison", "points", *tested, "by seed"]
-    # The other, equal in both seeds, has no p.
-    assert row == [
-        "SFT: 'θ .5' minus 'θ .9'", "-25.0", "[-127.7, +77.7]", ".75", "1", "[-342.7, +292.7]", ".5", "1",
-        "-50.0, +0.0",
-    ]  # fmt: skip
-    certain = replace(gain, over_items=Interval(0.1, 0.2, 1e-9))
-    found.values["θ .9", "gain"] = certain
-    assert "p $<$ .001" in render.latex(found) and "p <" not in render.latex(found)
-
-
 @pytest.fixture
 def replicates(small, tmp_path) -> Path:
     """The table with data of its own for each of two seeds."""
@@ -567,137 +514,6 @@ class Instant:
         return codes.pop(0) if codes else 0
 
     def close(self): ...
-
-
-@pytest.fixture
-def workers(monkeypatch, tmp_path):
-    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(local, "DEVICE_PAUSE_S", 0)
-    monkeypatch.setattr(local, "is_current", lambda node: True)
-    monkeypatch.setattr(local, "RETRY_AFTER_S", 0)
-    monkeypatch.setattr(local, "POLL_S", 0)
-    Instant.codes, Instant.started = {}, []
-    return Instant
-
-
-def swept_by(workers, small, tmp_path, places=(None,)):
-    nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
-    said = []
-    return nodes, local.Sweep(nodes, [workers(place) for place in places], tmp_path, said.append).run(), said
-
-
-def test_a_failure_stops_only_what_needs_it(workers, small, tmp_path):
-    workers.codes = {"rl": [65]}  # the first one
-    nodes, ended, said = swept_by(workers, small, tmp_path)
-    failed = [outcome for outcome in ended if outcome.status == "failed"]
-    (one,) = failed
-    assert one.code == 65 and one.node.stage == "rl"
-    left_out = [outcome.node for outcome in ended if outcome.status == "left out"]
-    assert left_out and all(one.node.id in node.inputs for node in left_out)
-    assert len(ended) == sum(not node.current for node in nodes.values())
-    assert any(line.startswith("failed with exit code 65: rl") for line in said)
-
-
-def test_a_busy_step_is_tried_again_and_not_for_ever(workers, small, tmp_path):
-    workers.codes = {"score": [75] * 9}
-    _, ended, _ = swept_by(workers, small, tmp_path)
-    assert {outcome.status for outcome in ended} == {"done"}
-    workers.codes, workers.started = {"score": [75] * 3 + [69, 75, 69]}, []
-    _, ended, _ = swept_by(workers, small, tmp_path)
-    assert {outcome.status for outcome in ended} == {"done"}
-    workers.codes, workers.started = {"score": [69] * 9}, []
-    _, ended, _ = swept_by(workers, small, tmp_path)
-    assert [o.code for o in ended if o.status == "failed"] == [69, 69]
-    assert workers.started.count("score") == 2 * local.MAX_SERVER_FAILURES
-
-
-def test_a_step_that_made_something_else_has_failed(workers, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "is_current", lambda node: node.stage != "sft")
-    _, ended, said = swept_by(workers, small, tmp_path)
-    assert {o.node.stage for o in ended if o.status == "failed"} == {"sft"}
-    assert any(line.startswith("made another artifact") for line in said)
-
-
-def test_a_step_does_not_begin_with_another_config_than_was_planned(small, lorapar, monkeypatch):
-    """Somebody edited the base while a job was waiting."""
-    cell = table(small, only=["θ .5"], seeds=[1]).cells[0]
-    node = next(node for node in graph.build_graph([cell]).values() if node.stage == "score")
-    monkeypatch.setenv(EXPECTED_KEYS, "0" * 12)
-    done = lorapar(*node.command)
-    assert done.code == 78 and "score is no longer what was planned" in done.err
-    monkeypatch.setenv(EXPECTED_KEYS, node.step.key)
-    assert "no longer what was planned" not in lorapar(*node.command).err
-
-
-def test_an_interrupted_sweep_ends_its_steps(small, tmp_path, monkeypatch):
-    """A real worker, whose step would run for ten minutes."""
-    nodes = graph.build_graph(table(small, seeds=[9]).cells)
-    mark = tmp_path / "mark"
-    worker = local.Worker(None, worker_steps.begin, worker_steps.wait_for_long)
-    sweep = local.Sweep(nodes, [worker], tmp_path, lambda _: None)
-    sleep = time.sleep
-
-    def interrupted(seconds):
-        sleep(seconds)
-        if mark.exists() and mark.read_text():
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(local.time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sweep.run()
-    monkeypatch.undo()
-    assert wait_for(lambda: not alive(int(mark.read_text())))
-
-
-def test_a_worker_that_was_killed_is_replaced(small, tmp_path):
-    node = next(iter(graph.build_graph(table(small, seeds=[9]).cells).values()))
-    worker = local.Worker(None, worker_steps.begin, worker_steps.die)
-    for _ in range(2):
-        worker.start(node, tmp_path / "log")
-        assert wait_for(lambda: worker.poll() is not None) and worker.poll() == 137
-
-
-def test_each_device_runs_one_step_at_a_time(workers, small, tmp_path):
-    running, seen = [], set()
-
-    class Slow(workers):
-        def start(self, node, log):
-            super().start(node, log)
-            self.looks = 3
-            running.append(self.device)
-            seen.add(tuple(sorted(running)))
-
-        def poll(self):
-            self.looks -= 1
-            if self.looks:
-                return None
-            running.remove(self.device)
-            return 0
-
-    swept_by(Slow, small, tmp_path, ["0", "3"])
-    assert ("0", "3") in seen <= {("0",), ("3",), ("0", "3")}
-
-
-def test_a_step_waits_for_a_device_that_another_sweep_has(workers, small, tmp_path, monkeypatch):
-    other, looks = local.lease("3"), []
-
-    def look(sweep):
-        looks.append(len(sweep.running))
-        if len(looks) == 3:
-            assert not any(looks)
-            other.close()
-
-    nodes = graph.build_graph(table(small, seeds=[5, 6]).cells)
-    said = []
-    ended = local.Sweep(nodes, [workers("3")], tmp_path, said.append, look).run()
-    assert sum("device 3 is in use by another sweep" in line for line in said) == 1
-    assert {outcome.status for outcome in ended} == {"done"} and max(looks) == 1
-    assert local.lease("3")  # it was given back
-    # A lease of two devices has both or none.
-    with local.lease("0,1"):
-        assert not local.lease("1")
-    one = local.lease("1")
-    assert one and not local.lease("0,1") and local.lease("0")
 
 
 def test_each_command_makes_its_step_alone(small):

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,10 @@ from stages.config import Config
 from stages.config.listing import setting_names
 from stages.data.rows import read
 from stages.errors import LoraparError
-from stages.eval.answer_cache import CachedAnswer
-from stages.labelling.votes import Vote
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
-from stages.store import estimates
 from stages.store.artifacts import Store
-from stages.store.checkpoints import SEAL, Checkpoints
-from stages.store.digests import DigestCache
-from stages.store.journal import Journal
-from stages.sweep.slurm import Cluster
 
 pytestmark = pytest.mark.slow
 TIMES = 10 if FULL else 1
@@ -152,39 +145,6 @@ def test_damaged_files(store, tally):
             believed = [n for n, s in now.items() if s.state == "current" and s.artifact.path == folder]
             tally.lost += [f"{file}: {name} was believed" for name in believed]
         file.write_bytes(before)
-
-
-def test_damaged_journals_and_records(store, tally, tmp_path):
-    """What is not sealed: it must have the shape that is read, or is no obstacle."""
-    runs = Path(store.runs_dir)
-    estimates.save(store.root, {"0123": estimates.PlannedCost(seconds=1.5, mib=300)})
-    checkpoint = tmp_path / "checkpoint-3"
-    checkpoint.mkdir()
-    (checkpoint / "weights").write_bytes(b"x")
-    Checkpoints(tmp_path, "of").seal(checkpoint)
-    jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps({"runs/rl/0123": "17"}))
-    readers: dict[Path, Callable[[Path], object]] = {
-        **{file: lambda copy: Journal(copy, Vote) for file in (runs / "votes").glob("*.jsonl")},
-        **{file: lambda copy: Journal(copy, CachedAnswer) for file in (runs / "answers").glob("*.jsonl")},
-        **{file: lambda copy: DigestCache(copy).file(jobs) for file in runs.rglob(".digests.json")},
-        store.root / estimates.NAME: lambda copy: estimates.load(copy.parent, "0123"),
-        checkpoint / SEAL: lambda copy: Checkpoints(tmp_path, "of").newest(),
-        jobs: lambda copy: Cluster(copy.parent, {}, print)._read_record(),
-    }
-    assert len(readers) >= 6 and all(file.is_file() for file in readers)
-    whole = {file: file.read_bytes() for file in readers}
-    for _ in range(250 * TIMES):
-        file = tally.random.choice(list(readers))
-        if file.parent == checkpoint:
-            shutil.rmtree(tmp_path / "checkpoint-3.incomplete", ignore_errors=True)
-            checkpoint.mkdir(exist_ok=True)
-            (checkpoint / "weights").write_bytes(b"x")
-        file.write_bytes(spoilt(whole[file], tally.random))
-        with trying(tally, file.name):
-            readers[file](file)
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(whole[file])
 
 
 ODD = [

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.lora.adapter.adapter import lora_layers
-from stages.lora.adapter.fsdp import full_tensor
 
 ADAPTED = "base_model.model."
 """Prefix that PEFT gives the name of every module of the base."""
@@ -32,7 +31,7 @@ def adapted_weights(adapted: PeftModel) -> dict[str, Any]:
 @torch.no_grad()
 def merge(layer: Any) -> Tensor:
     """Compute W + scaling · B A of one of PEFT's LoRA layers, in the dtype of W."""
-    weight = full_tensor(layer.base_layer.weight)  # (out, in)
+    weight = layer.base_layer.weight  # (out, in)
     # The sum is taken in float32 and rounded once.
     return (weight.float() + layer.get_delta_weight("default")).to(weight.dtype)
 
@@ -46,7 +45,7 @@ def merged_parameters(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in adapted.named_parameters():
         name = name.removeprefix(ADAPTED).replace(".base_layer", "")
         if adapted.prefix not in name:
-            yield name, merge(layers.pop(name)) if name in layers else full_tensor(parameter).detach()
+            yield name, merge(layers.pop(name)) if name in layers else parameter.detach()
     assert not layers, sorted(layers)
 
 

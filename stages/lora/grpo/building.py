@@ -1,4 +1,4 @@
-"""Builds the GRPO trainer of a config, for RL and for the scorer that reads RL's gradients."""
+"""Builds the GRPO trainer of a config."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import RlSection, SandboxSection
 from stages.engines import Sampling
-from stages.errors import ConfigError
-from stages.lora.adapter import fsdp
 from stages.lora.grpo import int8, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
@@ -20,6 +18,7 @@ from stages.lora.grpo.thought_limit import ThoughtLimit
 from stages.lora.training import loop
 from stages.lora.training.health import longest_of_rl
 from stages.lora.training.start import Training
+from stages.models.base import load_base
 from stages.packing import trainer_inputs
 from stages.rewards import loading
 from stages.runtime import libraries
@@ -65,7 +64,7 @@ SAME_NAME = (
 
 @dataclass(frozen=True, kw_only=True)
 class Grpo(Training):
-    """The sections of RL, or of the scorer that reads RL's gradients, and the trainer of them."""
+    """The sections of RL, and the trainer of them."""
 
     rl: RlSection
     sandbox: SandboxSection | None = None
@@ -137,30 +136,25 @@ class Grpo(Training):
         """The model with the adapter to start from, and the copy that rollouts are sampled from, if any."""
         from transformers import GenerationConfig
 
-        rollouts, launch = self.rl.rollouts, self.rl.launch
-        vllm_rollouts.prepare(rollouts, self.model.name)
-        base = fsdp.load(self.model, launch)
+        rollouts = self.rl.rollouts
+        vllm_rollouts.prepare(rollouts)
+        base = load_base(self.model)
         # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that
         # file.
         base.generation_config = GenerationConfig(eos_token_id=self.renderer.stop_ids)
         vllm_rollouts.name_revision(base, rollouts, self.model)
-        sharded = fsdp.is_sharded(launch)
-        copy = None if sharded else vllm_rollouts.copy_of(base, rollouts, self.model, self.baseline)
+        copy = vllm_rollouts.copy_of(base, rollouts, self.model, self.baseline)
         return self.attach(base), copy
 
 
 def optimizer_steps(prompts: RlPrompts, rl: RlSection, stage: str = "") -> int:
-    """The number of steps of RL on these prompts; ConfigError if `rl.keep_steps` names a later one.
+    """The number of steps of RL on these prompts.
 
     An epoch is one pass over System 2's prompts; replayed ones of System 1 fill up each step. stage: see
     `loop.steps_of`.
     """
-    steps = loop.steps_of(
-        prompts.system2_rows // (rl.prompts_per_step - rl.replay_prompts), rl, rl.num_iterations, stage
-    )
-    if rl.keep_steps and max(rl.keep_steps) > steps:
-        raise ConfigError(f"rl.keep_steps: {max(rl.keep_steps)} is more than the {steps} steps of RL")
-    return steps
+    batches = prompts.system2_rows // (rl.prompts_per_step - rl.replay_prompts)
+    return loop.steps_of(batches, rl, rl.num_iterations, stage)
 
 
 def _arguments(
@@ -168,9 +162,7 @@ def _arguments(
 ) -> GRPOConfig:
     from trl import GRPOConfig
 
-    accumulation_steps = loop.accumulation_steps(
-        rl.prompts_per_step * rl.num_generations, rl.per_device_train_batch_size
-    )
+    accumulation_steps = rl.prompts_per_step * rl.num_generations // rl.per_device_train_batch_size
     return GRPOConfig(
         **loop.arguments(rl, steps, seed, checkpoints, rl.num_iterations),
         **PINNED,

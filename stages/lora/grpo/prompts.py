@@ -40,8 +40,6 @@ class RlPrompts:
     replayed: int
     unrewardable: int
     """Number of System 1 rows that lack a column which a reward reads, so that they are not replayed."""
-    held_out: list[list[int]]
-    """Token ids of System 1 prompts that RL never trains on."""
     long: int
     """Number of prompts to train on that are too long."""
     encoded: frozenset[str]
@@ -83,17 +81,12 @@ class RlPrompts:
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
         trained = [row_fields(example, renderer) for example in examples]
         loading.check_fields(needed, trained)
-        system1 = _system1_rows(labels, trained, renderer) if rl.data == "system2" else []
+        system1 = _system1_rows(labels, trained, renderer) if rl.replay_prompts else []
         tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + system1}
         fitting, too_long = _fitting(trained, tokens, rl)
-        if rl.replay_prompts or rl.too_long != "error":
-            system1, too_long_system1 = _fitting(system1, tokens, rl)
-            too_long += too_long_system1 if rl.replay_prompts else 0
-        else:  # long System 1 prompts are only left out of the probe, which is no error
-            system1 = [row for row in system1 if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
+        system1, too_long_system1 = _fitting(system1, tokens, rl)
+        too_long += too_long_system1
         random.Random(f"{seed} held out").shuffle(system1)
-        held_out, system1 = system1[: rl.kl_probe_prompts], system1[rl.kl_probe_prompts :]
-        system1 = system1 if rl.replay_prompts else []
         # Some reward cannot be computed for a row that lacks a column.
         replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
         _check_enough(fitting, replayed, rl, too_long)
@@ -106,7 +99,6 @@ class RlPrompts:
             ids={tuple(tokens[row["prompt"]]): row["id"] for row in fitting + replayed},
             replayed=len(replayed),
             unrewardable=len(system1) - len(replayed),
-            held_out=[tokens[row["prompt"]] for row in held_out],
             long=too_long,
             encoded=as_json,
         )

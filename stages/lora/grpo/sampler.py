@@ -40,8 +40,7 @@ class RolloutSampler:
 
         longest: most tokens of a completion, if not `sampling.max_new_tokens`.
 
-        A base that is sharded must be gathered first (`fsdp.unsharded`). If memory runs out, what is not yet
-        sampled is sampled in smaller batches, now and from now on.
+        If memory runs out, what is not yet sampled is sampled in smaller batches, now and from now on.
         """
         generator = random.Random(seed)
         seeds = [generator.getrandbits(62) for _ in prompts]

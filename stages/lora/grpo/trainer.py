@@ -5,7 +5,7 @@ Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, s
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,22 +14,15 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from stages.config import RlSection
-from stages.lora.adapter import fsdp
 from stages.lora.grpo.int8 import weighted_advantages
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.grpo.thought_limit import Generated, ThoughtLimit
-from stages.lora.grpo.zero_signal import (
-    Completions,
-    Selection,
-    metrics_of_computed,
-    replace_zero_signal_groups,
-)
+from stages.lora.grpo.zero_signal import Selection, metrics_of_computed
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.prompts import thoughts
-from stages.runtime import distributed
 
 
 class GrpoTrainer(ResumableTrainer, GRPOTrainer):
@@ -40,8 +33,6 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     BATCH_KEYS = ("prompt_ids", "prompt_mask")
     _buffered_inputs: Any
-    _completions: Completions | None = None
-    """What dynamic sampling has sampled and scored for this step; see `_generate_and_score_completions`."""
     _selection: Selection | None = None
     """The completions that the current training pass computes; None if it computes all."""
     _corrected: dict[str, Any] | None = None
@@ -88,17 +79,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
-        # Processes sample at their own pace, so each needs the whole base. vLLM has a model of its own, for
-        # which weights are gathered one by one.
-        whole_base: AbstractContextManager[None] = (
-            nullcontext() if self.args.use_vllm else fsdp.unsharded(self.model)
-        )
-        with whole_base:
-            if self.rl.dynamic_sampling and self.model.training:
-                # TRL's method below calls `_generate_single_turn`, then `_calculate_rewards`: they return
-                # these completions and rewards instead of new ones, and the second clears them.
-                inputs, self._completions = replace_zero_signal_groups(self, list(inputs))
-            batch = super()._generate_and_score_completions(inputs)  # here TRL computes the advantages
+        batch = super()._generate_and_score_completions(inputs)  # here TRL computes the advantages
         if self.model.training:
             metrics = self._metrics["train"]
             # TRL logs where the standard deviation that it divides by is 0. With scale_rewards "batch" that
@@ -128,25 +109,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         return prompt_ids, ids, written, *rest
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._completions is not None:
-            return self._completions[:2]
-        return self._complete(prompt_ids, 0, *args, **kwargs)
-
-    def sample(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[list[Any], list[Any]]:
-        """Completions of these rows, and their log-probabilities, each None without vLLM.
-
-        attempt: 0 is the step's first draw; each draws other completions.
-        """
-        if not inputs:
-            return [], []
-        prompt_ids, *fields = self._tokenize_prompts([row["prompt"] for row in inputs])
-        ids, logprobs = self._complete(prompt_ids, attempt, *fields, self.num_generations)
-        return list(ids), list(logprobs or [None] * len(ids))
-
-    def _complete(self, prompt_ids: Any, attempt: int, *args: Any, **kwargs: Any) -> Any:
         """Token ids of completions and their log-probabilities: by vLLM, or without these by `sampler`."""
-        suffix = f" {attempt}" if attempt else ""
-        seed = f"{self.args.seed} rollouts {self.state.global_step} {distributed.rank()}{suffix}"
+        seed = f"{self.args.seed} rollouts {self.state.global_step} 0"
 
         def generate(prompts: list[list[int]], longest: int, of_round: str = "") -> Generated:
             if self.args.use_vllm:
@@ -172,11 +136,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
         What is logged of the rewards and lengths of all completions is logged for each system, too.
         """
-        if self._completions is not None:
-            (*_, rewards), self._completions = self._completions, None
-        else:
-            texts = self.texts(prompts, completion_ids_list)
-            rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
+        texts = self.texts(prompts, completion_ids_list)
+        rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
         totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
         if self.rl.replay_prompts and self.model.training:
@@ -190,11 +151,6 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             for name, value in metrics:
                 self._metrics["train"][name].append(value)
         return rewards
-
-    def score(self, inputs: list[dict[str, Any]], ids: list[Any]) -> Tensor:
-        """Rewards of completions, of all processes: (completions, functions)."""
-        prompts = [row["prompt"] for row in inputs]
-        return super()._calculate_rewards(inputs, prompts, self.texts(prompts, ids), ids)
 
     def texts(self, prompts: list[str], ids: list[Any]) -> list[str]:
         """Completions as rewards read them; TRL's own texts lack the tags of some thoughts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,19 +15,12 @@ from transformers import PreTrainedModel, set_seed
 
 from stages.config import BaselineSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
-from stages.engines.openai.transport import uses_proxy
-from stages.engines.vllm import ON_CPU, flags
-from stages.errors import ConfigError, ServerError
+from stages.engines.vllm import ON_CPU
+from stages.errors import ConfigError
 from stages.lora.adapter import merge
 from stages.models.size import kv_cache_bytes
-from stages.runtime import distributed, resources
+from stages.runtime import resources
 
-TAKES_WEIGHTS = {
-    "weight_transfer_config": {"backend": "nccl"},
-    "logprobs_mode": "processed_logprobs",
-    "max_logprobs": -1,
-}
-"""vLLM's arguments for a server whose weights the trainer replaces."""
 GIB = 2**30
 ITEMSIZE = 2
 """Bytes of a number in a colocated vLLM, which also turns a checkpoint of 32 bits into 16."""
@@ -39,18 +31,14 @@ TRL lets it compute 4,096 tokens at a time, for which an MLP of Qwen2.5-7B's wid
 holds about four float32 matrices of 256 completions × vocabulary, .6 GiB. The rest is for CUDA graphs,
 libraries and fragments.
 """
-CACHE_SHARE, CACHE_SHARE_ASLEEP = 0.5, 0.9
-"""Largest share for keys and values of what the base, vLLM's weights and ALLOWANCE leave free.
-
-Training needs the rest. With enable_sleep_mode vLLM's memory is free during optimizer steps, and only
-optimizer state and fragments stay in the way of its cache: the share can be larger.
-"""
+CACHE_SHARE = 0.5
+"""Largest share for keys and values of what the base, vLLM's weights and ALLOWANCE leave free."""
 CPU_SHARE = 0.3
 """On a CPU vLLM asks for a share, and takes what ON_CPU says."""
 
 
-def prepare(rollouts: RolloutsSection, model: str) -> None:
-    """To be called first: ConfigError or ServerError if vLLM cannot do what `rollouts` asks for."""
+def prepare(rollouts: RolloutsSection) -> None:
+    """To be called first: ConfigError if vLLM cannot do what `rollouts` asks for."""
     check_machine(rollouts)
     if rollouts.engine == "transformers":
         return
@@ -59,14 +47,6 @@ def prepare(rollouts: RolloutsSection, model: str) -> None:
     # TRL asks whether the base is in 4 bits, by a module that it has not imported if bitsandbytes was hidden
     # from it (`runtime/libraries.py`). The base never is: a config with 4 bits samples by transformers.
     vllm_generation.is_bitsandbytes_available = lambda: False
-    if rollouts.engine == "vllm_server":
-        _check_server(rollouts, model)
-        return
-    if distributed.world_size() % rollouts.tensor_parallel_size:
-        raise ConfigError(
-            f"rl.rollouts.tensor_parallel_size {rollouts.tensor_parallel_size} does not divide "
-            f"{distributed.world_size()} processes"
-        )
     if not torch.cuda.is_available():
         _on_cpu()
 
@@ -75,19 +55,11 @@ def check_machine(rollouts: RolloutsSection) -> None:
     """Raise ConfigError if this machine does not have what `rollouts` asks for."""
     if rollouts.engine == "transformers":
         return
-    cpu = not torch.cuda.is_available()
-    here = f"rl.rollouts.engine {rollouts.engine}"
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            f"{here}: vllm is not installed",
+            f"rl.rollouts.engine {rollouts.engine}: vllm is not installed",
             "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers",
         )
-    if rollouts.engine == "vllm_server" and cpu:
-        raise ConfigError(
-            f"{here} needs a GPU: its weights come by NCCL", "choose vllm_colocate or transformers"
-        )
-    if cpu and rollouts.enable_sleep_mode:
-        raise ConfigError("rl.rollouts.enable_sleep_mode needs a GPU", "leave it out")
 
 
 def _on_cpu() -> None:
@@ -103,28 +75,6 @@ def _on_cpu() -> None:
     utils.check_cpu_sgl_kernel = lambda *_: False
 
 
-def _check_server(rollouts: RolloutsSection, model: str) -> None:
-    import httpx
-
-    serve = f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} {shlex.join(flags(TAKES_WEIGHTS))}"
-    start = f"start it on other GPUs than the trainer's: {serve}"
-    url = f"{str(rollouts.base_url).rstrip('/')}/server_info"
-    try:
-        reply = httpx.get(url, params={"config_format": "json"}, timeout=30, trust_env=uses_proxy(url))
-        config = reply.json()["vllm_config"] if reply.status_code == 200 else {}
-        mode = config.get("model_config", {}).get("logprobs_mode")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ServerError(
-            f"rl.rollouts.base_url {rollouts.base_url}: {type(error).__name__}", start
-        ) from None
-    if not config.get("weight_transfer_config"):
-        raise ServerError(f"the vLLM server at {rollouts.base_url} takes no new weights", start)
-    if rollouts.correction != "none" and mode != "processed_logprobs":
-        raise ServerError(
-            f"the vLLM server at {rollouts.base_url} reports {mode}, which would bias the correction", start
-        )
-
-
 def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict[str, Any]:
     """The rollout settings of TRL's GRPOConfig.
 
@@ -138,10 +88,7 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_mode": rollouts.engine.removeprefix("vllm_"),
         "vllm_model_impl": "vllm",
         "vllm_structured_outputs_regex": None,
-        "vllm_server_base_url": rollouts.base_url,
         "vllm_gpu_memory_utilization": rollouts.gpu_memory_utilization,
-        "vllm_tensor_parallel_size": rollouts.tensor_parallel_size,
-        "vllm_enable_sleep_mode": rollouts.enable_sleep_mode,
         "vllm_max_model_length": longest,
         "vllm_importance_sampling_correction": corrected,
         "vllm_importance_sampling_mode": rollouts.correction if corrected else "sequence_mask",
@@ -163,36 +110,30 @@ def with_memory_share(rl: RlSection, base: PreTrainedModel) -> RlSection:
     if torch.cuda.is_available():
         resources.release_memory()
         free, total = torch.cuda.mem_get_info()
-        processes = distributed.world_size()
         token = kv_cache_bytes(base.config.get_text_config(), ITEMSIZE)
-        share = colocated_bytes(rl, base.num_parameters(), token, free, processes) / total
+        share = colocated_bytes(rl, base.num_parameters(), token, free) / total
     return rl.model_copy(update={"rollouts": rollouts.model_copy(update={"gpu_memory_utilization": share})})
 
 
-def colocated_bytes(rl: RlSection, parameters: int, token: int, free: int, processes: int) -> int:
+def colocated_bytes(rl: RlSection, parameters: int, token: int, free: int) -> int:
     """Bytes of a GPU for a colocated vLLM: its weights, ALLOWANCE, keys and values of a step's completions.
 
     weights + ALLOWANCE + min(completions · tokens · token, share · (free - weights - ALLOWANCE))
 
     Where not all keys and values fit, vLLM computes some completions later. parameters: of the base. token:
-    bytes of a token's keys and values. free: bytes beside the trainer's base. processes: of the trainer.
+    bytes of a token's keys and values. free: bytes beside the trainer's base.
     ConfigError if not even the keys and values of one completion fit.
     """
-    rollouts = rl.rollouts
-    weights = parameters * ITEMSIZE // rollouts.tensor_parallel_size
+    weights = parameters * ITEMSIZE
     completion = (rl.max_prompt_length + rl.max_completion_length) * token
-    # Tensor parallelism cancels: t GPUs share a vLLM that serves the completions of t processes, and each of
-    # the GPUs holds 1/t of their keys and values.
-    wanted = rl.prompts_per_step * rl.num_generations * completion // processes
-    share = CACHE_SHARE_ASLEEP if rollouts.enable_sleep_mode else CACHE_SHARE
-    cache = min(wanted, int(share * (free - weights - ALLOWANCE)))
-    if cache < completion // rollouts.tensor_parallel_size:
+    wanted = rl.prompts_per_step * rl.num_generations * completion
+    cache = min(wanted, int(CACHE_SHARE * (free - weights - ALLOWANCE)))
+    if cache < completion:
         raise ConfigError(
             f"rl.rollouts.engine vllm_colocate: beside the trainer's base {free / GIB:.1f} GiB of the GPU "
             f"are free, and vLLM needs {weights / GIB:.1f} for weights of its own, {ALLOWANCE / GIB:.0f} to "
             "compute, and room for keys and values",
-            "rl.rollouts.engine=transformers; with several GPUs rl.rollouts.tensor_parallel_size, or "
-            "rl.rollouts.engine=vllm_server",
+            "rl.rollouts.engine=transformers",
         )
     return weights + ALLOWANCE + cache
 
@@ -229,5 +170,4 @@ def install_weights(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection,
     trainer.vllm_generation._iter_named_params = merged_parameters
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
-        # Processes that share a model must draw alike.
-        set_seed(seed + distributed.rank() // rollouts.tensor_parallel_size)
+        set_seed(seed)

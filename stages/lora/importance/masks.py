@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,30 +11,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.errors import ArtifactError
-from stages.lora.examples import PROTECTED
 
 REGION, ACTIVE = "region", "active"
 
 
-def write_importance(path: Path, scores: dict[Any, dict[str, Tensor]]) -> None:
+def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
     """Write float32 tensors, each in the shape of the weight's trainable part.
 
-    Their names are `s1/<name>` and `s2/<name>` for the systems, `protected/<name>` for protected rows.
+    Their names are `s1/<name>` and `s2/<name>`.
     """
     tensors = {
-        f"{rows if rows == PROTECTED else f's{rows}'}/{name}": tensor.float().contiguous().cpu()
+        f"s{rows}/{name}": tensor.float().contiguous().cpu()
         for rows, by_name in scores.items()
         for name, tensor in by_name.items()
     }
     save_file(tensors, path)
 
 
-def read_importance(path: Path) -> dict[Any, dict[str, Tensor]]:
-    """Read what `write_importance` wrote: 1, 2 or "protected" → parameter name → float32 scores."""
+def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
+    """Read what `write_importance` wrote: system → parameter name → float32 scores."""
     tensors = _load(path)
-    rows: dict[Any, str] = {1: "s1/", 2: "s2/", PROTECTED: f"{PROTECTED}/"}
-    scores = {group: _with_prefix(prefix, tensors) for group, prefix in rows.items()}
-    return {group: by_name for group, by_name in scores.items() if by_name}
+    return {system: _with_prefix(f"s{system}/", tensors) for system in (1, 2)}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.config.training import SCORER_FILE
-from stages.errors import UnusableResult, is_out_of_memory
-from stages.own_functions import functions_in, imported
+from stages.errors import UnusableResult
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from stages.config import Config
     from stages.packing.batch import PackedBatch
     from stages.prompts.renderer import Row
     from stages.runtime.batch_size import BatchSize
@@ -35,38 +32,8 @@ scorers: Registry = Registry("scorer")
 """Formulas score(φ, g, F): φ is an element, g the mean over examples of its gradient, F that of its square.
 
 Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
-zero, and so is the value of B). Trait `pilot`: the formula takes the value after a pilot run (`pilot.py`) in
-place of gradient and Fisher. Trait `rollouts`: g and F are means over batches of completions, of the gradient
-of GRPO's loss at SFT's adapter (`stages/score/gradients.py`); only `rl.rescore` can name such a scorer.
+zero, and so is the value of B).
 """
-
-
-def formula_of(name: str, file: str | None) -> Callable[..., Tensor]:
-    """Return the formula called `name`; one of a person's file takes precedence."""
-    if file and name in functions_in(file, SCORER_FILE):
-        return partial(_own_scores, getattr(imported(file, SCORER_FILE), name), name, file)
-    return scorers.pick(name)
-
-
-def _own_scores(formula: Callable[..., Any], name: str, file: str, *tensors: Tensor) -> Tensor:
-    """Scores by a person's formula; UnusableResult if it raises, or gives another thing than one for each."""
-    import torch
-
-    mend = f"mend it in {file} and run the same command"
-    try:
-        scores = formula(*tensors)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UnusableResult(f"scorer {name} raised {type(error).__name__}: {error}", mend) from error
-    shape = tensors[0].shape
-    if not isinstance(scores, torch.Tensor) or scores.shape != shape:
-        raise UnusableResult(f"scorer {name} gave no tensor of {tuple(shape)}, as its elements are", mend)
-    return scores
-
-
-def rescored_by_rollouts(config: Config) -> bool:
-    return config.rl.rescore is not None and scorers.has_trait(config.rl.rescore, "rollouts")
 
 
 @dataclass
@@ -132,26 +99,6 @@ def grad2(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
 def magnitude(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
     """|φ|: needs no gradients and is the same for both systems."""
     return value.abs()
-
-
-@scorers.add("pilot")
-def moved(value: Tensor, trained: Tensor) -> Tensor:
-    """|φ′ − φ|: how far a pilot run of 12 steps on the examples moves it (after arXiv 2505.11711)."""
-    return (trained - value).abs()
-
-
-@scorers.add("rollouts")
-def grpo_sign(value: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
-    """g²/√F = |g| · |g|/√F over batches of completions: what a step of Adam gains by moving the element.
-
-    g and F are the means over batches of a step's gradient and of its square, after the gradient of all
-    elements was clipped to `rl.max_grad_norm`. Adam moves an element by about g/√F times the learning rate,
-    and a unit of movement changes the loss by g. |g|/√F is 1 if the gradient has one sign and size in all
-    batches, and near 0 if its signs cancel. GRPO's gradients change from step to step, and only elements that
-    keep their sign are said to learn (arXiv 2605.12207).
-    """
-    # √F is 0 only where the gradient is 0 in every batch: the score there is 0, and not 0 / 0 = NaN.
-    return gradient.square() / fisher.sqrt().clamp(min=1e-30)
 
 
 @contextmanager

@@ -19,16 +19,11 @@ def _of_a_step(row: dict[str, float]) -> dict[str, float]:
 
 
 History = list[Annotated[dict[str, float], AfterValidator(_of_a_step)]]
-KL_FROM_START = "system1/kl_from_start"
-"""Name in the history of the KL probe's values, in nats per token."""
-PROTECTED_KL = "protected/kl_from_start"
-"""Name in the history of the drift on protected rows, in nats per token."""
-SIGNAL, LENGTH, DRIFT = "groups without signal, %", "completion length, tokens", "KL from the start, System 1"
+SIGNAL, LENGTH = "groups without signal, %", "completion length, tokens"
 OVERVIEW = {
     "reward": "reward",
     SIGNAL: "frac_reward_zero_std",
     LENGTH: "completions/mean_length",
-    DRIFT: KL_FROM_START,
 }
 """Panels for many trainings of RL at once: title → name of the values in the history."""
 SHARES = {OVERVIEW[SIGNAL]}
@@ -92,8 +87,6 @@ def panels(history: History) -> dict[str, dict[str, str]]:
             "longest": "completions/max_length",
             **{label: f"{name}completions/mean_length" for label, name in systems.items()},
         },
-        DRIFT: {"nats per token": KL_FROM_START},
-        "KL from the start, protected rows": {"nats per token": PROTECTED_KL},
         "gradient norm": {"norm": "grad_norm"},
     }
     existing = {

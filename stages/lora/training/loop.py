@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -13,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
 from stages.config import TrainSection
 from stages.config.fields import as_decimal_fraction
 from stages.config.training import OPTIMIZERS
 from stages.errors import ConfigError, UnusableResult
-from stages.lora.adapter import adapter, baselines, fsdp
+from stages.lora.adapter import adapter, baselines
 from stages.lora.training import curves
 from stages.lora.training.start import Training
-from stages.lora.training.watchdog import Watchdog
-from stages.runtime import distributed
 from stages.store.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -79,7 +75,7 @@ def arguments(
     passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
     """
     cpu = not torch.cuda.is_available()
-    check_machine(section, distributed.launched())
+    check_machine(section)
     # The library's `constant` ignores the warm-up without a warning.
     scheduler = (
         "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
@@ -105,15 +101,12 @@ def arguments(
     }
 
 
-def check_machine(section: TrainSection, launched: bool) -> None:
-    """Raise ConfigError if a package that the section names is not installed, or a GPU would be idle.
-
-    launched: whether a launcher starts a process for each GPU.
-    """
-    if torch.cuda.device_count() > 1 and not launched:
+def check_machine(section: TrainSection) -> None:
+    """Raise ConfigError if a package that the section names is not installed, or a GPU would be idle."""
+    if torch.cuda.device_count() > 1:
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
-            "use them: launch.backend=ddp; or choose one: CUDA_VISIBLE_DEVICES=0",
+            "choose one: CUDA_VISIBLE_DEVICES=0",
         )
     if section.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -148,10 +141,8 @@ class TimedSaving(TrainerCallback):
         self.passes, self.saved_at = passes, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # The clocks of several processes differ, and all of them save together.
-        is_alone = distributed.world_size() == 1
         late = time.monotonic() - self.saved_at > SAVE_S
-        if is_alone and late and state.global_step % self.passes == 0:
+        if late and state.global_step % self.passes == 0:
             control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
@@ -161,11 +152,8 @@ class TimedSaving(TrainerCallback):
 def train(trainer: Any, run: Training) -> dict[str, Any]:
     """Train the active elements from the newest checkpoint, or else from `run.start`.
 
-    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Of several processes only
-    the first writes, and the others return an empty dict; an assertion checks that all hold the same adapter.
-    Returns the steps, and the counts of `StartingAdapter.verify`.
+    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Returns the steps, and the counts of `StartingAdapter.verify`.
     """
-    refuse_untested(trainer)
     model, checkpoints, out = trainer.model, run.context.checkpoints, run.context.out
     run.start.begin(model)
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; ProgressCallback reports it
@@ -174,12 +162,9 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
     if resumed:
         log.info("resuming from %s, of %d steps", resumed.name, trainer.args.max_steps)
     trainer.add_callback(TimedSaving(getattr(trainer, "num_iterations", 1)))
-    watchdog = Watchdog(checkpoints.folder, getattr(trainer, "num_iterations", 1))
-    trainer.add_callback(watchdog)
     try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
-        watchdog.stop()
         if "wandb" in trainer.args.report_to:
             # Else a second round of SFT in this process would go on with its run.
             import wandb
@@ -187,10 +172,6 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
             wandb.finish()
     if trainer.state.global_step == 0:
         raise UnusableResult("training did no step", "there are fewer rows than one step takes")
-    if distributed.world_size() > 1:
-        assert distributed.all_equal(_digest(model)), "the processes ended with different adapters"
-    if not distributed.is_main():
-        return {}
     folder = out / "adapter"
     adapter.save(model, folder, run.model)
     if run.baseline is not None:
@@ -201,47 +182,13 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
     counts = run.start.verify(folder)
     if counts["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
-    drift = [row[curves.PROTECTED_KL] for row in logged if curves.PROTECTED_KL in row]
-    return {
-        "steps": trainer.state.global_step,
-        **fsdp.local_share(model),
-        **counts,
-        **({"protected_kl": drift[-1]} if drift else {}),
-    }
-
-
-def refuse_untested(trainer: Any) -> None:
-    """Raise ConfigError for accelerate settings that would silently corrupt this training."""
-    divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    distributed.check_accelerate_settings(divided, trainer.accelerator.mixed_precision)
-
-
-def _digest(model: PeftModel) -> str:
-    digest = hashlib.sha256()
-    for _, weight in sorted(adapter.trained_parameters(model).items()):
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return {"steps": trainer.state.global_step, **counts}
 
 
 def history(trainer: Any) -> list[dict[str, float]]:
     """Logged values of each step, including the steps before a resume."""
     steps = [row for row in trainer.state.log_history if "train_runtime" not in row]
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
-
-
-def accumulation_steps(samples: int, micro_batch: int, processes: int | None = None) -> int:
-    """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly.
-
-    processes: their number, by default that of this run.
-    """
-    processes = processes or distributed.world_size()
-    if samples % (micro_batch * processes):
-        raise ConfigError(
-            f"{processes} processes with micro batches of {micro_batch} "
-            f"cannot share {samples} samples a step evenly",
-            "lower per_device_train_batch_size or the number of processes",
-        )
-    return samples // (micro_batch * processes)
 
 
 def steps_of(batches: int, section: TrainSection, passes: int = 1, stage: str = "") -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SftSection
-from stages.lora.adapter import adapter, baselines, elements, fsdp
+from stages.lora.adapter import adapter, baselines, elements
 from stages.lora.importance.masks import Masks
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
@@ -117,12 +117,9 @@ class Training:
         return StartingAdapter(self.context.adapter("sft", "rl", "score"), active)
 
     def attach(self, base: PreTrainedModel) -> PeftModel:
-        """Put the adapter on the base that `fsdp.load` has loaded, and shard that if `launch` asks for it."""
+        """Put the adapter on the base."""
         folder, dropout = self.start.folder, self.section.lora_dropout
         if self.baseline is not None:
-            model = baselines.attach(base, self.baseline, self.lora, self.seed, folder, dropout)
-        else:
-            assert folder is not None
-            model = adapter.attach(base, self.lora, folder, dropout)
-        fsdp.shard_base(model, self.model, self.section.launch)
-        return model
+            return baselines.attach(base, self.baseline, self.lora, self.seed, folder, dropout)
+        assert folder is not None
+        return adapter.attach(base, self.lora, folder, dropout)

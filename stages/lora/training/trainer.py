@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.errors import ArtifactError, OutOfMemoryError, UnusableResult, is_out_of_memory
-from stages.lora.adapter import adapter, baselines, fsdp
+from stages.lora.adapter import adapter, baselines
 from stages.lora.adapter.elements import sparse_layers
 from stages.packing import support, trainer_inputs
 from stages.store.checkpoints import Checkpoints
@@ -126,7 +126,6 @@ class ResumableTrainer:
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        fsdp.average_gradients(self.model)
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         if not torch.isfinite(torch.as_tensor(norm)):
             raise self._non_finite("gradient norm", float(norm), self.window)

@@ -1,1 +1,0 @@
-"""A client of servers that speak OpenAI's API."""
