@@ -17,18 +17,16 @@ from pretend_gpu.faults import FAULTS, IN_TWO_PROCESSES
 pytestmark = pytest.mark.slow
 
 SMALL = ("data.limit=48", "eval.benchmarks.demo.limit=2", "eval.targets=[rl]", "sft.max_steps=2")
-TWO = [f"{stage}.launch={{backend: ddp, processes: 2}}" for stage in ("score", "sft", "rl")]
+TWO = [f"{stage}.launch.processes=2" for stage in ("sft", "rl")]
 CASES = {
     "one": ["eval.targets=[base, init, sft, rl]"],
     "two": TWO,
     "sampled": [
-        "rl.beta=0", "rl.system1_share=0.25", "rl.rescore=grpo_sign", "rl.top_p=0.9", "lora.init=pissa", "eval.benchmarks.demo.temperature=0.7",
-        "eval.targets=[rl, rl-1]",
+        "rl.beta=0", "rl.system1_share=0.25", "lora.init=pissa", "eval.benchmarks.demo.temperature=0.7",
     ],
     "protected": ["partition.protect={old}", "sft.rounds=2", "eval.targets=[sft, sft2]"],
     "checkpointed": ["sft.gradient_checkpointing=true", "rl.gradient_checkpointing=true", "lora.init=olora"],
-    "dora": ["baseline.method=dora"],
-    "randlora": ["baseline.method=randlora"],
+    "ia3": ["baseline.method=ia3"],
 }  # fmt: skip
 """Settings of runs; all stages of each are made."""
 REWARD = "def odd(completions, **_):\n    return [sum(map(ord, text)) % 97 / 97 for text in completions]\n"

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from meter import Meter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -84,9 +83,9 @@ def _names(spec: Any, kind: str) -> bool:
 class Pretend(TorchFunctionMode):
     """Runs every call on the CPU, checks where its operands are, and marks what it returns."""
 
-    def __init__(self, device: Device, meter: Meter | None) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__()
-        self.device, self.meter = device, meter
+        self.device = device
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", str(function))
@@ -113,10 +112,7 @@ class Pretend(TorchFunctionMode):
         if name == "__set__" and function.__self__ is torch.Tensor.data and isinstance(args[1], DeviceTensor):
             self._move(args[0], type(args[1]))
         if marked and (name == "cpu" or (name == "to" and to_cpu)):
-            moved = _on_cpu_as_is(result, marked[0])
-            if self.meter:
-                self.meter.on_host(moved)
-            return moved
+            return _on_cpu_as_is(result, marked[0])
         if to_cpu and target is None:
             return result
         if target is None and not marked:
@@ -243,14 +239,13 @@ class _Properties:
     total_memory, multi_processor_count = 80 * GIB, 132
 
 
-def install(count: int, measure: bool = False) -> None:
-    """Make this process see so many cards, from now on. measure: let them count the memory that is in use."""
+def install(count: int) -> None:
+    """Make this process see so many cards, from now on."""
     device = Device(count)
-    meter = Meter() if measure else None
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.Generator = _Generator  # type: ignore[misc, assignment]
     _keep_parameters_that_are_there()
-    for name, value in {**_answers(device), **(_measured(meter) if meter else {})}.items():
+    for name, value in _answers(device).items():
         setattr(torch.cuda, name, value)
     state = torch.zeros(16, dtype=torch.uint8)
     for module in (torch.cuda, torch.cuda.random):
@@ -267,9 +262,7 @@ def install(count: int, measure: bool = False) -> None:
     # What is computed again in a backward pass says that it is on the CPU: compare the rest of it.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     checks["default"] = lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}
-    Pretend(device, meter).__enter__()
-    if meter:
-        meter.__enter__()
+    Pretend(device).__enter__()
 
 
 def _keep_parameters_that_are_there() -> None:
@@ -311,19 +304,6 @@ def _answers(device: Device) -> dict[str, Any]:
         "mem_get_info": lambda *_: (79 * GIB, 80 * GIB),
         "memory_stats": lambda *_: {},
         "current_stream": lambda *_: _Nothing(),
-    }
-
-
-def _measured(meter: Meter) -> dict[str, Any]:
-    """The same of memory, as it is."""
-    return {
-        "is_initialized": lambda: True,
-        "memory_allocated": lambda *_: meter.live,
-        "memory_reserved": lambda *_: meter.live,
-        "max_memory_allocated": lambda *_: meter.peak,
-        "max_memory_reserved": lambda *_: meter.peak,
-        "reset_peak_memory_stats": lambda *_: meter.reset_peak(),
-        "mem_get_info": lambda *_: (80 * GIB - meter.live, 80 * GIB),
     }
 
 

@@ -1,8 +1,7 @@
 """Python runs this at its start where this folder is in PYTHONPATH: it gives the process a pretend GPU.
 
-Variables: PRETEND_GPUS, how many; PRETEND_METER, if not empty, lets them count the memory in use;
-PRETEND_FAULT, the name of a mistake to put in (see `faults.py`); PRETEND_REPORT, a folder in which every
-process writes how many calls it made and what was refused.
+Variables: PRETEND_GPUS, how many; PRETEND_FAULT, the name of a mistake to put in (see `faults.py`);
+PRETEND_REPORT, a folder in which every process writes how many calls it made and what was refused.
 """
 
 import atexit
@@ -14,7 +13,7 @@ if os.environ.get("PRETEND_GPUS"):
     import device
     import faults
 
-    device.install(int(os.environ["PRETEND_GPUS"]), bool(os.environ.get("PRETEND_METER")))
+    device.install(int(os.environ["PRETEND_GPUS"]))
     if os.environ.get("PRETEND_FAULT"):
         faults.put_in(os.environ["PRETEND_FAULT"])
 
