@@ -89,12 +89,7 @@ def parts(small: bool) -> list[Part]:
         )[1:]
 
     facts = r"^[+ -] (?:device|driver|torch|transformers|peft|trl|vllm|model.dtype|sandbox).*"
-    frozen = (
-        "lora/test_frozen",
-        "lora/test_four_bit",
-        "packing/test_trainer_inputs",
-        "lora/test_same_as_trl",
-    )
+    alike = ("packing/test_trainer_inputs", "lora/test_same_as_trl")
     pairs = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     group = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []
     served = ["classify.voters=[{engine: vllm}]", "eval.engine=vllm", "rl.rollouts.engine=vllm_colocate"]
@@ -102,7 +97,13 @@ def parts(small: bool) -> list[Part]:
     quick, real = ["-m", "not slow and not vllm"], ["-k", "real_engine"]
     return [
         Part("doctor", lambda *_: ["-m", "lorapar_cli", "doctor"], facts, 1),
-        Part("frozen", tests("lora/test_frozen", "lora/test_four_bit", *alike, options=quick), PASSED, 2, TESTING),
+        Part(
+            "frozen",
+            tests("lora/test_frozen", "lora/test_four_bit", *alike, options=quick),
+            PASSED,
+            2,
+            TESTING,
+        ),
         Part("resume", tests("lora/test_resume", options=["-k", "mid_epoch"]), PASSED, 5, TESTING),
         Part("colocated", tests("lora/test_rollouts", options=real), PASSED, 5, [*TESTING, "vllm"]),
         Part("sft", against_trl("sft", ROWS, *pairs), r"^.*(?:ratio|peak).*", 2),

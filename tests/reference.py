@@ -15,11 +15,12 @@ import yaml
 
 from lorapar_cli.commands import COMMANDS
 from lorapar_cli.list import kinds
-from stages.config import Section
+from stages.config import Config, Section
 from stages.config.fields import marks_of
-from stages.config.listing import describe, section_type
+from stages.config.listing import describe, json_schema, section_type
 from stages.pipeline.stage import all_stages
 from stages.runtime import libraries
+from stages.sweep.file import TableFile
 
 MANIFEST = {
     "stage, variant, key": "Which step the artifact is of, and its key.",
@@ -38,7 +39,6 @@ OTHER_NAMES = {
     "model.load_in_4bit": "`BitsAndBytesConfig.load_in_4bit`",
     "model.attention": "`attn_implementation`",
     "rl.rewards": "`reward_funcs`, `GRPOConfig.reward_weights`",
-    "rl.rollouts.base_url": "`GRPOConfig.vllm_server_base_url`",
     "rl.rollouts.correction": "`GRPOConfig.vllm_importance_sampling_mode`",
     "rl.rollouts.correction_max": "`GRPOConfig.vllm_importance_sampling_cap`",
     "rl.rollouts.engine": "`GRPOConfig.use_vllm`, `vllm_mode`",
@@ -83,6 +83,16 @@ def _default(parameter: Any) -> str:
     default = parameter.default
     shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
     return f" Default: `{default}`." if shown else ""
+
+
+def settings() -> str:
+    lines = ["# Settings", "", GENERATED, "", *_settings_introduction(), ""]
+    top = [n for n, f in Config.model_fields.items() if not (section_type(f))]
+    lines += ["## Top level", "", *_table(HEAD, [_setting("", name, Config) for name in top]), ""]
+    for name, field in Config.model_fields.items():
+        if section := section_type(field):
+            lines += [f"## {name}", "", _cell(field.description or ""), "", *_section(f"{name}.", section)]
+    return "\n".join(lines)
 
 
 HEAD = ["setting", "default", "meaning", "in TRL, PEFT"]
@@ -179,6 +189,33 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each generated file by its name."""
+    return {
+        "commands.md": commands(),
+        "settings.md": settings(),
+        "choices.md": choices(),
+        "artifacts.md": artifacts(),
+        "config.schema.json": _json(json_schema()),
+        "table.schema.json": _json(json_schema(TableFile)),
+    }
+
+
+def main() -> int:
+    stale = []
+    for name, text in pages().items():
+        path = FOLDER / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"FAIL: {', '.join(stale)} in docs/reference do not fit the code; run: make reference")
+        return 1
+    print(f"docs/reference: {', '.join(stale) or 'nothing'} {'written' if stale else 'to change'}")
+    return 0
 
 
 if __name__ == "__main__":
