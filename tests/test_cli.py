@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,8 +19,6 @@ from lorapar_cli.__main__ import main as begin
 from lorapar_cli.app import app
 from lorapar_cli.commands import COMMANDS
 from lorapar_cli.run import _next
-from stages.engines import vllm
-from stages.errors import ServerError
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import ancestors, plan_steps
 
@@ -160,15 +157,6 @@ def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):
     assert list(states) == ["classify:demo", "eval:base@demo"]
     refused = "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
     assert lorapar("sft", *base_only).err == refused
-
-
-def test_a_port_in_use():
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = busy.getsockname()[1]
-        with pytest.raises(ServerError, match=f"server.port {port} is in use"):
-            vllm._port(port)
 
 
 def test_status_show_and_json(lorapar, config):

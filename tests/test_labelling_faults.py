@@ -22,7 +22,7 @@ from stages.pipeline.resolve import load, resolved
 from stages.records import read_jsonl, read_labels, write_jsonl
 
 ROWS = 60
-QUICK = {"concurrency": 8, "timeout_s": 1, "stall_s": 4}
+QUICK = {"concurrency": 8, "timeout_s": 1}
 
 
 def config_in(folder: Path, tiny: Path):

@@ -196,7 +196,7 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
     assert all(now for _, now in made.values())
 
 
-@pytest.mark.parametrize("change", ["lora.std=0.02", "eval.benchmarks.demo.max_new_tokens=9"])
+@pytest.mark.parametrize("change", ["lora.r=2", "eval.benchmarks.demo.max_new_tokens=9"])
 def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
     config = copied(change)
     before = _answers(config)
@@ -220,7 +220,7 @@ def test_force_asks_again(copied, monkeypatch):
 
 def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
     """The journal holds another model's answers, as a server that passes over the adapter would give them."""
-    config = copied("eval.parity_items=4", "lora.std=0.5")
+    config = copied("eval.parity_items=4", "lora.lora_alpha=90000")
     monkeypatch.setattr("stages.eval.parity.TOLERANCE", 0.1)  # random weights give close logits
     make_steps(config, "score")
     without_adapter = "stages.engines.in_process.load_merged", lambda model, folder: load_base(model)

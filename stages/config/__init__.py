@@ -68,10 +68,7 @@ class Config(Section):
         reads_scores = not has_trait("strategies", self.partition.strategy, "unscored")
         is_zero = self.lora.init == "default" and has_trait("scorers", self.score.scorer, "product")
         if is_zero and reads_scores:
-            yield (
-                "lora.init default has B = 0, so every importance is zero; "
-                "choose normal, pissa, olora or orthogonal"
-            )
+            yield ("lora.init default has B = 0, so every importance is zero; choose normal, pissa or olora")
         partition = self.partition
         if not reads_scores and (partition.alpha, partition.beta) != (1, 1):
             yield (  # without scores there are no top shared elements to choose
@@ -95,12 +92,6 @@ class Config(Section):
             yield "eval.router: choice asks under prompt.choice what SFT learns under it; set it, for SFT too"
         if "sft2" in self.eval.targets and self.sft.rounds == 1:
             yield "eval.targets: sft2 is the adapter of a second round of SFT; set sft.rounds=2"
-        voters = [v for v in self.classify.voters if not v.base_url and v.engine != "transformers"]
-        if self.server.port and len({voter.devices or "" for voter in voters}) > 1:
-            yield (
-                "server.port: voters with devices have servers of their own, side by side, and these cannot "
-                "share a port; leave server.port out"
-            )
 
     def _conflicts_of_baseline(self, method: str) -> Iterator[str]:
         subject = f"baseline {method}"
@@ -108,8 +99,6 @@ class Config(Section):
             yield f"{subject} has no scored initial adapter; take {scored[0]} out of eval.targets"
         if self._uses_vllm:
             yield f"vllm cannot serve {subject}; use engine transformers"
-        if self.sft.loraplus_lr_ratio or self.rl.loraplus_lr_ratio:
-            yield f"{subject} has no LoRA factors; leave out loraplus_lr_ratio"
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
         if method == "prefix_tuning" and checkpointing:
             yield f"{subject} does not train under gradient_checkpointing, which drops the prefix"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
@@ -71,19 +71,13 @@ class BenchmarkSection(SourceSection):
         None,
         "Longest thought in tokens, which is then closed, so that an answer of up to max_new_tokens follows; "
         "none: thought and answer share max_new_tokens.",
-        keyed_if_set=True,
     )
     temperature: NonNegativeFloat = advanced_of_answers(0.0, "Sampling temperature; 0: greedy decoding.")
-    top_p: PositiveShare = advanced_of_answers(
-        1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens."
-    )
     samples: Samples = advanced_of_answers(1, "Answers per item; pass@k is estimated from them.")
     seed: NonNegativeInt = advanced_of_answers(0, "Seed of sampled answers.")
     prompt: PromptSection | None = advanced_of_answers(
         None, "Prompt settings of this benchmark, used instead of the section `prompt`."
     )
-
-    retired: ClassVar[dict[str, tuple[Any, str]]] = {"tasks": ([], "classify")}
 
     @property
     def brings_labels(self) -> bool:
@@ -112,7 +106,6 @@ class SandboxSection(Section):
     seconds: float = setting(
         5, "Time limit of one program with all its tests, in seconds of wall time.", gt=0, le=86400
     )
-    memory_mb: int = setting(512, "Limit of a program's address space, in MiB.", ge=64)
 
 
 Signal = Literal["vote", "choice"]

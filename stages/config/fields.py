@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from stages.errors import LoraparError
 
-MARKS = ("in_cache_key", "ignored_by", "advanced", "keyed_if_set")
+MARKS = ("in_cache_key", "ignored_by", "advanced")
 """What `setting` says of a field for lorapar itself, beside what pydantic knows."""
 
 
@@ -31,7 +31,6 @@ def setting(
     in_cache_key: bool = True,
     ignored_by: str | tuple[str, ...] = (),
     advanced: bool = False,
-    keyed_if_set: bool = False,
     **constraints: Any,
 ) -> Any:
     """Declare a setting with its default, its description and constraints such as `gt=0`.
@@ -40,10 +39,9 @@ def setting(
     in_cache_key: False if the setting changes no result, or if a digest of what it names is in the key.
     ignored_by: readers of the section that do not use this setting (see `cache_key_fields`).
     advanced: `lorapar config` prints the setting after those that most users set.
-    keyed_if_set: the default does not enter keys, as the setting is younger than artifacts that are in use.
     """
     ignoring = [ignored_by] if isinstance(ignored_by, str) else list(ignored_by)
-    marks: Any = dict(zip(MARKS, (in_cache_key, ignoring, advanced, keyed_if_set), strict=True))
+    marks: Any = dict(zip(MARKS, (in_cache_key, ignoring, advanced), strict=True))
     return Field(default, description=doc, json_schema_extra=marks, **constraints)
 
 
@@ -134,17 +132,6 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
-    retired: ClassVar[dict[str, tuple[Any, str]]] = {}
-    """Settings that are gone: for each its default, which stays in keys, and the reader that ignored it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_retired(cls, values: Any) -> Any:
-        """Manifests of earlier runs have these settings, with their defaults."""
-        if not isinstance(values, dict):
-            return values
-        gone = {name for name, (default, _) in cls.retired.items() if values.get(name, ...) == default}
-        return {name: value for name, value in values.items() if name not in gone}
 
     @field_validator("*")
     @classmethod
@@ -179,11 +166,9 @@ def cache_key_fields(value: Any, *readers: str) -> Any:
         keyed = {}
         for name, field in type(value).model_fields.items():
             marks = marks_of(field)
-            is_omitted = marks["keyed_if_set"] and getattr(value, name) == field.default
-            if marks["in_cache_key"] and not is_omitted and not set(marks["ignored_by"]) & set(readers):
+            if marks["in_cache_key"] and not set(marks["ignored_by"]) & set(readers):
                 keyed[name] = cache_key_fields(getattr(value, name), *readers)
-        retired = type(value).retired.items()
-        return keyed | {name: old for name, (old, ignoring) in retired if ignoring not in readers}
+        return keyed
     if isinstance(value, list | tuple):
         return [cache_key_fields(item, *readers) for item in value]
     return value

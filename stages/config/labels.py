@@ -100,21 +100,12 @@ class ServerSection(Section):
     """Largest number of requests in flight; none: 64, and for a vLLM server that lorapar starts up to 512, as
     long as answers take less than a twentieth of timeout_s."""
     timeout_s: Seconds = advanced_unkeyed(600)
-    """Time limit of one request in seconds, including its wait in the server's queue; for long thoughts raise
-    it, and stall_s above it."""
-    stall_s: Seconds = advanced_unkeyed(900)
-    """Seconds without an answer to any request after which a server is considered dead."""
+    """Time limit of one request in seconds, including its wait in the server's queue."""
     batch_size: PositiveInt = unkeyed(64, "Number of answers that engine transformers generates at a time.")
     max_model_len: PositiveInt = unkeyed(4096)
     """Context length, in tokens, of a vLLM server that lorapar starts."""
-    startup_s: Seconds = advanced_unkeyed(600, "Time limit, in seconds, for the start of a vLLM server.")
     vllm: Annotated[dict[str, Any], JsonValue] = unkeyed({})
     """Further arguments of a vLLM server that lorapar starts, e.g. {tensor_parallel_size: 2}."""
-    port: int | None = advanced_unkeyed(None, gt=0, lt=65536)
-    """Port of a vLLM server that lorapar starts; none: a free port."""
-    adapter: Literal["auto", "merged", "module"] = advanced_unkeyed("auto")
-    """How a vLLM server gets an adapter. merged: merged into the weights; module: as a LoRA module; auto:
-    merged on a CPU, else module."""
 
     def with_vllm(self, arguments: dict[str, Any]) -> "ServerSection":
         """Return the section with further arguments of a vLLM server, which override `vllm`."""

@@ -8,7 +8,6 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from stages.config.evaluation import SandboxSection
 from stages.config.fields import (
-    PositiveShare,
     Section,
     ShareBelowOne,
     WithoutFalse,
@@ -27,9 +26,9 @@ class RolloutsSection(Section):
     GPU."""
     batch_size: PositiveInt = unkeyed(64)
     """Completions that engine transformers samples at a time; halved if memory runs out."""
-    int8: bool = advanced(False, keyed_if_set=True)
+    int8: bool = advanced(False)
     """Where the model computes in float32 on a CPU, sample in 8 bits, which is faster, and weigh each
-    token's loss by the policy's probability over the sampler's, at most correction_max."""
+    token's loss by the policy's probability over the sampler's, at most 3."""
     gpu_memory_utilization: float | None = unkeyed(None, gt=0, lt=1)
     """Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of a
     step's completions take, at most half of what is free beside the weights."""
@@ -38,7 +37,6 @@ class RolloutsSection(Section):
     )
     """Importance sampling correction of the difference between vLLM's probabilities and the trainer's: mask
     or truncate large ratios, of whole sequences or of tokens."""
-    correction_max: PositiveFloat = advanced(3.0, "Ratio above which the correction masks or truncates.")
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.int8 and self.engine != "transformers":
@@ -64,33 +62,21 @@ class RlSection(TrainSection):
     prefix_sharing: AutoOff = advanced("auto")
     """auto: if the architecture allows it, compute each prompt once for all its completions and, without a KL
     term, skip completions whose advantage is zero; off: as TRL does."""
-    num_iterations: PositiveInt = advanced(1, "Optimizer passes over each batch of completions (μ).")
     temperature: PositiveFloat = setting(1.0, "Sampling temperature (the paper: 0.9).")
-    top_p: PositiveShare = advanced(1.0, "Nucleus sampling: probability mass to sample from; 1: all tokens.")
     top_k: NonNegativeInt = advanced(0)
     """Number of most likely tokens to sample from (the paper: 50); 0: all tokens."""
     max_prompt_length: PositiveInt = setting(128, "Longest prompt in tokens.")
     too_long: Literal["error", "drop", "truncate_left"] = advanced("drop")
     """What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens."""
     max_completion_length: PositiveInt = setting(256, "Longest completion in tokens.")
-    max_thinking_length: PositiveInt | None = advanced(None, keyed_if_set=True)
+    max_thinking_length: PositiveInt | None = advanced(None)
     """Tokens of a completion after which a thought that is still open is closed, so that an answer follows
     within max_completion_length; none: a thought may take all of it."""
     beta: NonNegativeFloat = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.")
     kl_reference: Literal["auto", "base", "sft"] = advanced("auto")
     """Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline."""
-    use_bias_correction_kl: bool = advanced(False)
-    """Multiply the KL term by the importance ratio, as in DeepSeek-V3.2 and unlike in GRPO."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = setting("dapo")
-    """How token losses are averaged, as in TRL (the paper: grpo); cispo: as dapo, with clipped ratios as
-    weights (arXiv 2506.13585)."""
-    importance_sampling_level: Literal["token", "sequence"] = advanced("token")
-    """Importance ratio to the policy that sampled: of each token, or of the whole completion (GSPO)."""
-    epsilon: PositiveFloat = advanced(0.2, "How far a ratio may move from 1 before it is clipped.")
-    epsilon_high: PositiveFloat | None = advanced(None)
-    """How far a ratio may rise above 1; none: epsilon. For cispo it is the largest ratio itself, e.g. 5."""
-    scale_rewards: Literal["group", "batch", "none"] = advanced("group")
-    """Divide advantages by the standard deviation of the rewards in the group or batch; none: do not."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo")
+    """How token losses are averaged, as in TRL (the paper: grpo)."""
     rewards: Annotated[dict[str, float], WithoutFalse] = setting({"correctness": 2.0}, min_length=1)
     """Reward functions and their weights: functions in `lorapar list rewards` or rewards_file, or TRL's
     trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward."""
@@ -122,25 +108,17 @@ class RlSection(TrainSection):
             as_value_error(partial(registries["rewards"].check, name, self.rewards_file))
 
     def _conflicts_of_ratios(self) -> Iterator[str]:
-        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
-            yield (
-                f"importance_sampling_level sequence goes with loss_type grpo; {self.loss_type} would weigh "
-                "a completion by its length"
-            )
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            yield "loss_type cispo clips the ratio itself, at epsilon_high; set it, e.g. 5"
         rollouts = self.rollouts
         with_vllm = rollouts.engine != "transformers" and rollouts.correction != "none"
-        if (self.top_p < 1 or self.top_k) and (with_vllm or rollouts.int8):
+        if self.top_k and (with_vllm or rollouts.int8):
             sampler, remedy = ("vLLM", "correction: none") if with_vllm else ("int8", "int8: false")
             yield (
-                f"top_p {self.top_p}, top_k {self.top_k} with rollouts by {sampler}: its probabilities are "
+                f"top_k {self.top_k} with rollouts by {sampler}: its probabilities are "
                 "of the cut distribution, the trainer's of the whole one, and the correction would compare "
-                f"them; leave them at 1 and 0, or set rollouts.{remedy}"
+                f"them; leave it at 0, or set rollouts.{remedy}"
             )
-        for name, value in (("num_iterations", 1), ("lora_dropout", 0)):
-            if rollouts.int8 and getattr(self, name) != value:
-                yield f"rollouts.int8 goes with {name} {value}, got {getattr(self, name)}"
+        if rollouts.int8 and self.lora_dropout:
+            yield f"rollouts.int8 goes with lora_dropout 0, got {self.lora_dropout}"
 
     @property
     def replay_prompts(self) -> int:

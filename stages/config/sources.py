@@ -111,19 +111,16 @@ class PromptSection(Section):
     chat_template_kwargs: TemplateArguments = advanced(
         {},
         "Arguments of the chat template, such as {enable_thinking: false}.",
-        keyed_if_set=True,
     )
     chat_template_kwargs_by_system: dict[System, TemplateArguments] = advanced(
         {},
         "Arguments of the chat template by system, as in by_system, beside the common ones, e.g. "
         "{1: {enable_thinking: false}, 2: {enable_thinking: true}}.",
-        keyed_if_set=True,
     )
     choice: str | None = advanced(
         None,
         "System message under which SFT also teaches the model to tell, by the word fast or slow, which mode "
         "a question needs; eval.router.by=[choice] asks for it.",
-        keyed_if_set=True,
         ignored_by=("score", "rl"),
     )
     template: Literal["chat", "plain", "bare"] = setting(
@@ -162,7 +159,7 @@ class PromptSection(Section):
         return bool(self.by_system or self.chat_template_kwargs_by_system)
 
 
-SUBTRACTED = ("pissa", "pissa_niter_16", "olora")
+SUBTRACTED = ("pissa", "olora")
 """Values of `init` for which PEFT subtracts the initial B₀A₀ from the base weights."""
 
 
@@ -174,19 +171,14 @@ class LoraSection(Section):
         "Modules of the base model that get an adapter; all-linear: all linear layers but the head.",
         min_length=1,
     )
-    init: Literal["normal", "pissa", "pissa_niter_16", "olora", "orthogonal", "default"] = setting(
+    init: Literal["normal", "pissa", "olora", "default"] = setting(
         "normal",
-        "Initial A and B. normal: both ~ N(0, std²), as in the paper; default: PEFT's, with B = 0; "
-        "orthogonal: PEFT's, with B₀A₀ = 0; pissa_niter_16: a faster, approximate pissa.",
+        "Initial A and B. normal: both ~ N(0, 0.01²), as in the paper; default: PEFT's, with B = 0.",
     )
-    std: PositiveFloat = advanced(0.01, "Standard deviation of init normal.")
     compensate: Literal["auto"] | bool = advanced(
         "auto",
         "Subtract the initial B₀A₀ from the update, so that training starts from the base model; auto: for "
         "all inits but normal and default.",
-    )
-    use_rslora: bool = advanced(
-        False, "rsLoRA: scale the update by lora_alpha / √r instead of lora_alpha / r."
     )
 
     @field_validator("target_modules", mode="before")
@@ -195,10 +187,8 @@ class LoraSection(Section):
         return [ALL_LINEAR] if modules == ALL_LINEAR else modules
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if self.init == "orthogonal" and self.r % 2:
-            yield f"init orthogonal needs an even r, got {self.r}"
         # PEFT would change the base weights by -B₀A₀; lorapar never changes them, so the adapter has to
-        # subtract B₀A₀ itself. Init orthogonal may go without: its B₀A₀ is 0.
+        # subtract B₀A₀ itself.
         if self.init in SUBTRACTED and not self.compensated:
             yield (
                 f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stages.config.fields import (
     PositiveShare,
@@ -23,45 +23,14 @@ AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" 
 """`auto` or `off`; also false, because YAML reads a bare `off` as false."""
 Strategy = Annotated[str, registry_name("strategies")]
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
-"""Values of `optim` and their names in transformers. Each updates elements independently, which is necessary
-because the active elements of a weight are packed into a one-dimensional parameter."""
-MATRIX_WISE = (
-    "muon", "adafactor", "galore", "lomo", "apollo", "shampoo", "soap", "lorafa", "riemannian", "dion",
-)  # fmt: skip
-"""Optimizers that need whole matrices; they are refused with the reason. Adafactor is one of them: it keeps
-averages of rows and columns, and of a one-dimensional parameter a whole second moment, so both its updates
-and its memory would differ from what the name promises."""
-Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
-
-
-def _check_optimizer(name: str) -> str:
-    normalized = name.lower().replace("-", "").replace("_", "")
-    if any(matrix_wise in normalized for matrix_wise in MATRIX_WISE):
-        raise ValueError(
-            f"{name} works on whole matrices, and lorapar trains single elements; use {', '.join(OPTIMIZERS)}"
-        )
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; choose from: {', '.join(OPTIMIZERS)}")
-    return name
-
-
-Optimizer = Annotated[str, AfterValidator(_check_optimizer)]
-
-
 SECOND_SFT = "sft:system2"
 """Step that trains System 2's elements by SFT, from the adapter of step `sft`."""
 
 
 class BaselineSection(Section):
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(...)
-    """PEFT method. dora, miss, randlora, shira and vera use lora.target_modules; dora also uses
-    lora.lora_alpha and lora.use_rslora."""
+    """PEFT method."""
     virtual_tokens: PositiveInt = advanced(20, "Length of the trained prompt or prefix, in tokens.")
-    encoder_hidden: PositiveInt | None = advanced(None)
-    """Hidden size of p_tuning's prompt encoder; none: that of the model."""
-    rank: PositiveInt | None = advanced(None)
-    """Rank of dora, miss, randlora, shira and vera; none: lora.r, but 256 for vera."""
 
     @property
     def trains_prompt(self) -> bool:
@@ -71,7 +40,7 @@ class BaselineSection(Section):
 
 WARMUP = "Share of the steps in which the learning rate rises; the last of them has the peak rate."
 SAVE_STEPS = "Optimizer steps between checkpoints; a killed run continues from the last one."
-DROPOUT = "Dropout on the input of the adapter; shira, ia3 and the prompt methods have none."
+DROPOUT = "Dropout on the input of the adapter; ia3 and the prompt methods have none."
 
 
 class ScoreSection(Section):
@@ -85,15 +54,12 @@ class ScoreSection(Section):
 
 BY_DENSITY = ("topk", "topk_within", "random_half")
 """Strategies whose number of elements follows from `density`."""
-BY_SCORE = ("importance", "topk", "topk_within")
-"""Strategies that give a system the elements with its highest scores."""
 BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
 """Strategies whose number of elements follows from `theta`."""
 
 
 of_rl = partial(setting, ignored_by="partition:sft")
-advanced_of_rl = partial(advanced, ignored_by="partition:sft")
-"""Settings that do not choose the elements of SFT."""
+"""A setting that does not choose the elements of SFT."""
 
 
 class PartitionSection(Section):
@@ -107,41 +73,14 @@ class PartitionSection(Section):
     """α: share that SFT trains of the elements that both systems have."""
     beta: Share = of_rl(1)
     """β: share that RL, or a second round of SFT, trains of the elements that both systems have."""
-    rl_elements: Literal["system2", "not_system1", "all", "random_within"] = advanced_of_rl("system2")
-    """Elements that RL, or a second round of SFT, trains. system2: those that System 2 alone has, and beta of
-    the shared ones; not_system1: all that System 1 does not have, so that no element of System 1's set moves;
-    all; random_within: as many of each LoRA weight as with system2, drawn at random, as a control."""
-    rl_density: PositiveShare | None = advanced_of_rl(None)
-    """Share of all elements that RL trains, those with System 2's highest scores whatever System 1 has; none:
-    as many as strategy and beta give it."""
-
-    def _conflicts_of_rl_density(self) -> Iterator[str]:
-        if self.rl_density is None:
-            return
-        if self.rl_elements in ("not_system1", "all"):
-            yield (f"rl_density takes System 2's elements, and rl_elements {self.rl_elements} takes others")
-        if self.strategy not in BY_SCORE:
-            yield (
-                f"rl_density takes System 2's highest scores, and strategy {self.strategy} does not; choose "
-                f"{', '.join(BY_SCORE)}"
-            )
-
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        yield from self._conflicts_of_rl_density()
 
 
 class TrainSection(Section):
     learning_rate: PositiveFloat = setting(2e-4, "Peak learning rate.")
-    optim: Optimizer = advanced(
-        "adamw", f"Optimizer, one of {', '.join(OPTIMIZERS)} (the last needs bitsandbytes and a GPU)."
-    )
-    loraplus_lr_ratio: PositiveFloat | None = advanced(None)
-    """LoRA+: ratio of the learning rate of B to that of A; none: the same rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = advanced("cosine")
     """Learning rate schedule after the warmup."""
     warmup_ratio: ShareBelowOne = advanced(0.03, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.0, "Weight decay.")
-    adam_beta1: ShareBelowOne = advanced(0.9, "AdamW β₁.")
     adam_beta2: ShareBelowOne = advanced(0.999, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(1.0, "Norm to which gradients are clipped.")
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
@@ -150,8 +89,8 @@ class TrainSection(Section):
     gradient_checkpointing: bool = unkeyed(False)
     """Recompute activations in the backward pass: less memory, more time."""
     save_steps: PositiveInt = advanced_unkeyed(25, SAVE_STEPS)
-    report_to: list[Tracker] = unkeyed([])
-    """Experiment trackers that receive the logs; the package of each must be installed."""
+    report_to: list[Literal["tensorboard"]] = unkeyed([])
+    """Trackers that receive the logs; the package must be installed."""
     prompt: PromptSection | None = advanced(None)
     """Prompt settings of this stage, used instead of the section `prompt`."""
 
@@ -174,9 +113,6 @@ class SftSection(TrainSection):
     system1_targets: Literal["full", "answer"] = advanced_of_first_round("full")
     """Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning (rows
     without a verifiable answer keep their responses)."""
-    loss_type: Literal["nll", "dft"] = advanced("nll")
-    """nll: cross-entropy; dft: cross-entropy with each token weighted by its probability (arXiv
-    2508.05629)."""
     batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
     per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
     lora_dropout: ShareBelowOne = advanced(0.05, DROPOUT)

@@ -96,7 +96,6 @@ class Sampling:
     stop_ids: tuple[int, ...]
     temperature: float = 0.0
     """0 means greedy."""
-    top_p: float = 1.0
     top_k: int = 0
     """0 means all tokens."""
 

@@ -204,13 +204,11 @@ def sample_tokens(logits: Tensor, sampling: Sampling, draws: Tensor) -> tuple[Te
     which there is no token. The token is the first, in the order of the vocabulary, whose cumulative
     probability exceeds the row's number.
     """
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
+    from transformers import TopKLogitsWarper
 
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = TopKLogitsWarper(sampling.top_k)(None, logits)
-    if sampling.top_p < 1:
-        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     # In float32 a sum near 1 would lose every token of a probability below 6e-8.
     probabilities = logits.softmax(-1)  # (rows, vocabulary)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # (rows, vocabulary)

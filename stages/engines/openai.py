@@ -92,9 +92,10 @@ class Client:
         def ask(client: Any, request: GenerateRequest) -> Completion:
             choice = client.completions.create(
                 model=self.model, prompt=request.ids, max_tokens=sampling.max_new_tokens, seed=request.seed,
-                temperature=sampling.temperature, top_p=sampling.top_p, stop=list(request.stop) or None,
+                temperature=sampling.temperature, stop=list(request.stop) or None,
+                top_p=1.0,  # without top_p and top_k vLLM takes those in generation_config
                 extra_body={
-                    "top_k": sampling.top_k or -1,  # without it vLLM takes the one in generation_config
+                    "top_k": sampling.top_k or -1,
                     "stop_token_ids": list(sampling.stop_ids), "return_token_ids": True,
                     "add_special_tokens": False,
                 },

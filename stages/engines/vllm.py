@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import os
@@ -45,6 +44,8 @@ API_KEY_ENV = "VLLM_API_KEY"
 FLOAT32_HEAD = {"head_dtype": "float32"}
 """Has vLLM compute logits in float32, see `has_float32_head`."""
 
+STARTUP_S = 600
+"""Time limit for the start of a server, in seconds."""
 ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """Environment of vLLM on CPU.
 
@@ -61,7 +62,7 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, modules = spec.model, {}
         _fetch(model, say)
-        if spec.adapter is not None and serves_modules(server):
+        if spec.adapter is not None and serves_modules():
             # Should another process's server answer on the same port, it has no model of this name.
             modules = {f"adapter-{os.getpid()}": spec.adapter}
         elif spec.adapter is not None:
@@ -73,12 +74,12 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
             yield connect(next(iter(modules), model.name))
 
 
-def serves_modules(server: ServerSection) -> bool:
+def serves_modules() -> bool:
     """Whether an adapter is served as a LoRA module, and not merged into a copy of the model.
 
-    `server.adapter` says which. `auto` merges on CPU, where a LoRA module makes vLLM 4 times slower.
+    It is merged on CPU, where a LoRA module makes vLLM 4 times slower.
     """
-    return server.adapter == "module" or (server.adapter == "auto" and _have_gpu())
+    return _have_gpu()
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def _serving(
     """
     from stages.models.cancellation import rewrite_modules
 
-    port = _port(server.port)
+    port = _free_port()
     with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
         command = _command(model, server, port, rewrite_modules(modules, Path(folder)))
         # The server asks for nearly all of a GPU, and this process may still hold some.
@@ -153,7 +154,7 @@ def _serving(
         try:
             start = time.monotonic()
             say(f"starting a vLLM server for {title or model.name}, log in {log.name}")
-            _wait_until_healthy(guard, port, server.startup_s, log.name)
+            _wait_until_healthy(guard, port, STARTUP_S, log.name)
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
             yield lambda name: Client((url,), key, server, name, exit_error)
@@ -165,16 +166,9 @@ def _serving(
                 os.unlink(log.name)
 
 
-def _port(configured: int | None) -> int:
-    """Return the configured port, or a free one; ServerError if it cannot be used."""
+def _free_port() -> int:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, configured or 0))
-        except OSError as error:
-            in_use = error.errno == errno.EADDRINUSE
-            reason = "is in use" if in_use else f"cannot be used: {error.strerror}"
-            raise ServerError(f"server.port {configured} {reason}", "leave it out for a free one") from None
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 

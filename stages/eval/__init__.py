@@ -78,7 +78,7 @@ def _answers_together(config: Config, variant: str) -> bool:
     from stages.engines import vllm
 
     has_adapter_file = variant.partition("@")[0] not in (*REGIONS, ROUTED)
-    served = config.eval.engine == "vllm" and config.served_by_vllm and vllm.serves_modules(config.server)
+    served = config.eval.engine == "vllm" and config.served_by_vllm and vllm.serves_modules()
     return has_adapter_file and served
 
 

@@ -104,10 +104,10 @@ class AnswerCache:
         )
         self._slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
         self._sampling = sampling = Sampling(
-            benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature, benchmark.top_p
+            benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature
         )
-        # Greedy answers depend on neither top_p nor the seed.
-        randomness = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": benchmark.seed}
+        # Greedy answers do not depend on the seed.
+        randomness = {"temperature": sampling.temperature, "seed": benchmark.seed}
         sampling_key = {
             "longest": sampling.max_new_tokens,
             "stop": renderer.stop_ids,

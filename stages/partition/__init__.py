@@ -21,26 +21,21 @@ if TYPE_CHECKING:
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    yield partial(_check_density, texts, step.variant)
+    yield partial(_check_density, texts)
 
 
-def _check_density(texts: Texts, trained: str) -> None:
+def _check_density(texts: Texts) -> None:
     """Raise UnusableResult if the density selects no element."""
     from stages.lora.adapter import adapter
 
     section = texts.config.partition
-    if trained == "rl" and section.rl_elements in ("all", "not_system1"):
-        return
-    name, share, per_weight = "density", section.density, section.strategy == "topk_within"
-    if trained == "rl" and section.rl_density is not None:
-        name, share, per_weight = "rl_density", section.rl_density, False
-    elif section.strategy not in BY_DENSITY:
+    if section.strategy not in BY_DENSITY:
         return
     sizes = adapter.weight_sizes(texts.base, texts.config.lora)
-    elements = max(sizes) if per_weight else sum(sizes)
-    if not number_of(share, elements):
+    elements = max(sizes) if section.strategy == "topk_within" else sum(sizes)
+    if not number_of(section.density, elements):
         raise UnusableResult(
-            f"partition.{name} {share:g} of {elements} elements is none", f"raise partition.{name}"
+            f"partition.density {section.density:g} of {elements} elements is none", "raise partition.density"
         )
 
 

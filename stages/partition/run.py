@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
@@ -17,10 +16,7 @@ from stages.lora.importance.strategies import (
     S1_ONLY,
     S2_ONLY,
     SHARED,
-    Split,
-    order_within,
     strategies,
-    top_share,
 )
 from stages.pipeline.context import StageContext
 from stages.records import read_json
@@ -43,10 +39,7 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     context.progress.start(f"partition for {context.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
-    if context.variant == "sft":
-        active = split.active["sft"]
-    else:
-        active = _rl_active(split, scores, partition, seed, sizes)
+    active = split.active[context.variant]
     if not bool(active.any()):
         raise UnusableResult(f"no element is active in {context.variant}", _hint(context.variant, partition))
     Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
@@ -67,27 +60,8 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     }
 
 
-def _rl_active(
-    split: Split, scores: dict[int, Tensor], partition: PartitionSection, seed: int, sizes: list[int]
-) -> Tensor:
-    """The elements that RL trains: as the strategy chose them, or as `rl_elements` and `rl_density` say."""
-    if partition.rl_elements == "all":
-        return torch.ones_like(split.active["rl"])
-    if partition.rl_elements == "not_system1":
-        return (split.region == NONE) | (split.region == S2_ONLY)
-    active = split.active["rl"]
-    if partition.rl_density is not None:
-        active = top_share(scores[2], partition.rl_density)
-    return active[order_within(sizes, seed)] if partition.rl_elements == "random_within" else active
-
-
 def _hint(stage: str, partition: PartitionSection) -> str:
     """The setting to change where no element is active."""
-    if stage == "rl" and partition.rl_density is not None:
-        return "raise partition.rl_density"
-    if stage == "rl" and partition.rl_elements == "not_system1":
-        size = "density" if partition.strategy in BY_DENSITY else "theta"
-        return f"System 1 has all of them: lower partition.{size}, or choose another partition.strategy"
     if partition.strategy in BY_DENSITY:
         return "raise partition.density"
     return f"raise partition.theta or partition.{'alpha' if stage == 'sft' else 'beta'}"

@@ -68,8 +68,8 @@ def brief(
 
     The value is between 0 and 1; lengths are in tokens. Use it with a small weight beside `correctness`.
     Wrong completions get 0, and in a group that is mostly wrong, length counts little. In a group that is all
-    correct, only length differs, and `rl.scale_rewards: group` would scale that difference up; `none` leaves
-    it small. A group is a run of equal prompts; if several processes share a group, each sees only its own
+    correct, only length differs, and GRPO's division by the group's deviation scales that difference up.
+    A group is a run of equal prompts; if several processes share a group, each sees only its own
     completions.
     """
     correct = correctness(completions, gold=gold, answer_format=answer_format)

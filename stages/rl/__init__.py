@@ -82,7 +82,7 @@ def _work(texts: Texts, _: str) -> Work | None:
     if texts.config.baseline is not None:
         return None
     examples = number if rl.data == "all" else number * (1 - SYSTEM1_SHARE)
-    steps = steps_of(int(examples // (rl.prompts_per_step - rl.replay_prompts)), rl, rl.num_iterations)
+    steps = steps_of(int(examples // (rl.prompts_per_step - rl.replay_prompts)), rl)
     if not steps:
         log.warning("rl: about %d rows do not fill a step: lower rl.prompts_per_step", examples)
         return None
@@ -90,8 +90,8 @@ def _work(texts: Texts, _: str) -> Work | None:
     prompt = texts.rl_prompts.within(rl.max_prompt_length)
     response = texts.response_tokens(rl.max_completion_length)
     shared = rl.num_generations if rl.prefix_sharing == "auto" and not rl.lora_dropout else 1
-    passes = 1 + (bool(rl.beta) + (rl.num_iterations > 1)) / 3
-    sampled = steps / rl.num_iterations * completions
+    passes = 1 + bool(rl.beta) / 3
+    sampled = steps * completions
     longest = min(texts.rl_prompts.longest, rl.max_prompt_length)
     return Work(
         trained=steps * completions * (prompt / shared + response) * passes,

@@ -123,7 +123,7 @@ def from_settings(section: Any, say: Callable[[str], None]) -> Sandbox:
 
     SandboxError if none passes its self-test.
     """
-    name, limits = section.backend, Limits(section.seconds, section.memory_mb)
+    name, limits = section.backend, Limits(section.seconds)
     if name == "refuse":
         raise SandboxError(
             "code that a model wrote would run here, and sandbox.backend is refuse", "choose auto"

@@ -1,4 +1,4 @@
-"""Limits of time and memory of one program, as `sandbox.seconds` and `sandbox.memory_mb` set them."""
+"""Limits of time and memory of one program, as `sandbox.seconds` sets it."""
 
 from dataclasses import dataclass
 

@@ -96,7 +96,6 @@ def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
         processing_class=run.renderer.tokenizer,
         row_ids=lambda: {tuple(row.input_ids): row.id for row in rows},
         memory_hint=memory_hint,
-        loraplus_lr_ratio=sft.loraplus_lr_ratio,
         packed=sft.padding_free == "auto",
         share_prefix=not has_active_dropout(model),
     )
@@ -118,7 +117,7 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
     return SFTConfig(
         **loop.arguments(sft, steps, seed, checkpoints),
         **PINNED,
-        loss_type=sft.loss_type,
+        loss_type="nll",
         per_device_train_batch_size=sft.per_device_train_batch_size,
         gradient_accumulation_steps=sft.batch_size // sft.per_device_train_batch_size,
     )

@@ -10,7 +10,6 @@ from transformers import (
     MistralForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from stages.config import ModelSection
@@ -121,7 +120,7 @@ def test_an_answer_ends_with_its_stop_text(model, tokenizer):
 def test_a_seed_is_an_answer_whatever_else_is_asked(model, tokenizer):
     prompts = [*PROMPTS["one beginning"], *PROMPTS["equal"]]
     seeds = [7 * i for i in range(len(prompts))]
-    sampling = Sampling(12, (9,), temperature=1.3, top_p=0.95, top_k=50)
+    sampling = Sampling(12, (9,), temperature=1.3, top_k=50)
     whole = answers(model, tokenizer, prompts, sampling, seeds=seeds)
     state = torch.random.get_rng_state()
     for slots in (1, 5):
@@ -144,7 +143,7 @@ LOGITS = torch.tensor([0.3, -1.2, 1.5, float("-inf"), 0.0, -0.4])
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(1, (), temperature=1.5, top_p=0.7, top_k=4),
+        Sampling(1, (), temperature=1.5, top_k=4),
         Sampling(1, (), temperature=1.0, top_k=99),
     ],
     ids=str,
@@ -155,8 +154,6 @@ def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
     logits = TemperatureLogitsWarper(sampling.temperature)(None, LOGITS[None])
     if sampling.top_k:
         logits = TopKLogitsWarper(sampling.top_k)(None, logits)
-    if sampling.top_p < 1:
-        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     wanted = logits.softmax(-1)[0]
     tokens, logprobs = sample_tokens(LOGITS.expand(number, -1), sampling, draws)
     assert torch.allclose(logprobs.exp(), wanted[tokens])
@@ -225,6 +222,6 @@ def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplo
     assert answers(model, tokenizer, prompts, sampling, slots=3) == wanted
     assert [rows for rows, _ in batches] == [3, 3] and not calls
     assert "MistralForCausalLM computes every sequence by itself" in caplog.text
-    hot, seeds = Sampling(6, (9,), temperature=1.2, top_p=0.95, top_k=50), list(range(len(prompts)))
+    hot, seeds = Sampling(6, (9,), temperature=1.2, top_k=50), list(range(len(prompts)))
     together = answers(model, tokenizer, prompts, hot, seeds=seeds)
     assert answers(model, tokenizer, prompts, hot, seeds=seeds, slots=1) == together

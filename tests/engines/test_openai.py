@@ -13,7 +13,7 @@ from stages.errors import ConfigError
 
 CHAT = ChoiceRequest([{"role": "user", "content": "Answer System1 or System2."}], ("System1", "System2"))
 TEXT = ChoiceRequest("q", (" one", " many"))
-QUICK = ServerSection(concurrency=4, timeout_s=0.5, stall_s=5)
+QUICK = ServerSection(concurrency=4, timeout_s=0.5)
 ONE_BY_ONE = QUICK.model_copy(update={"concurrency": 1})
 
 

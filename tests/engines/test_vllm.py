@@ -42,7 +42,7 @@ def test_one_server_answers_for_several_targets(begun, demo_data):
     other = f"eval.benchmarks.other={{kind: demo, path: {demo_data}/test.jsonl, limit: 5, label: false}}"
     overrides = [
         *begun.home, "sft.learning_rate=0.05", "eval.benchmarks.demo.label=false", other,
-        "eval.benchmarks.demo.limit=6", "eval.targets=[base, sft, rl]", "server.adapter=module",
+        "eval.benchmarks.demo.limit=6", "eval.targets=[base, sft, rl]",
     ]  # fmt: skip
     make_steps(begun(*overrides), "sft", "rl")
     answers = {}
@@ -75,7 +75,8 @@ def test_votes_agree_with_the_model_in_process(tiny, tmp_path, monkeypatch, how,
     if runner is not None:
         monkeypatch.setenv(RUNNER, "1" if runner == "V2" else "0")
     model = ModelSection(name=str(tiny), dtype="float32")
-    adapter.save(adapter.initial(load_base(model), LoraSection(r=12, std=0.3), 0), tmp_path, model)
+    monkeypatch.setattr(adapter, "STD", 0.3)
+    adapter.save(adapter.initial(load_base(model), LoraSection(r=12), 0), tmp_path, model)
     questions = [
         GenerateRequest([5 * i + 40, 9, 60 + i], tuple(f"stop {n}" for n in range(12))) for i in range(6)
     ]

@@ -84,8 +84,8 @@ def test_the_kl_term_is_grpo_s(begun, monkeypatch, way):
 def test_what_8_bits_sampled_is_weighted_by_the_policy_s_probability(begun, monkeypatch, way):
     """Truncated importance sampling: min(π / μ, limit), from the pass of the loss itself."""
     limit = 1.5
-    rollouts = f"rl.rollouts={{int8: true, correction_max: {limit}}}"
-    config = begun(rollouts, "rl.loss_type=grpo", f"rl.prefix_sharing={way}", "rl.beta=0")
+    monkeypatch.setattr("stages.lora.grpo.trainer.CORRECTION_MAX", limit)
+    config = begun("rl.rollouts.int8=true", "rl.loss_type=grpo", f"rl.prefix_sharing={way}", "rl.beta=0")
     make_step(config, "sft")
     trainer, model, _ = trainer_of(config, monkeypatch)
     assert trainer.sampler.in_int8 == is_supported(trainer.sampler.copy.model)

@@ -130,13 +130,6 @@ def test_equal_groups_are_drawn_again_with_other_prompts_and_it_ends(with_reward
         assert step["frac_reward_zero_std"] == 1 and step["grad_norm"] == 0
 
 
-def test_groups_without_signal_are_seen_also_where_rewards_are_scaled_by_batch(with_reward):
-    """All of a group earn the same, and each group something else."""
-    made = make_step(with_reward("of_the_question", "rl.scale_rewards=batch"), "rl")
-    assert [step["frac_reward_zero_std"] for step in history(made)] == [1, 1, 1]
-    assert made.manifest["summary"]["equal_reward_steps"] == 3
-
-
 def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(with_reward):
     made = make_step(with_reward("sometimes"), "rl")
     steps = history(made)

@@ -60,15 +60,8 @@ def test_a_person_s_rewards_get_the_sandbox_and_count_by_their_weights(ready, od
     assert step["reward"] == pytest.approx(2 * step["rewards/odd/mean"] + 0.5)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        ["rl.loss_type=grpo", "rl.importance_sampling_level=sequence", "rl.epsilon_high=4e-4"],  # GSPO
-        pytest.param(["rl.loss_type=cispo", "rl.epsilon_high=5"], marks=pytest.mark.slow),
-    ],
-)
-def test_losses_train_and_what_they_make_loads_in_plain_peft(ready, odd, how):
-    config = ready("rl.num_iterations=2", "rl.max_steps=2", *odd, *how)
+def test_a_step_trains_and_what_it_makes_loads_in_plain_peft(ready, odd):
+    config = ready("rl.max_steps=2", "rl.num_train_epochs=9", *odd)
     made = make_step(config, "rl")
     assert made.manifest["summary"]["moved"] > 0 and made.manifest["summary"]["frozen_drift"] == 0
     assert load_adapted(config.model, made.path / "adapter")

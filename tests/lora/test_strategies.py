@@ -5,11 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import artifacts
-from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.errors import UnusableResult
@@ -166,42 +164,6 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
         assert none and first and second and both
         shares = first / (first + both), second / (second + both), both / (first + second + both)
         assert (told["s1_only_share"], told["s2_only_share"], told["jaccard"]) == pytest.approx(shares)
-
-
-@pytest.mark.parametrize(
-    ("rl_elements", "regions"), [("not_system1", {NONE, S2_ONLY}), ("all", {NONE, S1_ONLY, S2_ONLY, SHARED})]
-)
-def test_rl_may_train_more_than_system_2_s_elements(begun, rl_elements, regions):
-    plain, wider = (
-        artifacts(begun("partition.theta=0.5", *more), "partition")
-        for more in ((), (f"partition.rl_elements={rl_elements}",))
-    )
-    masks = Masks.load(wider["partition:rl"].path / "masks.safetensors", "rl")
-    for name, region in masks.region.items():
-        assert torch.equal(masks.active[name], torch.isin(region, torch.tensor(sorted(regions))))
-    changed = [name for name in plain if plain[name].manifest["key"] != wider[name].manifest["key"]]
-    assert changed == ["partition:rl"]
-
-
-def test_rl_may_train_as_many_random_elements_of_each_weight_or_a_share_of_its_own(begun):
-    def active(*settings: str) -> dict[str, Tensor]:
-        made = artifacts(begun("partition.theta=0.5", *settings), "partition")
-        return Masks.load(made["partition:rl"].path / "masks.safetensors", "rl").active
-
-    plain, control = active(), active("partition.rl_elements=random_within")
-    assert all(int(mask.sum()) == int(control[name].sum()) for name, mask in plain.items())
-    assert not torch.equal(flatten_weights(plain), flatten_weights(control))
-    few, fewer = (flatten_weights(active(f"partition.rl_density={share}")) for share in (0.04, 0.01))
-    assert [int(few.sum()), int(fewer.sum())] == [len(few) * 4 // 100, len(few) // 100]
-    assert not bool((fewer & ~few).any())  # the highest scores come first
-
-
-def test_system_1_may_have_all_elements(begun):
-    for size, *chosen in (("theta", "strategy=all"), ("density", "strategy=topk", "density=1")):
-        config = begun(*(f"partition.{setting}" for setting in (*chosen, "rl_elements=not_system1")))
-        with pytest.raises(UnusableResult) as caught:
-            make_steps(config, "score", "partition:rl")
-        assert f"System 1 has all of them: lower partition.{size}" in caught.value.hint
 
 
 def test_topk_within_takes_the_same_share_of_each_weight():

@@ -4,13 +4,12 @@ PEFT does the work; mistakes that it silently accepts are errors here.
 
 A compensated adapter is one ordinary LoRA of rank 2r, A = [A; A₀] and B = [B, −B₀], so that its product is
 BA − B₀A₀. The second half of its rank, A₀ and −B₀, is frozen. Training starts at A = A₀, B = B₀, where the
-product is zero: the model starts as the base, whose weights never change. Alpha is doubled (times √2 with
-use_rslora), so that the scaling alpha / rank (alpha / √rank) is that of rank r.
+product is zero: the model starts as the base, whose weights never change. Alpha is doubled, so that
+the scaling alpha / rank is that of rank r.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,8 @@ from stages.lora.adapter.shared_cast import share_casts
 from stages.models.base import language_model_path, with_adapter
 
 ADAPTER = "adapter_model.safetensors"
+STD = 0.01
+"""Standard deviation of init normal, as in the paper."""
 
 
 def with_targets(base: PreTrainedModel, lora: LoraSection) -> LoraSection:
@@ -81,14 +82,12 @@ def _with_lora(
     base: PreTrainedModel, lora: LoraSection, dropout: float, doubled: bool, init: bool | str
 ) -> PeftModel:
     """Add LoRA; ConfigError if PEFT cannot put it on these modules, or puts it on fused experts."""
-    alpha = lora.lora_alpha * ((math.sqrt(2) if lora.use_rslora else 2) if doubled else 1)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r * (2 if doubled else 1),
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only multiplies with it, and √2 is no integer
+        lora_alpha=lora.lora_alpha * (2 if doubled else 1),  # type: ignore[arg-type]  # PEFT multiplies
         lora_dropout=dropout,
         target_modules=list(lora.target_modules),
-        use_rslora=lora.use_rslora,
         init_lora_weights=init,  # type: ignore[arg-type]
     )
     try:
@@ -119,7 +118,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
         # Sorted by name, so that the random values do not depend on the order of the modules.
         for name, module in sorted(lora_layers(model).items()):
             shape = scored_shape(name, module.weight, lora)
-            value = peft_values[name] if peft_values else torch.randn(shape, generator=generator) * lora.std
+            value = peft_values[name] if peft_values else torch.randn(shape, generator=generator) * STD
             value = value.to(module.weight)
             if lora.compensated:
                 # [A₀; A₀] of shape (2r, in), or [B₀, −B₀] of shape (out, 2r)

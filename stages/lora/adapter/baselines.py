@@ -1,4 +1,4 @@
-"""PEFT methods to compare with: those of the paper's comparison and a few others, as PEFT implements them.
+"""The PEFT methods of the paper's comparison, as PEFT implements them.
 
 All their parameters are trained: no element is scored, masked or frozen.
 """
@@ -6,26 +6,20 @@ All their parameters are trained: no element is scored, masked or frozen.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import (
     IA3Config,
-    LoraConfig,
-    MissConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    RandLoraConfig,
-    ShiraConfig,
-    VeraConfig,
 )
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from stages.config import BaselineSection, LoraSection
+from stages.config import BaselineSection
 from stages.errors import ArtifactError, ConfigError
 from stages.lora.adapter import adapter
 from stages.models.base import with_adapter
@@ -43,27 +37,18 @@ PROMPTS = {
     "prefix_tuning": PrefixTuningConfig,
 }
 """PEFT's configs of the methods that train a prompt."""
-RANDLORA_ALPHA = 20
-"""RandLoRA's alpha divided by its rank, as PEFT recommends. PEFT's default alpha suits rank 32 only."""
-VERA_RANK = 256
-"""Default rank of VeRA, from its paper (arXiv 2310.11454): it trains two vectors per module at any rank."""
 
 
 def attach(
     base: PreTrainedModel,
     baseline: BaselineSection,
-    lora: LoraSection,
     seed: int,
     folder: Path | None,
-    dropout: float = 0.0,
 ) -> PeftModel:
-    """Put a new adapter, initialised from the seed, on `base`, or the one that `save` wrote into `folder`.
-
-    dropout: dropout probability of the adapter's input, for the methods that have one in PEFT.
-    """
+    """Put a new adapter, initialised from the seed, on `base`, or the one that `save` wrote into `folder`."""
     torch.manual_seed(seed)
     try:
-        model = with_adapter(base, _config(base, baseline, lora, seed, dropout))
+        model = with_adapter(base, _config(baseline))
     except ValueError as error:
         raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
     if folder is not None:
@@ -71,33 +56,10 @@ def attach(
     return model  # type: ignore[return-value]
 
 
-def _config(
-    base: PreTrainedModel, baseline: BaselineSection, lora: LoraSection, seed: int, dropout: float
-) -> PeftConfig:
-    method = baseline.method
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if method == "ia3":
-        return IA3Config(**options)
-    if baseline.trains_prompt:
-        # An encoder of width None is as wide as the model.
-        encoder = {"encoder_hidden_size": baseline.encoder_hidden} if method == "p_tuning" else {}
-        return PROMPTS[method](**options, num_virtual_tokens=baseline.virtual_tokens, **encoder)
-    lora = adapter.with_targets(base, lora)
-    rank = baseline.rank or (VERA_RANK if method == "vera" else lora.r)
-    options |= {"target_modules": list(lora.target_modules), "r": rank}
-    if method == "dora":
-        options |= {"lora_alpha": lora.lora_alpha, "use_rslora": lora.use_rslora, "use_dora": True}
-        return LoraConfig(**options, lora_dropout=dropout)
-    if method == "miss":
-        return MissConfig(**options, miss_dropout=dropout)
-    # Neither STATE nor PEFT's file has the random matrices of VeRA and RandLoRA, nor SHiRA's choice of
-    # weights: each is generated again from the same seed.
-    if method == "shira":
-        return ShiraConfig(**options, random_seed=seed)
-    options |= {"projection_prng_key": seed, f"{method}_dropout": dropout}
-    if method == "vera":
-        return VeraConfig(**options)
-    return RandLoraConfig(**options, randlora_alpha=RANDLORA_ALPHA * rank)
+def _config(baseline: BaselineSection) -> PeftConfig:
+    if baseline.method == "ia3":
+        return IA3Config(task_type="CAUSAL_LM")
+    return PROMPTS[baseline.method](task_type="CAUSAL_LM", num_virtual_tokens=baseline.virtual_tokens)
 
 
 def save(model: PeftModel, folder: Path) -> None:

@@ -40,11 +40,18 @@ PINNED: dict[str, Any] = {
     "shuffle_dataset": True,
     "disable_dropout": False,
     "cast_lm_head_to_fp32": False,
+    "top_p": 1.0,
     "min_p": None,
     "repetition_penalty": 1.0,
     "cache_implementation": None,
     "use_transformers_continuous_batching": False,
+    "num_iterations": 1,
+    "use_bias_correction_kl": False,
+    "importance_sampling_level": "token",
+    "epsilon": 0.2,
+    "epsilon_high": None,
     "delta": None,
+    "scale_rewards": "group",
     "multi_objective_aggregation": "sum_then_normalize",
     "mask_truncated_completions": False,
     "off_policy_mask_threshold": None,
@@ -55,9 +62,8 @@ PINNED: dict[str, Any] = {
 }
 """The other arguments of GRPOTrainer on which a result may depend; see `loop.PINNED`."""
 SAME_NAME = (
-    "per_device_train_batch_size", "num_generations", "num_iterations", "max_completion_length",
-    "temperature", "top_p", "top_k", "beta", "use_bias_correction_kl", "loss_type",
-    "importance_sampling_level", "epsilon", "epsilon_high", "scale_rewards",
+    "per_device_train_batch_size", "num_generations", "max_completion_length",
+    "temperature", "top_k", "beta", "loss_type",
 )  # fmt: skip
 """Settings that TRL has under the same name."""
 
@@ -114,7 +120,7 @@ class Grpo(Training):
         in_int8 = rl.rollouts.int8 and copy is not None and int8.is_supported(copy.model)
         if rl.rollouts.int8 and not in_int8:
             log.info("rl.rollouts.int8 is for CPUs that compute in float32: no effect here")
-        sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, rl.top_p, rl.top_k)
+        sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, top_k=rl.top_k)
         size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
         sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size, in_int8)
         rl = vllm_rollouts.with_memory_share(rl, model.get_base_model())
@@ -154,7 +160,7 @@ def optimizer_steps(prompts: RlPrompts, rl: RlSection, stage: str = "") -> int:
     `loop.steps_of`.
     """
     batches = prompts.system2_rows // (rl.prompts_per_step - rl.replay_prompts)
-    return loop.steps_of(batches, rl, rl.num_iterations, stage)
+    return loop.steps_of(batches, rl, stage)
 
 
 def _arguments(
@@ -164,7 +170,7 @@ def _arguments(
 
     accumulation_steps = rl.prompts_per_step * rl.num_generations // rl.per_device_train_batch_size
     return GRPOConfig(
-        **loop.arguments(rl, steps, seed, checkpoints, rl.num_iterations),
+        **loop.arguments(rl, steps, seed, checkpoints),
         **PINNED,
         **{name: getattr(rl, name) for name in SAME_NAME},
         gradient_accumulation_steps=accumulation_steps,
@@ -200,7 +206,6 @@ def build_trainer(
         processing_class=sampler.tokenizer,
         row_ids=lambda: prompts.ids,
         memory_hint=memory_hint,
-        loraplus_lr_ratio=rl.loraplus_lr_ratio,
         rl=rl,
         prompts=prompts,
         sampler=sampler,

@@ -22,6 +22,8 @@ LARGEST = 127
 """The largest magnitude of a quantized weight or activation."""
 TINY = 1e-12
 """In place of a scale of 0."""
+CORRECTION_MAX = 3.0
+"""Ratio of the policy's probability to the sampler's above which the correction cuts or masks."""
 
 
 def is_supported(model: nn.Module) -> bool:

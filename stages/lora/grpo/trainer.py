@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from stages.config import RlSection
-from stages.lora.grpo.int8 import weighted_advantages
+from stages.lora.grpo.int8 import CORRECTION_MAX, weighted_advantages
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
@@ -70,7 +70,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             inputs = super()._prepare_inputs(generation_batch)
         else:
             slices = self.args.steps_per_generation
-            if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
+            if self._step % slices == 0 or self._buffered_inputs is None:
                 batch = self._generate_and_score_completions(generation_batch)
                 batch = trainer_inputs.by_length(batch, self.args.num_generations)
                 self._buffered_inputs = split_tensor_dict(batch, slices)
@@ -82,8 +82,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)  # here TRL computes the advantages
         if self.model.training:
             metrics = self._metrics["train"]
-            # TRL logs where the standard deviation that it divides by is 0. With scale_rewards "batch" that
-            # is the deviation of the whole batch, so replace it by the share of groups with equal rewards.
+            # TRL's counts no group without any reward; it has no signal either.
             metrics["frac_reward_zero_std"][-1] = self._equal.float().mean().item()
             if "importance_sampling_ratio" in batch:
                 of_tokens = self.vllm_importance_sampling_mode.startswith("token")
@@ -205,7 +204,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
         policy: log-probabilities, (completions, tokens).
         """
-        limit, sampler = self.rl.rollouts.correction_max, inputs["sampling_per_token_logps"]
+        limit, sampler = CORRECTION_MAX, inputs["sampling_per_token_logps"]
         inputs["advantages"] = weighted_advantages(inputs["advantages"], policy, sampler, limit)
         batch = inputs | {"old_per_token_logps": policy.detach()}
         for name, value in raw_ratio_metrics(batch, True, limit, self.accelerator.gather):

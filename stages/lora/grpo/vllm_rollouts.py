@@ -18,6 +18,7 @@ from stages.config.rl import RlSection, RolloutsSection
 from stages.engines.vllm import ON_CPU
 from stages.errors import ConfigError
 from stages.lora.adapter import merge
+from stages.lora.grpo.int8 import CORRECTION_MAX
 from stages.models.size import kv_cache_bytes
 from stages.runtime import resources
 
@@ -93,7 +94,7 @@ def arguments(rollouts: RolloutsSection, longest: int, stops: list[int]) -> dict
         "vllm_importance_sampling_correction": corrected,
         "vllm_importance_sampling_mode": rollouts.correction if corrected else "sequence_mask",
         "vllm_importance_sampling_clip_min": None,
-        "vllm_importance_sampling_clip_max": rollouts.correction_max,
+        "vllm_importance_sampling_clip_max": CORRECTION_MAX,
         "generation_kwargs": {"stop_token_ids": stops},
     }
 

@@ -109,7 +109,7 @@ def check_importance(scores: Tensor, title: str) -> None:
     if not bool(scores.any()):
         raise UnusableResult(
             f"importance of {title} is zero for every element",
-            "with B = 0 it is always zero: choose lora.init normal, pissa, olora or orthogonal",
+            "with B = 0 it is always zero: choose lora.init normal, pissa or olora",
         )
 
 

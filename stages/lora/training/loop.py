@@ -16,7 +16,6 @@ from transformers import PrinterCallback, TrainerCallback
 
 from stages.config import TrainSection
 from stages.config.fields import as_decimal_fraction
-from stages.config.training import OPTIMIZERS
 from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter, baselines
 from stages.lora.training import curves
@@ -31,8 +30,12 @@ LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 """Environment variable from which transformers takes TensorBoard's folder."""
 PINNED: dict[str, Any] = {
     "lr_scheduler_kwargs": None,
+    # It updates elements independently, which is necessary because the active elements of a weight are packed
+    # into a one-dimensional parameter.
+    "optim": "adamw_torch_fused",
     "optim_args": None,
     "optim_target_modules": None,
+    "adam_beta1": 0.9,
     "adam_epsilon": 1e-8,
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
@@ -62,18 +65,13 @@ PINNED: dict[str, Any] = {
 They are pinned, so that no default of the library decides.
 """
 SAME_NAME = (
-    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "gradient_checkpointing",
+    "learning_rate", "weight_decay", "adam_beta2", "max_grad_norm", "gradient_checkpointing",
 )  # fmt: skip
 """Settings that the library has under the same name."""
 
 
-def arguments(
-    section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints, passes: int = 1
-) -> dict[str, Any]:
-    """The arguments that the TRL configs of both trainers take.
-
-    passes: optimizer steps per generation of GRPO; checkpoints fall between two generations.
-    """
+def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The arguments that the TRL configs of both trainers take."""
     cpu = not torch.cuda.is_available()
     check_machine(section)
     # The library's `constant` ignores the warm-up without a warning.
@@ -82,7 +80,6 @@ def arguments(
     )
     return PINNED | {
         "output_dir": str(checkpoints.folder),
-        "optim": OPTIMIZERS[section.optim],
         **{name: getattr(section, name) for name in SAME_NAME},
         "lr_scheduler_type": scheduler,
         "warmup_steps": math.ceil(as_decimal_fraction(section.warmup_ratio) * steps),
@@ -95,7 +92,7 @@ def arguments(
         "disable_tqdm": True,
         "report_to": _trackers(section, checkpoints.folder),
         "save_strategy": "steps",
-        "save_steps": math.ceil(section.save_steps / passes) * passes,
+        "save_steps": section.save_steps,
         "dataloader_pin_memory": not cpu,
         "ddp_find_unused_parameters": False,  # every LoRA layer is in every forward pass
     }
@@ -107,10 +104,6 @@ def check_machine(section: TrainSection) -> None:
         raise ConfigError(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
             "choose one: CUDA_VISIBLE_DEVICES=0",
-        )
-    if section.optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "optimizer adamw_8bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'"
         )
     for name in section.report_to:
         if importlib.util.find_spec(name) is None:
@@ -136,13 +129,11 @@ def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
 class TimedSaving(TrainerCallback):
     """Saves a checkpoint after SAVE_S without one: a few steps of RL may take an hour."""
 
-    def __init__(self, passes: int) -> None:
-        """passes: over each batch of completions, which are not saved; checkpoints fall between batches."""
-        self.passes, self.saved_at = passes, time.monotonic()
+    def __init__(self) -> None:
+        self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        late = time.monotonic() - self.saved_at > SAVE_S
-        if late and state.global_step % self.passes == 0:
+        if time.monotonic() - self.saved_at > SAVE_S:
             control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
@@ -161,15 +152,8 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
     resumed = checkpoints.newest()
     if resumed:
         log.info("resuming from %s, of %d steps", resumed.name, trainer.args.max_steps)
-    trainer.add_callback(TimedSaving(getattr(trainer, "num_iterations", 1)))
-    try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    finally:
-        if "wandb" in trainer.args.report_to:
-            # Else a second round of SFT in this process would go on with its run.
-            import wandb
-
-            wandb.finish()
+    trainer.add_callback(TimedSaving())
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if trainer.state.global_step == 0:
         raise UnusableResult("training did no step", "there are fewer rows than one step takes")
     folder = out / "adapter"
@@ -191,12 +175,12 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in steps]
 
 
-def steps_of(batches: int, section: TrainSection, passes: int = 1, stage: str = "") -> int:
-    """Optimizer steps for `epochs` over so many batches, each used `passes` times; at most `max_steps`.
+def steps_of(batches: int, section: TrainSection, stage: str = "") -> int:
+    """Optimizer steps for `epochs` over so many batches; at most `max_steps`.
 
     stage: whose training begins now; where it ends before `max_steps`, a warning says why.
     """
-    steps = math.ceil(as_decimal_fraction(section.num_train_epochs) * batches * passes)
+    steps = math.ceil(as_decimal_fraction(section.num_train_epochs) * batches)
     if stage and steps < (section.max_steps or 0):
         log.warning(
             "%s ends after %d steps (num_train_epochs %g): max_steps %d is a limit, and no length as in TRL",

@@ -120,6 +120,6 @@ class Training:
         """Put the adapter on the base."""
         folder, dropout = self.start.folder, self.section.lora_dropout
         if self.baseline is not None:
-            return baselines.attach(base, self.baseline, self.lora, self.seed, folder, dropout)
+            return baselines.attach(base, self.baseline, self.seed, folder)
         assert folder is not None
         return adapter.attach(base, self.lora, folder, dropout)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.errors import ArtifactError, OutOfMemoryError, UnusableResult, is_out_of_memory
@@ -53,7 +53,6 @@ class ResumableTrainer:
         *,
         row_ids: Callable[[], dict[tuple[int, ...], str]],
         memory_hint: str,
-        loraplus_lr_ratio: float | None = None,
         **arguments: Any,
     ) -> None:
         """row_ids: makes the table of token ids → row id; it is called only when a run has failed.
@@ -61,15 +60,9 @@ class ResumableTrainer:
         memory_hint: settings that lower the use of memory.
         """
         super().__init__(**arguments)
-        self.row_ids, self.memory_hint, self.loraplus_lr_ratio = row_ids, memory_hint, loraplus_lr_ratio
+        self.row_ids, self.memory_hint = row_ids, memory_hint
         self.window: list[dict[str, Any]] = []
         """Prepared batches since the last optimizer step."""
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if self.loraplus_lr_ratio is not None:
-            split_rates(optimizer, self.model, self.loraplus_lr_ratio)
-        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -195,24 +188,6 @@ def _shapes(batch: dict[str, Any]) -> str:
     """Sizes of the token ids in a batch, for an error message."""
     ids = {n: value for n, value in batch.items() if n.endswith("_ids") and isinstance(value, Tensor)}
     return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in ids.items())
-
-
-def split_rates(optimizer: Any, model: nn.Module, ratio: float) -> None:
-    """LoRA+ (arXiv 2402.12354): let B learn `ratio` times as fast as A.
-
-    A and B are told apart by parameter name, because PEFT's own helper takes every one-dimensional parameter
-    for a B, and sparse weights are one-dimensional.
-    """
-    b_weights = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
-    groups = []
-    for group in optimizer.param_groups:
-        halves: tuple[list[Any], list[Any]] = ([], [])  # A, B
-        for parameter in group["params"]:
-            halves[id(parameter) in b_weights].append(parameter)
-        for parameters, rate in zip(halves, (group["lr"], group["lr"] * ratio), strict=True):
-            if parameters:
-                groups.append({**group, "params": parameters, "lr": rate})
-    optimizer.param_groups[:] = groups
 
 
 def full_warmup(schedule: Any, warmup_steps: int) -> Any:
