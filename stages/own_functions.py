@@ -28,6 +28,11 @@ def functions_in(file: str, title: str) -> dict[str, ast.FunctionDef]:
     return {function.name: function for function in functions if not function.name.startswith("_")}
 
 
+def own_function(name: str, file: str | None, title: str) -> Any:
+    """The function of that name in a person's file, which is run only if it has one; else None."""
+    return getattr(imported(file, title), name) if file and name in functions_in(file, title) else None
+
+
 @functools.cache
 def imported(file: str, title: str) -> Any:
     """Import a Python file of any name as a module, once."""

@@ -109,7 +109,7 @@ ROWS = [
 
 
 def test_score_and_sft_read_rows_with_a_response():
-    for chosen in examples.scored(ROWS, ScoreSection(examples=8), 0).values():
+    for chosen in examples.scored(ROWS, ScoreSection(examples=8), 0)[0].values():
         assert len(chosen) == 8 and all(example.response for example in chosen)
     mixed = examples.trained_by_sft(ROWS, SftSection(system2_share=0.5), 0)
     assert len(mixed) == 8 + 4 and all(example.response for example in mixed)

@@ -67,7 +67,7 @@ class Config(Section):
 
         reads_scores = not has_trait("strategies", self.partition.strategy, "unscored")
         is_zero = self.lora.init == "default" and has_trait("scorers", self.score.scorer, "product")
-        if is_zero and reads_scores:
+        if is_zero and (reads_scores or self.partition.protect):
             yield ("lora.init default has B = 0, so every importance is zero; choose normal, pissa or olora")
         partition = self.partition
         if not reads_scores and (partition.alpha, partition.beta) != (1, 1):
@@ -95,6 +95,8 @@ class Config(Section):
 
     def _conflicts_of_baseline(self, method: str) -> Iterator[str]:
         subject = f"baseline {method}"
+        if self.partition.protect:
+            yield f"{subject} is trained whole; leave out partition.protect"
         if scored := [target for target in self.eval.targets if target in ("init", *REGIONS)]:
             yield f"{subject} has no scored initial adapter; take {scored[0]} out of eval.targets"
         if self._uses_vllm:

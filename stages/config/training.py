@@ -13,11 +13,15 @@ from stages.config.fields import (
     ShareBelowOne,
     advanced,
     advanced_unkeyed,
+    as_value_error,
     registry_name,
     setting,
     unkeyed,
 )
 from stages.config.sources import PromptSection
+from stages.own_functions import functions_in
+
+SCORER_FILE = "score.scorer_file"
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 """`auto` or `off`; also false, because YAML reads a bare `off` as false."""
@@ -44,12 +48,24 @@ DROPOUT = "Dropout on the input of the adapter; ia3 and the prompt methods have 
 
 
 class ScoreSection(Section):
-    scorer: Annotated[str, registry_name("scorers")] = setting("taylor2")
-    """Importance formula, one of `lorapar list scorers`."""
+    scorer: str = setting("taylor2")
+    """Importance formula, one of `lorapar list scorers`, or a function of scorer_file."""
+    scorer_file: str | None = advanced_unkeyed(None)
+    """Python file with formulas of your own: functions of an element's value, gradient and Fisher
+    information."""
     examples: PositiveInt = setting(100, "Number of examples of each system.")
     batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
     prompt: PromptSection | None = advanced(None)
     """Prompt settings of this stage, used instead of the section `prompt`."""
+
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        functions = functions_in(self.scorer_file, SCORER_FILE) if self.scorer_file and registries else {}
+        if registries and self.scorer not in functions:
+            try:
+                as_value_error(partial(registries["scorers"].check, self.scorer))
+            except ValueError as error:
+                names = f"; {self.scorer_file} has: {', '.join(functions)}" if functions else ""
+                yield f"{error}{names}"
 
 
 BY_DENSITY = ("topk", "topk_within", "random_half")
@@ -73,6 +89,17 @@ class PartitionSection(Section):
     """α: share that SFT trains of the elements that both systems have."""
     beta: Share = of_rl(1)
     """β: share that RL, or a second round of SFT, trains of the elements that both systems have."""
+    protect: str | None = unkeyed(None)
+    """Rows whose skill must survive training: a file in any format of data.path. No stage trains an element
+    that these rows need."""
+    protect_theta: PositiveShare = unkeyed(0.9)
+    """Elements are protected, the most important ones first, until they have this share of the protected
+    rows' total importance."""
+
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        if self.protect and self.strategy in ("random", "random_within"):
+            # Random elements are protected less often than important ones, so more of them would train.
+            yield f"{self.strategy} is a control of equal size; with protect it would train more elements"
 
 
 class TrainSection(Section):

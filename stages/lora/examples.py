@@ -1,17 +1,21 @@
-"""The labelled examples that score and SFT read."""
+"""The examples that score and SFT read: labelled ones, and protected ones."""
 
 from __future__ import annotations
 
 import logging
 import random
 from dataclasses import replace
+from typing import Any
 
-from stages.config import MODES, ScoreSection, SftSection
+from stages.config import MODES, ScoreSection, SftSection, SourceSection
+from stages.data.rows import read
 from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
 
 log = logging.getLogger(__name__)
 
+PROTECTED = "protected"
+"""The rows of `partition.protect`: as a variant of score, and as a prefix in its file."""
 _SFT_WITHOUT = {1: "sft.data=all", 2: "sft.system2_share=0 with sft.rounds=1"}
 """System → settings with which SFT needs no response of its rows."""
 
@@ -21,14 +25,31 @@ def with_response(labels: list[Labelled]) -> list[Labelled]:
     return [row for row in labels if row.example.response]
 
 
-def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> dict[int, list[Example]]:
-    """A random sample of each system's examples that have a response; DataError if a system has none."""
+def scored(labels: list[Labelled], score: ScoreSection, seed: int) -> tuple[dict[Any, list[Example]], int]:
+    """A random sample of each system's examples that have a response, and how many rows have none.
+
+    DataError if a system has no such example.
+    """
     samples = {}
     for system in (1, 2):
         examples = _examples_with_response(labels, system)
         number = min(score.examples, len(examples))
         samples[system] = random.Random(f"{seed} score {system}").sample(examples, number)
-    return samples
+    return samples, len(labels) - len(with_response(labels))
+
+
+def protected(path: str, score: ScoreSection, seed: int) -> tuple[dict[Any, list[Example]], int]:
+    """As `scored`, of the rows of `partition.protect`; DataError if none has a response."""
+    rows = read(SourceSection(path=path, empty="drop", duplicates="first"))
+    answered = [example for example in rows if example.response]
+    if not answered:
+        raise DataError(
+            f"none of {len(rows)} rows of partition.protect, {path}, has a response",
+            "importance is that of responses: name rows with the answers to keep",
+        )
+    number = min(score.examples, len(answered))
+    sample = random.Random(f"{seed} protected").sample(answered, number)
+    return {PROTECTED: sample}, len(rows) - len(answered)
 
 
 def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:

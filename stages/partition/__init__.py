@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
+from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import number_of
 from stages.pipeline.stage import WEIGHTS, Check, Stage
 from stages.plan.work import Work
@@ -41,8 +42,11 @@ def _check_density(texts: Texts) -> None:
 
 STAGE = Stage(
     name="partition",
-    inputs=lambda config, trained: ("score",),
+    inputs=lambda config, _: (f"score:{PROTECTED}", "score") if config.partition.protect else ("score",),
     sections=lambda config, _: ("partition", "seed"),
+    external_key=lambda config, _, cache: (
+        {"protect_theta": config.partition.protect_theta} if config.partition.protect else {}
+    ),
     variants=lambda config: ("sft", "rl"),
     variants_help="sft or rl",
     files={

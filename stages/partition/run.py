@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 from pydantic import PositiveInt
+from torch import Tensor
 
 from stages.config import PartitionSection
 from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
+from stages.lora.examples import PROTECTED
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import (
     NONE,
     S1_ONLY,
     S2_ONLY,
     SHARED,
+    needed_set,
     strategies,
 )
 from stages.pipeline.context import StageContext
@@ -25,7 +28,8 @@ from stages.records import read_json
 def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[str, Any]:
     """Write `masks.safetensors`: the regions, and the active elements, which the variant (sft or rl) trains.
 
-    Returns the size of each region and the active share. UnusableResult if no element is active.
+    What the protected rows need is active in no stage, whichever region it is of. Returns the size of each
+    region and the active share. UnusableResult if no element is active.
     """
     score = context.inputs["score"].path
     by_name = read_json(score / "shapes.json", dict[str, tuple[PositiveInt, ...]])
@@ -40,8 +44,12 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
     active = split.active[context.variant]
-    if not bool(active.any()):
-        raise UnusableResult(f"no element is active in {context.variant}", _hint(context.variant, partition))
+    protected = _protected(context, partition, len(active))
+    if not bool((active & ~protected).any()):
+        hint = "the protected rows need all that it would train: lower partition.protect_theta"
+        hint = hint if bool(active.any()) else _hint(context.variant, partition)
+        raise UnusableResult(f"no element is active in {context.variant}", hint)
+    active &= ~protected
     Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
     counts = torch.bincount(split.region, minlength=4).tolist()
     total = len(split.region)
@@ -55,9 +63,19 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
         "s1_only_share": _exclusive_share(counts[S1_ONLY], counts[SHARED]),
         "s2_only_share": _exclusive_share(counts[S2_ONLY], counts[SHARED]),
         "jaccard": counts[SHARED] / union if union else 0.0,
+        **({"protected": int(protected.sum())} if partition.protect else {}),
         "active": int(active.sum()),
         "active_share": int(active.sum()) / total,
     }
+
+
+def _protected(context: StageContext, partition: PartitionSection, elements: int) -> Tensor:
+    """The elements that the protected rows need, as a bool mask; none without such rows."""
+    artifact = context.inputs.get(f"score:{PROTECTED}")
+    if artifact is None:
+        return torch.zeros(elements, dtype=torch.bool)
+    scores = read_importance(artifact.path / "importance.safetensors")[PROTECTED]
+    return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
 
 
 def _hint(stage: str, partition: PartitionSection) -> str:

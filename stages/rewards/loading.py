@@ -19,7 +19,7 @@ from stages.errors import (
     UnusableResult,
     is_out_of_memory,
 )
-from stages.own_functions import functions_in, imported
+from stages.own_functions import functions_in, own_function
 from stages.rewards.builtin import rewards
 from stages.sandbox.pair import SandboxFailure
 
@@ -45,8 +45,8 @@ def check(name: str, file: str | None) -> None:
 
 def load(name: str, file: str | None) -> Reward:
     """Return the reward called `name`; the file takes precedence over TRL and the built-in ones."""
-    if file and name in functions_in(file, FILE):
-        return getattr(imported(file, FILE), name)  # type: ignore[no-any-return]
+    if own := own_function(name, file, FILE):
+        return own  # type: ignore[no-any-return]
     if name in TRL:
         return _adapted_from_trl(name)
     return rewards.pick(name)

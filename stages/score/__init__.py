@@ -1,13 +1,17 @@
-"""Create the initial adapter and score every LoRA element for each system."""
+"""Create the initial adapter and score every LoRA element for each system.
+
+The variant `protected` scores its elements for the rows of `partition.protect`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stages.config import Config
+from stages.config import Config, SourceSection
+from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
 from stages.pipeline import external_key
 from stages.pipeline.stage import ADAPTER, WEIGHTS, Check, Stage
@@ -16,10 +20,27 @@ if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.prompt_lengths import Texts
     from stages.plan.work import Work
+    from stages.store.digests import DigestCache
 
 
-def _inputs(config: Config, _: str) -> tuple[str, ...]:
+def _inputs(config: Config, scored: str) -> tuple[str, ...]:
+    if scored == PROTECTED:
+        return ("score",)
     return () if strategies.has_trait(config.partition.strategy, "unscored") else ("classify:train",)
+
+
+def _external_key(config: Config, scored: str, cache: DigestCache) -> dict[str, Any]:
+    key = external_key.model_part(config, cache)
+    key |= external_key.of_file("scorer_file", config.score.scorer_file, cache)
+    if scored == PROTECTED:
+        key["protected"] = external_key.of_source(SourceSection(path=config.partition.protect), cache)
+    return key
+
+
+def _variants(config: Config) -> tuple[str, ...]:
+    if config.data.path is None or config.baseline is not None:
+        return ()
+    return ("", PROTECTED) if config.partition.protect else ("",)
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -30,6 +51,8 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     yield from preflight.of_training(texts.config)
     if "classify:train" in step.inputs:
         yield partial(_check_rows, texts)
+    if step.variant == PROTECTED:
+        yield partial(_check_protected, texts)
 
 
 def _check_rows(texts: Texts) -> None:
@@ -44,21 +67,30 @@ def _check_rows(texts: Texts) -> None:
         slow = [Labelled(row, 2, {}) for row in texts.rows["train"]]
         preflight.check_lengths(texts, "score", examples.trained_by_sft(slow, every_row, config.seed))
         return
-    for rows in examples.scored(texts.labels, config.score, config.seed).values():
+    for rows in examples.scored(texts.labels, config.score, config.seed)[0].values():
         preflight.check_lengths(texts, "score", rows)
 
 
-def _work(texts: Texts, _: str) -> Work | None:
-    """Gradients of as many examples of either system, each by itself."""
+def _check_protected(texts: Texts) -> None:
+    """Raise the error that scoring the protected rows would raise about their file, or a row too long."""
+    from stages.lora import examples
+
+    config = texts.config
+    rows, _ = examples.protected(str(config.partition.protect), config.score, config.seed)
+    texts.renderer("score", []).rows(rows[PROTECTED], config.data)
+
+
+def _work(texts: Texts, scored: str) -> Work | None:
+    """Gradients of as many examples of either system, each by itself; protected rows may be as long."""
     from stages.plan.work import Work
 
     score = texts.config.score
-    if strategies.has_trait(texts.config.partition.strategy, "unscored"):
+    if strategies.has_trait(texts.config.partition.strategy, "unscored") and scored != PROTECTED:
         return Work()
     if not texts.imitable:
         return None
     lengths = [len(row.input_ids) for row in texts.trained_rows("score")]  # the longest first
-    examples = min(2 * score.examples, texts.imitable)
+    examples = score.examples if scored == PROTECTED else min(2 * score.examples, texts.imitable)
     return Work(trained=examples * fmean(lengths), batch=sum(lengths[: score.batch_size]))
 
 
@@ -66,13 +98,15 @@ STAGE = Stage(
     name="score",
     inputs=_inputs,
     sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
-    external_key=lambda config, _, cache: external_key.model_part(config, cache),
-    variants=lambda config: ("",) if config.data.path and config.baseline is None else (),
+    external_key=_external_key,
+    variants=_variants,
+    variants_help="score or protected",
+    unkeyed_sections=("partition.protect",),
     files={
         "init/": f"The adapter at the start. {ADAPTER}",
         "shapes.json": "Name of each LoRA weight → `[rows, columns]` of its part that is scored and trained.",
         "importance.safetensors": "`s1/NAME` and `s2/NAME`: float32 importance of each element, "
-        f"{WEIGHTS}. Only where a strategy reads it.",
+        f"{WEIGHTS}. Only where a strategy reads it. The variant `protected` has `protected/NAME` alone.",
     },
     checks=_checks,
     work=_work,

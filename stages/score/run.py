@@ -12,7 +12,7 @@ from stages.config import DataSection, LoraSection, ModelSection, PromptSection,
 from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import flatten_weights, write_importance
-from stages.lora.importance.scorers import Moments, moments, scorers
+from stages.lora.importance.scorers import Moments, formula_of, moments
 from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
@@ -22,44 +22,57 @@ from stages.records import read_labels
 from stages.runtime import resources
 from stages.runtime.batch_size import BatchSize
 
+GROUPS: dict[Any, tuple[str, str]] = {
+    1: ("system1", "System 1"),
+    2: ("system2", "System 2"),
+    examples.PROTECTED: ("protected", "the protected rows"),
+}
+"""Rows to score elements for → their name in the summary, and what people call them."""
+
 
 def run(
     context: StageContext, model: ModelSection, data: DataSection, prompt: PromptSection, lora: LoraSection,
-    score: ScoreSection, seed: int,
+    score: ScoreSection, seed: int, protect: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
-    Importance is one float32 per element of the trainable part of each LoRA weight, stored under `s1/` and
-    `s2/`. Returns for each system the number of examples, their mean loss and the share of the formula's
-    second-order term.
+    Importance is one float32 per element of the trainable part of each LoRA weight, by system. The variant
+    `protected` writes that of the rows in `protect` alone. Returns for each of these the number of examples,
+    their mean loss and the share of the formula's second-order term.
     """
-    adapted = adapter.initial(load_base(model), lora, seed)
+    start, base = context.adapter("score"), load_base(model)  # only the protected rows have a start to read
+    adapted = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(adapted).items()
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers}
-    adapter.save(adapted, context.out / "init", model)
-    (context.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
     summary: dict[str, Any] = {"elements": sum(rows * columns for rows, columns in shapes.values())}
-    if "classify" not in context.inputs:
-        return summary
-    labels = read_labels(context.labels)
+    if not start:
+        adapter.save(adapted, context.out / "init", model)
+        (context.out / "shapes.json").write_text(json.dumps(shapes, indent=1))
+    labels = read_labels(context.labels) if "classify" in context.inputs else []
+    if protect and context.variant == examples.PROTECTED:
+        groups, left_out = examples.protected(protect, score, seed)
+    elif "classify" in context.inputs:
+        groups, left_out = examples.scored(labels, score, seed)
+    else:
+        return summary  # the strategy reads no scores
     renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
-    if left_out := len(labels) - len(examples.with_response(labels)):
-        summary["without_response"] = left_out
     scores = {}
-    for system, chosen in examples.scored(labels, score, seed).items():
+    for group, chosen in groups.items():
         rows, long = renderer.rows(chosen, data)
-        context.progress.start(f"score System {system}", len(rows))
+        name, title = GROUPS[group]
+        context.progress.start(f"score {title}", len(rows))
         hint = "shorten the rows by data.max_length, or set model.load_in_4bit"
         size = BatchSize("score.batch_size", score.batch_size, hint)
         sums = _sums(adapted, rows, size, context, renderer.tokenizer.pad_token_id)
-        scores[system], second_order = _scores(adapted, lora, sums, score.scorer)
-        check_importance(flatten_weights(scores[system]), f"System {system}")
-        summary[f"system{system}"] = {
+        scores[group], second_order = _scores(adapted, lora, sums, score)
+        check_importance(flatten_weights(scores[group]), title)
+        summary[name] = {
             "examples": len(rows), "too_long": long, "mean_loss": sums.loss / sums.examples,
             "second_order": second_order,
         }  # fmt: skip
     write_importance(context.out / "importance.safetensors", scores)
-    return {**summary, "prompt": renderer.digest()}
+    counts = {"without_response": left_out} if left_out else {}
+    return {**summary, **counts, "prompt": renderer.digest()}
 
 
 def _sums(adapted: PeftModel, rows: list[Row], size: BatchSize, context: StageContext, pad: int) -> Moments:
@@ -77,16 +90,17 @@ def _sums(adapted: PeftModel, rows: list[Row], size: BatchSize, context: StageCo
 
 
 def _scores(
-    adapted: PeftModel, lora: LoraSection, sums: Moments, scorer: str
+    adapted: PeftModel, lora: LoraSection, sums: Moments, score: ScoreSection
 ) -> tuple[dict[str, Tensor], float]:
     """The score of each element, and the share of the second-order term: Σ ½Fφ² / (Σ |gφ| + Σ ½Fφ²)."""
+    formula = formula_of(score.scorer, score.scorer_file)
     scores, first, second = {}, 0.0, 0.0
     for name, layer in adapter.lora_layers(adapted).items():
         of_weight = (layer.weight, sums.gradient[name] / sums.examples, sums.square[name] / sums.examples)
         value, gradient, square = (
             adapter.trainable_part(name, tensor, lora).detach().float() for tensor in of_weight
         )
-        scores[name] = scorers.pick(scorer)(value, gradient, square)
+        scores[name] = formula(value, gradient, square)
         first += float((gradient * value).abs().sum())
         second += float((0.5 * square * value.square()).sum())
     return scores, second / (first + second) if first + second else 0.0

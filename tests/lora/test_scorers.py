@@ -1,10 +1,10 @@
-"""Importance, by batched gradients or a pilot run, against plain autograd; and its formulas."""
+"""Importance, by batched gradients, against plain autograd; and its formulas."""
 
 import json
 
 import pytest
 import torch
-from conftest import labels_of, make_step, make_steps
+from conftest import make_step, make_steps
 from guide import blocks
 
 from stages.config import LoraSection, ModelSection
@@ -13,11 +13,10 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
-from stages.models.tokenizer import load_tokenizer
-from stages.packing.losses import answer_losses, collate
+from stages.packing.losses import collate
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.prompts.renderer import IGNORED, Renderer, Row
+from stages.prompts.renderer import IGNORED, Row
 from stages.runtime.batch_size import BatchSize
 
 
@@ -178,21 +177,29 @@ def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)
 
 
-BATCHES = [rows()[:3], rows()[3:5], rows()[5:]]
 
-
-def by_autograd(model, lora) -> dict[str, torch.Tensor]:
-    """The weights after one AdamW step for each batch, on the mean of the rows' losses."""
-    layers = adapter.lora_layers(model)
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW([layer.weight for layer in layers.values()], lr=LR, weight_decay=0)
-    for batch in BATCHES:
-        optimizer.zero_grad()
-        answer_losses(model, collate(batch, 0, torch.device("cpu"))).mean().backward()
-        for name, layer in layers.items():
-            whole = torch.zeros_like(layer.weight)
-            adapter.trainable_part(name, whole, lora).fill_(1)
-            layer.weight.grad *= whole
-        optimizer.step()
-    return {name: layer.weight.detach() for name, layer in layers.items()}
+def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
+    """It is the paper's there, and what it changes has another key."""
+    [text] = [block.text for block in blocks("python") if block.title == "scorers.py"]
+    file = tmp_path / "scorers.py"
+    file.write_text(
+        text + "\ndef narrow(value, gradient, fisher):\n    return value[:1]\ndef wrong(*_):\n    return x\n",
+        encoding="utf-8",
+    )
+    given = ("score.examples=6", f"score.scorer_file={file}")
+    wanted, mine = (make_step(begun(*given, f"score.scorer={name}"), "score") for name in ("taylor2", "mine"))
+    one, other = (read_importance(made.path / "importance.safetensors") for made in (wanted, mine))
+    assert wanted.path != mine.path
+    assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+    for name, said in (
+        ("narrow", r"gave no tensor of \(\d+, \d+\)"),
+        ("wrong", "raised NameError: .*x.* not d"),
+    ):
+        with pytest.raises(UnusableResult, match=f"scorer {name} {said}"):
+            make_step(begun(*given, f"score.scorer={name}"), "score")
+    with pytest.raises(ConfigError, match="unknown scorer 'wide'.*; .*scorers.py has: mine, narrow, wrong"):
+        begun(*given, "score.scorer=wide")
+    keys = {plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key}
+    file.write_text(text.replace("0.5", "0.25"), encoding="utf-8")
+    keys.add(plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key)
+    assert len(keys) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,27 +12,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.errors import ArtifactError
+from stages.lora.examples import PROTECTED
 
 REGION, ACTIVE = "region", "active"
 
 
-def write_importance(path: Path, scores: dict[int, dict[str, Tensor]]) -> None:
-    """Write float32 tensors, each in the shape of the weight's trainable part.
+PREFIXES: dict[Any, str] = {1: "s1/", 2: "s2/", PROTECTED: f"{PROTECTED}/"}
+"""Rows that elements are scored for, a system's or the protected ones → prefix of their tensors' names."""
 
-    Their names are `s1/<name>` and `s2/<name>`.
-    """
+
+def write_importance(path: Path, scores: dict[Any, dict[str, Tensor]]) -> None:
+    """Write float32 tensors, each in the shape of the weight's trainable part; see PREFIXES."""
     tensors = {
-        f"s{rows}/{name}": tensor.float().contiguous().cpu()
+        f"{PREFIXES[rows]}{name}": tensor.float().contiguous().cpu()
         for rows, by_name in scores.items()
         for name, tensor in by_name.items()
     }
     save_file(tensors, path)
 
 
-def read_importance(path: Path) -> dict[int, dict[str, Tensor]]:
-    """Read what `write_importance` wrote: system → parameter name → float32 scores."""
+def read_importance(path: Path) -> dict[Any, dict[str, Tensor]]:
+    """Read what `write_importance` wrote: a key of PREFIXES → parameter name → float32 scores."""
     tensors = _load(path)
-    return {system: _with_prefix(f"s{system}/", tensors) for system in (1, 2)}
+    scores = {rows: _with_prefix(prefix, tensors) for rows, prefix in PREFIXES.items()}
+    return {rows: by_name for rows, by_name in scores.items() if by_name}
 
 
 @dataclass(frozen=True)

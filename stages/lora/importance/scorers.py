@@ -13,9 +13,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stages.errors import UnusableResult
+from stages.config.training import SCORER_FILE
+from stages.errors import UnusableResult, is_out_of_memory
+from stages.own_functions import own_function
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -34,6 +36,29 @@ scorers: Registry = Registry("scorer")
 Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
 zero, and so is the value of B).
 """
+
+
+def formula_of(name: str, file: str | None) -> Callable[..., Tensor]:
+    """The formula of that name; one of a person's file takes precedence."""
+    if own := own_function(name, file, SCORER_FILE):
+        return partial(_own_scores, own, f"scorer {name}", f"mend it in {file} and run the same command")
+    return scorers.pick(name)
+
+
+def _own_scores(formula: Callable[..., Any], title: str, hint: str, *tensors: Tensor) -> Tensor:
+    """Scores by a person's formula; UnusableResult if it raises, or gives another thing than one for each."""
+    import torch
+
+    try:
+        scores = formula(*tensors)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnusableResult(f"{title} raised {type(error).__name__}: {error}", hint) from error
+    shape = tensors[0].shape
+    if not isinstance(scores, torch.Tensor) or scores.shape != shape:
+        raise UnusableResult(f"{title} gave no tensor of {tuple(shape)}, as its elements are", hint)
+    return scores
 
 
 @dataclass
