@@ -8,9 +8,9 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
+from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.pipeline.state import require_current
-from stages.report.views import views_of
 from stages.store.artifacts import Store
 
 
@@ -22,7 +22,7 @@ def command(
     set_: Overrides = None,
 ) -> None:
     settings, steps = plan_of(config, set_)
-    needed = [view.step for view in views_of(settings).values()]
+    needed = [TRAINED[target] for target in settings.eval.modes.values()]
     if not set(needed) <= set(steps):
         raise missing_path_error()
     store = Store(settings.root)

@@ -61,5 +61,5 @@ def command(
         terminal.say(f"{folder}: {names}; the command that serves both is in {folder / 'README.md'}")
         return
     form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
-    exporting.write(trained[target], settings, folder, form, evaluated)
+    exporting.write(target, trained[target], settings, folder, form, evaluated)
     terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")

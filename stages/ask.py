@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.config import Config
+from stages.config import SYSTEMS, TRAINED, Config
 from stages.engines import Sampling
 from stages.prompts import thoughts
 from stages.prompts.renderer import Renderer
 from stages.records import Example
-from stages.report.views import prompt_of, views_of
 
 if TYPE_CHECKING:
     from stages.store.artifacts import Artifact
@@ -38,12 +37,12 @@ class TrainedModel:
 
         self.limit = config.rl.max_completion_length
         self.tokenizer = load_tokenizer(config.model)
-        views = views_of(config)
+        modes = config.eval.modes
         self.renderers = {
-            mode: Renderer(self.tokenizer, prompt_of(config, view), system=view.system)
-            for mode, view in views.items()
+            mode: Renderer(self.tokenizer, config.prompt_of(target), system=SYSTEMS[target])
+            for mode, target in modes.items()
         }
-        first, *later = ((mode, inputs[view.step].adapter) for mode, view in views.items())
+        first, *later = ((mode, inputs[TRAINED[target]].adapter) for mode, target in modes.items())
         self.model = load_adapted(config.model, first[1])
         self.names = {first[0]: self.model.active_adapter}
         """Mode → PEFT's name of its adapter."""

@@ -12,15 +12,19 @@ from pathlib import Path
 from stages.config import Config
 from stages.errors import ConfigError, OutputError
 from stages.models.base import save_merged
-from stages.report.card import Form, card, card_of_views
-from stages.report.views import views_of
+from stages.report.card import Form, card
 from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 
 def write(
-    artifact: Artifact, config: Config, out: Path, form: Form, evaluated: Sequence[Artifact] = ()
+    target: str,
+    artifact: Artifact,
+    config: Config,
+    out: Path,
+    form: Form,
+    evaluated: Sequence[Artifact] = (),
 ) -> None:
-    """Write the adapter of a committed sft or rl artifact into `out`, or the merged model with its tokenizer.
+    """Write the adapter of a target's artifact into `out`, or the merged model with its tokenizer.
 
     Either comes with a README.md. evaluated: the evaluations, for the card. OutputError if `out` exists;
     ConfigError for a trained prompt, which cannot be merged.
@@ -31,7 +35,8 @@ def write(
         )
     with _building(out) as partial:
         _fill(partial, artifact, config, form)
-        (partial / "README.md").write_text(card(artifact, form, partial, evaluated), encoding="utf-8")
+        text = card(config, {target: artifact}, form, partial, evaluated)
+        (partial / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_views(
@@ -49,11 +54,11 @@ def write_views(
             "a mode at a time, --target sft, then the slow one, with --merged",
         )
     with _building(out) as partial:
-        views = {name: trained[view.target] for name, view in views_of(config).items()}
-        for name, artifact in views.items():
-            (partial / name).mkdir()
-            _fill(partial / name, artifact, config, "adapter")
-        (partial / "README.md").write_text(card_of_views(views, partial, evaluated), encoding="utf-8")
+        for mode, target in config.eval.modes.items():
+            (partial / mode).mkdir()
+            _fill(partial / mode, trained[target], config, "adapter")
+        text = card(config, trained, "adapter", partial, evaluated)
+        (partial / "README.md").write_text(text, encoding="utf-8")
 
 
 def refuse_existing(out: Path) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.config import MODES, Config
+from stages.config import MODES, SYSTEMS, TRAINED, Config
 from stages.engines.gateway import Gateway, ModePrompt, Post
 from stages.errors import ConfigError, ServerError
 from stages.evaluation.routing import read_tuning, tuning_steps
@@ -22,7 +22,6 @@ from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
 from stages.progress import Progress
 from stages.records import Example, read_labels
-from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -75,18 +74,18 @@ def open_gateway(
     from stages.engines import vllm
 
     _check(config)
-    views = views_of(config)
+    modes = config.eval.modes
     identity = f"{identity} {answer_dtype(config.model, 'vllm')}"
-    fast = views[MODES[0]]
-    identities = {"vote": identity, "choice": f"{identity} {inputs[fast.step].digest}"}
+    fast = modes[MODES[0]]
+    identities = {"vote": identity, "choice": f"{identity} {inputs[TRAINED[fast]].digest}"}
     labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
     router = build_router(
-        config.eval.router, config.classify, config.model, prompt_of(config, fast), "vllm", identities,
+        config.eval.router, config.classify, config.model, config.prompt_of(fast), "vllm", identities,
         labels, Path(config.runs_dir),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
         zeros = Path(folder)
-        adapters = {mode: inputs[view.step].adapter for mode, view in views.items()}
+        adapters = {mode: inputs[TRAINED[target]].adapter for mode, target in modes.items()}
         _write_zeros(adapters[MODES[0]], zeros)
         modules = adapters | {VOTER: zeros}
         with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
@@ -126,25 +125,26 @@ def _check(config: Config) -> None:
     if not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
         raise ConfigError(f"vLLM cannot serve {cause}")
-    for view in views_of(config).values():
-        template = prompt_of(config, view).template
+    for target in config.eval.modes.values():
+        template = config.prompt_of(target).template
         if template != "chat":
             hint = "lorapar export CONFIG DIR --views says how to serve it"
             raise ConfigError(
-                f"a server takes chats, and {view.target} learned prompts of template {template}", hint
+                f"a server takes chats, and {target} learned prompts of template {template}", hint
             )
 
 
 def _mode_prompt(config: Config, mode: str) -> ModePrompt:
     """The prompt with which a mode was trained."""
-    view = views_of(config)[mode]
-    section = prompt_of(config, view)
-    return ModePrompt(section.system_message(view.system), section.template_arguments(view.system))
+    target = config.eval.modes[mode]
+    section, system = config.prompt_of(target), SYSTEMS[target]
+    return ModePrompt(section.system_message(system), section.template_arguments(system))
 
 
 def needed_steps(config: Config) -> tuple[str, ...]:
     """The steps whose artifacts are served, or tell how to choose between them."""
-    return ("classify:train", *tuning_steps(config.eval), *(view.step for view in views_of(config).values()))
+    trained = (TRAINED[target] for target in config.eval.modes.values())
+    return ("classify:train", *tuning_steps(config.eval), *trained)
 
 
 async def _votes(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> list[float]:

@@ -7,7 +7,6 @@ from conftest import ROOT, flags, make_steps
 
 from stages.ask import TrainedModel
 from stages.records import read_labels
-from stages.report.views import views_of
 
 
 def test_it_answers_as_the_evaluation_did(finished):
@@ -16,8 +15,8 @@ def test_it_answers_as_the_evaluation_did(finished):
     model = TrainedModel(finished(), artifacts)
     labels = read_labels(artifacts["classify:demo"].path / "labels.jsonl")
     questions = {row.example.id: row.example.prompt for row in labels}
-    for mode, view in views_of(finished()).items():
-        lines = (artifacts[f"eval:{view.target}@demo"].path / "samples.jsonl").read_text("utf-8").splitlines()
+    for mode, target in finished().eval.modes.items():
+        lines = (artifacts[f"eval:{target}@demo"].path / "samples.jsonl").read_text("utf-8").splitlines()
         for row in map(json.loads, lines[:3]):
             (answer,) = (a for a in model.answers(questions[row["id"]]) if a.mode == mode)
             shorter = min(len(answer.text), len(row["output"].strip()))

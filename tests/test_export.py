@@ -1,6 +1,5 @@
 """An exported adapter or model answers as what was trained, and the check says so where it does not."""
 
-import copy
 import json
 import re
 import shlex
@@ -15,14 +14,13 @@ from huggingface_hub import RepoUrl
 from safetensors.torch import load_file
 
 from stages import export
-from stages.config import BaselineSection, PromptSection
+from stages.config import SYSTEMS, BaselineSection
 from stages.errors import ConfigError, OutputError
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.report import usage
-from stages.report.card import card, card_of_views
-from stages.report.views import VIEWS, view_of
+from stages.report.card import card
 from stages.store.artifacts import Artifact
 
 SETTINGS = ["sft.max_steps=3", "sft.learning_rate=0.1", "sft.num_train_epochs=9", "lora.lora_alpha=256"]
@@ -56,16 +54,16 @@ def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
     config, artifact = trained
     (tmp_path / ".a.partial").mkdir()  # like a temporary folder, and a person's own
     (tmp_path / ".a.partial/mine").write_text("mine")
-    export.write(artifact, config, tmp_path / "a", "adapter")
+    export.write("sft", artifact, config, tmp_path / "a", "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a"]
     assert (tmp_path / ".a.partial/mine").read_text() == "mine"
     same_files(tmp_path / "a", artifact)
     text = (tmp_path / "a/README.md").read_text()
-    assert f"`{artifact.manifest['key']}`" in text and "| sft.learning_rate | 0.1 |" in text
+    assert artifact.manifest["key"] in text and "| sft.learning_rate | 0.1 |" in text
     assert f'from_pretrained("{config.model.name}")' in text
     assert "base_model" not in text  # the model is a folder, and the hub takes only its own names
     with pytest.raises(OutputError, match="a exists"):
-        export.write(artifact, config, tmp_path / "a", "adapter")
+        export.write("sft", artifact, config, tmp_path / "a", "adapter")
 
 
 def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
@@ -77,7 +75,7 @@ def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
     settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
     (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
     model = config.model.model_copy(update={"name": str(tmp_path / "base")})
-    export.write(artifact, config.model_copy(update={"model": model}), tmp_path / "m", "merged")
+    export.write("sft", artifact, config.model_copy(update={"model": model}), tmp_path / "m", "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token
     ids = torch.arange(5, 60).view(1, -1)
@@ -90,7 +88,7 @@ def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
 def test_weights_in_the_type_of_the_base(trained, tmp_path):
     config, artifact = trained
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    export.write(artifact, half, tmp_path / "h", "adapter", base_dtype=True)
+    export.write("sft", artifact, half, tmp_path / "h", "adapter", base_dtype=True)
     assert {w.dtype for w in load_file(tmp_path / "h/adapter_model.safetensors").values()} == {torch.bfloat16}
     assert "started from, rounded to the base's type" in (tmp_path / "h/README.md").read_text()
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "h").iterdir()}
@@ -100,11 +98,11 @@ def test_weights_in_the_type_of_the_base(trained, tmp_path):
 def test_nothing_is_exported_among_artifacts_or_onto_a_full_disk(trained, tmp_path, full_disk):
     config, artifact = trained
     with pytest.raises(OSError, match="full"):
-        export.write(artifact, config, tmp_path / "a", "adapter")
+        export.write("sft", artifact, config, tmp_path / "a", "adapter")
     assert not list(tmp_path.iterdir())
     for name in ("adapter/new", "../new"):
         with pytest.raises(OutputError, match="would lie among the artifacts of a run"):
-            export.write(artifact, config, artifact.path / name, "adapter")
+            export.write("sft", artifact, config, artifact.path / name, "adapter")
     assert artifact.integrity_error() is None
 
 
@@ -121,18 +119,15 @@ def test_views_are_two_adapters_with_the_command_that_serves_both(trained, anoth
     assert [(path, body["model"], body["messages"][0]) for path, body in requests(text)] == [
         ("chat/completions", "fast", message), ("chat/completions", "slow", message)
     ]  # fmt: skip
-    assert "| fast | answers at once: SFT on System 1 rows and some of System 2 |" in text
-    assert "| slow | works it out: then GRPO on System 2 rows |" in text
-    # Each view tells of its own stage's settings: SFT's artifact may be older than RL's.
-    manifest = copy.deepcopy(another.manifest)
-    settings = manifest["provenance"]["config"]
-    settings["rl"]["prompt"] = settings["prompt"] | {"template": "plain", "system": "Think."}
-    settings["rl"] |= {"system1_share": 0.25, "start_from": "init"}
-    settings["model"]["name"] = "models/m"
+    learned = "| learned | System 1, to answer at once: SFT | System 2, to work it out: GRPO |"
+    assert learned in text and 'model.set_adapter("slow")  # or "fast"' in text
+    plain = config.prompt.model_copy(update={"template": "plain", "system": "Think."})
+    model = config.model.model_copy(update={"name": "models/m"})
+    rl = config.rl.model_copy(update={"prompt": plain})
+    other = config.model_copy(update={"rl": rl, "model": model})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/m").mkdir(parents=True)
-    text = card_of_views({"fast": artifact, "slow": replace(another, manifest=manifest)}, Path("out/v"))
-    assert "works it out: GRPO on System 2 rows and some of System 1 |" in text
+    text = card(other, {"sft": artifact, "rl": another}, "adapter", tmp_path / "out/v")
     assert "vllm serve ../../models/m --generation-config vllm" in text
     (_, fast), (path, slow) = requests(text)
     assert fast["messages"][0] == message and path == "completions"
@@ -159,11 +154,11 @@ def test_the_code_of_a_card_answers_as_the_adapter_does(
     folder, system = tmp_path / "x", 'Say "it\'s"\n```\nin one line.'
     template = "plain" if form == "merged" else "chat"
     prompt = config.prompt.model_copy(update={"system": system, "template": template})
-    views = {"sft": with_prompt(another, prompt), "rl": with_prompt(artifact, prompt, stage="rl")}
+    config = config.model_copy(update={"prompt": prompt})
     if form == "views":
-        export.write_views(views, config, folder)
+        export.write_views({"sft": another, "rl": artifact}, config, folder)
     else:
-        export.write(views["rl"], config, folder, form)
+        export.write("rl", artifact, config, folder, form)
     text = (folder / "README.md").read_text(encoding="utf-8")
     renderer = Renderer(load_tokenizer(config.model), prompt)
     _, body = requests(text)[-1]
@@ -182,36 +177,27 @@ def test_the_code_of_a_card_answers_as_the_adapter_does(
     assert capsys.readouterr().out == f"{answer}\n"
 
 
-def with_prompt(artifact: Artifact, prompt: PromptSection, stage: str = "sft") -> Artifact:
-    """The artifact as if this stage had trained it with this prompt."""
-    manifest = copy.deepcopy(artifact.manifest)
-    manifest["provenance"]["config"]["prompt"] = prompt.model_dump(mode="json")
-    identity = manifest["identity"]["config"]
-    identity[stage] = identity.pop("sft")
-    return replace(artifact, manifest=manifest | {"stage": stage})
-
-
 def test_a_card_without_a_server_where_vllm_has_none(trained, tmp_path):
     """vLLM serves ranks up to 512, and no other base than the one in 4 bits was trained on."""
     config, artifact = trained
     shutil.copytree(artifact.path / "adapter", tmp_path / "a")
-    assert "vllm serve" in card(artifact, "adapter", tmp_path / "a")
+    assert "vllm serve" in card(config, {"sft": artifact}, "adapter", tmp_path / "a")
     file = tmp_path / "a/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
-    text = card(artifact, "adapter", tmp_path / "a")
+    text = card(config, {"sft": artifact}, "adapter", tmp_path / "a")
     assert "vllm serve" not in text and "curl" not in text and "PeftModel.from_pretrained" in text
 
 
 def test_a_view_is_used_with_its_template_arguments(trained):
-    config, artifact = trained
+    config, _ = trained
     modes = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
     prompt = config.prompt.model_copy(update={"chat_template_kwargs_by_system": modes})
     config = config.model_copy(update={"prompt": prompt})
-    for view in VIEWS:
-        body = usage.request("m", config, view)
-        assert f'"chat_template_kwargs": {json.dumps(modes[view.system])}' in body
-    code = usage.code(artifact, config, Path("x"), "")
-    assert f"enable_thinking={modes[view_of(artifact).system]['enable_thinking']}\n)" in code
+    for target, system in SYSTEMS.items():
+        body = usage.request("m", config, target)
+        assert f'"chat_template_kwargs": {json.dumps(modes[system])}' in body
+        code = usage.code(config, target, "", Path("x"), "")
+        assert f"enable_thinking={modes[system]['enable_thinking']})" in code
     compile(code, "code", "exec")
 
 

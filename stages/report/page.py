@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from stages import escaping
+
 
 @dataclass(frozen=True)
 class Text:
@@ -28,16 +30,22 @@ class Command(Text):
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of texts; the first cell of each row is the row's header."""
+    """A table of texts, whose lines are parted by line feeds; the first cell of each row is its header.
+
+    The template writes it as HTML; `lorapar_cli.tables` draws it for the terminal.
+    """
 
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
-    flagged: frozenset[tuple[int, int]] = frozenset()
-    """Row and column of the cells to call attention to, from 0."""
-    prose: bool = False
-    """True if cells hold sentences instead of numbers: they are left-aligned and may wrap."""
     kind: ClassVar[str] = "table"
+
+    def markdown(self) -> str:
+        """Write the table without its caption; lines of a cell are parted by semicolons."""
+        lines = [self.head, *self.rows]
+        cells = [[escaping.markdown(cell.replace("\n", "; ")) for cell in line] for line in lines]
+        cells.insert(1, ["---"] * len(self.head))
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 @dataclass(frozen=True)
@@ -56,15 +64,6 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Details:
-    """Blocks that are folded until the reader opens them."""
-
-    summary: str
-    blocks: list[Block]
-    kind: ClassVar[str] = "details"
-
-
-@dataclass(frozen=True)
 class Tiles:
     """Figures to see first, side by side."""
 
@@ -72,7 +71,7 @@ class Tiles:
     """Title, figure and what belongs to it, of each."""
 
 
-Block = Text | Grid | Pictures | Details
+Block = Text | Grid | Pictures
 
 
 @dataclass(frozen=True)

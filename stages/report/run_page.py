@@ -26,7 +26,6 @@ from stages.report.page import (
     Tiles,
     render,
 )
-from stages.report.views import prompt_of, views_of
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.values import Value
 
@@ -41,7 +40,7 @@ def page(config: Config, steps: dict[str, Step], run: str, serve: str) -> str:
     lead, sections, missing = build(config, steps, Store(config.root))
     modes = config.eval.modes
     trained = {TRAINED[target] for target in modes.values()} <= steps.keys() - missing
-    chats = all(prompt_of(config, view).template == "chat" for view in views_of(config).values())
+    chats = all(config.prompt_of(target).template == "chat" for target in modes.values())
     if config.served_by_vllm and trained and chats:
         how = Text(f"One vLLM server offers the modes fast (sft), slow ({modes['slow']}) and auto:")
         sections.append(PageSection("serving", "Serving", [how, Command(serve)]))

@@ -65,9 +65,12 @@ def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
     for view, artifact in (("fast", first), ("slow", second)):
         name = "adapter_model.safetensors"
         assert (tmp_path / "views" / view / name).read_bytes() == (artifact.adapter / name).read_bytes()
-    assert "| slow | works it out: then SFT on System 2 rows |" in (tmp_path / "views/README.md").read_text()
-    export.write(second, config, tmp_path / "one", "adapter")
-    assert "after LoRA-PAR sft2\n" in (tmp_path / "one/README.md").read_text()
+    assert (
+        "to answer at once: SFT | System 2, to work it out: SFT |"
+        in (tmp_path / "views/README.md").read_text()
+    )
+    export.write("sft2", second, config, tmp_path / "one", "adapter")
+    assert "after LoRA-PAR: sft2\n" in (tmp_path / "one/README.md").read_text()
 
 
 def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):
