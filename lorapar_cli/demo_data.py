@@ -21,18 +21,9 @@ def command(
     long: Annotated[
         bool, flag("--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl.")
     ] = False,
-    gold_only: Annotated[
-        int,
-        typer.Option(
-            help="Number of System 2 training rows that get their final answer only, for RL without worked "
-            "answers.",
-            metavar="N",
-            min=0,
-        ),
-    ] = 0,
 ) -> None:
     from stages.data.demo import write
 
     refuse_store(folder)
-    sizes = write(folder, seed, "long" if long else "short", gold_only)
+    sizes = write(folder, seed, "long" if long else "short")
     terminal.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in sizes.items()))

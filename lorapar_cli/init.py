@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,14 +65,15 @@ def command(
         from stages.init import examples
 
         paths = examples.write(example, out)
-        commands = "; ".join(examples.next_commands(paths[0]))
-        return terminal.say(f"wrote {', '.join(map(str, paths))}; next: {commands}")
+        kind = "sweep --dry-run" if examples.is_table(example) else "plan"
+        next_command = f"lorapar {kind} {escaping.shell(str(paths[0]))}"
+        return terminal.say(f"wrote {', '.join(map(str, paths))}; next: {next_command}")
     if data is None or model is None:
         raise ConfigError(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
             "or copy an example: lorapar init --example demo",
         )
-    path = out or Path(Path(data).name.split(".")[0] + ".yaml")
+    path = out or Path(f"{_stem(data)}.yaml")
     _check_paths(data, path, labels)
     written: list[Path] = []
     try:
@@ -81,10 +81,10 @@ def command(
         rows = _rows(data, path.parent, tests or [], pairs, holds_out, written)
         _write_config(data, model, path, labels, rows)
     except BaseException:  # such as a full disk
-        for file in written:
+        for file in [path, *written]:
             file.unlink(missing_ok=True)
         raise
-    names = ", ".join(map(str, [path, *written[:-1]]))  # the config was written last
+    names = ", ".join(map(str, [path, *written]))
     terminal.say(f"wrote {names}; next: lorapar plan {escaping.shell(str(path))}")
 
 
@@ -108,63 +108,63 @@ def _pairs(option: str, text: str | None, example: str) -> dict[str, str]:
     return pairs
 
 
-@dataclass
-class _Files:
-    """The files of rows for a config, and those that this command has written."""
-
-    reading: OwnRows
-    data: str
-    """The rows to train on."""
-    benchmarks: list[BenchmarkSection]
-    written: list[Path]
-
-
 def _rows(
     data: str, folder: Path, tests: list[str], columns: dict[str, str], holds_out: bool,
     written: list[Path],
-) -> _Files:  # fmt: skip
-    """Read the rows, and hold some out; `written` gets the files that were not there before."""
+) -> tuple[OwnRows, str, list[BenchmarkSection]]:  # fmt: skip
+    """What was read, the rows to train on, and benchmarks; `written` gets the files that were not there."""
     from stages.init.data_profile import benchmark_of
-    from stages.init.hold_out import hold_out, stem
+    from stages.init.hold_out import hold_out
     from stages.init.own_rows import own_rows
 
-    title = stem(data)
     reading = own_rows(data, folder, columns, written)
-    tests = list(dict.fromkeys(tests))
-    if reading.path != data:  # the rows to evaluate on are of the same kind
-        tests = [own_rows(test, folder, columns, written).path for test in tests]
-    rows = _Files(reading, reading.path, [benchmark_of(test) for test in tests], written)
-    if not tests and holds_out and local_file(DataSection(path=reading.path)):
-        split = hold_out(reading.path, folder, written, title)
-        rows.data, rows.benchmarks = split.train, [split.test] if split.test else []
-        if split.test and (undivided := Path(reading.path)) in written:  # its two parts have all of its rows
-            undivided.unlink()
-            written.remove(undivided)
-    return rows
+    if tests or not holds_out or local_file(DataSection(path=reading.path)) is None:
+        tests = list(dict.fromkeys(tests))
+        if reading.path != data:  # the rows to evaluate on are of the same kind
+            tests = [own_rows(test, folder, columns, written).path for test in tests]
+        return reading, reading.path, [benchmark_of(test) for test in tests]
+    train, test = hold_out(reading.path, str(folder / _stem(data)), written)
+    if test and (undivided := Path(reading.path)) in written:  # its two parts have all of its rows
+        undivided.unlink()
+        written.remove(undivided)
+    return reading, train, [test] if test else []
 
 
-def _write_config(data: str, model: str, path: Path, labels: str | None, rows: _Files) -> None:
+def _stem(file: str) -> str:
+    """The name of a file without its extensions."""
+    return Path(file).name.split(".")[0]
+
+
+def _write_config(
+    data: str, model: str, path: Path, labels: str | None,
+    rows: tuple[OwnRows, str, list[BenchmarkSection]],
+) -> None:  # fmt: skip
     from stages.init import config_writer
     from stages.init.data_profile import survey
-    from stages.init.hold_out import stem
+    from stages.init.open_questions import open_questions
     from stages.labelling.known import with_known_labels
 
-    base = ModelSection(name=model)
-    profile = survey(base, DataSection(path=rows.data, empty="drop", duplicates="first"), rows.benchmarks)
-    settings = list(config_writer.choices(profile, model, rows.data, rows.benchmarks, labels, stem(data)))
+    reading, train, tests = rows
+    profile = survey(
+        ModelSection(name=model), DataSection(path=train, empty="drop", duplicates="first"), tests
+    )
+    settings = list(config_writer.choices(profile, model, train, tests, labels, _stem(data)))
     if labels:  # says how many rows have none
         with_known_labels(profile.rows.examples, "system", Path(labels))
-    _print_reading(rows.reading, data)
+    questions = open_questions(profile, tests, labels)
+    _print_reading(reading, data)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
     for choice in settings:
         terminal.write(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
+    print("\nwhat the rows do not say:")
+    for question in questions:
+        terminal.write(f"  {question}")
     head = [
         f"Settings for {data} ({profile.rows.format}) and {model} that differ from the defaults.",
         "Every setting with its default: lorapar config",
     ]
-    rows.written.append(path)
-    path.write_text(config_writer.document(settings, head), encoding="utf-8")
+    path.write_text(config_writer.document(settings, head, questions), encoding="utf-8")
     plan_steps(resolved(load(path, [])))
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from stages.data import demo
-from stages.errors import DataError, OutputError
+from stages.errors import OutputError
 from stages.records import read_jsonl
 
 BOUND = 0.25
@@ -102,16 +102,3 @@ def test_a_file_with_other_rows_stays(tmp_path):
     (tmp_path / "train.jsonl").rename(tmp_path / ".train.jsonl")
     assert demo.write(tmp_path, 7) == demo.write(tmp_path, 7)  # the same seed gives the same bytes
     assert (tmp_path / ".train.jsonl").read_text() == "mine"
-
-
-def test_rows_may_keep_their_final_answer_alone(tmp_path):
-    for name, number in (("worked", 0), ("gold", 90)):
-        demo.write(tmp_path / name, 7, gold_only=number)
-    files = (read_jsonl(tmp_path / name / "train.jsonl") for name in ("worked", "gold"))
-    worked, gold = ([row for _, row in file] for file in files)
-    without = [row for row in gold if "answer" not in row]
-    assert len(without) == 90 and {row["intended"] for row in without} == {2}
-    for row, whole in zip(gold, worked, strict=True):
-        assert row == whole or row["gold"] == whole["answer"].split("#### ")[1]
-    with pytest.raises(DataError, match="121: the set has 120 training rows of System 2"):
-        demo.write(tmp_path / "more", 7, gold_only=121)

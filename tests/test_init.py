@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from stages.init import config_writer, data_profile, hold_out
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
-from stages.records import read_jsonl, read_labels, write_jsonl
+from stages.records import write_jsonl
 
 
 @pytest.fixture
@@ -28,8 +27,7 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
         file = tmp_path / "my rows.v1.jsonl"
         write_jsonl(file, rows)
         Path("c.yaml").unlink(missing_ok=True)
-        whole = [] if {"--protect", "--hold-out"} & set(more) else ["--no-hold-out"]
-        done = lorapar("init", file, "--model", model, "--out", "c.yaml", *whole, *more)
+        done = lorapar("init", file, "--model", model, "--out", "c.yaml", "--no-hold-out", *more)
         assert done.code == 0, done.err
         steps = plan_steps(resolved(load(Path("c.yaml"), ["eval.targets=[base]"])))
         assert {"classify:train", "score", "partition:sft", "partition:rl", "sft", "rl"} <= steps.keys()
@@ -38,6 +36,8 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
             reason = line.partition(" # ")[2]
             assert reason in done.out, "a reason that was not printed"
             assert reason or not re.match(r" +\w+: ", line) or WITHOUT_REASON.search(line), line
+        questions = done.out.partition("what the rows do not say:\n  ")[2].splitlines()
+        assert text.endswith("\n# Undecided:\n" + "".join(f"# - {line.strip()}\n" for line in questions))
         return yaml.safe_load(text), done.out
 
     return write
@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_d
             file.write_text("{", encoding="utf-8")
 
     monkeypatch.setattr(hold_out, "write_jsonl", write_rows)
-    for arguments in (new, [*new, "--protect", "rows.jsonl"], ["--example", "paper/table1/qwq"]):
+    for arguments in (new, ["--example", "paper/table1/qwq"]):
         done = lorapar("init", *arguments)
         assert done.code == 73 and "no space left" in done.err
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.jsonl"]
@@ -272,14 +272,9 @@ def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypa
     assert lorapar("classify", "c.yaml").code == 0
 
 
-def test_rows_that_nothing_can_learn_from_are_refused(tmp_path, tiny, lorapar, monkeypatch):
-    """Protected rows without a response, and rows with neither a response nor an answer to verify."""
+def test_rows_with_neither_a_response_nor_an_answer_are_refused(tmp_path, tiny, lorapar, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "new.jsonl", rows(40))
-    write_jsonl(tmp_path / "old.jsonl", [{"question": f"{i} * 2?", "gold": 2 * i} for i in range(40)])
-    done = lorapar("init", "new.jsonl", "--model", tiny, "--protect", "old.jsonl")
-    assert done.code != 0 and "none of 40 rows of partition.protect, old.jsonl, has a response" in done.err
-    (tmp_path / "tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")
+    Path("tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")
     done = lorapar("init", "tests.jsonl", "--model", tiny)
     assert done.code != 0 and "no row of tests.jsonl has a response to imitate, or an answer" in done.err
-    assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "old.jsonl", "tests.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tests.jsonl"}

@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from stages.errors import DataError
 from stages.records import write_jsonl
 from stages.store.whole_files import whole_files
 
@@ -134,40 +132,26 @@ class _Story:
         self.sentences.append(sentence)
 
 
-def write(folder: Path, seed: int, size: str = "short", gold_only: int = 0) -> dict[str, int]:
+def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
     """Write one file per split of the set `size` to `folder`; return the number of items in each.
 
-    gold_only: number of System 2 rows of `train` that have the final answer and no worked one. All other rows
-    are the same as without them. DataError if there are not so many. OutputError if a file has other rows.
-
-    The same seed gives the same bytes. No two splits share a question, and no worked answer of an UNSEEN
-    split is one of `train` or `valid`. In the long set, `valid` is for choosing settings and asks for the
-    same facts as `train`; `final` is a larger `test`, for differences of a few points.
+    OutputError if a file has other rows. The same seed gives the same bytes. No two splits share a question,
+    and no worked answer of an UNSEEN split is one of `train` or `valid`. In the long set, `valid` is for
+    choosing settings and asks for the same facts as `train`; `final` is a larger `test`, for differences of a
+    few points.
     """
     rng = random.Random(seed)
     questions: set[str] = set()
-    sizes = {}
     splits = SETS[size]
+    sizes = {}
     # `make` takes the last file as proof of all.
     with whole_files([folder / f"{split}.jsonl" for split in splits], "another folder") as files:
         for new, (split, (total, shares)) in zip(files, splits.items(), strict=True):
             items = list(_items(rng, split, total, shares, questions))
             rng.shuffle(items)
-            rows = [asdict(item) for item in items]
-            if split == "train":
-                _drop_worked_answers(rows, gold_only, seed)
-            write_jsonl(new, rows)
+            write_jsonl(new, map(asdict, items))
             sizes[split] = len(items)
     return sizes
-
-
-def _drop_worked_answers(rows: list[dict[str, Any]], number: int, seed: int) -> None:
-    """Replace `answer` by `gold`, the final answer, in so many random rows of System 2."""
-    system2 = [row for row in rows if row["intended"] == 2]
-    if number > len(system2):
-        raise DataError(f"--gold-only {number}: the set has {len(system2)} training rows of System 2")
-    for row in random.Random(f"{seed} gold only").sample(system2, number):
-        row["gold"] = row.pop("answer").rpartition("#### ")[2]
 
 
 def _items(

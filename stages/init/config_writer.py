@@ -140,8 +140,8 @@ def _voters(profile: DataProfile) -> list[Choice]:
     return [Choice("classify.voters", voters, f"the model itself, by worked examples: {why}")]
 
 
-def document(chosen: list[Choice], head: list[str]) -> str:
-    """The choices as YAML, each with its reason as a comment."""
+def document(chosen: list[Choice], head: list[str], undecided: list[str]) -> str:
+    """The choices as YAML, each with its reason as a comment, between other comments."""
     tree: dict[str, Any] = {}
     for choice in chosen:
         *path, last = choice.name.split(".")
@@ -149,7 +149,8 @@ def document(chosen: list[Choice], head: list[str]) -> str:
         for key in path:
             section = section.setdefault(key, {})
         section[last] = choice
-    return "\n".join([*(f"# {escaping.one_line(line)}" for line in head), *_lines(tree), ""])
+    questions = ["", "# Undecided:", *(f"# - {escaping.one_line(line)}" for line in undecided)]
+    return "\n".join([*(f"# {escaping.one_line(line)}" for line in head), *_lines(tree), *questions, ""])
 
 
 def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,19 @@ from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSec
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
-from stages.init.modes import modes_of
 from stages.labelling.known import system_of
 from stages.models.size import parameters
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.lengths import Lengths
 from stages.prompts.answers import extract_letter, parse_number
-from stages.prompts.renderer import IGNORED, Renderer
+from stages.prompts.chat_template import arguments_of
+from stages.prompts.renderer import IGNORED, PROBE, Renderer
 from stages.prompts.thoughts import opened
 from stages.records import Labelled
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from stages.records import Example
 
 ASKS = "Work it out, then write the final answer after ####."
@@ -30,6 +33,13 @@ SMALL = 1e9
 VERIFIED = {"number", "letter", "text"}
 READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 """Benchmarks that read an answer where the prompt asks for it."""
+SWITCHES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "enable_thinking": ((False,), (True,)),
+    "thinking": ((False,), (True,)),
+    "enable_reasoning": ((False,), (True,)),
+    "reasoning_effort": (("low", "minimal", "none"), ("high", "xhigh", "max", "medium")),
+}
+"""Argument of a chat template → its values for little or no thought, and for much, the first choice first."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,11 @@ class DataProfile:
         return self.answers["none"] == self.answers.total()
 
 
-def survey(
-    model: ModelSection,
-    data: DataSection,
-    tests: list[BenchmarkSection],
-    section: PromptSection | None = None,
-) -> DataProfile:
+def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]) -> DataProfile:
     """Profile all rows, rendered for the model; no weights are loaded.
 
     tests: the benchmarks of the test rows. If they or the rows have answers to verify, the prompt asks for
-    one. section: prompt settings that other rows have decided.
+    one.
     """
     from stages.lora.adapter.adapter import linear_modules
     from stages.models.base import without_weights
@@ -102,57 +107,50 @@ def survey(
     rows = read_rows(data)
     if not rows.examples:
         raise DataError(f"no row of {data.path} has a prompt and a response")
-    kinds = Counter(answer_kind(example) for example in rows.examples)
+    kinds = Counter(map(answer_kind, rows.examples))
     answered = [example for example in rows.examples if example.response]
     if set(kinds) == {"none"} and not answered:
         raise DataError(
             f"no row of {data.path} has a response to imitate, or an answer that a reward here can verify",
             "give each row a field gold, or test and entry_point, or write a config with your own reward",
         )
-    section = section or _prompt_settings(tokenizer, set(kinds), tests)
-    renderer = _renderer(tokenizer, section, rows.examples)
-    systems = [system_of(example.extra.get("system")) for example in rows.examples]
+    asks = kinds.keys() <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
+    renderer = _renderer(tokenizer, ASKS if asks else None, rows.examples)
+    labels = [example.extra.get("system") for example in rows.examples]
+    systems = [system_of(label) for label in labels]
     base = without_weights(model)
     return DataProfile(
         rows=rows,
         answers=kinds,
-        **_measured(renderer, rows.examples),
+        **_measured(renderer, rows.examples, bool(answered)),
         unanswered=len(rows.examples) - len(answered),
         bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=systems.count(2) if None not in systems else None,
         ignores_system=sum(
-            isinstance(text := e.extra.get("system"), str) and system_of(text) is None for e in rows.examples
+            isinstance(label, str) and system is None for label, system in zip(labels, systems, strict=True)
         ),
         stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
-        sample=_shown(renderer, (answered or rows.examples)[0]),
+        sample=_sample(renderer, (answered or rows.examples)[0]),
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,
-        refuses_system=renderer.section.system != section.system,
+        refuses_system=asks and renderer.section.system is None,
         positions=getattr(base.config, "max_position_embeddings", None),
         parameters=parameters(model),
         linear=linear_modules(base),
     )
 
 
-def _prompt_settings(tokenizer: Any, kinds: set[str], tests: list[BenchmarkSection]) -> PromptSection:
-    asks = kinds <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
-    return PromptSection(
-        template="chat" if tokenizer.chat_template else "plain", system=ASKS if asks else None
-    )
-
-
-def _shown(renderer: Renderer, example: Example) -> tuple[str, str]:
+def _sample(renderer: Renderer, example: Example) -> tuple[str, str]:
     """Prompt and trained text of a row, as the model sees them."""
     row, decode = renderer.row(example), renderer.tokenizer.decode
     start = row.labels.count(IGNORED)
     return decode(row.input_ids[:start]), decode(row.input_ids[start:]) if example.response else ""
 
 
-def _measured(renderer: Renderer, examples: list[Example]) -> dict[str, Any]:
+def _measured(renderer: Renderer, examples: list[Example], imitable: bool) -> dict[str, Any]:
     """Render each row for what a profile says of its tokens; these take many times the memory of texts."""
     prompts, responses, lengths, never_stops = [], [], [], []
-    imitable = any(example.response for example in examples)
     for example in examples:
         row = renderer.row(example)
         prompts.append(row.labels.count(IGNORED))
@@ -160,29 +158,50 @@ def _measured(renderer: Renderer, examples: list[Example]) -> dict[str, Any]:
         if example.response or not imitable:
             responses.append(lengths[-1] - prompts[-1])
             never_stops += renderer.rows_without_stop([row])
-    return {
-        "prompt": Lengths(prompts),
-        "response": Lengths(responses),
-        "row": Lengths(lengths),
-        "never_stops": never_stops,
-    }
+    measured = {"prompt": Lengths(prompts), "response": Lengths(responses), "row": Lengths(lengths)}
+    return {**measured, "never_stops": never_stops}
 
 
-def _renderer(tokenizer: Any, section: PromptSection, examples: list[Example]) -> Renderer:
-    """Render as the section says, without its system message if the chat template takes none.
+def _renderer(tokenizer: PreTrainedTokenizerBase, system: str | None, examples: list[Example]) -> Renderer:
+    """Render with the system message, or without it if the chat template takes none.
 
     If the template has two modes, examples are shown and measured in the slow one, whose rows are longer.
     """
+    section = PromptSection(template="chat" if tokenizer.chat_template else "plain", system=system)
     try:
         renderer = Renderer(tokenizer, section)
     except ConfigError:
-        if section.system is None:
+        if system is None:
             raise
-        renderer = Renderer(tokenizer, section.model_copy(update={"system": None}))
-    if not (modes := modes_of(tokenizer, renderer.section)):
+        section = section.model_copy(update={"system": None})
+        renderer = Renderer(tokenizer, section)
+    if not (modes := _modes_of(tokenizer, section)):
         return renderer
-    section = renderer.section.model_copy(update={"chat_template_kwargs_by_system": modes})
+    section = section.model_copy(update={"chat_template_kwargs_by_system": modes})
     return Renderer(tokenizer, section, [Labelled(example, 2, {}) for example in examples])
+
+
+def _modes_of(tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> dict[int, dict[str, Any]]:
+    """Return the arguments of the chat template for System 1 and System 2; empty if it has no switch.
+
+    A name in the template's source does not tell what it does: a switch changes the prompt, and the template
+    takes both of its values.
+    """
+
+    def first_prompt(name: str, values: tuple[Any, ...]) -> tuple[Any, str]:
+        """The first of the values that the template takes, and the prompt with it."""
+        for value in values:
+            with_value = section.model_copy(update={"chat_template_kwargs": {name: value}})
+            with suppress(ConfigError):
+                return value, Renderer(tokenizer, with_value).prompt(PROBE)
+        return None, ""
+
+    arguments = arguments_of(tokenizer.get_chat_template()) if section.template == "chat" else set()
+    for name in [name for name in SWITCHES if name in arguments]:
+        (off, brief), (on, long) = (first_prompt(name, values) for values in SWITCHES[name])
+        if brief and long and brief != long:
+            return {1: {name: off}, 2: {name: on}}
+    return {}
 
 
 def benchmark_of(path: str) -> BenchmarkSection:
@@ -191,23 +210,22 @@ def benchmark_of(path: str) -> BenchmarkSection:
     With all rows if it can, else without empty and repeated ones. DataError with each benchmark's reason if
     none can.
     """
-    on_hub = local_file(BenchmarkSection(path=path)) is None
+    # The default split of a hub data set is that of training rows.
+    split = {"split": "test"} if local_file(BenchmarkSection(path=path)) is None else {}
     modules = {name: benchmarks.pick(name) for name in benchmarks.names()}
-    readers = [name for name, module in modules.items() if hasattr(module, "load")]
-    readers.sort(key=lambda name: "revision" not in modules[name].DEFAULTS)
-    sections = [BenchmarkSection(path=path, kind=name) for name in readers]
-    if on_hub:  # its default split is that of training rows
-        sections = [section.model_copy(update={"split": "test"}) for section in sections]
-    sections += [s.model_copy(update={"empty": "drop", "duplicates": "first"}) for s in sections]
+    names = [name for name, module in modules.items() if hasattr(module, "load")]
+    names.sort(key=lambda name: "revision" not in modules[name].DEFAULTS)
     reasons = {}
-    for section in sections:
-        try:
-            modules[section.kind].load(section)
-        except DataError as error:
-            # The second line of an error about rows has the first row and what is wrong with it.
-            reasons[section.kind] = " ".join(map(str.strip, str(error).splitlines()[:2]))
-            continue
-        return section
+    for cleaning in ({}, {"empty": "drop", "duplicates": "first"}):
+        for name in names:
+            section = BenchmarkSection(path=path, kind=name).model_copy(update={**split, **cleaning})
+            try:
+                modules[name].load(section)
+            except DataError as error:
+                # The second line of an error about rows has the first row and what is wrong with it.
+                reasons[name] = " ".join(map(str.strip, str(error).splitlines()[:2]))
+                continue
+            return section
     lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
     raise DataError(f"no benchmark can read the rows of {path}{lines}", "see: lorapar list benchmarks")
 

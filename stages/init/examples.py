@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages import escaping
-from stages.config.loading import read_with_extends
 from stages.config.yaml import read_yaml
 from stages.errors import ConfigError, OutputError
-from stages.models.bundled import MAKERS
 from stages.store.artifacts import refuse_store
 from stages.store.whole_files import whole_files
 
@@ -55,19 +52,8 @@ def write(name: str, out: Path | None) -> list[Path]:
     return list(texts)
 
 
-def next_commands(path: Path) -> list[str]:
-    """The commands that an example needs next: what makes its model and data, and what plans it."""
-    settings = read_with_extends(path)
-    is_table = "columns" in settings
-    config = read_with_extends(path.parent / settings["base"]) if is_table else settings
-    commands = []
-    model = Path(config["model"]["name"])
-    if str(model.parent) == "models" and model.name in MAKERS:
-        commands.append(f"lorapar fetch {model.name}")
-    data = Path(config.get("data", {}).get("path", "")).parent
-    if str(data) in ("data/demo", "data/demo-long"):
-        commands.append(f"lorapar demo-data {data}" + (" --long" if data.name == "demo-long" else ""))
-    return [*commands, f"lorapar {'sweep --dry-run' if is_table else 'plan'} {escaping.shell(str(path))}"]
+def is_table(name: str) -> bool:
+    return "columns" in read_yaml(_source(name), name)
 
 
 def _source(name: str) -> Path:

@@ -117,8 +117,8 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
         rows[number]["gold"] = gold
     file = folder / f"{Path(path).name.split('.')[0]}-rows.jsonl"
     written += [] if file.exists() else [file]
-    with whole_files([file], "write elsewhere: --out FOLDER/rows.yaml") as (new,):
-        write_jsonl(new, rows)
+    with whole_files([file], "write elsewhere: --out FOLDER/rows.yaml") as (draft,):
+        write_jsonl(draft, rows)
     return OwnRows(str(file), names, list(golds.values()), unread)
 
 
