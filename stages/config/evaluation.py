@@ -99,9 +99,10 @@ class BenchmarkSection(SourceSection):
 
 
 class SandboxSection(Section):
-    backend: Literal["auto", "refuse", "unsafe-no-sandbox"] = setting(
+    backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting(
         "auto",
-        "Sandbox for programs written by a model. auto: bubblewrap; refuse: run none of them.",
+        "Sandbox for programs written by a model. auto: bubblewrap, or landlock if bubblewrap fails its "
+        "self-test; refuse: run none of them.",
     )
     seconds: float = setting(
         5, "Time limit of one program with all its tests, in seconds of wall time.", gt=0, le=86400

@@ -41,7 +41,7 @@ def tolerated(total: int, share: float) -> float:
 def journal_path(folder: Path, model_title: str, persona: str, key: str) -> Path:
     """The file of a voter's journal. key: of all that changes its answers, or `*` for a pattern."""
     model_name = re.sub("[^A-Za-z0-9._-]", "-", model_title)
-    return folder / f"{model_name}-{persona}-{key}.sqlite"
+    return folder / f"{model_name}-{persona}-{key}.jsonl"
 
 
 class VoteJournal:
@@ -158,8 +158,8 @@ class VoteJournal:
         """The journalled answers on these examples, by default on all examples to vote on."""
         voted_on = self.examples if examples is None else examples
         for example, sample in product(voted_on, range(self.voter.samples)):
-            if answer := self._journal.get((self._key(example), sample)):
-                yield answer
+            if (question := (self._key(example), sample)) in self._journal:
+                yield self._journal[question]
 
     def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
         """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""

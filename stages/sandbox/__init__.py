@@ -16,8 +16,7 @@ from typing import Any
 
 from stages.errors import SandboxError
 from stages.sandbox import pair
-from stages.sandbox.backends import BACKENDS
-from stages.sandbox.limits import Limits
+from stages.sandbox.backends import BACKENDS, Limits
 from stages.sandbox.pair import SandboxFailure, Verdict
 
 __all__ = ["Limits", "Sandbox", "SandboxFailure", "backend_problems", "from_settings"]
@@ -53,6 +52,7 @@ HOSTILE = {
     "equal everything": "class E(list):\n    def __eq__(s, o): return True\ndef f(): return E()",
 }
 
+SAFE = ("bubblewrap", "landlock")
 HINT = (
     "install bubblewrap (apt install bubblewrap); on Ubuntu 23.10 or later also: sysctl -w "
     "kernel.apparmor_restrict_unprivileged_userns=0; see lorapar doctor. Without one, at your own risk: "
@@ -115,11 +115,11 @@ def _targets() -> Iterator[dict[str, str]]:
 
 def backend_problems() -> dict[str, list[str]]:
     """Test each safe back end on this machine. Returns its problems, one line each; an empty list if none."""
-    return {"bubblewrap": selftest(BACKENDS["bubblewrap"])}
+    return {name: selftest(BACKENDS[name]) for name in SAFE}
 
 
 def from_settings(section: Any, say: Callable[[str], None]) -> Sandbox:
-    """Return the sandbox that a SandboxSection selects.
+    """Return the sandbox that a SandboxSection selects; `auto` takes the first safe one that works here.
 
     SandboxError if none passes its self-test.
     """
@@ -131,6 +131,10 @@ def from_settings(section: Any, say: Callable[[str], None]) -> Sandbox:
     if name == "unsafe-no-sandbox":
         say("warning: code that a model wrote runs WITHOUT a sandbox: it can do whatever you can")
         return Sandbox(name, limits)
-    if problems := selftest(BACKENDS["bubblewrap"]):
-        raise SandboxError(f"no sandbox works here (bubblewrap: {problems[0]})", HINT)
-    return Sandbox("bubblewrap", limits)
+    reasons = []
+    for candidate in SAFE if name == "auto" else [name]:
+        problems = selftest(BACKENDS[candidate])
+        if not problems:
+            return Sandbox(candidate, limits)
+        reasons.append(f"{candidate}: {problems[0]}")
+    raise SandboxError(f"no sandbox works here ({'; '.join(reasons)})", HINT)

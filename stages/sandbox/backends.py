@@ -1,9 +1,10 @@
 """Back ends that start `inside.py`: one function each gives the command, environment and open files.
 
 - bubblewrap: a separate root of read-only system folders, no network, no other processes.
+- landlock: the user's file system and processes, but without any rights to them.
 - none: resource limits only, for users who chose `unsafe-no-sandbox`.
 
-In it, a seccomp filter allows only the system calls that a program needs to compute.
+With the first two, a seccomp filter allows only the system calls that a program needs to compute.
 """
 
 import json
@@ -16,9 +17,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.sandbox.limits import Limits
+from stages.sandbox.landlock import MIN_ABI, abi
 
 HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resource limits of one program."""
+
+    seconds: float = 5.0
+    """Wall time for all tests of the program."""
+    memory_mb: int = 512
+    """Address space, in MiB."""
+
+    def rlimits(self) -> dict[str, int]:
+        """Limits of one process, by the name of setrlimit(2) without `RLIMIT_`."""
+        mb = 2**20
+        space = {"AS": self.memory_mb * mb, "FSIZE": 8 * mb, "STACK": 8 * mb}
+        return {"CPU": int(self.seconds) + 1, **space, "NOFILE": 64, "CORE": 0}
 
 
 @dataclass(frozen=True)
@@ -98,10 +115,24 @@ def _root_mounts(folders: list[str]) -> list[str]:
 
 
 @contextmanager
+def landlock(role: str, limits: Limits) -> Iterator[ChildProcess]:
+    """Run under Landlock and the seccomp filter, without namespaces. Programs cannot write files."""
+    if abi() < MIN_ABI:
+        raise OSError(f"Landlock is at version {abi()}, {MIN_ABI} is needed (kernel 6.2)")
+    python, folders = _python()
+    script = str(HERE / "inside.py")
+    readable = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *folders, script]
+    rlimits = json.dumps(limits.rlimits())
+    launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_seccomp_filter()), rlimits]
+    command = [*launch, *readable, "--", *_inside_command(python, script, role, {})]
+    yield ChildProcess(command, {"PATH": "/usr/bin:/bin"})
+
+
+@contextmanager
 def none(role: str, limits: Limits) -> Iterator[ChildProcess]:
     """Run with resource limits only: the program can read, write, connect and start what its user can."""
     command = _inside_command(_python()[0], str(HERE / "inside.py"), role, limits.rlimits())
     yield ChildProcess([*command, "--die-with-parent"], {"PATH": "/usr/bin:/bin"})
 
 
-BACKENDS = {"bubblewrap": bubblewrap, "unsafe-no-sandbox": none}
+BACKENDS = {"bubblewrap": bubblewrap, "landlock": landlock, "unsafe-no-sandbox": none}

@@ -12,9 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from stages.sandbox.backends import ChildProcess
+from stages.sandbox.backends import ChildProcess, Limits
 from stages.sandbox.inside import MAX_LINE
-from stages.sandbox.limits import Limits
 
 START_S = 30
 """Seconds within which a sandbox must be ready; enough even on a busy machine."""

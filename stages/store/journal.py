@@ -1,35 +1,48 @@
-"""Journals of model answers (votes, evaluations), in a SQLite file that several runs may share."""
+"""Append-only journals of model answers (votes, evaluations), one JSON line each.
+
+Answers survive a kill, and no model is asked again for an answer that is in its journal. A line has a digest
+of its content, so that an answer that was edited is left out and asked again.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
-import sqlite3
+import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError, create_model
 
 from stages.errors import ArtifactError, OutputError, validation_messages
+from stages.records import parse_jsonl
 
+log = logging.getLogger(__name__)
+
+SEAL = "seal"
 Question = tuple[str, int]
-"""Digest of a prompt, and the number of the sample."""
-WAIT_S = 3600.0
-"""Seconds to wait for another process that writes."""
+"""Digest of the question, and the index of the answer where a question is asked several times."""
 
 
 class Journal:
-    """Answers of one voter or one evaluated model, in a file whose name identifies the model."""
+    """Answers of one voter or one evaluated model, in a file whose name identifies the model.
+
+    Several runs may share a journal. One writes at a time; the next waits, and then reads the new answers.
+    """
 
     def __init__(self, path: Path, schema: type[BaseModel]) -> None:
-        """schema: model of an answer; ArtifactError for one in the file that does not fit it."""
-        self.path, self._schema = path, schema
+        """schema: model of an answer; ArtifactError for a line of the file that does not fit it."""
+        self.path = path
+        self._schema = schema
+        self._line = create_model("Line", __base__=schema, question=(str, ...), sample=(NonNegativeInt, ...))
         self._answers: dict[Question, dict[str, Any]] = {}
-        self._database: Any = None
-        if path.exists():
-            with sqlite3.connect(path) as database:
-                self._read(database)
+        self._file: Any = None
+        self._inode: int | None = None
+        self._read()
 
     def __contains__(self, question: Question) -> bool:
         return question in self._answers
@@ -37,55 +50,82 @@ class Journal:
     def __getitem__(self, question: Question) -> dict[str, Any]:
         return self._answers[question]
 
-    def get(self, question: Question) -> dict[str, Any] | None:
-        return self._answers.get(question)
-
     @contextmanager
     def writing(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Lock the journal, so that nothing is asked twice, and read the answers that others have added."""
+        """Lock the journal for writing and read the answers that other processes have added.
+
+        OutputError if the journal cannot be written.
+        """
         from filelock import FileLock, Timeout
 
         # The lock belongs to the open file, so it also excludes other threads of this process.
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(lock.release)
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                say(f"another process is writing to {self.path.name}: waiting")
-                lock.acquire()
-            self._database = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (question, sample, answer, PRIMARY KEY (question, sample))"
-            )
-            self._read(self._database)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    say(f"another process is writing to {self.path.name}: waiting")
+                    lock.acquire()
+                self._read()
+                self._file = stack.enter_context(self.path.open("ab", buffering=0))
+                os.truncate(self.path, self._offset)  # cuts off the unfinished last line of a killed process
+            except OSError as error:
+                raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+            stack.callback(lambda: os.fsync(self._file.fileno()))
             yield
-        except (OSError, sqlite3.OperationalError) as error:
-            raise OutputError(f"cannot write {self.path}: {error}") from None
-        finally:
-            if self._database is not None:
-                self._database.close()
-            lock.release()
 
     def add(self, question: Question, answer: dict[str, Any]) -> None:
-        """Add an answer. After this call a kill cannot lose it, but a power failure still can."""
+        """Append an answer. After this call a kill cannot lose it, but a power failure still can."""
         self._schema.model_validate(answer)
-        row = (*question, json.dumps(answer, ensure_ascii=False))
-        self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
+        row = {"question": question[0], "sample": question[1], **answer}
+        line = (json.dumps({**row, SEAL: _digest(row)}, ensure_ascii=False) + "\n").encode()
+        # One unbuffered write: a kill leaves a complete line, or an unfinished one that `writing` cuts off.
+        if self._file.write(line) < len(line):
+            # The disk is full. Remove the half line, so that no later line is appended to it.
+            os.truncate(self.path, self._offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._offset += len(line)
+        self._line_count += 1
         self._answers[question] = answer
 
-    def _read(self, database: Any) -> None:
-        try:
-            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone():
-                return  # another process has just made the file
-            for digest, sample, text in database.execute("SELECT * FROM answers"):
-                answer = json.loads(text)
-                self._schema.model_validate(answer)
-                self._answers[digest, sample] = answer
-        except (ValidationError, ValueError, sqlite3.DatabaseError) as error:
-            reason = validation_messages(error)[0] if isinstance(error, ValidationError) else error
-            raise ArtifactError(
-                f"{self.path} has an invalid answer: {reason}",
-                "move the file away, and the same command asks again",
-            ) from None
+    def _read(self) -> None:
+        """Read the complete lines added since the last read; the last answer to a question counts."""
+        status = self.path.stat() if self.path.exists() else None
+        if status is None or status.st_ino != self._inode or status.st_size < self._offset:
+            self._answers.clear()  # it is the first read, or somebody has moved the old file away
+            # Bytes and lines of the file `_inode` that are in memory. Both end behind a complete line.
+            self._offset: int = 0
+            self._line_count: int = 0
+        if status is None:
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        # An unfinished last line, which another process may be writing, is left for the next read.
+        complete = text[: text.rfind(b"\n") + 1]
+        changed = 0
+        for number, row in parse_jsonl(complete.split(b"\n"), self.path, self._line_count + 1):
+            if row.pop(SEAL, None) != _digest(row):
+                changed += 1
+                continue
+            try:
+                line: Any = self._line.model_validate(row)
+            except ValidationError as error:
+                raise ArtifactError(
+                    f"{self.path}:{number} is not a valid answer: {validation_messages(error)[0]}",
+                    "move the file away, and the same command asks again",
+                ) from None
+            del row["question"], row["sample"]
+            self._answers[line.question, line.sample] = row
+        if changed:
+            log.warning("%s: %d lines were changed since they were written: left out", self.path, changed)
+        self._offset += len(complete)
+        self._line_count += complete.count(b"\n")
+        self._inode = status.st_ino
+
+
+def _digest(row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
