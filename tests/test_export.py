@@ -35,7 +35,7 @@ def trained(begun):
 @pytest.fixture(scope="module")
 def another(begun):
     """An adapter that answers otherwise, and says that it is RL's."""
-    made = make_steps(begun(*SETTINGS, "lora.lora_alpha=30000"), "score", "partition", "sft")["sft"][0]
+    made = make_steps(begun(*SETTINGS, "lora.lora_alpha=2000"), "score", "partition", "sft")["sft"][0]
     return replace(made, manifest={**made.manifest, "stage": "rl"})
 
 

@@ -74,7 +74,6 @@ class BenchmarkSection(SourceSection):
     )
     temperature: NonNegativeFloat = advanced_of_answers(0.0, "Sampling temperature; 0: greedy decoding.")
     samples: Samples = advanced_of_answers(1, "Answers per item; pass@k is estimated from them.")
-    seed: NonNegativeInt = advanced_of_answers(0, "Seed of sampled answers.")
     prompt: PromptSection | None = advanced_of_answers(
         None, "Prompt settings of this benchmark, used instead of the section `prompt`."
     )

@@ -49,7 +49,6 @@ class RlSection(TrainSection):
     learning_rate: PositiveFloat = setting(5e-6, "Peak learning rate; the default is the paper's.")
     warmup_ratio: ShareBelowOne = advanced(0.1, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
-    adam_beta2: ShareBelowOne = advanced(0.99, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
     data: Literal["system2", "all"] = setting("system2")
     """Rows to train on: System 2 or all. Undecided rows are never used."""

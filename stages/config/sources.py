@@ -173,12 +173,8 @@ class LoraSection(Section):
     )
     init: Literal["normal", "pissa", "olora", "default"] = setting(
         "normal",
-        "Initial A and B. normal: both ~ N(0, 0.01²), as in the paper; default: PEFT's, with B = 0.",
-    )
-    compensate: Literal["auto"] | bool = advanced(
-        "auto",
-        "Subtract the initial B₀A₀ from the update, so that training starts from the base model; auto: for "
-        "all inits but normal and default.",
+        "Initial A and B. normal: both ~ N(0, 0.01²), as in the paper; pissa, olora: PEFT's, whose "
+        "B₀A₀ is subtracted from the update; default: PEFT's, with B = 0.",
     )
 
     @field_validator("target_modules", mode="before")
@@ -186,16 +182,10 @@ class LoraSection(Section):
     def _all_linear(cls, modules: Any) -> Any:
         return [ALL_LINEAR] if modules == ALL_LINEAR else modules
 
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        # PEFT would change the base weights by -B₀A₀; lorapar never changes them, so the adapter has to
-        # subtract B₀A₀ itself.
-        if self.init in SUBTRACTED and not self.compensated:
-            yield (
-                f"init {self.init} without compensation adds B₀A₀ to the base, a broken model to start from; "
-                "use compensate: auto or true"
-            )
-
     @property
     def compensated(self) -> bool:
-        """True if the initial B₀A₀ is subtracted."""
-        return self.init not in ("normal", "default") if self.compensate == "auto" else self.compensate
+        """True if the initial B₀A₀ is subtracted.
+
+        PEFT would change the base weights by −B₀A₀; lorapar never changes them, so the adapter has to.
+        """
+        return self.init in SUBTRACTED

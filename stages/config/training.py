@@ -34,7 +34,6 @@ SECOND_SFT = "sft:system2"
 class BaselineSection(Section):
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(...)
     """PEFT method."""
-    virtual_tokens: PositiveInt = advanced(20, "Length of the trained prompt or prefix, in tokens.")
 
     @property
     def trains_prompt(self) -> bool:
@@ -108,7 +107,6 @@ class TrainSection(Section):
     """Learning rate schedule after the warmup."""
     warmup_ratio: ShareBelowOne = advanced(0.03, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.0, "Weight decay.")
-    adam_beta2: ShareBelowOne = advanced(0.999, "AdamW β₂.")
     max_grad_norm: PositiveFloat = advanced(1.0, "Norm to which gradients are clipped.")
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
     max_steps: PositiveInt | None = setting(None)

@@ -106,8 +106,7 @@ class AnswerCache:
         self._sampling = sampling = Sampling(
             benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature
         )
-        # Greedy answers do not depend on the seed.
-        randomness = {"temperature": sampling.temperature, "seed": benchmark.seed}
+        randomness = {"temperature": sampling.temperature}
         sampling_key = {
             "longest": sampling.max_new_tokens,
             "stop": renderer.stop_ids,
@@ -224,7 +223,7 @@ class AnswerCache:
         requests = []
         for i, n in slots:
             beginning = begun[i, n] if begun else []
-            seed = {"question": self._keys[i], "seed": self._section.seed, "sample": n}
+            seed = {"question": self._keys[i], "sample": n}
             seed |= {"after": len(beginning)} if begun else {}
             requests.append(
                 GenerateRequest(self.prompts[i].ids + beginning, self.prompts[i].stop, seed_of(seed))

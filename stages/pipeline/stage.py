@@ -117,7 +117,7 @@ BENCHMARKS = "eval.benchmarks."
 WEIGHTS = "under PEFT's name of each LoRA weight: A is (r, in_features), B is (out_features, r)"
 ADAPTER = (
     "A plain PEFT adapter: `adapter_config.json`, and `adapter_model.safetensors` with float32 tensors "
-    f"{WEIGHTS}. r is doubled where the initial update is subtracted (`lora.compensate`)."
+    f"{WEIGHTS}. r is doubled where the initial update is subtracted (`lora.init`)."
 )
 TRAINED = {
     "adapter/": ADAPTER,

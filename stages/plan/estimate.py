@@ -126,7 +126,7 @@ class _Measured:
         self.libraries_mib = max(0.0, resources.peak_device_memory() - self.weights_mib)
         self.token_mib = kv_cache_bytes(base.config.get_text_config(), base.dtype.itemsize) / MIB
         rank = config.lora.r * (2 if config.lora.compensated else 1)
-        lora = config.lora.model_copy(update={"init": "normal", "compensate": False, "r": rank})
+        lora = config.lora.model_copy(update={"init": "normal", "r": rank})
         model = adapter.initial(base, lora, config.seed)
         self.elements = sum(layer.weight.numel() for layer in adapter.lora_layers(model).values())
         prompt = texts.typical_prompt

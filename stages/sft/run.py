@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
+    "adam_beta2": 0.999,
     "remove_unused_columns": True,
     "shuffle_dataset": False,
     "completion_only_loss": None,  # the labels already leave out the prompt

@@ -69,17 +69,17 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound", "compensate", "fits"),
+    ("dtype", "bound", "init", "fits"),
     [
-        (torch.float64, 1e-5, True, True),
-        (torch.float64, 1e-5, False, False),
-        (torch.float32, 1e-3, False, True),
+        (torch.float64, 1e-5, "normal", True),
+        (torch.float64, 1e-5, "normal", False),
+        (torch.float32, 1e-3, "pissa", True),
     ],
 )
-def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, compensate, fits):
+def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, init, fits):
     if not fits:
         monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
-    model = adapted(tiny, LoraSection(r=3, compensate=compensate), dtype)
+    model = adapted(tiny, LoraSection(r=3, init=init), dtype)
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
     counted: list[int] = []

@@ -37,6 +37,8 @@ PROMPTS = {
     "prefix_tuning": PrefixTuningConfig,
 }
 """PEFT's configs of the methods that train a prompt."""
+VIRTUAL_TOKENS = 20
+"""Length of the trained prompt or prefix."""
 
 
 def attach(
@@ -59,7 +61,7 @@ def attach(
 def _config(baseline: BaselineSection) -> PeftConfig:
     if baseline.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM")
-    return PROMPTS[baseline.method](task_type="CAUSAL_LM", num_virtual_tokens=baseline.virtual_tokens)
+    return PROMPTS[baseline.method](task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
 
 
 def save(model: PeftModel, folder: Path) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PINNED: dict[str, Any] = {
+    "adam_beta2": 0.99,
     "remove_unused_columns": False,  # rewards read these columns
     "shuffle_dataset": True,
     "disable_dropout": False,

@@ -65,7 +65,7 @@ PINNED: dict[str, Any] = {
 They are pinned, so that no default of the library decides.
 """
 SAME_NAME = (
-    "learning_rate", "weight_decay", "adam_beta2", "max_grad_norm", "gradient_checkpointing",
+    "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing",
 )  # fmt: skip
 """Settings that the library has under the same name."""
 
