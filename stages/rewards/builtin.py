@@ -1,6 +1,6 @@
 """Built-in GRPO rewards: functions with TRL's signature, which return one float per completion.
 
-TRL passes the columns of the rows by name: `id`, `question`, `answer_format`, and each of `gold`, `response`
+They get columns of the rows by name: `id`, `question`, `answer_format`, and each of `gold`, `response`
 and the further strings, numbers and booleans that all rows have. A parameter with a default gets the column
 of its name in any case, with None where a row lacks it. The paper's five rewards (arXiv 2507.20999, §2 of
 the settings) are adapted to the answer format in use.
@@ -15,13 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from stages.prompts.answers import (
-    extract,
-    extract_letter,
-    gold_letter,
-    matches_gold,
-    parse_number,
-)
+from stages.prompts.answers import extract, matches_gold, parse_number
 from stages.prompts.code import code_block
 from stages.prompts.thoughts import after_thought
 from stages.registry import Registry
@@ -31,6 +25,7 @@ if TYPE_CHECKING:
     from stages.sandbox import Sandbox
 
 rewards: Registry = Registry("reward")
+"""Trait `math_verify`: needs the package of that name."""
 
 # The atomic groups (?>…) keep the first answer tag that they find: with backtracking, a text of many tags
 # would take quadratic time.
@@ -127,20 +122,6 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
 
 
 @rewards.add()
-def number_match(completions: list[str], gold: list[str], answer_format: list[str], **_: Any) -> list[float]:
-    """1 if the flexibly extracted answer, which may be the last number of the text, equals gold."""
-    rows = zip(completions, gold, answer_format, strict=True)
-    return [float(matches_gold(extract(text, style).flexible, answer)) for text, answer, style in rows]
-
-
-@rewards.add()
-def letter_match(completions: list[str], gold: list[str], **_: Any) -> list[float]:
-    """1 if the text names the letter of gold (A to J) as its choice."""
-    pairs = zip(completions, gold, strict=True)
-    return [float(extract_letter(text) == (gold_letter(answer) or answer.strip())) for text, answer in pairs]
-
-
-@rewards.add()
 def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
     """ROUGE-1 F1 of the completion against the reference response, for answers that cannot be verified."""
     pairs = zip(completions, response, strict=True)
@@ -173,3 +154,29 @@ def code_tests(
 
     with ThreadPoolExecutor(resources.usable_cores()) as pool:
         return list(pool.map(passes, completions, test, entry_point))
+
+
+def _trl(name: str, completions: list[str], **columns: Any) -> list[float | None]:
+    """Call a reward of TRL, which takes conversations."""
+    from trl import rewards as module
+
+    messages = [[{"role": "assistant", "content": text}] for text in completions]
+    return getattr(module, name)(completions=messages, **columns)  # type: ignore[no-any-return]
+
+
+@rewards.add("math_verify", name="trl.accuracy_reward")
+def trl_accuracy(completions: list[str], gold: list[str], **columns: Any) -> list[float | None]:
+    """TRL's: 1 if the answer equals gold by math-verify."""
+    return _trl("accuracy_reward", completions, solution=gold, **columns)
+
+
+@rewards.add("math_verify", name="trl.reasoning_accuracy_reward")
+def trl_reasoning_accuracy(completions: list[str], gold: list[str], **columns: Any) -> list[float | None]:
+    """TRL's: the same of what follows the thought."""
+    return _trl("reasoning_accuracy_reward", completions, solution=gold, **columns)
+
+
+@rewards.add(name="trl.think_format_reward")
+def trl_think_format(completions: list[str], **columns: Any) -> list[float | None]:
+    """TRL's: 1 if the text is a thought in tags and an answer."""
+    return _trl("think_format_reward", completions, **columns)

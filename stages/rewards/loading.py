@@ -1,4 +1,4 @@
-"""Loads the functions that `rl.rewards` names: built-in rewards, TRL's, and those of `rl.rewards_file`."""
+"""Loads the functions that `rl.rewards` names: built-in rewards, and those of `rl.rewards_file`."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ from stages.sandbox.pair import SandboxFailure
 Reward = Callable[..., list[float | None]]
 
 FILE = "rl.rewards_file"
-TRL = ("trl.accuracy_reward", "trl.reasoning_accuracy_reward", "trl.think_format_reward")
-"""TRL's rewards that need no arguments; others take three lines in a rewards_file."""
+FIELDS = "fields"
+"""Column of the data set with all fields of a row that rewards read, as JSON.
+
+An Arrow column has one type, which would change lists, objects, mixed types and integers beyond 64 bits.
+"""
 PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "sandbox"}
 """Parameters of a reward that do not come from a field of the rows."""
 RESPONSES = ("answer", "output", "completion", "solution", "ground_truth", "target")
 """Names that other libraries use for what is called response or gold here."""
-TAKEN = PASSED | {"prompt", "completion", "image", "images", "environment", "environments"}
-"""Names with a meaning of their own in TRL: fields of the rows with these names are not passed on."""
+TAKEN = PASSED | {"prompt", "completion"}
+"""Names with a meaning of their own: fields of the rows with these names are not passed on."""
 
 
 def check(name: str, file: str | None) -> None:
     """Raise ConfigError unless there is a reward of that name; the file is parsed, not run."""
-    known = [*rewards.names(), *TRL, *(functions_in(file, FILE) if file else ())]
+    known = [*rewards.names(), *(functions_in(file, FILE) if file else ())]
     if name not in known:
         raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join(known)}")
 
 
 def load(name: str, file: str | None) -> Reward:
-    """Return the reward called `name`; the file takes precedence over TRL and the built-in ones."""
+    """Return the reward called `name`; the file takes precedence over the built-in ones."""
     if own := own_function(name, file, FILE):
         return own  # type: ignore[no-any-return]
-    if name in TRL:
-        return _adapted_from_trl(name)
+    if rewards.has_trait(name, "math_verify") and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError(f"reward {name} needs the package math-verify", "pip install math-verify")
     return rewards.pick(name)
 
 
-def required_fields(name: str, function: Reward) -> list[str]:
+def required_fields(function: Reward) -> list[str]:
     """Return the fields of the rows that a reward requires: its parameters without a default."""
-    if name in TRL:
-        return ["gold"] if "accuracy" in name else []
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
@@ -85,34 +86,14 @@ def parameter_names(function: Reward) -> set[str]:
 def common_fields(rows: list[dict[str, Any]]) -> set[str]:
     """Return the fields that every reward gets: those that all rows have as a string, number or boolean.
 
-    A field of lists or objects, of several types, or of integers beyond 64 bits is passed only to a reward
-    that has a parameter for it. Integers and floats count as one type.
+    A field of lists or objects, or of several types, is passed only to a reward that has a parameter for it.
+    Integers and floats count as one type.
     """
     types_of_rows = [
         {(name, float if type(value) is int else type(value)) for name, value in row.items()} for row in rows
     ]
     common = set.intersection(*types_of_rows)
-    simple = {name for name, type_ in common if type_ in (str, float, bool) and name not in TAKEN}
-    return simple - int64_overflows(rows, simple)
-
-
-def json_encoded_fields(rows: list[dict[str, Any]], names: Iterable[str]) -> frozenset[str]:
-    """Return those of the fields `names` that go through the data set as JSON strings.
-
-    An Arrow column has one type, which would change lists, objects, mixed types and integers beyond 64 bits.
-    """
-    types = {name: {type(row.get(name)) for row in rows} - {type(None)} for name in names}
-    large = int64_overflows(rows, types)
-    return frozenset(
-        name
-        for name, of_field in types.items()
-        if len(of_field) > 1 or of_field & {list, dict} or name in large
-    )
-
-
-def int64_overflows(rows: list[dict[str, Any]], names: Iterable[str]) -> set[str]:
-    """Return those of the fields `names` with an integer of more than 64 bits, which no column can hold."""
-    return {n for n in names for row in rows if type(row.get(n)) is int and not -(2**63) <= row[n] < 2**63}
+    return {name for name, type_ in common if type_ in (str, float, bool) and name not in TAKEN}
 
 
 def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
@@ -123,22 +104,23 @@ def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
         if name in in_file:
             given = in_file[name].args
             return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-        return () if name in TRL else inspect.signature(rewards.pick(name)).parameters
+        return inspect.signature(rewards.pick(name)).parameters
 
     return any("sandbox" in parameters(name) for name in names)
 
 
-def with_checks(name: str, function: Reward, decoded: Iterable[str] = (), **fixed: Any) -> Reward:
+def with_checks(name: str, function: Reward, **fixed: Any) -> Reward:
     """Wrap a reward function with checks of its results.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
-    the sample. decoded: columns to decode from JSON (see `json_encoded_fields`). fixed: arguments that are
-    the same in every call, such as `sandbox`.
+    the sample. It gets the columns in FIELDS. fixed: arguments that are the same in every call, such as
+    `sandbox`.
     """
 
     def reward(completions: list[str], **columns: Any) -> list[float | None]:
         call = functools.partial(function, **fixed)
-        columns |= {key: [json.loads(text) for text in columns[key]] for key in decoded if key in columns}
+        rows = [json.loads(text) for text in columns.pop(FIELDS, ())]
+        columns |= {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
         try:
             returned = call(completions=completions, **columns)
             values = list([] if returned is None else returned)
@@ -224,19 +206,3 @@ def missing_fields(needed: dict[str, list[str]], rows: list[dict[str, Any]]) -> 
         for column in columns
         if any(row.get(column) is None for row in rows)
     ]
-
-
-def _adapted_from_trl(name: str) -> Reward:
-    """Wrap a reward of TRL, which takes conversations and `solution`, to take strings and `gold`."""
-    from trl import rewards as module
-
-    function = getattr(module, name.removeprefix("trl."))
-    if "accuracy" in name and importlib.util.find_spec("math_verify") is None:
-        raise ConfigError(f"reward {name} needs the package math-verify", "pip install math-verify")
-
-    def reward(completions: list[str], gold: list[str] | None = None, **columns: Any) -> list[float | None]:
-        messages = [[{"role": "assistant", "content": text}] for text in completions]
-        solution = {"solution": gold} if gold else {}
-        return function(completions=messages, **columns | solution)  # type: ignore[no-any-return]
-
-    return reward

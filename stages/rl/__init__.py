@@ -56,7 +56,7 @@ def _check_prompts(texts: Texts) -> None:
     renderer = texts.renderer("rl", labels)
     if not labels:
         # Only System 2 rows need the fields that rewards read, and which rows those are is not known yet.
-        needed = {name: loading.required_fields(name, function) for name, function in functions.items()}
+        needed = {name: loading.required_fields(function) for name, function in functions.items()}
         rows = sampled(texts.rows["train"], TRAINING_SAMPLE)
         complete = [row for row in rows if not loading.missing_fields(needed, [row_fields(row, renderer)])]
         labels = [Labelled(row, 2, {}) for row in complete or rows]

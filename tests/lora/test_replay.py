@@ -59,12 +59,12 @@ def watched(monkeypatch):
 
     calls, usual = [], loading.with_checks
 
-    def checked(name, function, decoded, **fixed):
+    def checked(name, function, **fixed):
         def seen(completions, question, **given):
             calls.append(question)
             return function(completions=completions, question=question, **given)
 
-        return usual(name, seen, decoded, **fixed)
+        return usual(name, seen, **fixed)
 
     monkeypatch.setattr(loading, "with_checks", checked)
     return calls

@@ -141,8 +141,8 @@ def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
         for i, row in enumerate(labels_of(config))
     ]
     pool = RlPrompts.from_labels(labels, renderer, config.rl, {"mine": mine}, 0)
-    columns = {name: list(pool.rows[name]) for name in ("target", "more")}
-    loading.with_checks("mine", mine, pool.encoded)(completions=["a"] * pool.system2_rows, **columns)
+    fields = list(pool.rows[loading.FIELDS])
+    loading.with_checks("mine", mine)(completions=["a"] * pool.system2_rows, fields=fields)
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
 

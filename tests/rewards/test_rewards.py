@@ -23,12 +23,10 @@ HASH = "3 + 4 = 7.\n#### 7"
 PAPER = ["correctness", "integer", "strict_format", "soft_format", "tag_count"]
 
 
-@pytest.mark.parametrize("name", [*PAPER, "number_match"])
 @pytest.mark.parametrize(("text", "style"), [(XML, "xml"), (HASH, "hash")])
-def test_the_ideal_answer_earns_one_of_each(name, text, style):
-    texts = [text, "", "I do not know"]
-    found = rewards.pick(name)(completions=texts, gold=["7"] * 3, answer_format=[style] * 3)
-    assert found == [1.0, 0.0, 0.0]
+def test_the_ideal_answer_earns_one_of_each(text, style):
+    given = {"completions": [text, "", "I do not know"], "gold": ["7"] * 3, "answer_format": [style] * 3}
+    assert [rewards.pick(name)(**given) for name in PAPER] == [[1.0, 0.0, 0.0]] * 5
 
 
 def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones():
@@ -128,20 +126,18 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 
 def test_columns_are_what_a_reward_must_be_given():
-    def needs(name, file=None):
-        return loading.required_fields(name, loading.load(name, file))
+    def needs(name):
+        return loading.required_fields(loading.load(name, None))
 
     assert needs("correctness") == ["gold", "answer_format"]
     assert needs("code_tests") == ["test", "entry_point"]
     assert needs("text_overlap") == ["response"]
-    rows = [{"a": 1, "b": 2**63, "c": "x"}, {"a": 2**63 - 1, "b": 1, "c": "y"}]
-    assert loading.common_fields(rows) == {"a", "c"}
     assert needs("trl.think_format_reward") == []
     trl = loading.load("trl.think_format_reward", None)
     assert trl(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]  # plain text, not conversations
-    row = {"gold": "5", "level": 3, "image": "a.png", "tags": ["x"], "mixed": 1, "note": None}
-    rows = [row, row | {"mixed": "1", "note": "x", "other": 1}]
-    assert loading.common_fields(rows) == {"gold", "level"}  # TRL takes `image` for a picture
+    row = {"gold": "5", "level": 3, "prompt": "Q", "tags": ["x"], "mixed": 1, "note": None}
+    rows = [row, row | {"level": 2.5, "mixed": "1", "note": "x", "other": 1}]
+    assert loading.common_fields(rows) == {"gold", "level"}
     told = r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
     with pytest.raises(DataError, match=told):
         loading.check_fields({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
@@ -162,6 +158,12 @@ def broken(completions, gold, **_):
     return [1 / (text != "bad") for text in completions]
 def _hidden(completions): ...
 """
+PARAMETERS = """
+raise SystemExit
+def mine(completions, sandbox, **_): ...
+def optional(completions, *, sandbox=None): ...
+def code_tests(completions, **given): ...
+"""
 
 
 @pytest.fixture
@@ -171,36 +173,38 @@ def file(tmp_path):
     return str(path)
 
 
-def test_a_file_of_own_rewards(file):
+def test_a_file_of_own_rewards(file, tmp_path):
+    """A sandbox goes to the rewards that have a parameter for one, found without running the file."""
     assert loading.load("short", file)(completions=["a", "long text"]) == [1.0, 0.0]
     loading.check("short", file)
     with pytest.raises(ConfigError, match="unknown reward '_hidden'") as caught:
         loading.check("_hidden", file)
     assert caught.value.hint.endswith("trl.think_format_reward, short, broken")
-
-
-def test_a_sandbox_goes_to_the_rewards_that_have_a_parameter_for_one(tmp_path):
-    """Found without running the file."""
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "raise SystemExit\n"
-        "def mine(completions, sandbox, **_): ...\n"
-        "def optional(completions, *, sandbox=None): ...\n"
-        "def code_tests(completions, **given): ...\n"
-    )
-    wanted = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
-    for name, needed in {**wanted, "trl.think_format_reward": False}.items():
-        assert loading.needs_sandbox([name], str(path)) is needed
+    (tmp_path / "parameters.py").write_text(PARAMETERS)
+    needing = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
+    for name, needs in {**needing, "trl.think_format_reward": False}.items():
+        assert loading.needs_sandbox([name], str(tmp_path / "parameters.py")) is needs
     assert loading.needs_sandbox(["correctness", "code_tests"], None)
 
 
-def test_a_raising_reward_stops_with_its_name_and_sample(file):
+def test_a_raising_reward_stops_with_its_name_and_sample_if_it_is_its_fault(file):
     reward = loading.with_checks("broken", loading.load("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(UnusableResult) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
-    told = "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
-    assert str(caught.value) == told
+    text = "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
+    assert str(caught.value) == text
+
+    def failing(error: Exception):
+        def reward(completions):
+            raise error
+
+        return loading.with_checks("mine", reward)
+
+    with pytest.raises(SandboxError, match="reward mine: bwrap"):
+        failing(SandboxFailure("bwrap: no"))(completions=["a"])
+    with pytest.raises(MemoryError):
+        failing(MemoryError())(completions=["a"])
 
 
 @pytest.mark.parametrize("value", [math.inf, "1.0", [1.0], 10**400, torch.ones(2), torch.tensor(math.nan)])
@@ -215,10 +219,9 @@ def test_rewards_of_other_libraries_are_floats():
     seen = loading.with_checks("odd", lambda completions: given)(completions=["text"] * 5)
     assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
     assert loading.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
-    with pytest.raises(UnusableResult, match="reward odd gave 1 values for 2 completions"):
-        loading.with_checks("odd", lambda completions: [1.0])(completions=["a", "b"])
-    with pytest.raises(UnusableResult, match="reward odd gave 0 values for 2 completions"):
-        loading.with_checks("odd", lambda completions: None)(completions=["a", "b"])
+    for number, values in ((1, [1.0]), (0, None)):
+        with pytest.raises(UnusableResult, match=f"reward odd gave {number} values for 2 completions"):
+            loading.with_checks("odd", lambda completions, values=values: values)(completions=["a", "b"])
 
 
 def test_code_in_a_thought_is_a_draft():
@@ -243,22 +246,5 @@ def test_a_letter_is_right_however_it_is_written_and_for_benchmarks_alike(tmp_pa
         assert jsonl.grade(item, text, context).correct == bool(right)
         row = Example("i", "P", "", gold, {})
         assert demo.grade(row, text, context).correct == bool(right)
-    texts = ["It is B.", "Because", "I think the answer is (B).", "C"]
-    assert rewards.pick("letter_match")(completions=texts, gold=[gold] * 4) == [1, 0, 1, 0]
     for text, flexible in (("The answer is (B) Paris", "B"), ("The answer is A.\n#### C", "C")):
         assert demo.grade(Example("i", "P", "", gold, {}), text, context).flexible == flexible
-
-
-def test_what_is_no_fault_of_a_reward_is_not_called_one():
-    def failing(error: Exception):
-        def reward(completions):
-            raise error
-
-        return loading.with_checks("mine", reward)
-
-    with pytest.raises(SandboxError, match="reward mine: bwrap"):
-        failing(SandboxFailure("bwrap: no"))(completions=["a"])
-    with pytest.raises(MemoryError):
-        failing(MemoryError())(completions=["a"])
-    with pytest.raises(UnusableResult, match="reward mine raised ValueError"):
-        failing(ValueError())(completions=["a"])

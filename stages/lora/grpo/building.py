@@ -96,16 +96,10 @@ class Grpo(Training):
         return sandboxes.from_settings(self.sandbox, self.context.progress.say) if self.sandbox else None
 
     def rewards(self) -> list[Callable[..., Any]]:
-        code = {"sandbox": self.backend}  # for the rewards that run code
-        return [
-            loading.with_checks(
-                name,
-                reward,
-                self.prompts.encoded,
-                **(code if loading.needs_sandbox([name], self.rl.rewards_file) else {}),
-            )
-            for name, reward in self.functions.items()
-        ]
+        def fixed(name: str) -> dict[str, Any]:  # for the rewards that run code
+            return {"sandbox": self.backend} if loading.needs_sandbox([name], self.rl.rewards_file) else {}
+
+        return [loading.with_checks(name, reward, **fixed(name)) for name, reward in self.functions.items()]
 
     def reference_is_base(self) -> bool:
         """Whether the KL term's reference is the base model, and not the adapter that RL starts from."""

@@ -30,7 +30,7 @@ class RlPrompts:
     """Rendered prompts and what rewards read of their rows."""
 
     rows: Dataset
-    """Rows to train on: the text of the prompt and the columns that rewards read.
+    """Rows to train on: the text of the prompt and the fields that rewards read.
 
     The last `replayed` ones are of System 1."""
     tokens: dict[str, list[int]]
@@ -42,8 +42,6 @@ class RlPrompts:
     """Number of System 1 rows that lack a column which a reward reads, so that they are not replayed."""
     long: int
     """Number of prompts to train on that are too long."""
-    encoded: frozenset[str]
-    """Columns that hold JSON, because their values are of several types, or are lists or objects."""
 
     @property
     def system2_rows(self) -> int:
@@ -76,7 +74,7 @@ class RlPrompts:
         """
         from datasets import Dataset
 
-        needed = {name: loading.required_fields(name, function) for name, function in functions.items()}
+        needed = {name: loading.required_fields(function) for name, function in functions.items()}
         columns = {column for names in needed.values() for column in names}
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
         trained = [row_fields(example, renderer) for example in examples]
@@ -90,17 +88,19 @@ class RlPrompts:
         # Some reward cannot be computed for a row that lacks a column.
         replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
         _check_enough(fitting, replayed, rl, too_long)
-        rows, as_json = _dataset_rows(fitting + replayed, columns, functions)
+        rows = fitting + replayed
+        fields = _fields_of_rewards(rows, columns, functions)
         for name, function in functions.items():
-            loading.check_signature(name, function, rows[0])
+            loading.check_signature(name, function, fields[0])
         return cls(
-            rows=Dataset.from_list(rows),
+            rows=Dataset.from_dict(
+                {"prompt": [row["prompt"] for row in rows], loading.FIELDS: list(map(json.dumps, fields))}
+            ),
             tokens=tokens,
-            ids={tuple(tokens[row["prompt"]]): row["id"] for row in fitting + replayed},
+            ids={tuple(tokens[row["prompt"]]): row["id"] for row in rows},
             replayed=len(replayed),
             unrewardable=len(system1) - len(replayed),
             long=too_long,
-            encoded=as_json,
         )
 
 
@@ -116,21 +116,14 @@ def _system1_rows(
     return list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
 
 
-def _dataset_rows(
+def _fields_of_rewards(
     rows: list[dict[str, Any]], columns: set[str], functions: dict[str, Callable[..., Any]]
-) -> tuple[list[dict[str, Any]], frozenset[str]]:
-    """The columns that TRL and the rewards read, and the names of those that are encoded as JSON."""
-    if large := loading.int64_overflows(rows, columns):
-        raise DataError(f"numbers of more than 64 bits, for a reward, in {', '.join(sorted(large))}")
+) -> list[dict[str, Any]]:
+    """The fields of each row that the rewards read, the same ones of all rows."""
     available = set().union(*rows)
     named = available & set().union(*(loading.parameter_names(function) for function in functions.values()))
-    names = {"prompt", "question", *columns} | loading.common_fields(rows) | named
-    as_json = loading.json_encoded_fields(rows, names)
-    encoded = [
-        {name: json.dumps(row.get(name)) if name in as_json else row.get(name) for name in names}
-        for row in rows
-    ]
-    return encoded, as_json
+    names = sorted({"question", *columns} | loading.common_fields(rows) | named)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def row_fields(example: Example, renderer: Renderer) -> dict[str, Any]:
