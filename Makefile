@@ -10,7 +10,7 @@ LORAPAR     := $(BIN)/lorapar
 STAGES      := $(shell sed -n 's/^ORDER = (\(.*\))/\1/p' stages/__init__.py | tr -d '",')
 READY       := $(VENV)/.ready
 MODEL       := models/smollm2-135m-q4
-DATA        := data/demo/tune.jsonl
+DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs dist constraints fix clean $(STAGES)

@@ -16,7 +16,7 @@ GROUPS = {
         "ask": "Ask both modes of a trained model a question, in this process.",
         "report": "Write a page on one run, or on tables, with intervals and published values.",
         "export": "Export a trained adapter, or the merged model, with a model card.",
-        "serve": "Serve both modes, and auto, which chooses, behind one OpenAI-compatible address.",
+        "serve": "Serve both modes behind one OpenAI-compatible address.",
     },
     "One stage": {name: about(name) for name in ORDER},
     "Look": {

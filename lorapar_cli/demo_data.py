@@ -12,9 +12,7 @@ from stages.store.artifacts import refuse_store
 
 
 def command(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl, test.jsonl and tune.jsonl.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl and test.jsonl.")],
     seed: Annotated[
         int, typer.Option(help="Random seed; the same seed gives the same files.", min=0, max=MAX_INT)
     ] = 0,

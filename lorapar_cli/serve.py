@@ -1,5 +1,6 @@
-"""`lorapar serve`: both modes of a trained model, and `auto`, behind one OpenAI-compatible address."""
+"""`lorapar serve`: both modes of a trained model behind one OpenAI-compatible address."""
 
+import asyncio
 import importlib.util
 import ipaddress
 import os
@@ -10,17 +11,16 @@ import typer
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of
 from lorapar_cli.progress import TerminalProgress
+from stages.config import TRAINED
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
-from stages.pipeline import external_key
 from stages.pipeline.resolve import INSTALL_VLLM
 from stages.pipeline.state import require_current
-from stages.pipeline.steps import digest_cache
 from stages.store.artifacts import Store
 
 EXAMPLE = """\
 curl -i {address}/chat/completions{key} -H 'Content-Type: application/json' \\
-  -d '{{"model": "auto", "messages": [{{"role": "user", "content": "What is 3 + 4?"}}]}}'"""
+  -d '{{"model": "slow", "messages": [{{"role": "user", "content": "What is 3 + 4?"}}]}}'"""
 KEY_ENV = "VLLM_API_KEY"
 
 
@@ -36,30 +36,34 @@ def command(
     if not importlib.util.find_spec("vllm"):
         raise ConfigError("lorapar serve needs vLLM, which is not installed", INSTALL_VLLM)
     from stages import serve
+    from stages.engines import vllm
 
-    needed = serve.needed_steps(settings)
-    if not set(needed) <= set(steps):
+    modes = serve.modes_of(settings)
+    needed = {mode: TRAINED[target] for mode, target in settings.eval.modes.items()}
+    if not set(needed.values()) <= set(steps):
         raise missing_path_error()
     key = os.environ.get(KEY_ENV, "")
     if not key and not _is_this_machine(host):
         raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
     store = Store(settings.root)
-    inputs = {name: require_current(store, steps[name], steps[needed[-1]]) for name in needed}
-    identity = external_key.of_served_base(settings, digest_cache(settings))
+    slow = steps[needed["slow"]]
+    adapters = {mode: require_current(store, steps[name], slow).adapter for mode, name in needed.items()}
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
-        serve.listener(host, port) as listener,
+        serve.bind(host, port) as bound,
         TerminalProgress() as progress,
-        serve.open_gateway(settings, inputs, identity, key, progress) as gateway,
+        vllm.open_modules(settings.model, adapters, settings.server, progress.say) as clients,
     ):
+        client = clients[next(iter(modes))]
 
-        def say_where() -> None:
+        def ready() -> None:
             progress.done()
-            terminal.say(f"models fast, slow and auto at {address}; Ctrl-C ends it. For example:")
+            terminal.say(f"models fast and slow at {address}; Ctrl-C ends it. For example:")
             header = f' -H "Authorization: Bearer ${KEY_ENV}"' if key else ""
             terminal.say(EXAMPLE.format(address=address, key=header))
 
-        gateway.run(listener, say_where)
+        app = serve.application(client.urls[0], client.key, modes, key)
+        asyncio.run(serve.run(app, bound, client.exit_error, ready))
 
 
 def _is_this_machine(host: str) -> bool:

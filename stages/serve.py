@@ -1,172 +1,152 @@
-"""Serve both modes of a trained model by one vLLM server, and `auto`, which chooses between them."""
+"""Serve both modes of a trained model by one vLLM server, behind one OpenAI-compatible address.
+
+A chat gets the system message and the template arguments of its mode's training, unless it has its own. All
+else passes through unchanged, streams too. vLLM brings the libraries that this file imports.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
+import hmac
 import socket
-import tempfile
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
-from stages.config import MODES, SYSTEMS, TRAINED, Config
-from stages.engines.gateway import Gateway, ModePrompt, Post
+import httpx
+import uvicorn
+from pydantic import TypeAdapter
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from stages.config import SYSTEMS, Config, PromptSection
 from stages.errors import ConfigError, ServerError
-from stages.evaluation.routing import read_tuning, tuning_steps
-from stages.labelling.router import Router, build_router
-from stages.labelling.votes import VoteJournal
-from stages.models.dtype import answer_dtype
-from stages.progress import Progress
-from stages.records import Example, read_labels
-from stages.store.artifacts import Artifact
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from stages.engines.openai import Client
-
-PROBE = Example("probe", "What is 3 + 4?", "", None)
-"""A question to ask before the first client does."""
-VOTER = "router"
-"""Name of the adapter of zeros that the votes are asked of.
-
-Its model is the base. On CPU, vLLM 0.31 applies an adapter also to requests for the base that are batched
-with requests for the adapter (its pull request 48421), but it keeps two adapters apart.
-"""
+MAX_BODY = 8 * 2**20
+"""Bytes of a request: more than a million tokens, and little enough to be parsed between two answers."""
+POLL_S = 0.2
+"""Seconds between two looks at whether the vLLM server still runs."""
+Modes = dict[str, tuple[PromptSection, int]]
+"""Mode, which is also its adapter's name on the server → the prompt of its training, and its system."""
+ExitError = Callable[[], ServerError | None]
 
 
-@contextmanager
-def listener(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind the address before the server starts, which takes a while; ServerError if that is not possible.
-
-    The socket does not listen yet, so that clients are refused until there is somebody to answer.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
-        try:
-            bound.bind((host, port))
-        except OSError as error:
-            raise ServerError(
-                f"--host {host} --port {port}: {error.strerror or error}", "another port: --port N"
-            ) from None
-        yield bound
-
-
-@contextmanager
-def open_gateway(
-    config: Config,
-    inputs: Mapping[str, Artifact],
-    identity: str,
-    api_key: str,
-    progress: Progress,
-) -> Iterator[Gateway]:
-    """Start the server with both adapters, find the router's threshold, and yield the gateway before it.
-
-    inputs: the artifacts of classify:train and of both modes, by step. identity: of the base, for the journal
-    of votes. api_key: which clients have to send; empty for none.
-    ConfigError for a model that vLLM cannot serve so.
-    """
-    from stages.engines import vllm
-
-    _check(config)
-    modes = config.eval.modes
-    identity = f"{identity} {answer_dtype(config.model, 'vllm')}"
-    fast = modes[MODES[0]]
-    identities = {"vote": identity, "choice": f"{identity} {inputs[TRAINED[fast]].digest}"}
-    labels = read_labels(inputs["classify:train"].path / "labels.jsonl")
-    router = build_router(
-        config.eval.router, config.classify, config.model, config.prompt_of(fast), "vllm", identities,
-        labels, Path(config.runs_dir),
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="lorapar-router-") as folder:
-        zeros = Path(folder)
-        adapters = {mode: inputs[TRAINED[target]].adapter for mode, target in modes.items()}
-        _write_zeros(adapters[MODES[0]], zeros)
-        modules = adapters | {VOTER: zeros}
-        with vllm.open_modules(config.model, modules, config.server, progress.say) as clients:
-            voter = clients[VOTER]
-            voters = {"vote": voter, "choice": clients[MODES[0]]}
-            for signal, journal in router.journals.items():
-                # From the first reply a client learns how many tokens tell the words apart.
-                deque(voters[signal].choose_words([journal.question(PROBE)]), maxlen=0)
-            _set_threshold(router, config, inputs, voters, progress)
-            progress.say(router.summary())
-            yield Gateway(
-                voter.urls[0].removesuffix("/v1"),
-                {mode: _mode_prompt(config, mode) for mode in adapters},
-                partial(_votes, router, voters),
-                router.mode,
-                voter.exit_error,
-                api_key,
-                voter.key,
-            )
-
-
-def _set_threshold(
-    router: Router,
-    config: Config,
-    inputs: Mapping[str, Artifact],
-    voters: Mapping[str, Client],
-    progress: Progress,
-) -> None:
-    """Find the threshold on rows that are asked now."""
-    tuning = read_tuning(config.eval, inputs)
-    router.set_questions(tuning.items if tuning else [])
-    router.collect(voters.__getitem__, progress, "choices", config.classify)
-    router.find_threshold(tuning)
-
-
-def _check(config: Config) -> None:
+def modes_of(config: Config) -> Modes:
+    """The modes of a trained model; ConfigError if vLLM cannot serve them, or not to chats."""
     if not config.served_by_vllm:
-        cause = f"baseline {config.baseline.method}" if config.baseline else "adapters of a 4-bit base"
-        raise ConfigError(f"vLLM cannot serve {cause}")
-    for target in config.eval.modes.values():
-        template = config.prompt_of(target).template
-        if template != "chat":
+        raise ConfigError("vLLM serves no baseline, and no adapter of a 4-bit base")
+    modes = {mode: (config.prompt_of(target), SYSTEMS[target]) for mode, target in config.eval.modes.items()}
+    for mode, (prompt, _) in modes.items():
+        if prompt.template != "chat":
             hint = "lorapar export CONFIG DIR --views says how to serve it"
-            raise ConfigError(
-                f"a server takes chats, and {target} learned prompts of template {template}", hint
-            )
+            raise ConfigError(f"a server takes chats, and {mode} learned template {prompt.template}", hint)
+    return modes
 
 
-def _mode_prompt(config: Config, mode: str) -> ModePrompt:
-    """The prompt with which a mode was trained."""
-    target = config.eval.modes[mode]
-    section, system = config.prompt_of(target), SYSTEMS[target]
-    return ModePrompt(section.system_message(system), section.template_arguments(system))
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that does not listen yet, made before the vLLM server starts; ServerError if it cannot be."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it; without it a request on a connection that was used before takes 40 ms.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        cause = f"--host {host} --port {port}: {error.strerror or error}"
+        raise ServerError(cause, "another port: --port N") from None
+    return bound
 
 
-def needed_steps(config: Config) -> tuple[str, ...]:
-    """The steps whose artifacts are served, or tell how to choose between them."""
-    trained = (TRAINED[target] for target in config.eval.modes.values())
-    return ("classify:train", *tuning_steps(config.eval), *trained)
+async def run(app: Starlette, bound: socket.socket, exit_error: ExitError, ready: Callable[[], None]) -> None:
+    """Serve until a signal ends it; ServerError if the server behind it ends. ready: called at the start."""
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_config=None, timeout_graceful_shutdown=3))
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    while not (server.started or serving.done()):
+        await asyncio.wait([serving], timeout=POLL_S)
+    if server.started:
+        ready()
+    while not serving.done():
+        await asyncio.wait([serving], timeout=POLL_S)
+        if not server.should_exit and (error := exit_error()):
+            server.should_exit = True
+            await serving
+            raise error
+    serving.result()
 
 
-async def _votes(router: Router, clients: Mapping[str, Client], example: Example, post: Post) -> list[float]:
-    """The router's signals on a question that the server is asked for; ValueError if a reply has none."""
+def application(upstream: str, upstream_key: str, modes: Modes, api_key: str) -> Starlette:
+    """Make the front. upstream: the server, with `/v1`. api_key: which clients send; empty for none."""
 
-    async def ask(signal: str, journal: VoteJournal) -> float:
-        path, body, read = clients[signal].prepared_choice(journal.question(example))
-        if (probabilities := read(await post(path, body))) is None:
-            raise ValueError("the reply does not tell the words apart")
-        return probabilities[1]
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        key, limits = {"Authorization": f"Bearer {upstream_key}"}, httpx.Timeout(None, connect=10)
+        async with httpx.AsyncClient(
+            base_url=upstream, headers=key, timeout=limits, trust_env=False
+        ) as client:
+            app.state.client = client
+            yield
 
-    return await asyncio.gather(*(ask(*item) for item in router.journals.items()))
+    async def models(request: Request) -> Response:
+        _check_key(request, api_key)
+        listing = (await request.app.state.client.get("/models")).json()
+        return JSONResponse({**listing, "data": [model for model in listing["data"] if model["id"] in modes]})
+
+    async def answer(request: Request) -> Response:
+        _check_key(request, api_key)
+        chat, client = await _chat(request), request.app.state.client
+        if (mode := chat.get("model")) not in list(modes):
+            raise HTTPException(400, f"unknown model {mode!r}; choose from {', '.join(modes)}")
+        body = with_prompt(chat, *modes[mode])
+        reply = await client.send(client.build_request("POST", "/chat/completions", json=body), stream=True)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in reply.aiter_bytes():
+                    yield chunk
+            finally:  # also if the client has gone: the server then stops writing
+                await reply.aclose()
+
+        return StreamingResponse(chunks(), reply.status_code, media_type=reply.headers.get("content-type"))
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", answer, methods=["POST"])]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _openai_error})
 
 
-def _write_zeros(adapter: Path, out: Path) -> None:
-    """Write an adapter of the same shape whose product is zero: its model is the base."""
-    from safetensors.torch import load_file, save_file
+def with_prompt(chat: dict[str, Any], prompt: PromptSection, system: int) -> dict[str, Any]:
+    """The chat as in training; what it says itself counts: its system message, and each argument."""
+    arguments = prompt.template_arguments(system) | (chat.get("chat_template_kwargs") or {})
+    chat = {**chat, "chat_template_kwargs": arguments} if arguments else chat
+    turns = messages if isinstance(messages := chat.get("messages"), list) else []
+    roles = [turn.get("role") for turn in turns if isinstance(turn, dict)]
+    message = prompt.system_message(system)
+    if message and roles and "system" not in roles and "developer" not in roles:
+        chat = {**chat, "messages": [{"role": "system", "content": message}, *turns]}
+    return chat
 
-    shutil.copy(adapter / "adapter_config.json", out)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    save_file(
-        {name: weight.zero_() if "lora_B" in name else weight for name, weight in weights.items()},
-        out / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+
+def _check_key(request: Request, api_key: str) -> None:
+    token = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if api_key and not hmac.compare_digest(token.encode(), api_key.encode()):
+        raise HTTPException(401, "wrong or missing API key")
+
+
+async def _chat(request: Request) -> dict[str, Any]:
+    """The object in the body; HTTPException if there is none, or it is too long."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"a request may have {MAX_BODY // 2**20} MiB")
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(bytes(body))
+    except ValueError:
+        raise HTTPException(400, "the body is no JSON object") from None
+
+
+async def _openai_error(request: Request, error: Any) -> Response:
+    detail = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
+    return JSONResponse({"error": detail}, error.status_code)

@@ -47,7 +47,7 @@ def test_sizes_and_balance(drawn):
     if size == "short":
         train = {"recall": 19, "reading": 29, "one_step": 72, "two_step": 120}
         chains = {"one_step": 100, "two_step": 200}
-        assert kinds == {"train": train, "test": chains, "tune": {"one_step": 40, "two_step": 80}}
+        assert kinds == {"train": train, "test": chains}
         return
     sizes = {"train": 360, "test": 200, "valid": 400, "final": 1000}
     assert {name: counts.total() for name, counts in kinds.items()} == sizes

@@ -1,46 +1,96 @@
-"""What `lorapar serve` refuses, and what it gives its server."""
+"""`lorapar serve`: what its front does before a server, asked by OpenAI's client; what the command refuses."""
 
+import asyncio
+import importlib.util
 import json
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
-from safetensors.torch import load_file
+
+pytest.importorskip("uvicorn")
+import openai
 
 from stages import serve
-from stages.config import LoraSection, ModelSection
+from stages.config import PromptSection
 from stages.errors import ServerError
-from stages.lora.adapter import adapter
-from stages.models.base import load_adapted, load_base
+
+FAST = PromptSection(by_system={1: "At once."}, chat_template_kwargs_by_system={1: {"think": False, "n": 1}})
+USER = {"role": "user", "content": "What is 3 + 4?"}
 
 
-@pytest.mark.parametrize("init", ["normal", "pissa"])
-def test_the_adapter_of_zeros_is_the_base(tiny, tmp_path, init):
-    model = ModelSection(name=str(tiny), dtype="float32")
-    base = load_base(model)
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        expected = base(input_ids=ids).logits
-    trained, zeros = tmp_path / "trained", tmp_path / "zeros"
-    peft_model = adapter.initial(base, LoraSection(r=4, init=init), 0)
-    with torch.no_grad():
-        for weight in peft_model.parameters():
-            weight.add_(0.1 if weight.requires_grad else 0.0)
-    adapter.save(peft_model, trained, model)
-    zeros.mkdir()
-    serve._write_zeros(trained, zeros)
-    with torch.no_grad():
-        assert not torch.equal(load_adapted(model, trained)(input_ids=ids).logits, expected)
-        assert torch.equal(load_adapted(model, zeros)(input_ids=ids).logits, expected)
-    names = [load_file(folder / "adapter_model.safetensors").keys() for folder in (zeros, trained)]
-    assert names[0] == names[1]
+class Upstream(BaseHTTPRequestHandler):
+    """In place of vLLM: it lists the base, too, and answers with what it was asked."""
+
+    def do_GET(self):
+        self.answer({"object": "list", "data": [{"id": name} for name in ("base", "fast", "slow")]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = "delta" if asked.get("stream") else "message"
+        self.answer({"choices": [{"index": 0, key: {"content": json.dumps(asked)}}]}, key == "delta")
+
+    def answer(self, reply, streamed=False):
+        self.send_response(200 if self.headers["Authorization"] == "Bearer inner" else 401)
+        self.send_header("Content-Type", "text/event-stream" if streamed else "application/json")
+        self.end_headers()
+        text = json.dumps(reply)
+        self.wfile.write((f"data: {text}\n\ndata: {text}\n\ndata: [DONE]\n\n" if streamed else text).encode())
+
+
+def test_a_client_of_openai_s_gets_both_modes_until_the_server_ends(monkeypatch):
+    upstream, ready, ended = ThreadingHTTPServer(("127.0.0.1", 0), Upstream), threading.Event(), []
+    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+    modes, address = {"fast": (FAST, 1), "slow": (PromptSection(), 2)}, f"127.0.0.1:{upstream.server_port}/v1"
+    app = serve.application(f"http://{address}", "inner", modes, "outer")
+
+    def exit_error():
+        return ServerError("gone") if ended else None
+
+    with serve.bind("127.0.0.1", 0) as bound:
+        assert bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        front = threading.Thread(
+            target=lambda: ended.append(pytest.raises(ServerError, asyncio.run, serve.run(app, bound, exit_error, ready.set)))
+        )
+        front.start()
+        assert ready.wait(60)
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+        client = openai.OpenAI(base_url=url, api_key="outer", max_retries=0)
+
+        def ask(model: str, *messages: dict, **more) -> dict:
+            reply = client.chat.completions.create(model=model, messages=messages, **more)
+            return json.loads(reply.choices[0].message.content)
+
+        assert [model.id for model in client.models.list()] == ["fast", "slow"]
+        assert ask("fast", USER, extra_body={"chat_template_kwargs": {"n": 2}}, seed=3) == {
+            "model": "fast", "messages": [{"role": "system", "content": "At once."}, USER], "seed": 3,
+            "chat_template_kwargs": {"think": False, "n": 2},
+        }  # fmt: skip
+        own = {"role": "system", "content": "Slowly."}
+        assert ask("fast", own, USER)["messages"] == [own, USER]
+        assert ask("slow", USER) == {"model": "slow", "messages": [USER]}
+        parts = list(client.chat.completions.create(model="slow", messages=[USER], stream=True))
+        assert [json.loads(part.choices[0].delta.content)["stream"] for part in parts] == [True, True]
+        with pytest.raises(openai.BadRequestError, match="unknown model 'auto'; choose from fast, slow"):
+            ask("auto", USER)
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            client.with_options(api_key="guess").models.list()
+        monkeypatch.setattr(serve, "MAX_BODY", 2**10)
+        with pytest.raises(openai.APIStatusError, match="a request may have"):
+            ask("slow", {"role": "user", "content": "?" * 2**10})
+        ended.append("server")
+        front.join(60)
+        assert "gone" in str(ended[1].value)
+        with pytest.raises(openai.APIConnectionError):
+            ask("slow", USER)
 
 
 def test_a_taken_port_is_said_before_anything_starts():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ServerError, match=f"--port {port}: .*in use"), serve.listener("127.0.0.1", port):
-            pass
+        with pytest.raises(ServerError, match=f"--port {port}: .*in use"):
+            serve.bind("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +98,12 @@ def test_a_taken_port_is_said_before_anything_starts():
     [
         ([], False, "lorapar serve needs vLLM, which is not installed"),
         (["--host", "0.0.0.0"], True, "--host 0.0.0.0 would let anyone ask"),
-        ([], True, "classify:train is missing"),
+        ([], True, "sft is missing"),
     ],
 )
 def test_the_command_says_what_is_lacking(smoke, lorapar, tmp_path, monkeypatch, options, has_vllm, message):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_vllm else None)
+    spec, of = object() if has_vllm else None, importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "vllm" else of(name))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(smoke().model_dump(mode="json")))

@@ -12,21 +12,18 @@ from typing import Any
 from stages.config.evaluation import (
     MODES,
     REGIONS,
-    ROUTED,
     SYSTEMS,
     TRAINED,
     UNTRAINED_TARGETS,
     BenchmarkSection,
     EvalSection,
-    RouterSection,
     SandboxSection,
-    Signal,
     system_asked,
 )
 from stages.config.fields import Section, setting
 from stages.config.labels import UNVOTED, ClassifySection, ServerSection, ThinkingSection, Voter
 from stages.config.rl import RlSection
-from stages.config.sources import CHOICE, DataSection, LoraSection, ModelSection, PromptSection, SourceSection
+from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
     SECOND_SFT,
     BaselineSection,
@@ -87,9 +84,6 @@ class Config(Section):
             yield from self._conflicts_of_4bit()
 
     def _conflicts_of_votes_and_targets(self) -> Iterator[str]:
-        taught = (self.sft.prompt or self.prompt).choice
-        if "choice" in self.eval.router.by and not (taught and taught == self.prompt.choice):
-            yield "eval.router: choice asks under prompt.choice what SFT learns under it; set it, for SFT too"
         if "sft2" in self.eval.targets and self.sft.rounds == 1:
             yield "eval.targets: sft2 is the adapter of a second round of SFT; set sft.rounds=2"
 

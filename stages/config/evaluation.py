@@ -27,14 +27,12 @@ UNTRAINED_TARGETS = ("base", "init")
 Region = Literal["s1_only", "s2_only", "shared"]
 REGIONS = get_args(Region)
 """Targets with the trained values of one region of the adapter only."""
-ROUTED = "auto"
-"""Target that answers each item in the mode that the base's vote on it chooses: as sft, or as rl or sft2."""
 TRAINED = {"sft": "sft", "sft2": SECOND_SFT, "rl": "rl"}
 """Targets with an adapter as training left it, and the step that trained it."""
 SYSTEMS = {"sft": 1, "sft2": 2, "rl": 2}
 """Target → the system whose rows its adapter learned from last, and whose mode it therefore is."""
 MODES = ("fast", "slow")
-"""The modes of System 1 and System 2, and the words by which a model chooses one."""
+"""The modes of System 1 and System 2."""
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
@@ -108,42 +106,16 @@ class SandboxSection(Section):
     )
 
 
-Signal = Literal["vote", "choice"]
-
-
-class RouterSection(Section):
-    by: list[Signal] = setting(
-        ["vote"],
-        "What tells that a question needs the slow mode; of several, their mean. vote: the base, asked as a "
-        "voter; choice: the word of the fast mode's adapter under prompt.choice.",
-        min_length=1,
-    )
-    tune: str | None = setting(
-        None,
-        "Benchmark of rows that no stage trained on, whose answers by both modes set the threshold; none: "
-        "the labels of training rows set that of a vote, and that of a choice is 0.5.",
-    )
-    tokens: PositiveShare | None = setting(
-        None,
-        "Most tokens of auto on the rows of tune, as a share of the slow mode's; none: any number.",
-    )
-
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if not self.tune and self.tokens:
-            yield "a limit of tokens needs rows to find its threshold on; set tune"
-
-
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "sft2", "rl", "auto", Region]] = unkeyed(
+    targets: list[Literal["base", "init", "sft", "sft2", "rl", Region]] = unkeyed(
         ["base", "sft", "rl"],
         "Models to evaluate. base: without adapter; init, sft, sft2, rl: with the initial adapter, that of "
-        "SFT, of its second round (sft.rounds) or of RL; s1_only, s2_only, shared: RL's adapter with all elements outside this region reset "
-        "to their initial values; auto: the answers of the fast or the slow mode, as `router` decides for "
-        "each item. The fast mode is sft, the slow one rl, or sft2 if rl is not a target.",
+        "SFT, of its second round (sft.rounds) or of RL; s1_only, s2_only, shared: RL's adapter with all "
+        "elements outside this region reset to their initial values. The fast mode is sft, the slow one rl, "
+        "or sft2 if rl is not a target.",
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
-    router: RouterSection = advanced_unkeyed(RouterSection(), "How auto chooses between the modes.")
     engine: Engine = setting(
         "auto",
         "Engine that generates the answers. auto: vllm if it is installed and there is a GPU, else "
@@ -180,15 +152,6 @@ class EvalSection(Section):
         """The benchmark with the worked examples that a target gets."""
         shots = self.untrained_shots if target in UNTRAINED_TARGETS and benchmark.takes_shots else 0
         return benchmark.model_copy(update={"shots": benchmark.shots + shots}) if shots else benchmark
-
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if ROUTED not in self.targets:
-            return
-        if not set(self.modes.values()) <= set(self.targets):
-            both = " and ".join(self.modes.values())
-            yield f"targets: auto chooses between the answers of {both}; name both, too"
-        if self.router.tune and self.router.tune not in self.benchmarks:
-            yield f"router.tune {self.router.tune} is none of benchmarks: {', '.join(self.benchmarks)}"
 
     @field_validator("benchmarks", mode="before")
     @classmethod

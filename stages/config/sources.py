@@ -96,8 +96,6 @@ class DataSection(SourceSection):
     )
 
 
-CHOICE = 0
-"""Stands in place of a system where a model is asked which mode a question needs."""
 TemplateArguments = Annotated[dict[str, Any], JsonValue]
 
 
@@ -116,12 +114,6 @@ class PromptSection(Section):
         {},
         "Arguments of the chat template by system, as in by_system, beside the common ones, e.g. "
         "{1: {enable_thinking: false}, 2: {enable_thinking: true}}.",
-    )
-    choice: str | None = advanced(
-        None,
-        "System message under which SFT also teaches the model to tell, by the word fast or slow, which mode "
-        "a question needs; eval.router.by=[choice] asks for it.",
-        ignored_by=("score", "rl"),
     )
     template: Literal["chat", "plain", "bare"] = setting(
         "chat",
@@ -142,14 +134,11 @@ class PromptSection(Section):
             yield f"template {self.template} takes no chat_template_kwargs; choose chat"
 
     def system_message(self, system: int | None) -> str | None:
-        """The system message for rows labelled `system` (or CHOICE), or for rows without a label."""
-        if system == CHOICE:
-            return self.choice
+        """The system message for rows labelled `system`, or for rows without a label."""
         return self.system if system is None else self.by_system.get(system, self.system)
 
     def template_arguments(self, system: int | None) -> dict[str, Any]:
         """The arguments of the chat template for rows labelled `system`, or for rows without a label."""
-        system = 1 if system == CHOICE else system  # a choice is made without a thought
         of_system = {} if system is None else self.chat_template_kwargs_by_system.get(system, {})
         return {**self.chat_template_kwargs, **of_system}
 

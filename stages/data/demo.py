@@ -25,13 +25,13 @@ BALANCED: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step
 CHAINS: Shares = {"one_step": 1 / 3, "two_step": 2 / 3}
 HARDER: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.30, "three_step": 0.20}
 SETS: dict[str, dict[str, tuple[int, Shares]]] = {
-    "short": {"train": (240, BALANCED), "test": (300, CHAINS), "tune": (120, CHAINS)},
+    "short": {"train": (240, BALANCED), "test": (300, CHAINS)},
     "long": {"train": (360, HARDER), "test": (200, HARDER), "valid": (400, HARDER), "final": (1000, HARDER)},
 }
 """Set → split → number of items and shares of their kinds. Splits are generated in this order."""
 STEPS = {"one_step": 1, "two_step": 2, "three_step": 3}
 """Kind of chain → its number of operations."""
-UNSEEN = ("test", "tune", "final")
+UNSEEN = ("test", "final")
 """Splits that ask for nothing which `train` or `valid` works out: other facts, and other worked answers."""
 
 # fmt: off

@@ -107,22 +107,6 @@ class Client:
                 raise AnswerError(f"{self.model} gave no answer: {completion.reason}: {completion.detail}")
             yield i, completion
 
-    def prepared_choice(
-        self, request: ChoiceRequest
-    ) -> tuple[str, dict[str, Any], Callable[[Any], tuple[float, ...] | None]]:
-        """Path and body of a choice for another client, and what reads the probabilities in the reply's JSON."""
-        from openai.types import Completion as TextReply
-        from openai.types.chat import ChatCompletion
-
-        path, body = self._body(request, MAX_WORD_TOKENS, ALTERNATIVES)
-        shape = ChatCompletion if "messages" in body else TextReply
-        body |= {"structured_outputs": {"choice": list(request.words)}, "temperature": 0}
-
-        def read(reply: Any) -> tuple[float, ...] | None:
-            return probabilities(_tokens(shape.model_validate(reply).choices[0]), request.words)
-
-        return path, body, read
-
     def _each(
         self, items: Iterable[tuple[int, Any]], ask: Callable[[Any, Any], Any]
     ) -> Iterator[tuple[int, Any]]:

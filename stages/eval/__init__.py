@@ -1,4 +1,4 @@
-"""Grade base, init, sft, sft2, rl, rl-N (step N), a region of rl, or auto on the benchmarks.
+"""Grade base, init, sft, sft2, rl, or a region of rl on the benchmarks.
 
 A variant is TARGET@BENCHMARK.
 """
@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stages.config import REGIONS, ROUTED, TRAINED, UNTRAINED_TARGETS, Config, system_asked
+from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, Config, system_asked
 from stages.evaluation.benchmarks import benchmarks
-from stages.evaluation.routing import tuning_steps
 from stages.pipeline import external_key
 from stages.pipeline.stage import BENCHMARKS, Check, Stage
 
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
 
 def _inputs(config: Config, variant: str) -> tuple[str, ...]:
     target, _, name = variant.partition("@")
-    if target == ROUTED:
-        router, modes = config.eval.router, config.eval.modes
-        adapter = (TRAINED[modes["fast"]],) if "choice" in router.by else ()
-        answers = (f"eval:{mode}@{name}" for mode in modes.values())
-        return ("classify:train", *adapter, *tuning_steps(config.eval), *answers)
     labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
     if target in REGIONS:
         return (*labels, "score", "partition:rl", "rl")
@@ -38,20 +32,11 @@ def _inputs(config: Config, variant: str) -> tuple[str, ...]:
 
 
 def _variants(config: Config) -> tuple[str, ...]:
-    """Each target on each benchmark; on the rows that tune the router, the two modes alone."""
-    tune, modes = config.eval.router.tune, config.eval.modes.values()
-    return tuple(
-        f"{target}@{name}"
-        for target in config.eval.targets
-        for name in config.eval.benchmarks
-        if name != tune or target in modes
-    )
+    return tuple(f"{target}@{name}" for target in config.eval.targets for name in config.eval.benchmarks)
 
 
 def _sections(config: Config, variant: str) -> tuple[str, ...]:
-    target, _, name = variant.partition("@")
-    if target == ROUTED:
-        return ("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", "classify")
+    name = variant.partition("@")[2]
     runs_code = getattr(benchmarks.pick(config.eval.benchmarks[name].kind), "SANDBOX", False)
     code = ("eval.sandbox",) if runs_code else ()
     return ("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", *code)
@@ -68,7 +53,6 @@ def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str,
         **external_key.model_part(config, cache),
         "rows": external_key.of_source(benchmark, cache),
         **external_key.of_shots(benchmark, cache),
-        **(external_key.of_router(config, cache) if target == ROUTED else {}),
         **external_key.of_server(config),
     }
 
@@ -77,7 +61,7 @@ def _answers_together(config: Config, variant: str) -> bool:
     """True if a vLLM server can hold the target's adapter beside others, and answers by requests alone."""
     from stages.engines import vllm
 
-    has_adapter_file = variant.partition("@")[0] not in (*REGIONS, ROUTED)
+    has_adapter_file = variant.partition("@")[0] not in REGIONS
     served = config.eval.engine == "vllm" and config.served_by_vllm and vllm.serves_modules()
     return has_adapter_file and served
 
@@ -98,7 +82,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     section = evaluation.benchmarks[name]
     if target in UNTRAINED_TARGETS:
         rows = rows[: evaluation.untrained_items]
-    if not rows or target == ROUTED:  # other steps' answers, and votes of a prompt that is not known here
+    if not rows:
         return None
     limit, slots = generation_limit(section), min(texts.config.server.batch_size, len(rows))
     prompts = texts.prompts(name, target)

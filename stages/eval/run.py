@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from stages.config import (
     REGIONS,
     UNTRAINED_TARGETS,
     BenchmarkSection,
-    ClassifySection,
     EvalSection,
     ModelSection,
     PromptSection,
@@ -26,7 +25,6 @@ from stages.config import (
     system_asked,
 )
 from stages.engines import Engine, EngineSpec
-from stages.eval import auto
 from stages.eval.answer_cache import AnswerCache
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context
@@ -53,7 +51,6 @@ class Evaluation:
     benchmark: BenchmarkSection
     server: ServerSection
     sandbox: SandboxSection | None = None
-    classify: ClassifySection | None = None
 
     @property
     def target(self) -> str:
@@ -90,13 +87,6 @@ class Evaluation:
             return read_labels(self.context.labels)
         return [Labelled(example, None, {}) for example in self.kind.load(self.benchmark)]
 
-    def of_mode(self, mode: str, benchmark: str = "") -> Evaluation:
-        """The evaluation of a mode whose answers auto chooses from, by default on this benchmark."""
-        target, name = self.eval.modes[mode], benchmark or self.context.variant.partition("@")[2]
-        steps = {step: artifact for step, artifact in self.context.inputs.items() if step != "classify"}
-        context = replace(self.context, variant=f"{target}@{name}", inputs=steps)
-        return replace(self, context=context, benchmark=self.eval.benchmarks[name])
-
     def stored_adapter(self) -> Path | None:
         """The folder of the target's adapter in an artifact; None for the base."""
         return self.context.adapter("score", "sft", "rl")
@@ -131,8 +121,6 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     `context.force` replaces earlier answers.
     """
     evaluation = Evaluation(context, **sections)
-    if evaluation.classify is not None:
-        return _write(evaluation, *auto.route(evaluation, evaluation.classify))
     with _adapter(evaluation) as adapter:
         return _evaluate(evaluation, adapter)
 

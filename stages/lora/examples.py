@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from stages.config import MODES, ScoreSection, SftSection, SourceSection
+from stages.config import ScoreSection, SftSection, SourceSection
 from stages.data.rows import read
 from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
@@ -103,15 +103,6 @@ def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: 
     cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
     chosen = {example.id for example in [*system1, *cold_start]}
     return [row.example for row in labels if row.example.id in chosen]
-
-
-def choices(labels: list[Labelled]) -> list[Example]:
-    """The labelled questions, each with the word for its mode as response."""
-    return [
-        replace(row.example, response=MODES[row.system - 1], gold=None, thought="")
-        for row in labels
-        if row.system
-    ]
 
 
 def _examples_with_response(labels: list[Labelled], system: int) -> list[Example]:

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, RouterSection, SourceSection, Voter
-from stages.config.fields import cache_key_fields
+from stages.config import UNVOTED, BenchmarkSection, Config, ModelSection, SourceSection, Voter
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError, sought
-from stages.labelling.router import router_voter
 from stages.models.bundled import MAKERS
 from stages.store.digests import DigestCache
 
@@ -66,22 +64,6 @@ def _of_voter(voter: Voter, config: Config, cache: DigestCache) -> str:
 
 def _answer_changing(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in SCALE}
-
-
-def of_router(config: Config, cache: DigestCache) -> dict[str, Any]:
-    """Cache-key part of what chooses a mode: its settings, and the question of a vote."""
-    settings = config.eval.router
-    own = {} if settings == RouterSection() else {"router_settings": cache_key_fields(settings)}
-    voter = router_voter(config.classify)
-    shots = of_source(SourceSection(path=voter.shots_path), cache) if voter.shots_path else ""
-    question = {"persona": voter.persona, "words": voter.words, "shots": [voter.shots, shots]}
-    # The seed draws the labelled rows that set the threshold.
-    return {"router": {**question, "target": config.model.title, "seed": config.classify.seed}, **own}
-
-
-def of_served_base(config: Config, cache: DigestCache) -> str:
-    """Identity of the base on a vLLM server: its weights, and the arguments that change its answers."""
-    return _of_voter(Voter(engine="vllm"), config, cache)
 
 
 def of_server(config: Config) -> dict[str, Any]:

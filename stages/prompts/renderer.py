@@ -75,7 +75,7 @@ class Renderer:
     ) -> None:
         """labels: labelled examples, from which `prompt.by_system` takes the system of an example.
 
-        system: that of all examples which have no label here; CHOICE to ask for a mode.
+        system: that of all examples which have no label here.
         """
         self.tokenizer = tokenizer
         self.section = section

@@ -1,4 +1,4 @@
-"""Targets side by side: a run's graded answers compared item by item, its gain and loss, and its routings."""
+"""Targets side by side: a run's graded answers compared item by item."""
 
 from collections.abc import Iterable, Iterator
 from statistics import fmean
@@ -6,15 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt
 
-from stages.config import REGIONS, ROUTED
+from stages.config import REGIONS
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import Interval, paired_p
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.records import OUTCOMES, Sample, read_json, read_samples
-from stages.report.page import Block, Grid, Text
-from stages.store.artifacts import Artifact, Store
+from stages.records import OUTCOMES, Sample, read_samples
+from stages.store.artifacts import Store
 from stages.sweep.values import Value
 
 Answers = dict[str, dict[str, list[Sample]]]
@@ -33,29 +32,6 @@ class Measures(BaseModel):
         if self.accuracy is None or self.interval is None:
             return None
         return Value(self.accuracy, n=self.n, over_items=Interval(*self.interval))
-
-
-class _Routing(Measures):
-    tokens: float | None = None
-    slow_share: float
-
-
-class _Router(BaseModel):
-    by: list[str] = ["vote"]
-    persona: str = ""
-    threshold: float
-    auc: float | None
-    examples: NonNegativeInt
-    accuracy: float | None = None
-    tokens: float | None = None
-
-
-class Routed(BaseModel):
-    """Fields of metrics.json that are shown of target auto."""
-
-    routing: dict[str, _Routing]
-    """By name: fast, slow, auto, oracle and, if the items are labelled, label."""
-    router: _Router
 
 
 def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str, Any]]]:
@@ -83,24 +59,17 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
 
 
-def is_derived(target: str) -> bool:
-    """Whether a target is made of another's weights or answers, or is an earlier step of RL's."""
-    return target in (*REGIONS, ROUTED)
-
-
 def p_note(targets: Iterable[str]) -> str:
     """Explain what the p-values of these targets compare."""
-    derived = {target for target in targets if is_derived(target)}
-    note = "p: paired test on the same items against the target to the left"
-    note += ", passing over auto." if derived - set(REGIONS) else "."
+    note = "p: paired test on the same items against the target to the left."
     regions = " Regions alone are tested against the model that they are of."
-    return note + (regions if derived & set(REGIONS) else "")
+    return note + (regions if set(targets) & set(REGIONS) else "")
 
 
 def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     """Yield the accuracy of each target and group with its interval, and its p-value against another target.
 
-    A target is tested against the previous one that is not derived, and a region against rl, whose elements
+    A target is tested against the previous one that is no region, and a region against rl, whose elements
     it is a part of. The p-value is None where the two targets did not answer the same items.
     """
     names = {name for answers in answers_by_target.values() for name in answers}
@@ -126,7 +95,7 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
                 "against": against,
                 **_paired_test(reference, answers[group]),
             }
-        previous = previous if is_derived(target) else target
+        previous = previous if target in REGIONS else target
 
 
 def answered_fewer(rows: list[dict[str, Any]]) -> str:
@@ -192,55 +161,3 @@ def table(
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
-
-
-ROUTINGS_CAPTION = (
-    "fast and slow: one mode for all items. auto: the router decides for each item. "
-    "label: the mode of the item's label. oracle: the better mode for each item, and of equals the shorter "
-    "answer; no router can do better with these answers."
-)
-
-
-def routed(artifacts: dict[str, Artifact]) -> dict[str, Routed]:
-    """Read the routings of each benchmark that has target auto; artifacts: the current ones by step."""
-    prefix = f"eval:{ROUTED}@"
-    return {
-        name.removeprefix(prefix): read_json(artifact.path / "metrics.json", Routed)
-        for name, artifact in artifacts.items()
-        if name.startswith(prefix)
-    }
-
-
-def routings(artifacts: dict[str, Artifact]) -> list[Block]:
-    """Tabulate the routings of each benchmark."""
-    content: list[Block] = []
-    for benchmark, metrics in routed(artifacts).items():
-        rows = []
-        for title, row in metrics.routing.items():
-            if row.value:
-                tokens = "–" if row.tokens is None else f"{row.tokens:.1f}"
-                rows.append([title, row.value.text(), tokens, f"{100 * row.slow_share:.0f} %"])
-        head = [benchmark, "accuracy, % [95 % interval]", "tokens of an answer", "answered slowly"]
-        router = metrics.router
-        content += [Grid(head, rows, ROUTINGS_CAPTION), Text(_decision(router), quiet=True)]
-    return content
-
-
-def _decision(router: _Router) -> str:
-    """Say what auto decides by, and where its threshold is from."""
-    signals = {
-        "vote": f"the vote of the base, as persona {router.persona}",
-        "choice": "the word that the fast mode's adapter says",
-    }
-    text = f"auto decides by {' and '.join(signals[signal] for signal in router.by)}. Its threshold, "
-    text += f"{router.threshold:.3f}, "
-    if router.accuracy is not None:
-        text += f"is the best for {router.examples} items that neither mode was trained on: "
-        text += f"{100 * router.accuracy:.1f} % right there, with {100 * (router.tokens or 0):.0f} % of the "
-        text += "slow mode's tokens."
-    elif router.examples:
-        area = "" if router.auc is None else f"; AUC {router.auc:.2f} against their labels"
-        text += f"is from {router.examples} labelled training rows{area}."
-    else:
-        text += "is not fitted."
-    return f"{text} A vote or a word counts as one token."

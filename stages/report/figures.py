@@ -25,7 +25,7 @@ OWN = {
     "base": PALETTE[5], "init": PALETTE[5],
     "system 1": PALETTE[0], "system 1 only": PALETTE[0], "sft": PALETTE[0],
     "system 2": PALETTE[4], "system 2 only": PALETTE[4], "sft2": PALETTE[4], "rl": PALETTE[4],
-    "shared by both": PALETTE[3], "auto": PALETTE[3],
+    "shared by both": PALETTE[3],
 }  # fmt: skip
 """Name in lower case → colour of a system, and of the target or the elements that are its own."""
 STYLE: Any = {

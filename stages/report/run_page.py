@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from stages.config import ROUTED, SECOND_SFT, SYSTEMS, TRAINED, Config
-from stages.evaluation.routing import ORACLE
+from stages.config import REGIONS, SECOND_SFT, TRAINED, Config
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import current_artifact
@@ -42,7 +41,7 @@ def page(config: Config, steps: dict[str, Step], run: str, serve: str) -> str:
     trained = {TRAINED[target] for target in modes.values()} <= steps.keys() - missing
     chats = all(config.prompt_of(target).template == "chat" for target in modes.values())
     if config.served_by_vllm and trained and chats:
-        how = Text(f"One vLLM server offers the modes fast (sft), slow ({modes['slow']}) and auto:")
+        how = Text(f"One vLLM server offers the modes fast (sft) and slow ({modes['slow']}):")
         sections.append(PageSection("serving", "Serving", [how, Command(serve)]))
     if missing:
         not_made = Text(f"Not made yet: {', '.join(missing)}.")
@@ -57,18 +56,11 @@ def build(
     current = {name: current_artifact(store, step) for name, step in steps.items()}
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
-    evaluations = [
-        step
-        for name, step in steps.items()
-        if step.stage.name == "eval"
-        and name in artifacts
-        and not name.endswith(f"@{config.eval.router.tune}")
-    ]
+    evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
     tables = comparison.tables(store, evaluations, "system")
     missing = [name for name in steps if name not in artifacts]
     sections = [
-        PageSection("results", "Results", list(_results(tables, comparison.routed(artifacts)))),
-        PageSection("routing", "Routing", comparison.routings(artifacts)),
+        PageSection("results", "Results", list(_results(tables))),
         PageSection("training", "Training", list(_training(artifacts))),
         PageSection("elements", "Elements", list(elements.parts(artifacts))),
         PageSection("labels", "Labels", list(_label_counts(artifacts))),
@@ -83,7 +75,6 @@ def _tiles(config: Config, tables: dict[str, list[dict[str, Any]]]) -> list[Tile
         "base": "Base",
         config.eval.modes["fast"]: "Fast",
         config.eval.modes["slow"]: "Slow",
-        ROUTED: "Auto",
     }
     rows_of_tiles = []
     for name, rows in tables.items():
@@ -112,11 +103,11 @@ def _tokens(row: dict[str, Any], most: int) -> str:
 def _verdicts(tables: dict[str, list[dict[str, Any]]], titles: dict[str, str]) -> Iterator[str]:
     """Say for each benchmark how the last target does against the one before, and if that may be chance.
 
-    Derived targets are left out. titles: target → the mode that it is.
+    Regions are left out. titles: target → the mode that it is.
     """
     for name, rows in tables.items():
         measured = [row for row in rows if row["accuracy"] is not None]
-        graded = [row for row in measured if not comparison.is_derived(row["target"])]
+        graded = [row for row in measured if row["target"] not in REGIONS]
         overall = [row for row in graded if row["group"] == "all"]
         if not overall:
             continue
@@ -124,27 +115,7 @@ def _verdicts(tables: dict[str, list[dict[str, Any]]], titles: dict[str, str]) -
         target = titles.get(last["target"], last["target"])
         sentence = f"{name}: {target} answers {_accuracy(last)} of {last['n']} items correctly"
         sentence += _meaning(last, overall[-1], titles) if overall else ""
-        yield f"{sentence}.{_gain_of_auto(measured, last, titles)}"
-
-
-def _gain_of_auto(rows: list[dict[str, Any]], last: dict[str, Any], titles: dict[str, str]) -> str:
-    """Say what the choice between the modes gives, if it was measured, against the better one alone.
-
-    last: the target with which auto was compared, item by item.
-    """
-    overall = {row["target"]: row for row in rows if row["group"] == "all"}
-    if not (auto := overall.get(ROUTED)) or auto["tokens"] is None:
-        return ""
-    better = max(
-        (overall[target] for target in SYSTEMS if target in overall), key=lambda row: row["accuracy"]
-    )
-    change, tokens = auto["accuracy"] - better["accuracy"], auto["tokens"] / (better["tokens"] or 1)
-    tested = f" ({p_value(auto['p'])})" if better is last and auto["p"] is not None else ""
-    return (
-        f" Auto, which chooses for each item, answers {_accuracy(auto)}: {100 * change:+.1f} points against "
-        f"{titles.get(better['target'], better['target'])}{tested}, with "
-        f"{100 * tokens:.0f}\N{NO-BREAK SPACE}% of its tokens."
-    )
+        yield f"{sentence}."
 
 
 def _meaning(last: dict[str, Any], previous: dict[str, Any], titles: dict[str, str]) -> str:
@@ -162,9 +133,7 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f}\N{NO-BREAK SPACE}%"
 
 
-def _results(
-    tables: dict[str, list[dict[str, Any]]], routed: dict[str, comparison.Routed]
-) -> Iterator[Block]:
+def _results(tables: dict[str, list[dict[str, Any]]]) -> Iterator[Block]:
     """Build a table and a figure of accuracies for each benchmark."""
     for name, measurements in tables.items():
         head, rows = comparison.table(name, measurements, to=",\N{NO-BREAK SPACE}", before_p="\n")
@@ -187,8 +156,6 @@ def _results(
             for row in measurements
             if row["group"] == "all" and row["tokens"] and (value := comparison.value_of(row))
         }
-        if name in routed and (best := routed[name].routing[ORACLE]).value and best.tokens:
-            points[ORACLE] = [(best.tokens, best.value)]
         if len(points) > 1:
             plot = figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %", BESIDE)
             svg = figures.svg(plot)

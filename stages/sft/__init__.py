@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import CHOICE, SECOND_SFT, Config
+from stages.config import SECOND_SFT, Config
 from stages.pipeline import external_key
 from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
 
@@ -41,9 +41,6 @@ def _check_rows(texts: Texts, step: Step) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
     from stages.plan import preflight
-    from stages.plan.lengths import sampled
-    from stages.plan.prompt_lengths import TRAINING_SAMPLE
-    from stages.prompts.renderer import Renderer
     from stages.records import Labelled
 
     config, labels, sft = texts.config, texts.labels, texts.config.sft
@@ -53,10 +50,6 @@ def _check_rows(texts: Texts, step: Step) -> None:
         sft = sft.model_copy(update={"data": "all"})
     variant = step.variant if texts.labels else ""
     preflight.check_lengths(texts, "sft", examples.trained_by_sft(labels, sft, config.seed, variant))
-    prompt = sft.prompt or config.prompt
-    if prompt.choice and not step.variant:
-        to_choose = Renderer(texts.tokenizer, prompt, system=CHOICE)
-        to_choose.rows(sampled(examples.choices(labels), TRAINING_SAMPLE), config.data)
 
 
 def _work(texts: Texts, variant: str) -> Work | None:
@@ -69,8 +62,6 @@ def _work(texts: Texts, variant: str) -> Work | None:
         return None  # SFT may still imitate answers alone, and no row is rendered with its answer
     by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
     examples = number if sft.data == "all" else number * by_round
-    if (sft.prompt or texts.config.prompt).choice and not variant:
-        examples += len(texts.rows["train"])
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
     rows = [row.input_ids for row in texts.trained_rows("sft")]  # the longest first
     size = sft.per_device_train_batch_size

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
 
-from stages.config import CHOICE, DataSection, SftSection
+from stages.config import DataSection, SftSection
 from stages.lora import examples
 from stages.lora.training import loop
 from stages.lora.training.health import ProgressCallback, longest_of_sft
@@ -64,10 +64,6 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     labels, renderer, sft = run.labels, run.renderer, run.sft
     chosen = examples.trained_by_sft(labels, sft, run.seed, context.variant)
     rows, too_long = renderer.rows(chosen, run.data)
-    if renderer.section.choice and not context.variant:
-        to_choose = Renderer(renderer.tokenizer, renderer.section, system=CHOICE)
-        choices, too_long_choices = to_choose.rows(examples.choices(labels), run.data)
-        rows, too_long = [*rows, *choices], too_long + too_long_choices
     _warn(rows, renderer, sft, context.progress)
     trainer = _trainer(run, rows)
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"

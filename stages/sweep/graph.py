@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.config import ROUTED, UNVOTED, Config
+from stages.config import UNVOTED, Config
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step, with_inputs
 from stages.store.artifacts import Store
@@ -71,9 +71,7 @@ def _command(cell: Cell, step: Step) -> list[str]:
     command = [step.stage.name, str(cell.base), *sets]
     if step.stage.name == "eval":
         target, _, benchmark = step.variant.partition("@")
-        # The answers that auto chooses from are current by then.
-        targets = [*cell.config.eval.modes.values(), target] if target == ROUTED else [target]
-        return [*command, "--set", f"eval.targets=[{', '.join(targets)}]", "--benchmark", benchmark]
+        return [*command, "--set", f"eval.targets=[{target}]", "--benchmark", benchmark]
     return [*command, "--only", step.title] if len(step.stage.variants(cell.config)) > 1 else command
 
 

@@ -56,7 +56,7 @@ def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun):
 
 @pytest.mark.slow
 def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
-    config = begun(*TWO, "eval.targets=[sft, sft2, auto]", "eval.benchmarks.demo.limit=4")
+    config = begun(*TWO, "eval.targets=[sft, sft2]", "eval.benchmarks.demo.limit=4")
     made = artifacts(config, "classify", "score", "partition", "sft", "eval")
     first, second = made["sft"], made[SECOND]
     page = run_page.page(config, {name: plan_steps(resolved(config))[name] for name in made}, "", "")
