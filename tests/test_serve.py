@@ -1,9 +1,8 @@
-"""`lorapar serve`: what its front does before a server, asked by OpenAI's client; what the command refuses."""
+"""`lorapar serve`: its front before a server, asked by OpenAI's client; and what the command refuses."""
 
 import asyncio
 import importlib.util
 import json
-import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +10,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 import openai
+from conftest import ROOT
 
 from stages import serve
 from stages.config import PromptSection
@@ -39,73 +39,57 @@ class Upstream(BaseHTTPRequestHandler):
         self.wfile.write((f"data: {text}\n\ndata: {text}\n\ndata: [DONE]\n\n" if streamed else text).encode())
 
 
-def test_a_client_of_openai_s_gets_both_modes_until_the_server_ends(monkeypatch):
-    upstream, ready, ended = ThreadingHTTPServer(("127.0.0.1", 0), Upstream), threading.Event(), []
+def test_openai_s_client_gets_both_modes_until_the_server_ends(monkeypatch):
+    upstream, ready, gone = ThreadingHTTPServer(("127.0.0.1", 0), Upstream), threading.Event(), []
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
     modes, address = {"fast": (FAST, 1), "slow": (PromptSection(), 2)}, f"127.0.0.1:{upstream.server_port}/v1"
-    app = serve.application(f"http://{address}", "inner", modes, "outer")
+    app, bound = serve.application(f"http://{address}", "inner", modes, "outer"), serve.bind("127.0.0.1", 0)
+    serving = serve.run(app, bound, lambda: gone[0] if gone else None, ready.set)
+    front = threading.Thread(target=lambda: gone.append(pytest.raises(ServerError, asyncio.run, serving)))
+    front.start()
+    assert ready.wait(60)
+    port = bound.getsockname()[1]
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="outer", max_retries=0)
 
-    def exit_error():
-        return ServerError("gone") if ended else None
+    def ask(model: str, *messages: dict, **more) -> dict:
+        reply = client.chat.completions.create(model=model, messages=messages, **more)
+        return json.loads(reply.choices[0].message.content)
 
-    with serve.bind("127.0.0.1", 0) as bound:
-        assert bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        front = threading.Thread(
-            target=lambda: ended.append(pytest.raises(ServerError, asyncio.run, serve.run(app, bound, exit_error, ready.set)))
-        )
-        front.start()
-        assert ready.wait(60)
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
-        client = openai.OpenAI(base_url=url, api_key="outer", max_retries=0)
-
-        def ask(model: str, *messages: dict, **more) -> dict:
-            reply = client.chat.completions.create(model=model, messages=messages, **more)
-            return json.loads(reply.choices[0].message.content)
-
-        assert [model.id for model in client.models.list()] == ["fast", "slow"]
-        assert ask("fast", USER, extra_body={"chat_template_kwargs": {"n": 2}}, seed=3) == {
-            "model": "fast", "messages": [{"role": "system", "content": "At once."}, USER], "seed": 3,
-            "chat_template_kwargs": {"think": False, "n": 2},
-        }  # fmt: skip
-        own = {"role": "system", "content": "Slowly."}
-        assert ask("fast", own, USER)["messages"] == [own, USER]
-        assert ask("slow", USER) == {"model": "slow", "messages": [USER]}
-        parts = list(client.chat.completions.create(model="slow", messages=[USER], stream=True))
-        assert [json.loads(part.choices[0].delta.content)["stream"] for part in parts] == [True, True]
-        with pytest.raises(openai.BadRequestError, match="unknown model 'auto'; choose from fast, slow"):
-            ask("auto", USER)
-        with pytest.raises(openai.AuthenticationError, match="API key"):
-            client.with_options(api_key="guess").models.list()
-        monkeypatch.setattr(serve, "MAX_BODY", 2**10)
-        with pytest.raises(openai.APIStatusError, match="a request may have"):
-            ask("slow", {"role": "user", "content": "?" * 2**10})
-        ended.append("server")
-        front.join(60)
-        assert "gone" in str(ended[1].value)
-        with pytest.raises(openai.APIConnectionError):
-            ask("slow", USER)
-
-
-def test_a_taken_port_is_said_before_anything_starts():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ServerError, match=f"--port {port}: .*in use"):
-            serve.bind("127.0.0.1", port)
+    assert [model.id for model in client.models.list()] == ["fast", "slow"]
+    assert ask("fast", USER, extra_body={"chat_template_kwargs": {"n": 2}}) == {
+        "model": "fast", "messages": [{"role": "system", "content": "At once."}, USER],
+        "chat_template_kwargs": {"think": False, "n": 2},
+    }  # fmt: skip
+    own = {"role": "system", "content": "Slowly."}
+    assert ask("fast", own, USER)["messages"] == [own, USER]
+    assert ask("slow", USER, seed=3) == {"model": "slow", "messages": [USER], "seed": 3}
+    parts = client.chat.completions.create(model="slow", messages=[USER], stream=True)
+    assert [json.loads(part.choices[0].delta.content)["stream"] for part in parts] == [True, True]
+    with pytest.raises(openai.BadRequestError, match="unknown model 'auto'; choose from fast, slow"):
+        ask("auto", USER)
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        client.with_options(api_key="guess").models.list()
+    monkeypatch.setattr(serve, "MAX_BODY", 2**10)
+    with pytest.raises(openai.APIStatusError, match="a request may have"):
+        ask("slow", {"role": "user", "content": "?" * 2**10})
+    with pytest.raises(ServerError, match=f"--port {port}: .*in use"):
+        serve.bind("127.0.0.1", port)
+    gone.append(ServerError("the server ended"))
+    front.join(60)
+    assert "the server ended" in str(gone[1].value)
 
 
 @pytest.mark.parametrize(
-    ("options", "has_vllm", "message"),
+    ("options", "spec", "message"),
     [
-        ([], False, "lorapar serve needs vLLM, which is not installed"),
-        (["--host", "0.0.0.0"], True, "--host 0.0.0.0 would let anyone ask"),
-        ([], True, "sft is missing"),
+        ([], None, "lorapar serve needs vLLM, which is not installed"),
+        (["--host", "0.0.0.0"], object(), "--host 0.0.0.0 would let anyone ask"),
+        ([], object(), "sft is missing"),
     ],
 )
-def test_the_command_says_what_is_lacking(smoke, lorapar, tmp_path, monkeypatch, options, has_vllm, message):
-    spec, of = object() if has_vllm else None, importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "vllm" else of(name))
+def test_the_command_says_what_is_lacking(smoke_flags, lorapar, monkeypatch, options, spec, message):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "vllm" else find(name))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(smoke().model_dump(mode="json")))
-    done = lorapar("serve", path, *options)
+    done = lorapar("serve", ROOT / "configs/smoke.yaml", *smoke_flags, *options)
     assert done.code in (66, 78) and message in done.err and "hint:" in done.err

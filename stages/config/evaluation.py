@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from stages.config.fields import (
-    PositiveShare,
     Samples,
     Section,
     advanced,

@@ -14,7 +14,7 @@ from conftest import ROOT, Small, flags
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
 from stages.records import Sample
-from stages.report import comparison, figures, files, run_page, table_page
+from stages.report import figures, files, run_page, table_page
 from stages.sweep.file import Compare
 from stages.sweep.results import Artifacts, Results
 from stages.sweep.table import Contrast, Table
