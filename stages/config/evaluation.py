@@ -46,34 +46,21 @@ advanced_of_answers = partial(advanced, ignored_by="classify")
 
 
 class BenchmarkSection(SourceSection):
-    kind: Benchmark = setting(
-        "", "Benchmark to run, one of `lorapar list benchmarks`; if left out, the name of the entry."
-    )
-    label: bool | Literal["known"] = of_answers(
-        True,
-        "Label the items too, so that results are split by system. true: with the strategy of `classify`; "
-        "known: by the field that classify.known names.",
-    )
-    shots: NonNegativeInt = of_answers(0, "Number of worked examples in the prompt.")
-    shots_path: str | None = advanced_unkeyed(
-        None, "File with the worked examples; none: the data set of the items, from split shots_split."
-    )
+    kind: Benchmark = setting("", "One of `lorapar list benchmarks`; if left out, the name of the entry.")
+    label: bool | Literal["known"] = of_answers(True)
+    """Split results by system. true: labelled as training rows; known: by the field classify.known."""
+    shots: NonNegativeInt = of_answers(0, "Worked examples in the prompt.")
+    shots_path: str | None = advanced_unkeyed(None)
+    """File with the worked examples; none: the data set of the items."""
     shots_split: str = advanced_of_answers("train", "Split with the worked examples, in a hub data set.")
-    mode: Literal["generate", "likelihood"] = of_answers(
-        "generate",
-        "generate: the answer is generated; likelihood (mmlu only): the answer is the most likely choice.",
-    )
+    mode: Literal["generate", "likelihood"] = of_answers("generate")
+    """likelihood (mmlu only): the answer is the most likely choice."""
     max_new_tokens: PositiveInt = of_answers(256, "Longest answer in tokens.")
-    max_thinking_tokens: PositiveInt | None = advanced_of_answers(
-        None,
-        "Longest thought in tokens, which is then closed, so that an answer of up to max_new_tokens follows; "
-        "none: thought and answer share max_new_tokens.",
-    )
-    temperature: NonNegativeFloat = advanced_of_answers(0.0, "Sampling temperature; 0: greedy decoding.")
+    max_thinking_tokens: PositiveInt | None = advanced_of_answers(None)
+    """Longest thought, beside max_new_tokens; none: within it."""
+    temperature: NonNegativeFloat = advanced_of_answers(0.0, "Sampling temperature; 0: greedy.")
     samples: Samples = advanced_of_answers(1, "Answers per item; pass@k is estimated from them.")
-    prompt: PromptSection | None = advanced_of_answers(
-        None, "Prompt settings of this benchmark, used instead of the section `prompt`."
-    )
+    prompt: PromptSection | None = advanced_of_answers(None, "In place of the section `prompt`.")
 
     @property
     def brings_labels(self) -> bool:
@@ -95,43 +82,26 @@ class BenchmarkSection(SourceSection):
 
 
 class SandboxSection(Section):
-    backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting(
-        "auto",
-        "Sandbox for programs written by a model. auto: bubblewrap, or landlock if bubblewrap fails its "
-        "self-test; refuse: run none of them.",
-    )
-    seconds: float = setting(
-        5, "Time limit of one program with all its tests, in seconds of wall time.", gt=0, le=86400
-    )
+    backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting("auto")
+    """auto: bubblewrap; refuse: run no program of a model."""
+    seconds: float = setting(5, "Time limit of a program with all its tests.", gt=0, le=86400)
 
 
 class EvalSection(Section):
     targets: list[Literal["base", "init", "sft", "sft2", "rl", Region]] = unkeyed(
         ["base", "sft", "rl"],
-        "Models to evaluate. base: without adapter; init, sft, sft2, rl: with the initial adapter, that of "
-        "SFT, of its second round (sft.rounds) or of RL; s1_only, s2_only, shared: RL's adapter with all "
-        "elements outside this region reset to their initial values. The fast mode is sft, the slow one rl, "
-        "or sft2 if rl is not a target.",
+        "base and init: untrained; sft, sft2, rl: after SFT, its second round, RL; s1_only, s2_only, shared: RL's "
+        "adapter in this region alone.",
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
-    engine: Engine = setting(
-        "auto",
-        "Engine that generates the answers. auto: vllm if it is installed and there is a GPU, else "
-        "transformers. On CPU vllm pays off only for large benchmarks.",
-    )
-    untrained_items: PositiveInt | None = advanced_unkeyed(
-        None,
-        "Number of items for targets base and init, whose answers often run to max_new_tokens; none: all.",
-    )
-    untrained_shots: NonNegativeInt = advanced_unkeyed(
-        0,
-        "Number of worked examples that targets base and init get beside `shots`: a base model that has not "
-        "seen the form of an answer is otherwise wrong by form alone. They come from shots_path.",
-    )
-    parity_items: NonNegativeInt = advanced_unkeyed(
-        8, "How many of the first answers are checked against the unmerged adapter; 0: none."
-    )
+    engine: Engine = setting("auto", "auto: vllm if it is installed and there is a GPU, else transformers.")
+    untrained_items: PositiveInt | None = advanced_unkeyed(None)
+    """Items for targets base and init; none: all."""
+    untrained_shots: NonNegativeInt = advanced_unkeyed(0)
+    """Worked examples that base and init get beside `shots`, to see the form of an answer."""
+    parity_items: NonNegativeInt = advanced_unkeyed(8)
+    """First answers that are checked against the unmerged adapter; 0: none."""
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of benchmarks that run code.")
 
     @field_validator("engine")

@@ -33,25 +33,20 @@ class Voter(Section):
     model: str | None = unkeyed(None, "Model that votes; none: the base model, model.name.")
     revision: str = advanced_unkeyed("main", "Branch, tag or commit of a voting model on the hub.")
     engine: Engine = setting("auto")
-    """Engine that runs the model. auto: openai if base_url is set; without a GPU transformers, in this
-    process, for a model of at most 1 billion parameters that does not think first; else vllm if it is
-    installed."""
+    """auto: openai with base_url; else vllm, or in process if there is no GPU and the model is small."""
     base_url: str | list[str] | None = unkeyed(None)
-    """Address of a running OpenAI-compatible server (…/v1), or a list of servers with the same model, which
-    are used in turn."""
+    """Address of an OpenAI-compatible server (…/v1), or of several with the same model."""
     api_key_env: str = unkeyed("OPENAI_API_KEY", "Environment variable with the API key for base_url.")
-    persona: Persona = setting("role_play")
-    """Prompt and label words of the voter, one of `lorapar list personas`."""
+    persona: Persona = setting("role_play", "Prompt and label words, one of `lorapar list personas`.")
     words: tuple[str, str] | None = advanced(None)
     """Label words for System 1 and System 2; none: the persona's."""
     shots: int = advanced(16, ge=2, multiple_of=2)
-    """Number of worked examples in the prompt of a few-shot persona, half of each system."""
+    """Worked examples in the prompt of a few-shot persona, half of each system."""
     shots_path: str | None = advanced_unkeyed(None)
-    """File with the worked examples (fields question, answer, system); none: those of lorapar."""
-    thinking: ThinkingSection | None = setting(None)
-    """Let the voter think before it chooses, with these limits; for chat personas only."""
+    """File with the worked examples (question, answer, system); none: those of lorapar."""
+    thinking: ThinkingSection | None = setting(None, "Let a voter of a chat persona think before it chooses.")
     temperature: NonNegativeFloat = setting(0.0)
-    """Sampling temperature, used by voters that think and by servers that cannot constrain a choice."""
+    """For voters that think, and for servers that cannot constrain a choice."""
     samples: Samples = setting(1, "How often each question is asked; the vote is the mean of the answers.")
     weight: PositiveFloat = advanced(1.0, "Weight of the voter with rule weighted.")
     calibration: Literal["auto", "none", "held_out", "content_free"] = advanced("auto")
@@ -59,10 +54,9 @@ class Voter(Section):
     content_free: the probability for questions without content; auto: none for chat personas, else
     held_out."""
     devices: str | None = advanced_unkeyed(None)
-    """Devices of the voter's server, in the form of CUDA_VISIBLE_DEVICES; voters with devices run in
-    parallel."""
+    """CUDA_VISIBLE_DEVICES of its server; voters with devices run in parallel."""
     vllm: Annotated[dict[str, Any], JsonValue] = advanced_unkeyed({})
-    """Arguments of the voter's vLLM server, added to those of server.vllm, e.g. {quantization: fp8}."""
+    """Further arguments of its vLLM server, e.g. {quantization: fp8}."""
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -97,13 +91,11 @@ class Voter(Section):
 
 class ServerSection(Section):
     concurrency: int | None = unkeyed(None, gt=0, le=10_000)
-    """Largest number of requests in flight; none: 64, and for a vLLM server that lorapar starts up to 512, as
-    long as answers take less than a twentieth of timeout_s."""
+    """Most requests in flight; none: 64, and up to 512 for a vLLM server of lorapar's."""
     timeout_s: Seconds = advanced_unkeyed(600)
-    """Time limit of one request in seconds, including its wait in the server's queue."""
-    batch_size: PositiveInt = unkeyed(64, "Number of answers that engine transformers generates at a time.")
-    max_model_len: PositiveInt = unkeyed(4096)
-    """Context length, in tokens, of a vLLM server that lorapar starts."""
+    """Time limit of a request in seconds, with its wait in the server's queue."""
+    batch_size: PositiveInt = unkeyed(64, "Answers that engine transformers generates at a time.")
+    max_model_len: PositiveInt = unkeyed(4096, "Context length of a vLLM server that lorapar starts.")
     vllm: Annotated[dict[str, Any], JsonValue] = unkeyed({})
     """Further arguments of a vLLM server that lorapar starts, e.g. {tensor_parallel_size: 2}."""
 
@@ -121,37 +113,27 @@ advanced_of_votes = partial(advanced, ignored_by=UNVOTED)
 
 class ClassifySection(Section):
     strategy: Literal["vote", "shuffled", "known", "random"] = setting("vote")
-    """Where labels come from. vote: the voters; known: the rows or labels_file. Two are controls. shuffled:
-    the voters' labels, dealt out to other rows, so that System 2 keeps its share; random: a random draw."""
+    """known: of the rows or labels_file; controls: shuffled (the voters', on other rows) and random."""
     labels_file: str | None = unkeyed(None)
-    """Labels for strategy known: a .json object that maps id or question to 1 or 2, or JSON Lines or CSV with
-    the field that `known` names; none: the rows have that field."""
+    """Labels for strategy known: JSON, JSON Lines or CSV; none: the rows have them."""
     swap: bool = advanced(False, "Control: exchange the labels System 1 and System 2.")
     voters: list[Voter] = of_votes([Voter()], "Models that vote on each example.", min_length=1)
     rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = of_votes("majority")
     """How votes become a label; the mean probability decides a tie."""
-    quorum: Share = advanced_of_votes(0.5)
-    """Share of the voters that must have given a valid vote; with fewer, an example is undecided."""
+    quorum: Share = advanced_of_votes(0.5, "Share of valid votes below which an example is undecided.")
     min_agreement: Share = of_votes(0)
-    """Share of the votes that the larger side must have; with less, an example is undecided."""
+    """Share of the votes for the larger side below which an example is undecided."""
     min_auc: Share = unkeyed(0.6)
-    """At least one voter must reach this area under the ROC curve on labelled examples; 0.5 is chance."""
+    """Area under the ROC curve on labelled examples that at least one voter must reach."""
     accept_weak: bool = unkeyed(False, "Go on even if no voter reaches min_auc.")
-    show_answer: bool = advanced_of_votes(True)
-    """Show the reference answer to the voters, too, unless some row has none."""
+    show_answer: bool = advanced_of_votes(True, "Show voters the reference answers, if all rows have one.")
     system2_share: float | None = advanced(None, ignored_by="known", gt=0, lt=1)
-    """Share of System 2, if it is known: each voter then votes 2 for this share of the examples, without
-    calibration, and strategy random draws System 2 with it."""
+    """Share of System 2, if it is known: it replaces calibration."""
     held_out: str | None = advanced_unkeyed(None)
-    """File with labelled examples for calibration (fields question, answer, system); none: those of
-    lorapar."""
-    known: str = setting("system", ignored_by="random")
-    """Field of the rows that may hold a known label (1 or 2): strategy known uses it, and the report compares
-    other labels with it."""
-    max_failed: Share = advanced_unkeyed(0.01)
-    """Share of a voter's questions that may remain unanswered; with more, the stage fails."""
-    max_invalid: Share = advanced_unkeyed(0.1)
-    """Share of a voter's answers that may be none of its label words; with more, the stage fails."""
+    """File with labelled examples for calibration; none: those of lorapar."""
+    known: str = setting("system", "Field of the rows with a known label (1 or 2).", ignored_by="random")
+    max_failed: Share = advanced_unkeyed(0.01, "Share of a voter's questions that may fail.")
+    max_invalid: Share = advanced_unkeyed(0.1, "Share of a voter's answers that may be no label word.")
     seed: int = advanced(0, ignored_by="known")
     """Seed of strategies shuffled and random, and of sampled votes."""
 

@@ -22,21 +22,17 @@ from stages.config.training import DROPOUT, SAVE_STEPS, WARMUP, AutoOff, TrainSe
 
 class RolloutsSection(Section):
     engine: Literal["transformers", "vllm_colocate"] = setting("transformers")
-    """What samples the completions. transformers: the trainer itself; vllm_colocate: vLLM on the trainer's
-    GPU."""
+    """What samples the completions: the trainer itself, or vLLM on its GPU."""
     batch_size: PositiveInt = unkeyed(64)
     """Completions that engine transformers samples at a time; halved if memory runs out."""
     int8: bool = advanced(False)
-    """Where the model computes in float32 on a CPU, sample in 8 bits, which is faster, and weigh each
-    token's loss by the policy's probability over the sampler's, at most 3."""
+    """On a CPU in float32, sample in 8 bits, faster, and correct the loss for it."""
     gpu_memory_utilization: float | None = unkeyed(None, gt=0, lt=1)
-    """Share of each GPU's memory for a colocated vLLM; none: what its weights and the keys and values of a
-    step's completions take, at most half of what is free beside the weights."""
+    """Share of the GPU's memory for vLLM; none: what it needs."""
     correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = (
         advanced("sequence_mask")
     )
-    """Importance sampling correction of the difference between vLLM's probabilities and the trainer's: mask
-    or truncate large ratios, of whole sequences or of tokens."""
+    """Mask or truncate large ratios of the trainer's probabilities to vLLM's."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.int8 and self.engine != "transformers":
@@ -45,48 +41,42 @@ class RolloutsSection(Section):
 
 class RlSection(TrainSection):
     start_from: Literal["sft", "init"] = advanced("sft")
-    """Adapter to start from: that of SFT, after its last round, or the initial one."""
+    """Adapter to start from: that of SFT's last round, or the initial one."""
     learning_rate: PositiveFloat = setting(5e-6, "Peak learning rate; the default is the paper's.")
     warmup_ratio: ShareBelowOne = advanced(0.1, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.1, "Weight decay.")
     max_grad_norm: PositiveFloat = advanced(0.1, "Norm to which gradients are clipped.")
-    data: Literal["system2", "all"] = setting("system2")
-    """Rows to train on: System 2 or all. Undecided rows are never used."""
+    data: Literal["system2", "all"] = setting("system2", "Rows to train on; undecided ones are never used.")
     prompts_per_step: PositiveInt = setting(32, "Prompts per optimizer step.")
     system1_share: ShareBelowOne = setting(0.0)
-    """Share of prompts_per_step that are replayed System 1 rows, so that RL does not unlearn System 1."""
+    """Share of prompts_per_step that are replayed System 1 rows, which RL else unlearns."""
     num_generations: int = setting(8, "Completions per prompt (group size).", gt=1)
     per_device_train_batch_size: PositiveInt = setting(8)
-    """Completions per forward pass; must divide prompts_per_step × num_generations."""
+    """Completions per pass; must divide prompts_per_step × num_generations."""
     prefix_sharing: AutoOff = advanced("auto")
-    """auto: if the architecture allows it, compute each prompt once for all its completions and, without a KL
-    term, skip completions whose advantage is zero; off: as TRL does."""
+    """auto: a prompt once for all its completions, where the model allows it; off: TRL's way."""
     temperature: PositiveFloat = setting(1.0, "Sampling temperature (the paper: 0.9).")
-    top_k: NonNegativeInt = advanced(0)
-    """Number of most likely tokens to sample from (the paper: 50); 0: all tokens."""
+    top_k: NonNegativeInt = advanced(0, "Most likely tokens to sample from (the paper: 50); 0: all.")
     max_prompt_length: PositiveInt = setting(128, "Longest prompt in tokens.")
     too_long: Literal["error", "drop", "truncate_left"] = advanced("drop")
-    """What to do with prompts longer than max_prompt_length; truncate_left keeps their last tokens."""
+    """What to do with prompts longer than max_prompt_length; truncate_left keeps their end."""
     max_completion_length: PositiveInt = setting(256, "Longest completion in tokens.")
     max_thinking_length: PositiveInt | None = advanced(None)
-    """Tokens of a completion after which a thought that is still open is closed, so that an answer follows
-    within max_completion_length; none: a thought may take all of it."""
+    """Tokens after which an open thought is closed; none: it may take all."""
     beta: NonNegativeFloat = setting(0.0, "β: weight of the KL term (the paper: 0.04); 0: no KL term.")
     kl_reference: Literal["auto", "base", "sft"] = advanced("auto")
-    """Reference model of the KL term. auto: sft if RL starts from the SFT adapter, base for a baseline."""
+    """Model that the KL term holds on to; auto: sft if RL starts there."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo")
     """How token losses are averaged, as in TRL (the paper: grpo)."""
     rewards: Annotated[dict[str, float], WithoutFalse] = setting({"correctness": 2.0}, min_length=1)
-    """Reward functions and their weights: functions in `lorapar list rewards` or rewards_file, or TRL's
-    trl.accuracy_reward, trl.reasoning_accuracy_reward and trl.think_format_reward."""
-    rewards_file: str | None = unkeyed(None)
-    """Python file with your own reward functions, with the signature that TRL expects."""
+    """Reward functions and their weights: of `lorapar list rewards`, rewards_file or TRL (trl.NAME)."""
+    rewards_file: str | None = unkeyed(None, "Python file with your own rewards, with TRL's signature.")
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of rewards that run code.")
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")
     lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
     save_steps: PositiveInt = advanced_unkeyed(5, SAVE_STEPS)
     max_zero_signal_steps: PositiveInt = advanced_unkeyed(20)
-    """Stop after this many consecutive steps in which all rewards of each group are equal."""
+    """Stop after this many steps in a row whose groups each earn the same."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:

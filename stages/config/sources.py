@@ -26,23 +26,14 @@ Engine = Annotated[str, registry_name("engines", also="auto")]
 class ModelSection(Section):
     name: str = unkeyed(..., "Base model: a local folder or a hub id.")
     revision: str = advanced_unkeyed("main", "Branch, tag or commit of a hub model.")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto",
-        "Data type of the base weights. auto: that of the checkpoint, except float32 on a CPU without native "
-        "bfloat16 arithmetic; float16 becomes bfloat16 on a GPU that supports it, else float32.",
-    )
-    load_in_4bit: bool = setting(
-        False, "QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."
-    )
-    device: Literal["auto", "cpu"] = advanced_unkeyed(
-        "auto",
-        "auto: the GPU, or without one the CPU; a run ends before its first vote if torch cannot use the GPU "
-        "that is there. cpu: every command hides all GPUs.",
-    )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = advanced_unkeyed(
-        "auto",
-        "Attention implementation of transformers; auto: its default. On CPU eager is faster for short rows.",
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto")
+    """Type of the base weights; auto: the checkpoint's, or what this machine computes fast in."""
+    load_in_4bit: bool = setting(False)
+    """QLoRA: base weights in NF4 with double quantisation; needs bitsandbytes."""
+    device: Literal["auto", "cpu"] = advanced_unkeyed("auto")
+    """auto: the GPU, or without one the CPU; cpu: hide all GPUs."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = advanced_unkeyed("auto")
+    """Attention of transformers; on CPU eager is faster for short rows."""
 
     @property
     def title(self) -> str:
@@ -63,37 +54,27 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    path: str | None = unkeyed(
-        None, "Rows: a file (JSON Lines, a JSON list, CSV, TSV or Parquet), or the hub id of a data set."
-    )
+    path: str | None = unkeyed(None)
+    """Rows: a file (JSON Lines, JSON, CSV, TSV, Parquet), or the hub id of a data set."""
     subset: str | None = setting(None, "Configuration (subset) of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
     revision: str = advanced_unkeyed("main", "Branch, tag or commit of a hub data set.")
     format: Literal["auto", "gsm8k", "alpaca", "messages", "messages_all", "prompt_completion"] = setting(
-        "auto",
-        "Format of the rows; auto: detected from the names of their fields. messages: the last answer of "
-        "each conversation; messages_all: every answer.",
+        "auto"
     )
+    """messages: the last answer of each conversation; messages_all: every answer."""
     limit: PositiveInt | None = setting(None, "Use only the first N rows; none: all.")
-    empty: Literal["error", "drop", "keep"] = advanced(
-        "error",
-        "What to do with rows that have no prompt, or no response and neither gold nor test; keep: those "
-        "without a response take part in votes and RL, for rewards of your own.",
-    )
-    duplicates: Literal["error", "first"] = advanced(
-        "error",
-        "What to do with rows that repeat both the prompt and the response of another; first: drop all but "
-        "the first.",
-    )
+    empty: Literal["error", "drop", "keep"] = advanced("error")
+    """Rows without a prompt, or without response, gold and test; keep: for rewards of your own."""
+    duplicates: Literal["error", "first"] = advanced("error")
+    """Rows that repeat prompt and response of another; first: drop all but the first."""
 
 
 class DataSection(SourceSection):
-    max_length: PositiveInt = setting(
-        512, "Longest training row (prompt and response) in tokens.", ignored_by="classify"
-    )
-    too_long: Literal["error", "drop", "truncate"] = setting(
-        "error", "What to do with training rows longer than max_length.", ignored_by="classify"
-    )
+    max_length: PositiveInt = setting(512, ignored_by="classify")
+    """Longest training row (prompt and response) in tokens."""
+    too_long: Literal["error", "drop", "truncate"] = setting("error", ignored_by="classify")
+    """What to do with training rows longer than max_length."""
 
 
 TemplateArguments = Annotated[dict[str, Any], JsonValue]
@@ -101,29 +82,16 @@ TemplateArguments = Annotated[dict[str, Any], JsonValue]
 
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none: the default of the chat template, if any.")
-    by_system: dict[System, str] = advanced(
-        {},
-        "System messages that replace `system` for rows labelled System 1 and System 2, e.g. {1: …, 2: …}. "
-        "Evaluation asks the fast mode (sft) everything with the first, the slow (rl, sft2) with the second.",
-    )
-    chat_template_kwargs: TemplateArguments = advanced(
-        {},
-        "Arguments of the chat template, such as {enable_thinking: false}.",
-    )
-    chat_template_kwargs_by_system: dict[System, TemplateArguments] = advanced(
-        {},
-        "Arguments of the chat template by system, as in by_system, beside the common ones, e.g. "
-        "{1: {enable_thinking: false}, 2: {enable_thinking: true}}.",
-    )
-    template: Literal["chat", "plain", "bare"] = setting(
-        "chat",
-        "chat: the tokenizer's chat template; plain: `Question: … Answer:`; bare: only the question and EOS.",
-    )
-    answer_format: Literal["hash", "xml"] = setting(
-        "hash",
-        "Form of a response with a final answer. hash: `#### answer` in the last line; xml: "
-        "<reasoning>…</reasoning><answer>…</answer>.",
-    )
+    by_system: dict[System, str] = advanced({})
+    """System messages by system, e.g. {1: …, 2: …}, in place of `system`; the modes are asked with them."""
+    chat_template_kwargs: TemplateArguments = advanced({})
+    """Arguments of the chat template, such as {enable_thinking: false}."""
+    chat_template_kwargs_by_system: dict[System, TemplateArguments] = advanced({})
+    """As by_system: {1: {enable_thinking: false}, 2: {enable_thinking: true}}."""
+    template: Literal["chat", "plain", "bare"] = setting("chat")
+    """chat: the tokenizer's; plain: `Question: … Answer:`; bare: the question and EOS."""
+    answer_format: Literal["hash", "xml"] = setting("hash")
+    """hash: `#### answer` in the last line; xml: <reasoning>…</reasoning><answer>…</answer>."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.system or self.by_system) and self.template == "bare":
@@ -156,15 +124,11 @@ class LoraSection(Section):
     r: PositiveInt = setting(8, "Rank of the adapter.")
     lora_alpha: PositiveFloat = setting(64, "LoRA α; the update BA is scaled by lora_alpha / r.")
     target_modules: list[str] = setting(
-        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
-        "Modules of the base model that get an adapter; all-linear: all linear layers but the head.",
-        min_length=1,
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
-    init: Literal["normal", "pissa", "olora", "default"] = setting(
-        "normal",
-        "Initial A and B. normal: both ~ N(0, 0.01²), as in the paper; pissa, olora: PEFT's, whose "
-        "B₀A₀ is subtracted from the update; default: PEFT's, with B = 0.",
-    )
+    """Modules of the base model that get an adapter; all-linear: all but the head."""
+    init: Literal["normal", "pissa", "olora", "default"] = setting("normal")
+    """normal: A and B ~ N(0, 0.01²), as in the paper; pissa, olora: with B₀A₀ subtracted; default: B = 0."""
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -33,7 +33,7 @@ SECOND_SFT = "sft:system2"
 
 class BaselineSection(Section):
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(...)
-    """PEFT method."""
+    """Method of PEFT, with 20 virtual tokens where it trains a prompt."""
 
     @property
     def trains_prompt(self) -> bool:
@@ -50,12 +50,10 @@ class ScoreSection(Section):
     scorer: str = setting("taylor2")
     """Importance formula, one of `lorapar list scorers`, or a function of scorer_file."""
     scorer_file: str | None = advanced_unkeyed(None)
-    """Python file with formulas of your own: functions of an element's value, gradient and Fisher
-    information."""
+    """Python file with your own formulas of an element's value, gradient and Fisher information."""
     examples: PositiveInt = setting(100, "Number of examples of each system.")
     batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
-    prompt: PromptSection | None = advanced(None)
-    """Prompt settings of this stage, used instead of the section `prompt`."""
+    prompt: PromptSection | None = advanced(None, "In place of the section `prompt`.")
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         functions = functions_in(self.scorer_file, SCORER_FILE) if self.scorer_file and registries else {}
@@ -79,21 +77,17 @@ of_rl = partial(setting, ignored_by="partition:sft")
 
 class PartitionSection(Section):
     strategy: Strategy = setting("importance")
-    """How the elements are split between the systems, one of `lorapar list strategies`."""
+    """How elements are split between the systems, one of `lorapar list strategies`."""
     theta: PositiveShare = setting(0.9, ignored_by=("all", *BY_DENSITY))
-    """θ: a system gets its most important elements until they have this share of its total importance."""
+    """θ: a system gets its most important elements until they have this share of its importance."""
     density: PositiveShare = advanced(0.5, ignored_by=("all", *BY_THETA))
-    """Share of all elements that topk and topk_within take for each system, and random_half in total."""
-    alpha: Share = setting(1, ignored_by="partition:rl")
-    """α: share that SFT trains of the elements that both systems have."""
-    beta: Share = of_rl(1)
-    """β: share that RL, or a second round of SFT, trains of the elements that both systems have."""
+    """Share of the elements that topk, topk_within and random_half take."""
+    alpha: Share = setting(1, "α: share of the shared elements that SFT trains.", ignored_by="partition:rl")
+    beta: Share = of_rl(1, "β: share of the shared elements that RL, or a second round of SFT, trains.")
     protect: str | None = unkeyed(None)
-    """Rows whose skill must survive training: a file in any format of data.path. No stage trains an element
-    that these rows need."""
+    """Rows whose skill must survive: no stage trains an element that they need."""
     protect_theta: PositiveShare = unkeyed(0.9)
-    """Elements are protected, the most important ones first, until they have this share of the protected
-    rows' total importance."""
+    """Share of the protected rows' importance that the protected elements have."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.protect and self.strategy in ("random", "random_within"):
@@ -104,20 +98,17 @@ class PartitionSection(Section):
 class TrainSection(Section):
     learning_rate: PositiveFloat = setting(2e-4, "Peak learning rate.")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = advanced("cosine")
-    """Learning rate schedule after the warmup."""
+    """Learning rate schedule after the warm-up."""
     warmup_ratio: ShareBelowOne = advanced(0.03, WARMUP)
     weight_decay: NonNegativeFloat = advanced(0.0, "Weight decay.")
     max_grad_norm: PositiveFloat = advanced(1.0, "Norm to which gradients are clipped.")
     num_train_epochs: float = setting(1, "Number of passes over the training rows.", gt=0, le=1e6)
     max_steps: PositiveInt | None = setting(None)
-    """At most this many optimizer steps, if num_train_epochs needs more; none: no limit."""
-    gradient_checkpointing: bool = unkeyed(False)
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Most optimizer steps, a limit and no length as in TRL; none: no limit."""
+    gradient_checkpointing: bool = unkeyed(False, "Less memory, more time.")
     save_steps: PositiveInt = advanced_unkeyed(25, SAVE_STEPS)
-    report_to: list[Literal["tensorboard"]] = unkeyed([])
-    """Trackers that receive the logs; the package must be installed."""
-    prompt: PromptSection | None = advanced(None)
-    """Prompt settings of this stage, used instead of the section `prompt`."""
+    report_to: list[Literal["tensorboard"]] = unkeyed([], "Trackers that get the logs.")
+    prompt: PromptSection | None = advanced(None, "In place of the section `prompt`.")
 
 
 of_first_round = partial(setting, ignored_by=SECOND_SFT)
@@ -127,23 +118,20 @@ advanced_of_first_round = partial(advanced, ignored_by=SECOND_SFT)
 
 class SftSection(TrainSection):
     rounds: Literal[1, 2] = unkeyed(1)
-    """1: System 1's elements on System 1 rows; 2: then, with the same settings, System 2's elements on System
-    2 rows, for rows whose answers no reward can verify. RL starts from the last round."""
+    """2: train System 2's elements too, on its rows, for answers that no reward can verify."""
     start_from: Literal["init", "rl"] = advanced_of_first_round("init")
-    """Adapter to start from: init, or rl for the paper's reversed order."""
+    """Adapter to start from; rl: the paper's reversed order."""
     data: Literal["system1", "all"] = of_first_round("system1")
-    """Rows to train on: System 1 or all. Undecided rows are never used."""
+    """Rows to train on; undecided ones are never used."""
     system2_share: Share = of_first_round(0.0)
-    """Cold start for RL: number of System 2 rows to add, as a share of the number of System 1 rows."""
+    """Cold start for RL: System 2 rows to add, as a share of the number of System 1 rows."""
     system1_targets: Literal["full", "answer"] = advanced_of_first_round("full")
-    """Target of System 1 rows. full: the response; answer: the final answer alone, without reasoning (rows
-    without a verifiable answer keep their responses)."""
+    """full: the response; answer: the final answer alone, where a row has one."""
     batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
     per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
     lora_dropout: ShareBelowOne = advanced(0.05, DROPOUT)
     padding_free: AutoOff = advanced("auto")
-    """auto: compute a micro-batch as one row without padding if the architecture allows it; off: with TRL's
-    padding."""
+    """auto: a micro-batch as one row without padding, where the model allows it; off: padded."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.batch_size % self.per_device_train_batch_size:
