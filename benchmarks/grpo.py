@@ -233,11 +233,11 @@ class Bench:
         model = adapter.initial(base, LoraSection(), seed=0)
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.with_checks("odd", odd)]
-        pool = RlPrompts(batches[0].rows(), tokens, {}, 0, 0, [], 0, frozenset())
+        pool = RlPrompts(batches[0].rows(), tokens, {}, 0, 0, 0)
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
         writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size, section.rollouts.int8)
-        trainer = building.build_trainer(section, pool, writer, None, rewards, arguments)
+        trainer = building.trainer_class(False)(section, pool, writer, None, rewards, arguments)
         sparsify(model, random_masks(adapter.lora_layers(model), self.given.share))
         return trainer
 

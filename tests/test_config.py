@@ -133,7 +133,7 @@ MISTAKES = {
     "eval.benchmarks={train: {kind: demo}}": "eval.benchmarks: 'train' cannot be the name of a benchmark",
     "eval.targets=[sft3]": "eval.targets.0: ",
     "eval.engine=openai": "eval.engine: a remote server gives no tokens to grade",
-    "partition.strategy=best": "partition.strategy: unknown strategy 'best'; choose from: all, complement,",
+    "partition.strategy=best": "partition.strategy: unknown strategy 'best'; choose from: all, importance,",
     "sft={batch_size: 10, per_device_train_batch_size: 4}": (
         "sft: per_device_train_batch_size 4 does not divide batch_size 10"
     ),

@@ -67,7 +67,7 @@ class ScoreSection(Section):
 
 BY_DENSITY = ("topk", "topk_within", "random_half")
 """Strategies whose number of elements follows from `density`."""
-BY_THETA = ("importance", "random", "random_within", "swapped", "complement")
+BY_THETA = ("importance", "random", "random_within")
 """Strategies whose number of elements follows from `theta`."""
 
 

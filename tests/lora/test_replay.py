@@ -1,4 +1,4 @@
-"""Steps of RL that mix both systems, groups that are drawn again, and the drift from the start."""
+"""Steps of RL that mix both systems, and rewards without a signal."""
 
 import json
 from collections import Counter
@@ -10,19 +10,13 @@ from results import artifacts, history
 from trl.trainer.utils import RepeatSampler
 
 from stages.errors import DataError, UnusableResult
-from stages.lora.adapter import adapter
+from stages.lora.grpo import prompts
 from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
 from stages.lora.grpo.prompts import ReplaySampler
 
 REWARDS = """
 def odd(completions, **_):
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
-
-def same(completions, **_):
-    return [1.0] * len(completions)
-
-def of_the_question(completions, question, **_):
-    return [float(len(q)) for q in question]
 
 def sometimes(completions, **_):
     CALLS.append(None)
@@ -32,9 +26,6 @@ def never(completions, **_):
     return [None] * len(completions)
 
 CALLS = []
-
-def odd_of_some(completions, question, **_):
-    return [sum(map(ord, t)) % 97 if len(q) % 2 else 1.0 for t, q in zip(completions, question)]
 """
 
 
@@ -50,24 +41,6 @@ def with_reward(own, tmp_path):
 def systems(config) -> dict[str, int]:
     """Question → label."""
     return {row.example.prompt: row.system for row in labels_of(config)}
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """The questions of every call of the rewards, one list per call."""
-    from stages.rewards import loading
-
-    calls, usual = [], loading.with_checks
-
-    def checked(name, function, **fixed):
-        def seen(completions, question, **given):
-            calls.append(question)
-            return function(completions=completions, question=question, **given)
-
-        return usual(name, seen, **fixed)
-
-    monkeypatch.setattr(loading, "with_checks", checked)
-    return calls
 
 
 @pytest.mark.parametrize(("first", "last", "per_step", "size"), [(10, 5, 1, 4), (30, 3, 2, 6), (4, 7, 2, 3)])
@@ -90,44 +63,13 @@ def test_the_order_of_mixed_rows(first, last, per_step, size):
     assert list(mixed) != order  # as with TRL's, the next epoch has another order
 
 
-def test_held_out_prompts_are_never_trained_on(with_reward, monkeypatch):
-    trainer, *_ = trainer_of(
-        with_reward(
-            "odd",
-            "rl.system1_share=0.5",
-        ),
-        monkeypatch,
-    )
-    pool = trainer.prompts
-    trained = {tuple(pool.tokens[prompt]) for prompt in pool.rows["prompt"]}
-    assert len(pool.held_out) == 7 and not trained & set(map(tuple, pool.held_out))
-    assert len(pool.rows) == pool.system2_rows + pool.replayed == len(trained)
-
-
 def test_too_few_rows_to_replay_are_an_error(with_reward):
+    rows, rl = [{}] * 4, with_reward("never", "rl.system1_share=0.25").rl
+    prompts._check_enough(rows, rows, rl, 0)
     with pytest.raises(DataError, match="0 System 1 rows can be replayed, fewer than the 1 of a step"):
-        make_step(
-            with_reward(
-                "odd",
-                "rl.system1_share=0.25",
-            ),
-            "rl",
-        )
-
-
-def test_equal_groups_are_drawn_again_with_other_prompts_and_it_ends(with_reward, watched):
-    """The reward is always the same: every System 2 group is drawn again, twice, and no System 1 group."""
-    config = with_reward("same", "rl.system1_share=0.25", "rl.beta=0")
-    steps = history(make_step(config, "rl"))
-    of = systems(config)
-    calls = [watched[i : i + 3] for i in range(0, len(watched), 3)]  # the step's first draw, and two more
-    assert len(calls) == len(steps) == 3
-    for draws, step in zip(calls, steps, strict=True):
-        slow = [{q for q in questions if of[q] == 2} for questions in draws]
-        assert [len(found) for found in slow] == [3, 3, 3] and len(set.union(*slow)) == 9
-        assert len({tuple(q for q in questions if of[q] == 1) for questions in draws}) == 1
-        assert (step["resampled/groups"], step["resampled/completions"]) == (6, 24)
-        assert step["frac_reward_zero_std"] == 1 and step["grad_norm"] == 0
+        prompts._check_enough(rows, [], rl, 0)
+    with pytest.raises(DataError, match=r"2 RL prompts \(7 too long\) are fewer than the 3 of a step"):
+        prompts._check_enough(rows[:2], rows, rl, 7)
 
 
 def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(with_reward):
@@ -138,39 +80,6 @@ def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(wit
     assert made.manifest["summary"]["completions"] == 3 * 16
     with pytest.raises(UnusableResult, match="all rewards of each group were equal in 2 steps in a row"):
         make_step(with_reward("never", "rl.max_zero_signal_steps=2"), "rl")
-
-
-def test_only_equal_groups_are_drawn_again(with_reward, watched):
-    """The reward is the same for every second prompt, by its length."""
-    steps = history(
-        make_step(
-            with_reward(
-                "odd_of_some",
-            ),
-            "rl",
-        )
-    )
-    assert sum(step["resampled/groups"] for step in steps) > 0
-    at = 0
-    for step in steps:
-        first, drawn = watched[at], 0
-        kept = {q for q in first if len(q) % 2}
-        while not all(len(q) % 2 for q in watched[at]):
-            drawn += sum(len(q) % 2 == 0 for q in set(watched[at]))
-            at += 1
-            assert kept <= set(watched[at])
-            kept = {q for q in watched[at] if len(q) % 2}
-        assert drawn == step["resampled/groups"] and step["frac_reward_zero_std"] == 0
-        assert step["reward"] > 1
-        at += 1
-    assert at == len(watched)
-
-
-@pytest.mark.slow
-def test_without_equal_groups_resampling_changes_nothing(with_reward):
-    plain, made = (make_step(with_reward("odd", f), "rl") for n in (0, 3))
-    assert (plain.adapter / adapter.ADAPTER).read_bytes() == (made.adapter / adapter.ADAPTER).read_bytes()
-    assert [step["resampled/groups"] for step in history(made)] == [0, 0, 0]
 
 
 def test_equal_groups_and_metrics_by_hand():

@@ -34,11 +34,7 @@ RL = [
     "rl.save_steps=1", "rl.warmup_ratio=0.5",
 ]  # fmt: skip
 SHARED = [*RL, "rl.lora_dropout=0"]  # with dropout no completion shares its prompt
-MIXED = [
-    *SHARED,
-    "rl.system1_share=0.25",
-]
-MIXED += []
+MIXED = [*SHARED, "rl.system1_share=0.25"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,8 +91,6 @@ def killed_at(config, stage: str, steps: list[int], aside: Path, file: str = ada
     assert in_a_child(config, stage, (None, whole), (steps[0], None)) == -signal.SIGKILL
     artifact = (whole / "latest").resolve()
     wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
-    if stage == "rl" and config.rl.dynamic_sampling:
-        assert sum(step["resampled/groups"] for step in history) > 0
     saved = list(whole.glob("checkpoints/*/checkpoint-*"))
     passed = {sha256_file(path / file) for path in saved}
     assert len(passed | {wanted}) == len(saved) + 1 > 2, "training moved nothing"
@@ -225,16 +219,13 @@ def test_a_checkpoint_of_other_conditions_is_named_and_kept(tmp_path):
     assert ours.newest() == tmp_path / "checkpoint-5"
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("rl", marks=pytest.mark.slow)])
 def test_slow_steps_are_saved_one_by_one(own, stage, monkeypatch):
     """After SAVE_S without a checkpoint comes one."""
     sealed, usual = [], Checkpoints.seal
     monkeypatch.setattr(Checkpoints, "seal", lambda self, path: sealed.append(path.name) or usual(self, path))
-    steps = {
-        "sft": ["sft.max_steps=2"],
-        "rl": ["rl.start_from=init", "rl.max_steps=2"],
-    }
-    config = own(*steps[stage], f"{stage}.num_train_epochs=9", f"{stage}.save_steps=25")
+    length = (f"{stage}.max_steps=2", f"{stage}.num_train_epochs=9", f"{stage}.save_steps=25")
+    config = own("rl.start_from=init", *length)
     usual_adapter = sha256_file(make_step(config, stage).adapter / adapter.ADAPTER)
     assert sealed == []
     monkeypatch.setattr(loop, "SAVE_S", -1.0)

@@ -1,30 +1,23 @@
-"""What the rl stage makes of its settings, and the adapters that it keeps on its way."""
+"""What the rl stage makes of its settings."""
 
-import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import Small, labels_of, make_step, make_steps, trainer_of
-from results import artifacts, history
+from results import history
 from trl import GRPOTrainer
 
 from stages.config import ModelSection
 from stages.engines.continuous_batching import generate
 from stages.errors import DataError, UnusableResult
-from stages.lora.adapter import adapter
 from stages.lora.grpo.prompts import RlPrompts
-from stages.lora.grpo.trainer import GrpoTrainer
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan_steps
+from stages.prompts import thoughts
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
-
-THREE = ("rl.max_steps=3", "rl.num_train_epochs=9")
 
 
 @pytest.fixture
@@ -153,27 +146,11 @@ def test_rewards_read_the_thought_that_a_prompt_opens(tiny):
     said = ["2 and 2.</think>\n#### 4", "2 and 2. #### 4", "#### 4"]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
     prompts = ["bot:<think>\n", "bot:<think>\n", "bot:"]
-    texts = GrpoTrainer.texts(SimpleNamespace(processing_class=tokenizer), prompts, ids)
+    texts = [thoughts.decode(tokenizer, tokens, prompt) for tokens, prompt in zip(ids, prompts, strict=True)]
     assert texts == [f"<think>\n{said[0]}", f"<think>\n{said[1]}", said[2]]
     columns = {"gold": ["4"] * 3, "answer_format": ["hash"] * 3}
     for name, earned in (("correctness", [1, 0, 1]), ("trl.think_format_reward", [1, 0, 0])):
         assert loading.load(name, None)(completions=texts, **columns) == earned
-
-
-def test_the_adapter_of_a_step_is_that_of_a_run_up_to_it(own, odd):
-    given = (*THREE, *odd, "rl.learning_rate=0.01")
-    config = own(*given, "eval.targets=[rl-1, rl]", "eval.benchmarks.demo.limit=2")
-    made = artifacts(config)
-    first, last = (adapter.read(made["rl"].kept_adapter(step)) for step in ("1", "3"))
-    end = adapter.read(made["rl"].adapter)
-    assert all(torch.equal(value, last[name]) for name, value in end.items())
-    assert any(not torch.equal(value, first[name]) for name, value in end.items())
-    assert json.loads((made["eval:rl-1@demo"].path / "metrics.json").read_text())["target"] == "rl-1"
-
-
-def test_only_runs_that_keep_a_step_have_another_key(begun):
-    plain, same, kept = (plan_steps(resolved(begun(*THREE, *more)))["rl"].key for more in ((), (), ()))
-    assert plain == same != kept
 
 
 OPENS = (

@@ -1,47 +1,45 @@
-"""Rollouts from vLLM: TRL's two modes with an engine of our own in vLLM's place, and the real one on CPU."""
+"""Rollouts of the trainer and of vLLM: with an engine of our own in vLLM's place, and the real one on CPU."""
 
 import copy
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import torch
+from conftest import ROOT, flags, make_step, make_steps
+from results import history
 from torch import Tensor
 from transformers import Qwen2Config
+from trl.generation import vllm_generation
 
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
 from stages.engines import Sampling
-from stages.errors import ConfigError, OutOfMemoryError, ServerError
+from stages.errors import ConfigError, OutOfMemoryError
 from stages.lora.adapter import adapter
 from stages.lora.grpo import sampler, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
+from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
 
-SERVER = RolloutsSection(engine="vllm_server", base_url="http://gpu:8000")
 COLOCATED = RolloutsSection(engine="vllm_colocate")
-MODES = {"vllm_colocate": [], "vllm_server": ["rl.rollouts.base_url=http://gpu:8000"]}
-MODE_CASES = ["vllm_colocate", pytest.param("vllm_server", marks=pytest.mark.slow)]
 
 
 class Engine:
-    """What vLLM is to TRL in both modes: a plain model that takes weights by name, and samples from them."""
+    """What vLLM is to TRL: a plain model that takes weights by name, and samples from them."""
 
     def __init__(self, base: torch.nn.Module) -> None:
         self.model = copy.deepcopy(base)
         self.syncs: list[dict[str, Tensor]] = []
-
-    # the colocated LLM
-    @property
-    def llm_engine(self):
         runner = SimpleNamespace(model=self)
-        return SimpleNamespace(
-            model_executor=SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
-        )
+        worker = SimpleNamespace(model_runner=runner)
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
 
     def load_weights(self, weights):
         for name, value in weights:
@@ -53,33 +51,14 @@ class Engine:
 
     def reset_prefix_cache(self): ...
 
-    # the client of a server
-    def update_named_params(self, metadata, weights):
-        seen = [
-            (name, str(value.dtype).removeprefix("torch."), list(value.shape))
-            for name, value in weights_of(self, weights)
-        ]
-        assert seen == metadata
-
-    def get_server_info(self):
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
-
-    def generate(self, prompts, sampling_params=None, n=1, max_tokens=None, **given):
-        self.given = {**given, **(vars(sampling_params) if sampling_params else {})}
+    def generate(self, prompts, sampling_params, **_):
+        self.given = vars(sampling_params)
         prompts = [p["prompt_token_ids"] if isinstance(p, dict) else p for p in prompts]
-        made = [
-            self._sample(ids, max_tokens or sampling_params.max_tokens) for ids in prompts for _ in range(n)
-        ]
-        if sampling_params is None:
-            return {
-                "prompt_ids": prompts,
-                "completion_ids": [ids for ids, _ in made],
-                "logprobs": [[[x] for x in values] for _, values in made],
-            }
+        written = [self._sample(ids, sampling_params.max_tokens) for ids in prompts]
         return [
             SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=ids, logprobs=[
                 {token: SimpleNamespace(rank=1, logprob=x)} for token, x in zip(ids, values, strict=True)])])
-            for prompt, (ids, values) in zip(prompts, made, strict=True)
+            for prompt, (ids, values) in zip(prompts, written, strict=True)
         ]  # fmt: skip
 
     @torch.no_grad()
@@ -93,17 +72,61 @@ class Engine:
         return ids[len(prompt) :], values
 
 
-def weights_of(engine: Engine, weights):
-    for name, value in weights:
-        engine.load_weights([(name, value)])
-        yield name, value
+def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(own, monkeypatch):
+    known = ["classify.strategy=random", "rl.start_from=init"]
+    config = own(*known, "rl.rollouts.engine=vllm_colocate")
+    make_steps(config, "classify:train", "score", "partition")
+    bases, engines = [], []
+
+    def watched(*given):
+        base = load_base(*given)
+        bases.extend([base, copy.deepcopy(base)])
+        return base
+
+    def start(generation):
+        engines.append(Engine(bases[1]))
+        generation.llm = engines[0]
+
+    monkeypatch.setattr("stages.lora.grpo.building.load_base", watched)
+    monkeypatch.setattr(vllm_rollouts, "prepare", lambda *_: None)
+    monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", start)
+    monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
+    artifact = make_step(config, "rl")
+    assert artifact.manifest["summary"]["frozen_drift"] == 0 and artifact.manifest["summary"]["moved"] > 0
+    before = dict(bases[1].named_parameters())
+    after = {n.replace(".base_layer", ""): p for n, p in bases[0].named_parameters() if ".lora_" not in n}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert engines[0].syncs and all(sync.keys() == before.keys() for sync in engines[0].syncs)
+    changed = [name for name, weight in engines[0].syncs[-1].items() if not torch.equal(weight, before[name])]
+    assert len(changed) == len(adapter.read(artifact.path / "adapter")) // 2
+    assert engines[0].given["stop_token_ids"]
+    steps = history(artifact)
+    assert all({f"{RAW}/mean", f"{RAW}/max", BEYOND} <= row.keys() for row in steps)
+    ratios = [row["sampling/importance_sampling_ratio/mean"] for row in steps]
+    assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
+
+
+def test_colocated_samples_differ_by_the_seed(monkeypatch):
+    """vLLM in this process has seeded all generators with the rank, whatever the config's seed is."""
+    trainer, drawn = SimpleNamespace(vllm_generation=SimpleNamespace()), []
+    for seed in (3, 3, 7):
+        torch.manual_seed(0)
+        vllm_rollouts.install_weights(trainer, None, COLOCATED, seed)
+        drawn.append(float(torch.rand(1)))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_vllm_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_colocate: vllm is not installed"):
+        vllm_rollouts.prepare(COLOCATED)
 
 
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):
     """What had ended is kept, and all are those of a machine with more memory. Nothing drops out of them."""
     section = ModelSection(name=str(tiny))
     model, tokenizer = adapter.initial(load_base(section), LoraSection(), 0), load_tokenizer(section)
-    sampling = Sampling(12, (tokenizer.eos_token_id,), 1.0, 1.0, 0)
+    sampling = Sampling(12, (tokenizer.eos_token_id,), 1.0)
     size = BatchSize("rl.rollouts.batch_size", 16, "lower rl.max_completion_length")
     rollouts = sampler.RolloutSampler(model, None, tokenizer, sampling, size)
     model.train()
@@ -170,33 +193,6 @@ def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
         assert base.name_or_path == called
 
 
-RAW_LOGPROBS = {
-    "weight_transfer_config": {"backend": "nccl"}, "model_config": {"logprobs_mode": "raw_logprobs"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (None, r"base_url http://gpu:8000: ConnectError"), ({}, "takes no new weights"),
-        (RAW_LOGPROBS, "reports raw_logprobs"), ({"model_config": None}, "AttributeError"),
-    ],
-    ids=["gone", "no weights", "raw", "no object"],
-)  # fmt: skip
-def test_a_server_that_will_not_do_is_named_with_the_command(monkeypatch, config, said):
-    def get(url, **_):
-        if config is None:
-            raise httpx.ConnectError("refused")
-        return httpx.Response(200, json={"vllm_config": config})
-
-    monkeypatch.setattr(httpx, "get", get)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(ServerError, match=said) as caught:
-        vllm_rollouts.prepare(SERVER, "m")
-    assert "VLLM_SERVER_DEV_MODE=1 vllm serve m --weight-transfer-config" in caught.value.hint
-
-
 GIB = 2**30
 # Parameters, and bytes of a token's keys and values: 2 · layers · key heads · 128 · 2 bytes.
 LLAMA2_7B, QWEN25_7B = (6_738_415_616, 2 * 32 * 32 * 128 * 2), (7_615_616_512, 2 * 28 * 4 * 128 * 2)
@@ -206,7 +202,7 @@ PAPER = RlSection(rollouts=COLOCATED)  # 256 completions of 128 + 256 tokens
 def test_an_engine_that_does_not_fit_beside_the_base_is_refused():
     """LLaMA-2-7B on 24 GiB: its 12.6 GiB twice."""
     with pytest.raises(ConfigError, match=r"11\.4 GiB of the GPU are free, and vLLM needs 12\.6") as caught:
-        vllm_rollouts.colocated_bytes(PAPER, *LLAMA2_7B, 24 * GIB - 2 * LLAMA2_7B[0], 1)
+        vllm_rollouts.colocated_bytes(PAPER, *LLAMA2_7B, 24 * GIB - 2 * LLAMA2_7B[0])
     assert "rl.rollouts.engine=transformers" in caught.value.hint
 
 
@@ -227,4 +223,17 @@ def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
     assert vllm_rollouts.with_memory_share(PAPER, base).rollouts.gpu_memory_utilization == 0.3
 
 
-NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="V2 needs Triton"))
+@pytest.mark.vllm
+def test_the_real_engine_answers_like_the_trained_model(begun, capsys):
+    """vLLM in the trainer's process: its probabilities after each sync are the trainer's."""
+    config = begun("rl.rollouts.engine=vllm_colocate", "rl.max_steps=3")
+    make_step(config, "sft")
+    settings = [*begun.home, "rl.rollouts.engine=vllm_colocate", "rl.max_steps=3", "rl.learning_rate=0.05"]
+    command = [sys.executable, "-m", "lorapar_cli", "rl", "--force", str(ROOT / "configs/smoke.yaml")]
+    done = subprocess.run([*command, *flags(*settings)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((config.root / "rl/latest/history.json").read_text())
+    differences = [row["sampling/sampling_logp_difference/max"] for row in steps]
+    with capsys.disabled():
+        print(f"\n  vLLM: log-probabilities differ by {max(differences):.4f} at most", end="")
+    assert len(steps) == 3 and max(differences) < 0.05

@@ -177,7 +177,6 @@ def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
     assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)
 
 
-
 def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
     """It is the paper's there, and what it changes has another key."""
     [text] = [block.text for block in blocks("python") if block.title == "scorers.py"]

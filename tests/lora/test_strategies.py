@@ -105,20 +105,6 @@ def test_a_control_is_a_seeded_permutation(strategy, sizes):
         assert torch.equal(one.active[stage], (one.region & system).bool())
 
 
-def test_swapped_exchanges_the_systems():
-    one, two = [5.0, 4.0, 1.0], [1.0, 1.0, 8.0]
-    swapped, real = split(one, two, strategy="swapped").active, split(one, two).active
-    assert torch.equal(swapped["sft"], real["rl"]) and torch.equal(swapped["rl"], real["sft"])
-
-
-def test_complement_trains_what_importance_leaves_frozen():
-    one, two = [5.0, 4.0, 1.0, 0.1], [1.0, 1.0, 8.0, 0.1]
-    real, control = split(one, two, theta=0.5), split(one, two, theta=0.5, strategy="complement")
-    for stage in ("sft", "rl"):
-        assert torch.equal(control.active[stage], ~real.active[stage])
-    assert control.region.tolist() == [3 - r for r in real.region.tolist()]
-
-
 @settings(max_examples=40)
 @given(st.lists(st.tuples(tied, tied), min_size=2, max_size=60), st.sampled_from([0.25, 0.5, 0.9, 1]))
 def test_topk_takes_so_many_of_each_system(pairs, density):

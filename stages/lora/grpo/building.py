@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,10 @@ from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.grpo.thought_limit import ThoughtLimit
 from stages.lora.training import loop
-from stages.lora.training.health import longest_of_rl
+from stages.lora.training.health import LongestBatch
 from stages.lora.training.start import Training
 from stages.models.base import load_base
-from stages.packing import trainer_inputs
+from stages.packing.batch import padded
 from stages.rewards import loading
 from stages.runtime import libraries
 from stages.runtime.batch_size import BatchSize
@@ -27,6 +28,7 @@ from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from trl import GRPOConfig
 
     from stages.lora.adapter.merge import MergedCopy
@@ -120,18 +122,17 @@ class Grpo(Training):
         sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size, in_int8)
         rl = vllm_rollouts.with_memory_share(rl, model.get_base_model())
         arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, stop_ids)
-        trainer = build_trainer(rl, prompts, sampler, self._thought_limit(), self.rewards(), arguments)
+        limit = None
+        if rl.max_thinking_length is not None:
+            limit = ThoughtLimit(rl.max_thinking_length, rl.max_completion_length, self.renderer)
+        grpo_trainer = trainer_class(arguments.use_vllm)
+        trainer = grpo_trainer(rl, prompts, sampler, limit, self.rewards(), arguments)
         if rl.rollouts.engine != "transformers":
             vllm_rollouts.install_weights(trainer, model, rl.rollouts, self.seed)
         if rl.beta and self.reference_is_base():
             model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
-        trainer.add_callback(longest_of_rl(trainer))
+        trainer.add_callback(_longest_batch(trainer))
         return trainer
-
-    def _thought_limit(self) -> ThoughtLimit | None:
-        if self.rl.max_thinking_length is None:
-            return None
-        return ThoughtLimit(self.rl.max_thinking_length, self.rl.max_completion_length, self.renderer)
 
     def _model(self) -> tuple[PeftModel, MergedCopy | None]:
         """The model with the adapter to start from, and the copy that rollouts are sampled from, if any."""
@@ -176,36 +177,35 @@ def _arguments(
     )
 
 
-def build_trainer(
-    rl: RlSection,
-    prompts: RlPrompts,
-    sampler: RolloutSampler,
-    thought_limit: ThoughtLimit | None,
-    rewards: list[Callable[..., Any]],
-    arguments: GRPOConfig,
-) -> GrpoTrainer:
-    """A GrpoTrainer whose base model takes packed rows."""
-    # TRL loads vLLM with its GRPOTrainer, if it is installed: seconds, for those who sample without it.
-    with libraries.hide_packages(*libraries.UNUSED, *([] if arguments.use_vllm else ["vllm"])):
+def trainer_class(uses_vllm: bool) -> type[GrpoTrainer]:
+    """GrpoTrainer, for whose import TRL would load vLLM: seconds, for those who sample without it."""
+    with libraries.hide_packages(*libraries.UNUSED, *([] if uses_vllm else ["vllm"])):
         from stages.lora.grpo.trainer import GrpoTrainer
+    return GrpoTrainer
 
-    memory_hint = (
-        f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
-        f"or rl.max_completion_length from {rl.max_completion_length}"
+
+def _longest_batch(trainer: GrpoTrainer) -> LongestBatch:
+    """Dry run on the longest prompts, with completions of `rl.max_completion_length` tokens."""
+    rl, prompts = trainer.rl, [list(ids) for ids in trainer.prompts.ids]
+    groups = math.ceil(rl.per_device_train_batch_size / rl.num_generations)
+    longest = sorted(prompts, key=len)[-groups:]
+    rows = [ids for ids in longest for _ in range(rl.num_generations)][: rl.per_device_train_batch_size]
+    width = len(longest[-1])
+
+    def loss() -> Tensor:
+        # Completions repeat their prompt, because the check in `supports_packing` compares real text.
+        texts = [prompt * (1 + math.ceil(rl.max_completion_length / len(prompt))) for prompt in rows]
+        sequences = [
+            ids[: len(prompt) + rl.max_completion_length] for ids, prompt in zip(texts, rows, strict=True)
+        ]
+        ids, mask = padded(sequences, 0, trainer.accelerator.device)
+        log_probs, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model_wrapped, ids, mask, rl.max_completion_length, compute_entropy=True
+        )
+        return log_probs.sum()  # type: ignore[no-any-return]
+
+    return LongestBatch(
+        trainer,
+        loss,
+        f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}",
     )
-    trainer = GrpoTrainer(
-        model=sampler.adapted,
-        reward_funcs=rewards,
-        args=arguments,
-        train_dataset=prompts.rows,
-        processing_class=sampler.tokenizer,
-        row_ids=lambda: prompts.ids,
-        memory_hint=memory_hint,
-        rl=rl,
-        prompts=prompts,
-        sampler=sampler,
-        thought_limit=thought_limit,
-        prefix_sharing=rl.prefix_sharing == "auto" and trainer_inputs.may_share(sampler.adapted),
-    )
-    trainer_inputs.accept_packed(sampler.adapted.get_base_model())
-    return trainer

@@ -46,24 +46,14 @@ class _Product:
         self.scales, self.zeros = scales / LARGEST, torch.zeros(len(weight), dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
+        # (…, in) → (…, out)
         largest = x.abs().amax(-1, keepdim=True).clamp_(min=TINY)  # (…, 1), of each token
         # The kernel takes activations without a sign: 128 stands for 0. `to` cuts off what follows the point.
         quantized = (x * (LARGEST / largest)).add_(128.5).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
-            quantized,
-            1.0,
-            128,
-            self.packed,
-            self.scales,
-            self.zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )  # (…, out)
+            quantized, 1.0, 128, self.packed, self.scales, self.zeros, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
         product.mul_(largest)
         return product if self.bias is None else product.add_(self.bias)  # type: ignore[no-any-return]
 

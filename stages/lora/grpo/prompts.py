@@ -1,4 +1,4 @@
-"""The prompts that RL draws from, and their order: System 2 rows, and System 1 rows, replayed or held out."""
+"""The prompts that RL draws from, and their order: System 2 rows, and System 1 rows that are replayed."""
 
 from __future__ import annotations
 
@@ -182,8 +182,7 @@ def _check_enough(
     if len(replayed) < rl.replay_prompts:
         raise DataError(
             f"{len(replayed)} System 1 rows can be replayed, fewer than the {rl.replay_prompts} of a step",
-            "they need a short prompt and every field that the rewards read, and rl.kl_probe_prompts of them "
-            "are held out; lower rl.system1_share",
+            "they need a short prompt and every field that the rewards read; lower rl.system1_share",
         )
 
 

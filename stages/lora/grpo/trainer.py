@@ -1,16 +1,17 @@
 """The GRPO trainer: TRL's, with System 1 replay, shared prompts, its own rollouts and exact resume.
 
-Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, see `building.build_trainer`.
+Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, see `building.trainer_class`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from stages.config import RlSection
@@ -42,18 +43,27 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     def __init__(
         self,
-        *,
         rl: RlSection,
         prompts: RlPrompts,
         sampler: RolloutSampler,
         thought_limit: ThoughtLimit | None,
-        prefix_sharing: bool,
-        **arguments: Any,
+        rewards: list[Callable[..., Any]],
+        arguments: GRPOConfig,
     ) -> None:
-        """prefix_sharing: compute each prompt once for its completions; the model must `accept_packed`."""
-        super().__init__(**arguments)
-        self.rl, self.prompts, self.sampler, self.prefix_sharing = rl, prompts, sampler, prefix_sharing
-        self.thought_limit = thought_limit
+        """Train the model that `sampler` samples from, whose base then takes packed rows."""
+        super().__init__(
+            model=sampler.adapted,
+            reward_funcs=rewards,
+            args=arguments,
+            train_dataset=prompts.rows,
+            processing_class=sampler.tokenizer,
+            row_ids=lambda: prompts.ids,
+            memory_hint=f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
+            f"or rl.max_completion_length from {rl.max_completion_length}",
+        )
+        self.rl, self.prompts, self.sampler, self.thought_limit = rl, prompts, sampler, thought_limit
+        self.prefix_sharing = rl.prefix_sharing == "auto" and trainer_inputs.may_share(sampler.adapted)
+        trainer_inputs.accept_packed(sampler.adapted.get_base_model())
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         order = super()._get_train_sampler(dataset)
@@ -135,7 +145,11 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
         What is logged of the rewards and lengths of all completions is logged for each system, too.
         """
-        texts = self.texts(prompts, completion_ids_list)
+        # TRL's own texts lack the tags of some thoughts.
+        texts = [
+            thoughts.decode(self.processing_class, list(tokens), prompt)
+            for prompt, tokens in zip(prompts, completion_ids_list, strict=True)
+        ]
         rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
         totals = total_rewards(rewards, self.reward_weights)
         self._equal = equal_groups(totals, self.num_generations)
@@ -144,19 +158,10 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             is_system1 = torch.tensor([prompt in replayed for prompt in prompts], device=rewards.device)
             lengths = torch.tensor(list(map(len, completion_ids_list)), device=rewards.device)
             is_system1, lengths = self.accelerator.gather([is_system1, lengths])
-            metrics = metrics_by_system(
-                totals, is_system1, lengths.float(), self._equal, self.num_generations
-            )
-            for name, value in metrics:
+            group = self.num_generations
+            for name, value in metrics_by_system(totals, is_system1, lengths.float(), self._equal, group):
                 self._metrics["train"][name].append(value)
         return rewards
-
-    def texts(self, prompts: list[str], ids: list[Any]) -> list[str]:
-        """Completions as rewards read them; TRL's own texts lack the tags of some thoughts."""
-        return [
-            thoughts.decode(self.processing_class, list(tokens), prompt)
-            for prompt, tokens in zip(prompts, ids, strict=True)
-        ]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss, from the completions with an advantage alone.

@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
 
 PASS_METRICS = ("entropy", "tokens_saved")
 """Metrics that TRL and `GrpoTrainer._logprobs` log in a training pass, of the rows that it computes."""

@@ -201,20 +201,6 @@ def order_within(sizes: list[int], seed: int) -> Tensor:
     return torch.cat(pieces)
 
 
-@strategies.add()
-def swapped(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Control: SFT trains System 2's elements and RL trains System 1's."""
-    return importance({1: scores[2], 2: scores[1]}, section, seed, sizes)
-
-
-@strategies.add()
-def complement(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """Control: each stage trains exactly the elements that `importance` would freeze in it."""
-    split = importance(scores, section, seed, sizes)
-    # SHARED has both bits, so the difference inverts membership in each system's set.
-    return Split(SHARED - split.region, {stage: ~mask for stage, mask in split.active.items()})
-
-
 @strategies.add("unscored")
 def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """A random `density` of all elements, half by default, is shared and trained in both stages; no scores.

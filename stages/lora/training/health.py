@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from stages.errors import UnusableResult
-from stages.packing.batch import padded
 
 if TYPE_CHECKING:
-    from stages.lora.grpo.trainer import GrpoTrainer
     from stages.progress import Progress
     from stages.prompts.renderer import Row
 
@@ -120,30 +117,3 @@ def longest_of_sft(trainer: Any, rows: list[Row]) -> LongestBatch:
         return value
 
     return LongestBatch(trainer, loss, f"{len(longest)} rows of up to {len(longest[-1].input_ids)} tokens")
-
-
-def longest_of_rl(trainer: GrpoTrainer) -> LongestBatch:
-    """Dry run on the longest prompts, with completions of `rl.max_completion_length` tokens."""
-    rl, prompts = trainer.rl, [list(ids) for ids in trainer.prompts.ids]
-    groups = math.ceil(rl.per_device_train_batch_size / rl.num_generations)
-    longest = sorted(prompts, key=len)[-groups:]
-    rows = [ids for ids in longest for _ in range(rl.num_generations)][: rl.per_device_train_batch_size]
-    width = len(longest[-1])
-
-    def loss() -> Tensor:
-        # Completions repeat their prompt, because the check in `supports_packing` compares real text.
-        texts = [prompt * (1 + math.ceil(rl.max_completion_length / len(prompt))) for prompt in rows]
-        sequences = [
-            ids[: len(prompt) + rl.max_completion_length] for ids, prompt in zip(texts, rows, strict=True)
-        ]
-        ids, mask = padded(sequences, 0, trainer.accelerator.device)
-        log_probs, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model_wrapped, ids, mask, rl.max_completion_length, compute_entropy=True
-        )
-        return log_probs.sum()  # type: ignore[no-any-return]
-
-    return LongestBatch(
-        trainer,
-        loss,
-        f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}",
-    )

@@ -143,7 +143,8 @@ class TimedSaving(TrainerCallback):
 def train(trainer: Any, run: Training) -> dict[str, Any]:
     """Train the active elements from the newest checkpoint, or else from `run.start`.
 
-    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Returns the steps, and the counts of `StartingAdapter.verify`.
+    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Returns the steps, and the
+    counts of `StartingAdapter.verify`.
     """
     model, checkpoints, out = trainer.model, run.context.checkpoints, run.context.out
     run.start.begin(model)
