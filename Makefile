@@ -37,7 +37,7 @@ $(DATA): | $(READY)
 	$(LORAPAR) demo-data data/demo
 
 demo: $(READY) $(MODEL)/config.json $(DATA) ## Run the whole pipeline on SmolLM2-135M and draw the page of the run
-	$(LORAPAR) plan configs/demo.yaml --brief $(foreach s,$(SET),--set $(s))
+	$(LORAPAR) plan configs/demo.yaml $(foreach s,$(SET),--set $(s))
 	$(LORAPAR) run configs/demo.yaml $(foreach s,$(SET),--set $(s))
 	$(LORAPAR) report configs/demo.yaml $(foreach s,$(SET),--set $(s)) --out runs/demo/report
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from lorapar_cli import options, terminal
+from lorapar_cli import terminal
 from lorapar_cli.commands import ABOUT, COMMANDS
-from lorapar_cli.errors import to_user_error
+from lorapar_cli.errors import report_failure
 from lorapar_cli.process import end_on_signal, received, set_up
 from lorapar_cli.stage import command_of
 from stages import ORDER
@@ -46,9 +46,7 @@ def main() -> None:
             raise
         if received:  # a library caught the signal's exception in the middle of an import, and broke on it
             sys.exit(128 + received[0])
-        error = to_user_error(problem)
-        terminal.error(error, options.typed_config)
-        sys.exit(error.exit_code)
+        sys.exit(report_failure(problem))
     finally:  # nothing is left to unwind, and an exception while Python exits would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) in (end_on_signal, signal.default_int_handler):

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 
+from lorapar_cli import options, terminal
 from stages.errors import (
     ConfigError,
     LoraparError,
@@ -25,6 +26,13 @@ NETWORK = ("httpx", "httpcore")
 MAX_SHOWN = 200
 """Characters of a path or a library's message that are shown."""
 RESUME = "nothing that is finished is lost: the same command resumes"
+
+
+def report_failure(problem: BaseException) -> int:
+    """Print an exception as an `error:` line and a `hint:` line; returns the exit code."""
+    error = to_user_error(problem)
+    terminal.error(error, options.typed_config)
+    return error.exit_code
 
 
 def to_user_error(error: BaseException) -> LoraparError:

@@ -35,6 +35,6 @@ def command(
         raise ConfigError(
             "nothing to evaluate", "set eval.benchmarks; without data.path, also eval.targets=[base]"
         )
-    make_alone(settings, evaluations, force, quiet, as_json)
+    make_alone(settings, evaluations, force, as_json)
     if not as_json:
         terminal.results(Store(settings.root), evaluations)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.tables import show, table
 from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.data.rows import local_file
@@ -77,8 +76,7 @@ def command(
     _check_paths(data, path, labels)
     written: list[Path] = []
     try:
-        pairs = _pairs("--columns", columns, "question=Prompt,answer=Completion")
-        rows = _rows(data, path.parent, tests or [], pairs, holds_out, written)
+        rows = _rows(data, path.parent, tests or [], _pairs(columns), holds_out, written)
         _write_config(data, model, path, labels, rows)
     except BaseException:  # such as a full disk
         for file in [path, *written]:
@@ -99,12 +97,12 @@ def _check_paths(data: str, path: Path, labels: str | None) -> None:
         raise MissingInputError(f"--labels {labels}: no such file")
 
 
-def _pairs(option: str, text: str | None, example: str) -> dict[str, str]:
-    """The pairs of a text such as the example."""
+def _pairs(text: str | None) -> dict[str, str]:
+    """The pairs of --columns."""
     items = [item.partition("=") for item in (text or "").split(",") if item.strip()]
     pairs = {name.strip(): column.strip() for name, _, column in items}
     if not all(pairs.values()):
-        raise ConfigError(f"{option} {text}: an item has no =", f"such as {example}")
+        raise ConfigError(f"--columns {text}: an item has no =", "such as question=Prompt,answer=Completion")
     return pairs
 
 
@@ -190,13 +188,8 @@ def _print_profile(profile: DataProfile) -> None:
     left_out = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
     print(f"{len(rows.examples)} rows: {rows.format}" + (f"; left out: {left_out}" if left_out else ""))
     print("answers: " + ", ".join(f"{kind} {number}" for kind, number in profile.answers.most_common()))
-    lengths_table = table("tokens", "median", "99 %", "longest")
-    texts = {"prompt": profile.prompt}
-    if profile.imitable:
-        texts |= {"response": profile.response, "both": profile.row}
-    for name, lengths in texts.items():
-        lengths_table.add_row(name, *map(str, (lengths.median, lengths.p99, lengths.longest)))
-    show(lengths_table)
+    longest = f"tokens: prompts have at most {profile.prompt.longest}"
+    print(longest + (f", responses {profile.response.longest}" if profile.imitable else ""))
     which = "the first row with a response" if profile.imitable and profile.unanswered else "the first row"
     print(f"{which}, in the template {profile.section.template}, as the model reads it:")
     for mark, text in zip(("  | ", "  > "), profile.sample, strict=True):

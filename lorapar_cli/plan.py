@@ -1,25 +1,20 @@
-"""`lorapar plan`: the steps that a run would do, and the time, memory and lengths of each."""
+"""`lorapar plan`: the steps that a run would do, and the time and memory of each."""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from lorapar_cli.options import ConfigPath, Json, LastStage, Overrides, flag, plan_of, typed
 from lorapar_cli.tables import show, table
-from lorapar_cli.terminal import duration, gib, nothing_to_do, say
+from lorapar_cli.terminal import duration, gib, say
 from stages.config import Config
-from stages.errors import ConfigError
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors, check_stage_name
 from stages.plan.estimate import Estimate, estimate, memory_remedies
 from stages.runtime import libraries
 from stages.store.artifacts import Store
-
-if TYPE_CHECKING:
-    from stages.plan.lengths import Span
-
 
 Check = Annotated[
     bool,
@@ -30,8 +25,6 @@ Check = Annotated[
 def command(
     config: ConfigPath,
     set_: Overrides = None,
-    verbose: Annotated[bool, flag("--verbose", help="Also all lengths of texts.")] = False,
-    brief: Annotated[bool, flag("--brief", help="Only how long it takes, and what is wrong.")] = False,
     check: Check = False,
     last: LastStage = None,
     as_json: Json = False,
@@ -41,11 +34,6 @@ def command(
     What does not fit into the memory, and texts that are too long, are named. What is certain to stop the run
     is an error, all of it at once.
     """
-    forms = {"--brief": brief, "--check": check, "--json": as_json, "--verbose": verbose}
-    if len(chosen := [name for name, given in forms.items() if given]) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} print different things", "choose one of them")
-    if brief or check:
-        logging.getLogger("stages").setLevel(logging.ERROR if check else logging.WARNING)
     settings, steps = plan_of(config, set_)
     if last is not None:
         check_stage_name(settings, steps, last)
@@ -60,16 +48,11 @@ def command(
     if as_json:
         print(json.dumps(_as_json(states, predicted)))
         return
+    _print_all(states, predicted)
     remedies = memory_remedies(settings, pending, predicted)
-    if not brief:
-        _print_all(states, predicted, verbose)
-    elif pending:
-        print(f"{_about(predicted)} here")
-    else:
-        nothing_to_do()
     for name, remedy in remedies.items():
         print(f"{name} does not fit: {remedy}")
-    if pending and not brief:
+    if pending:
         first = "change that, and lorapar plan" if remedies else "lorapar run"
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
 
@@ -91,7 +74,7 @@ def check_for_failures(settings: Config, pending: list[Step], quietly: bool = Fa
         logger.setLevel(level)
 
 
-def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> None:
+def _print_all(states: dict[str, str], predicted: Estimate) -> None:
     """Print the state and cost of each step, what is too long, and the total."""
     rows = table("step", "state", "takes about", "memory")
     rows.columns[1].justify = "left"
@@ -100,11 +83,15 @@ def _print_all(states: dict[str, str], predicted: Estimate, verbose: bool) -> No
         time = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
         rows.add_row(name, current, time, gib(cost.mib) if cost and cost.mib else "")
     show(rows)
-    if spans := [span for span in predicted.spans if verbose or span.longer]:
-        print()
-        _print_lengths(spans)
+    for span in predicted.spans:
+        if span.longer:
+            longest = f"the longest has {span.lengths.longest} tokens"
+            of = len(span.lengths.ordered)
+            print(
+                f"{span.name}: {span.longer} of {of} exceed {span.setting} {span.limit} ({span.beyond}); {longest}"
+            )
     if predicted.costs:
-        print(f"\n{_about(predicted)}; half as much or twice as much would be no surprise")
+        print(f"{_about(predicted)}; half as much or twice as much would be no surprise")
     if predicted.room is not None:
         print(f"there are {gib(predicted.room)} of memory")
 
@@ -114,21 +101,6 @@ def _about(predicted: Estimate) -> str:
         return "how long it takes is not known"
     unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
     return f"about {duration(sum(predicted.seconds))}{unknown}"
-
-
-def _print_lengths(spans: list[Span]) -> None:
-    rows = table("tokens", "rows", "mean", "median", "99 %", "longest", "limit", "longer")
-    rows.columns[6].justify = "left"
-    for span in spans:
-        sample = len(span.lengths.ordered)
-        rows.add_row(
-            span.name,
-            f"{sample}" if sample == span.rows else f"{sample} of {span.rows}",
-            *(f"{number:.0f}" for number in span.lengths.summary().values()),
-            "" if span.limit is None else f"{span.setting} {span.limit}",
-            f"{span.longer}: {span.beyond}" if span.longer else "0",
-        )
-    show(rows)
 
 
 def _as_json(states: dict[str, str], predicted: Estimate) -> dict[str, Any]:

@@ -16,7 +16,8 @@ class TerminalProgress:
 
     def __init__(self, title: str = "") -> None:
         """title: of the stage, with its position in the run."""
-        self.title, self._task, self._total, self._done, self._note = title, "", None, 0, ""
+        self.title, self._task, self._done, self._note = title, "", 0, ""
+        self._total: int | None = None
         self._begun = self._logged = 0.0
         self._bar: Any = None
         self._row: Any = None
@@ -69,15 +70,3 @@ class TerminalProgress:
         self._logged = time.monotonic()
         count = f"{self._done}/{self._total} in {terminal.duration(self._logged - self._begun)}"
         terminal.say("  ".join(filter(None, (self._task, count, self._note))))
-
-
-class Silence:
-    """Progress that prints nothing."""
-
-    def __enter__(self) -> Silence:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-    def _ignore(self, *_: object, **__: object) -> None: ...
-
-    start = advance = say = done = _ignore

@@ -18,7 +18,7 @@ from lorapar_cli.options import (
     without_sandbox,
 )
 from lorapar_cli.plan import check_for_failures
-from lorapar_cli.progress import Silence, TerminalProgress
+from lorapar_cli.progress import TerminalProgress
 from lorapar_cli.stage import make, make_elsewhere, report
 from stages.config import TRAINED, Config
 from stages.pipeline.run import Task, pending_stages
@@ -63,7 +63,7 @@ def command(
             make_elsewhere([task.stage.name, str(config), *_options(set_, task, quiet)])
             store.look_again()
             continue
-        with Silence() if quiet else TerminalProgress(position) as progress:
+        with TerminalProgress(position) as progress:
             on_made = (lambda *_: None) if quiet else report
             make(settings, store, task.steps, task.force, progress, on_made)
         if task.stage.name == "eval":

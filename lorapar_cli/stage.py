@@ -8,7 +8,7 @@ from functools import partial
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Quiet, plan_of
-from lorapar_cli.progress import Silence, TerminalProgress
+from lorapar_cli.progress import TerminalProgress
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
@@ -19,13 +19,17 @@ from stages.pipeline.steps import Step
 from stages.runtime import libraries, process_guard
 from stages.store.artifacts import Artifact, Store
 
-Progress = TerminalProgress | Silence
 OnMade = Callable[[Step, Artifact, bool], None]
 """Called after each step, with its artifact and whether it was made now."""
 
 
 def make(
-    settings: Config, store: Store, steps: list[Step], force: bool, progress: Progress, on_made: OnMade
+    settings: Config,
+    store: Store,
+    steps: list[Step],
+    force: bool,
+    progress: TerminalProgress,
+    on_made: OnMade,
 ) -> None:
     """Make steps of one stage in turn. An engine is kept for the next step as long as it fits."""
     with EngineCache() as engines:
@@ -39,7 +43,7 @@ def make(
 
 
 def _answer_together(
-    settings: Config, store: Store, steps: list[Step], progress: Progress, engines: EngineCache
+    settings: Config, store: Store, steps: list[Step], progress: TerminalProgress, engines: EngineCache
 ) -> None:
     """Let targets that one server can serve be answered by one, if there are several."""
     may_share = steps[0].stage.answers_together
@@ -68,14 +72,14 @@ def command_of(stage: Stage) -> Callable[..., None]:
             raise ConfigError(f"a baseline has no stage {stage.name}", "lorapar sft CONFIG")
         if not selected:
             raise missing_path_error()
-        make_alone(settings, _variants(selected, only), force, quiet, as_json)
+        make_alone(settings, _variants(selected, only), force, as_json)
 
     return command
 
 
-def make_alone(settings: Config, steps: list[Step], force: bool, quiet: bool, as_json: bool) -> None:
+def make_alone(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
     """Make steps of one stage for its command."""
-    with Silence() if quiet else TerminalProgress() as progress:
+    with TerminalProgress() as progress:
         make(settings, Store(settings.root), steps, force, progress, partial(report, as_json=as_json))
 
 

@@ -1,6 +1,7 @@
 """`lorapar sweep`: runs the missing steps of tables of many runs. `report.py` shows the results."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,30 +138,18 @@ def _numbers(text: str | None) -> list[int] | None:
 def _announce(
     cells: list[Cell], nodes: dict[ArtifactId, Node], seconds: dict[str, float], slots: int
 ) -> None:
-    """Print how many steps there are to do, by stage, and how long they take.
+    """Print how many steps there are to do, and how long they take.
 
     seconds: stage → seconds per step, for stages that have been measured. slots: steps at a time.
     """
-    by_stage = table("stage", "steps", "for cells", "current", "to do", "takes about")
-    total, all_known = 0.0, True
-    for stage in dict.fromkeys(node.stage for node in nodes.values()):
-        steps = [node for node in nodes.values() if node.stage == stage]
-        to_do = sum(not node.current for node in steps)
-        each = seconds.get(stage)
-        total += to_do * (each or 0)
-        all_known &= each is not None or not to_do
-        takes = "" if not to_do else "not known" if each is None else terminal.duration(to_do * each)
-        n_cells = len({cell for node in steps for cell in node.cells})
-        by_stage.add_row(stage, *map(str, (len(steps), n_cells, len(steps) - to_do, to_do)), takes)
-    show(by_stage)
-    unshared = sum(len(node.cells) for node in nodes.values())
-    terminal.say(f"{len(cells)} cells share {len(nodes)} steps; without sharing there would be {unshared}")
-    if total:
+    to_do = Counter(node.stage for node in nodes.values() if not node.current)
+    of_stages = ", ".join(f"{number} × {stage}" for stage, number in to_do.items()) or "none"
+    terminal.conclude(f"{len(cells)} cells share {len(nodes)} steps; to do: {of_stages}")
+    if known := [stage for stage in to_do if stage in seconds]:
+        total = sum(to_do[stage] * seconds[stage] for stage in known)
         at_a_time = f", {slots} at a time" if slots > 1 else ""
-        unknown = "" if all_known else ", plus steps of unknown length"
+        unknown = "" if len(known) == len(to_do) else ", plus steps of unknown length"
         terminal.say(f"together about {terminal.duration(total / slots)}{at_a_time}{unknown}")
-    elif not all(node.current for node in nodes.values()):
-        terminal.say("how long it takes is not known")
 
 
 def _report_failures(outcomes: list[Outcome], cells: int) -> None:

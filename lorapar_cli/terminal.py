@@ -52,8 +52,8 @@ def console() -> Any:
 
 
 def interactive() -> bool:
-    """True if stderr is a terminal on which a line can be rewritten."""
-    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    """True if stderr is a terminal on which a line may be rewritten."""
+    return not _quiet and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def _print(text: str) -> None:

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from lorapar_cli import options, terminal
-from lorapar_cli.errors import to_user_error
+from lorapar_cli import options
+from lorapar_cli.errors import report_failure
 from lorapar_cli.process import set_up
 from lorapar_cli.progress import TerminalProgress
 from lorapar_cli.stage import make, make_elsewhere, report
@@ -44,9 +44,7 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
             with TerminalProgress() as progress:
                 make(config, Store(config.root), [step], False, progress, report)
     except Exception as problem:
-        error = to_user_error(problem)
-        terminal.error(error, options.typed_config)
-        return error.exit_code
+        return report_failure(problem)
     finally:
         sys.stdout.flush()
     return 0
