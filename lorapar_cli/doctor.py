@@ -37,10 +37,13 @@ def examine() -> Iterator[Finding]:
         yield "torch", f"does not load: {first_line(error)}", False
     from stages import sandbox
 
+    usable = []
     for name, problems in sandbox.backend_problems().items():
-        good = f"passes a good program, contains {len(sandbox.HOSTILE)} hostile ones"
-        bad = f"{'; '.join(problems)}; code of a model is not run: {sandbox.HINT}"
-        yield f"sandbox {name}", bad if problems else good, not problems
+        text = "; ".join(problems) or f"passes a good program, contains {len(sandbox.HOSTILE)} hostile ones"
+        yield f"sandbox {name}", text, None if problems else True
+        usable += [] if problems else [name]
+    choice = f"{usable[0]} is used" if usable else f"none works, so code is not run: {sandbox.HINT}"
+    yield "sandbox", choice, bool(usable)
 
 
 def _device() -> Finding:

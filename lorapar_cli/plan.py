@@ -85,11 +85,8 @@ def _print_all(states: dict[str, str], predicted: Estimate) -> None:
     show(rows)
     for span in predicted.spans:
         if span.longer:
-            longest = f"the longest has {span.lengths.longest} tokens"
-            of = len(span.lengths.ordered)
-            print(
-                f"{span.name}: {span.longer} of {of} exceed {span.setting} {span.limit} ({span.beyond}); {longest}"
-            )
+            of = f"{span.longer} of {len(span.lengths.ordered)} are longer than {span.setting} {span.limit}"
+            print(f"{span.name}: {of} ({span.beyond}); the longest has {span.lengths.longest} tokens")
     if predicted.costs:
         print(f"{_about(predicted)}; half as much or twice as much would be no surprise")
     if predicted.room is not None:
