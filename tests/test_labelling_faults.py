@@ -123,12 +123,13 @@ def test_many_bad_answers_end_it_early(config):
     assert len(votes_in(config(mock.url))) > 10
 
 
-def test_answers_that_are_no_label_are_a_class_of_their_own(config):
+def test_answers_that_are_no_label_are_a_class_of_their_own(config, monkeypatch):
     with serve(Mock(constrains=False, say="I would rather not say.")) as mock:
         with pytest.raises(AnswerError, match="(16|2[0-9]) of 92 answers are none of its words") as caught:
             classify(config(mock.url))
         assert "'I would rather not say.'" in str(caught.value)
-        artifact = classify(config(mock.url, max_invalid=1.0))
+        monkeypatch.setattr("stages.labelling.votes.MAX_INVALID", 1.0)
+        artifact = classify(config(mock.url))
     assert set(system_of(artifact)) == {None}
     report = json.loads((artifact.path / "report.json").read_text())
     assert report["voters"]["judge/role_play"]["invalid"] == ROWS

@@ -15,10 +15,9 @@ from conftest import ROOT, Small, config_file, make_steps
 
 from stages.config import Config
 from stages.engines import Completion
-from stages.errors import AnswerError, ArtifactError, MissingInputError
+from stages.errors import ArtifactError, MissingInputError
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
-from stages.models.base import load_base
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
@@ -218,18 +217,6 @@ def test_force_asks_again(copied, monkeypatch):
     assert len({row["output"] for row in rows}) == 1
 
 
-def test_an_engine_that_serves_something_else_is_found_out(copied, monkeypatch):
-    """The journal holds another model's answers, as a server that passes over the adapter would give them."""
-    config = copied("eval.parity_items=4", "lora.lora_alpha=90000")
-    monkeypatch.setattr("stages.eval.parity.TOLERANCE", 0.1)  # random weights give close logits
-    make_steps(config, "score")
-    without_adapter = "stages.engines.in_process.load_merged", lambda model, folder: load_base(model)
-    monkeypatch.setattr(*without_adapter)
-    few_agree = "what was served is not this adapter: .* of .* tokens agree with it, 90% expected"
-    with pytest.raises(AnswerError, match=few_agree):
-        make_steps(config, "eval:init@demo")
-
-
 @pytest.mark.parametrize(
     ("init", "reference"), [("pissa", "sft"), pytest.param("normal", "base", marks=pytest.mark.slow)]
 )
@@ -257,7 +244,6 @@ def test_samples_and_metrics(whole):
     assert metrics["bos_tokens_in_it"] == metrics["first_prompt"].count("<|im_start|>")
     outcomes = ("correct", "wrong", "unparsed", "truncated", "refused")
     assert sum(metrics["all"][name] for name in outcomes) == 16
-    assert metrics["parity"]["agree"] == 1 and metrics["parity"]["items"] == 8
     assert set(metrics["by_kind"]) == {row["extra"]["kind"] for row in rows}
 
 

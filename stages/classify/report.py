@@ -10,8 +10,8 @@ from typing import Any
 
 from stages.config import ClassifySection
 from stages.errors import AnswerError
-from stages.labelling.aggregate import Calibration, VoterResult, rounded
-from stages.labelling.agreement import CHANCE, compare_with_known
+from stages.evaluation.statistics import wilson
+from stages.labelling.aggregate import Calibration, VoterResult, auc, rounded
 from stages.labelling.known import system_of
 from stages.labelling.votes import VoteJournal
 from stages.records import Labelled
@@ -61,7 +61,7 @@ def content(
             "held_out_examples": calibration.examples,
         }
     probabilities = {title: result.valid for title, result in results.items()}
-    known = _known_comparison(rows, section.known, probabilities)
+    known = compare_with_known(rows, section.known, probabilities)
     return {
         "rule": section.rule,
         **counts(rows),
@@ -89,27 +89,36 @@ def _refuse_weak_voters(voters: dict[str, Any], min_auc: float) -> None:
     if all(area is not None and area < min_auc for area in areas.values()):
         tried = ", ".join(f"{title} {area:.2f}" for title, area in areas.items())
         raise AnswerError(
-            f"no voter can tell the systems apart: AUC {tried} on labelled examples, {CHANCE} is chance",
+            f"no voter can tell the systems apart: AUC {tried} on labelled examples, 0.5 is chance",
             "a larger model or another persona (lorapar list personas), labels of your own "
             "(classify.strategy: known), or classify.accept_weak: true",
         )
 
 
-def _known_comparison(
-    rows: list[Labelled], field: str, probabilities: dict[str, dict[str, float]]
+def compare_with_known(
+    rows: list[Labelled], field: str, scores: dict[str, dict[str, float]]
 ) -> dict[str, Any] | None:
-    """Compare labels and votes with the labels in `field`; None if no row has one.
+    """Agreement of labels with those in `field`, and the AUC of each voter; None if no row has such a label.
 
-    probabilities: of System 2, by voter and example id.
+    scores: probability of System 2, by voter and example id.
     """
-    known_labels: dict[str, int] = {}
-    for row in rows:
-        if system := system_of(row.example.extra.get(field)):
-            known_labels[row.example.id] = system
-    if not known_labels:
+    known = {row.example.id: system for row in rows if (system := system_of(row.example.extra.get(field)))}
+    if not known:
         return None
-    labels = {row.example.id: row.system for row in rows}
-    return {"field": field, **compare_with_known(known_labels, labels, probabilities)}
+    pairs = [(row.system, known[row.example.id]) for row in rows if row.system and row.example.id in known]
+    equal = sum(label == system for label, system in pairs)
+    areas = {}
+    for title, scores_of in scores.items():
+        ids = [id for id in scores_of if id in known]
+        areas[title] = auc([scores_of[id] for id in ids], [known[id] == 2 for id in ids])
+    return {
+        "field": field,
+        "n": len(pairs),
+        "undecided": len(known) - len(pairs),
+        "agreement": equal / len(pairs) if pairs else None,
+        "interval": list(wilson(equal, len(pairs))) if pairs else None,
+        "auc": areas,
+    }
 
 
 def _contested(rows: list[Labelled]) -> list[dict[str, Any]]:

@@ -11,28 +11,19 @@ import logging
 import random
 import threading
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stages.classify import report
-from stages.config import (
-    UNVOTED,
-    BenchmarkSection,
-    ClassifySection,
-    DataSection,
-    ModelSection,
-    ServerSection,
-    Voter,
-)
+from stages.config import UNVOTED, BenchmarkSection, ClassifySection, DataSection, ModelSection, ServerSection
 from stages.data.rows import read
 from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.aggregate import MIN_EXAMPLES, Calibration, VoterResult, aggregate, calibrate
 from stages.labelling.known import with_known_labels
-from stages.labelling.personas import CONTENT_FREE, content_free, held_out, personas, question_of, shots_of
+from stages.labelling.personas import held_out, personas, question_of, shots_of
 from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
 from stages.pipeline.context import StageContext
@@ -61,11 +52,12 @@ def run(
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     brings_labels = benchmark is not None and benchmark.brings_labels
     if brings_labels:
-        classify = classify.model_copy(update={"strategy": "known", "labels_file": None, "swap": False})
+        classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
     if classify.strategy in UNVOTED:
         # Training rows need labels; items of a benchmark only if it was said to bring them.
         rows = _label_without_voters(examples, classify, required=benchmark is None or brings_labels)
-        return report.counts(_write(context, rows, classify))
+        write_labels(context.out / "labels.jsonl", rows)
+        return report.counts(rows)
     bare = sum(not example.response for example in examples)
     if bare and classify.show_answer:
         # Votes with and without an answer to look at have no threshold in common.
@@ -74,18 +66,17 @@ def run(
     labelled = held_out(classify.held_out)
     journals = _journals(model, classify, context)
     for journal in journals:
-        journal.set_examples(
-            [*(row.example for row in labelled), *_content_free_examples(journal.voter), *examples]
-        )
+        journal.set_examples([*(row.example for row in labelled), *examples])
     _collect_votes(journals, model, classify, server, context)
     calibrations, results = {}, {}
     for journal in journals:
-        journal.check(classify.max_failed, classify.max_invalid)
+        journal.check(classify.max_failed)
         calibrations[journal.title] = calibration = _calibrate_voter(journal, labelled)
         probabilities = {example.id: journal.vote(example) for example in examples}
         result = VoterResult(probabilities, calibration.threshold, journal.voter.weight)
         results[journal.title] = result.decided(classify.system2_share)
-    rows = _write(context, aggregate(examples, results, classify), classify)
+    rows = aggregate(examples, results, classify)
+    write_labels(context.out / "labels.jsonl", rows)
     content = report.content(rows, journals, results, calibrations, classify)
     return report.write(content, classify, context.out / "report.json", context.progress.say)
 
@@ -99,19 +90,6 @@ def _label_without_voters(
         return with_known_labels(examples, classify.known, file, required)
     generator, share = random.Random(classify.seed), classify.system2_share or 0.5
     return [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
-
-
-def _write(context: StageContext, rows: list[Labelled], classify: ClassifySection) -> list[Labelled]:
-    """Write the labels, shuffled over the rows that have one, or exchanged, if the section says so."""
-    if classify.strategy == "shuffled":
-        systems = [row.system for row in rows if row.system]
-        random.Random(classify.seed).shuffle(systems)
-        shuffled = iter(systems)
-        rows = [replace(row, system=next(shuffled)) if row.system else row for row in rows]
-    if classify.swap:
-        rows = [replace(row, system=3 - row.system) if row.system else row for row in rows]
-    write_labels(context.out / "labels.jsonl", rows)
-    return rows
 
 
 def _journals(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoteJournal]:
@@ -183,7 +161,7 @@ def _collect_votes(
                 for number, _ in enumerate(votes, 1):
                     failed = f", {len(journal.failures)} failed" if journal.failures else ""
                     progress.advance(1, f"{journal.title} {number}/{missing[journal.title]}{failed}")
-                    journal.check(classify.max_failed, classify.max_invalid, PATIENCE)
+                    journal.check(classify.max_failed, PATIENCE)
                     if stop.is_set():
                         return
 
@@ -216,10 +194,4 @@ def _calibrate_voter(journal: VoteJournal, labelled: list[Labelled]) -> Calibrat
             f"outside its prompt, and calibration needs {MIN_EXAMPLES} in all and some of each",
             "more of them in classify.held_out, or calibration: none",
         )
-    votes = [journal.vote(row.example) for row in unseen]
-    content_free_votes = [journal.vote(example) for example in _content_free_examples(journal.voter)]
-    return calibrate(method, unseen, votes, content_free_votes)
-
-
-def _content_free_examples(voter: Voter) -> list[Example]:
-    return [content_free(text) for text in CONTENT_FREE] if voter.calibration == "content_free" else []
+    return calibrate(method, unseen, [journal.vote(row.example) for row in unseen])

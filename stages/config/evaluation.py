@@ -101,7 +101,7 @@ class EvalSection(Section):
     untrained_shots: NonNegativeInt = advanced_unkeyed(0)
     """Worked examples that base and init get beside `shots`, to see the form of an answer."""
     parity_items: NonNegativeInt = advanced_unkeyed(8)
-    """First answers that are checked against the unmerged adapter; 0: none."""
+    """First answers of vLLM that are checked against the unmerged adapter; 0: none."""
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of benchmarks that run code.")
 
     @field_validator("engine")

@@ -49,10 +49,9 @@ class Voter(Section):
     """For voters that think, and for servers that cannot constrain a choice."""
     samples: Samples = setting(1, "How often each question is asked; the vote is the mean of the answers.")
     weight: PositiveFloat = advanced(1.0, "Weight of the voter with rule weighted.")
-    calibration: Literal["auto", "none", "held_out", "content_free"] = advanced("auto")
-    """Threshold on the probability of System 2. none: 0.5; held_out: the median over labelled examples;
-    content_free: the probability for questions without content; auto: none for chat personas, else
-    held_out."""
+    calibration: Literal["auto", "none", "held_out"] = advanced("auto")
+    """Threshold on the probability of System 2. none: 0.5; held_out: the median over labelled examples; auto:
+    none for chat personas, else held_out."""
     devices: str | None = advanced_unkeyed(None)
     """CUDA_VISIBLE_DEVICES of its server; voters with devices run in parallel."""
     vllm: Annotated[dict[str, Any], JsonValue] = advanced_unkeyed({})
@@ -112,11 +111,10 @@ advanced_of_votes = partial(advanced, ignored_by=UNVOTED)
 
 
 class ClassifySection(Section):
-    strategy: Literal["vote", "shuffled", "known", "random"] = setting("vote")
-    """known: of the rows or labels_file; controls: shuffled (the voters', on other rows) and random."""
+    strategy: Literal["vote", "known", "random"] = setting("vote")
+    """known: of the rows or labels_file; random: a control."""
     labels_file: str | None = unkeyed(None)
     """Labels for strategy known: JSON, JSON Lines or CSV; none: the rows have them."""
-    swap: bool = advanced(False, "Control: exchange the labels System 1 and System 2.")
     voters: list[Voter] = of_votes([Voter()], "Models that vote on each example.", min_length=1)
     rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = of_votes("majority")
     """How votes become a label; the mean probability decides a tie."""
@@ -133,9 +131,8 @@ class ClassifySection(Section):
     """File with labelled examples for calibration; none: those of lorapar."""
     known: str = setting("system", "Field of the rows with a known label (1 or 2).", ignored_by="random")
     max_failed: Share = advanced_unkeyed(0.01, "Share of a voter's questions that may fail.")
-    max_invalid: Share = advanced_unkeyed(0.1, "Share of a voter's answers that may be no label word.")
     seed: int = advanced(0, ignored_by="known")
-    """Seed of strategies shuffled and random, and of sampled votes."""
+    """Seed of strategy random, and of sampled votes."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.labels_file and self.strategy not in UNVOTED:

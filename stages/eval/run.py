@@ -213,12 +213,9 @@ def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
 
 
 def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCache) -> dict[str, Any] | None:
-    """Check the first answers with the unmerged adapter in plain PEFT.
-
-    None if `eval.parity_items` is 0, answers were sampled, or engine transformers served the base model.
-    """
-    items, engine = evaluation.eval.parity_items, evaluation.eval.engine
-    if not items or evaluation.benchmark.temperature or (adapter is None and engine == "transformers"):
+    """Check vLLM's first answers with the unmerged adapter in plain PEFT; None if they were sampled."""
+    items = evaluation.eval.parity_items
+    if not items or evaluation.benchmark.temperature or evaluation.eval.engine != "vllm":
         return None
     import torch
 
@@ -230,5 +227,4 @@ def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCac
         (prompt, cache.answers[i, 0], cache.closing_span(i)) for i, prompt in enumerate(cache.prompts[:items])
     ]
     hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
-    say = evaluation.context.progress.say
-    return parity.check(answers, evaluation.model, adapter, cache.renderer.tokenizer, hint, say)
+    return parity.check(answers, evaluation.model, adapter, cache.renderer.tokenizer, hint)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from math import exp, log
-from statistics import fmean, median
+from math import exp, log, sqrt
+from statistics import median
 
 from stages.config import ClassifySection
-from stages.labelling.agreement import auc
+from stages.evaluation.statistics import Z
 from stages.records import Example, Labelled
 
 EDGE = 1e-6
@@ -31,14 +31,11 @@ class Calibration:
     """Labelled examples with a valid vote."""
 
 
-def calibrate(
-    method: str, labelled: list[Labelled], votes: list[float | None], content_free_votes: list[float | None]
-) -> Calibration:
-    """Find the threshold by `method`, and the AUC on the labelled examples.
+def calibrate(method: str, labelled: list[Labelled], votes: list[float | None]) -> Calibration:
+    """Find the threshold by `method`, none or held_out, and the AUC on the labelled examples.
 
-    votes: the probability of System 2 for each labelled example. content_free_votes: the same for questions
-    without content. Method `held_out` takes the median of `votes`. A median has no slope that could be fitted
-    wrongly, but it is a fair threshold only for examples that are half System 1, half System 2.
+    votes: the probability of System 2 for each labelled example. `held_out` takes their median: it has no
+    slope that could be fitted wrongly, but is fair only for as many System 1 as System 2 examples.
     """
     pairs = [(vote, row.system == 2) for row, vote in zip(labelled, votes, strict=True) if vote is not None]
     area, interval = auc([vote for vote, _ in pairs], [is_2 for _, is_2 in pairs]) or (None, None)
@@ -50,9 +47,30 @@ def calibrate(
             threshold = median(
                 vote for of_system in by_system for vote in _representatives(of_system, number)
             )
-    elif method == "content_free" and (valid := [vote for vote in content_free_votes if vote is not None]):
-        threshold = 1 / (1 + exp(-fmean(map(_log_odds, valid))))  # sigmoid of the mean log-odds
     return Calibration(method, threshold, area, interval, len(pairs))
+
+
+def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
+    """Area under the ROC curve with its 95 % interval (Hanley and McNeil 1982); None with one class only.
+
+    It is the probability that a System 2 item has a higher score than a System 1 item; a tie counts half.
+    """
+    from scipy.stats import mannwhitneyu
+
+    pairs = list(zip(scores, is_system2, strict=True))
+    of_system1, of_system2 = ([score for score, is_2 in pairs if is_2 is which] for which in (False, True))
+    n2, n1 = len(of_system2), len(of_system1)
+    if not n2 or not n1:
+        return None
+    # U counts the pairs in which the System 2 item has the higher score. Only U is used: the asymptotic
+    # p-value is the cheapest one.
+    area = float(mannwhitneyu(of_system2, of_system1, method="asymptotic").statistic) / (n2 * n1)
+    # Hanley and McNeil: q2 is the probability that two System 2 items both score higher than one System 1
+    # item, q1 that one System 2 item scores higher than two System 1 items, if scores are exponential.
+    q2, q1 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (n2 - 1) * (q2 - area**2) + (n1 - 1) * (q1 - area**2)  # times n1 n2
+    margin = Z * sqrt(max(variance, 0.0) / (n2 * n1))
+    return area, (max(0.0, area - margin), min(1.0, area + margin))
 
 
 def _representatives(values: list[float], number: int) -> list[float]:

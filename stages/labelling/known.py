@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,8 @@ def with_known_labels(
     as `System 1`. Raises DataError with every label that is something else, with every example that has both
     labels, and if labels are `required` and there is none.
     """
-    if file:
-        values = read_labels_file(file, field)
-    else:
-        values = [(e.id, e.extra[field]) for e in examples if field in e.extra]
+    of_rows = ((e.id, e.extra[field]) for e in examples if field in e.extra)
+    values = _read(file, field) if file else list(of_rows)
     where = str(file) if file else f"the field {field}"
     parsed = [(key, value, system_of(value)) for key, value in values if value is not None]
     if wrong := [f"{key[:60]}: {value!r}" for key, value, system in parsed if system is None]:
@@ -75,26 +72,22 @@ def system_of(value: Any) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_labels_file(path: Path, field: str) -> list[tuple[str, Any]]:
-    """The keys of a file, each with its unparsed label."""
+def _read(path: Path, field: str) -> list[tuple[str, Any]]:
+    """The keys of a file, each with its unparsed label; a line with several KEYS has it under each."""
     if path.name.lower().removesuffix(".gz").endswith(".json"):
         labels = None
         with suppress(ValueError, RecursionError):  # JSON Lines, a list, or broken: `read_file` says what
             labels = json.loads(read_bytes(path).decode("utf-8-sig"))
         if isinstance(labels, dict) and field not in labels:
             return [(str(key).strip(), value) for key, value in labels.items()]
-    return list(_read_lines(path, field))
-
-
-def _read_lines(path: Path, field: str) -> Iterable[tuple[str, Any]]:
-    """The same for JSON Lines and CSV; a line with several KEYS yields its label under each."""
-    bad = []
+    pairs, bad = [], []
     for number, row in read_file(path):
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
         keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
         if not keys or field not in row:
             bad.append(f"{path}:{number}")
-        yield from ((key, row.get(field)) for key in keys)
+        pairs += [(key, row.get(field)) for key in keys]
     if bad:
         raise data_error(f"line without {field} or without one of {', '.join(KEYS)}", bad)
+    return pairs

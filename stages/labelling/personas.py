@@ -34,8 +34,6 @@ SHOTS = HERE / "shots.jsonl"
 chains, yes/no questions. None of them is in the demonstration set or in HELD_OUT."""
 HELD_OUT = HERE / "held_out.jsonl"
 """Labelled examples for calibration, 16 of each system, of the same kinds as in SHOTS."""
-CONTENT_FREE = ("N/A", "[MASK]", "...", "Lorem ipsum.")
-"""Questions without content, after Zhao et al. 2021 (arXiv 2102.09690)."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,3 @@ def _few_shot(
 def is_for_calibration(example: Example) -> bool:
     """Whether `read_labelled_examples` made this example."""
     return example.id.startswith("held_out/")
-
-
-def content_free(text: str) -> Example:
-    return Example(f"content_free/{text}", text, text, None)

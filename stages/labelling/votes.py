@@ -19,6 +19,8 @@ from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
+MAX_INVALID = 0.1
+"""Share of a voter's answers that may be none of its label words."""
 VoteRequest = tuple[Example, int]
 """One vote to ask for: an example and the number of the sample."""
 
@@ -120,8 +122,8 @@ class VoteJournal:
         if system2 is None:
             self._invalid.append(result.text)
 
-    def check(self, max_failed: float, max_invalid: float, patience: int = 0) -> None:
-        """Raise AnswerError if more requests failed, or more answers are invalid, than these shares allow.
+    def check(self, max_failed: float, patience: int = 0) -> None:
+        """Raise AnswerError if more requests failed than this share, or more answers are none of the words.
 
         patience: this many more are allowed while votes still arrive.
         """
@@ -133,11 +135,11 @@ class VoteJournal:
                 f"first {id}: {failure.reason}: {failure.detail}",
                 "its other votes are kept; run it again, or allow more: classify.max_failed",
             )
-        if len(self._invalid) > patience + tolerated(total, max_invalid):
+        if len(self._invalid) > patience + tolerated(total, MAX_INVALID):
             raise AnswerError(
                 f"{self.title}: {len(self._invalid)} of {total} answers are none of its words, "
                 f"e.g. {self._invalid[0]!r}",
-                "another persona or words, or allow more: classify.max_invalid",
+                "another persona, or other words",
             )
 
     def vote(self, example: Example) -> float | None:

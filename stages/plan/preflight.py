@@ -145,7 +145,7 @@ def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     if labelling and (artifact := current_artifact(Store(config.root), labelling)):
         return read_labels(artifact.path / "labels.jsonl")
     classify = config.classify
-    if classify.strategy == "known" and not classify.swap:
+    if classify.strategy == "known":
         with suppress(LoraparError):  # which the check of classify raises
             file = Path(classify.labels_file) if classify.labels_file else None
             return with_known_labels(texts.rows["train"], classify.known, file, True)

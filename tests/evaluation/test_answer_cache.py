@@ -140,7 +140,7 @@ def test_what_closes_a_thought_is_not_compared_with_the_adapter(tiny, tokenizer,
         likeliest = int(model(input_ids=row).logits[0, -1].argmax())
         answer.append(likeliest if place not in (2, 3) else 9)
     given = CachedAnswer(ids=answer, complete=False)
-    compare = partial(parity.check, model=section, adapter=None, tokenizer=tokenizer, hint="", say=print)
+    compare = partial(parity.check, model=section, adapter=None, tokenizer=tokenizer, hint="")
     assert compare([(prompt, given, range(2, 4))])["tokens"] == 4
     with pytest.raises(AnswerError, match="what was served is not this adapter"):
         compare([(prompt, given, range(0))])

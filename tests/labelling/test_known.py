@@ -1,4 +1,4 @@
-"""Labels that a person brings, and labels exchanged as a control."""
+"""Labels that a person brings."""
 
 import json
 import logging
@@ -83,20 +83,17 @@ def test_a_wrong_file_is_refused(tmp_path, name, text, said):
         with_known_labels(ROWS, "system", tmp_path / name)
 
 
-def test_the_stage_takes_known_labels_and_can_exchange_them(smoke, tmp_path):
+def test_the_stage_takes_known_labels(smoke, tmp_path):
     file = tmp_path / "mine.json"
     known = ["classify.strategy=known", "data.limit=24"]
     of_field = smoke(*known, "classify.known=intended")
     wanted = {e.id: e.extra["intended"] for e in read(of_field.data)}
     file.write_text(json.dumps(wanted))
-    known.append(f"classify.labels_file={file}")
-    configs = with_file, _, swapped = smoke(*known), of_field, smoke(*known, "classify.swap=true")
-    made = [make_step(config, "classify:train").manifest for config in configs]
-    ones = list(wanted.values()).count(1)
-    assert [one["summary"]["system1"] for one in made] == [ones, ones, len(wanted) - ones]
+    with_file = smoke(*known, f"classify.labels_file={file}")
+    made = [make_step(config, "classify:train").manifest for config in (with_file, of_field)]
+    assert [one["summary"]["system1"] for one in made] == [list(wanted.values()).count(1)] * 2
     assert {row.example.id: row.system for row in labels_of(with_file)} == wanted
     assert labels_of(of_field) == labels_of(with_file)
-    assert {row.example.id: 3 - row.system for row in labels_of(swapped)} == wanted
     file.write_text(json.dumps({name: 1 for name in wanted}))
     again = make_step(with_file, "classify:train").manifest
     assert again["key"] != made[0]["key"]  # the content counts, not the name
@@ -123,9 +120,6 @@ def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(s
     settings = [[brought, "classify.strategy=random", f"classify.known={field}"] for field in "ab"]
     settings += [["classify.known=intended"], [brought, "classify.known=intended"]]
     assert len({plan_steps(resolved(smoke(*one)))["classify:demo"].key for one in settings}) == 4
-    # The control that exchanges labels is about the training rows.
-    swapped = make_step(smoke(brought, "classify.known=intended", "classify.swap=true"), "classify:demo")
-    assert read_labels(swapped.path / "labels.jsonl") == rows
     with pytest.raises(DataError, match="no label for any of 16 examples in the field nothing"):
         make_step(smoke(brought, "classify.known=nothing"), "classify:demo")
 

@@ -1,27 +1,19 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import labels_of, make_steps
+from conftest import make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.classify.report import _refuse_weak_voters
+from stages.classify.report import _refuse_weak_voters, compare_with_known
 from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError
-from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, calibrate
-from stages.labelling.agreement import auc, compare_with_known
-from stages.labelling.personas import (
-    SHOTS,
-    PersonaContext,
-    personas,
-    read_labelled_examples,
-    shots,
-)  # fmt: skip
-from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan_steps
+from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, auc, calibrate
+from stages.labelling.personas import SHOTS, PersonaContext, personas, read_labelled_examples, shots
 from stages.records import Example, Labelled
 
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
@@ -145,11 +137,9 @@ def test_a_threshold_moves_votes_and_probabilities():
 def test_held_out_examples_set_the_threshold_between_the_systems():
     rows = judged(*[1, 2] * 12)
     given = [0.80 if row.system == 2 else 0.70 for row in rows]
-    found = calibrate("held_out", rows, given, [])
+    found = calibrate("held_out", rows, given)
     assert (found.threshold, found.auc, found.examples) == (0.75, 1.0, 24)
-    assert calibrate("none", rows, given, []).threshold == 0.5
-    # Without content it is the mean of log-odds: odds of 9 and 1 have the geometric mean 3.
-    assert calibrate("content_free", rows, [None] * 24, [0.9, 0.5]).threshold == pytest.approx(0.75)
+    assert calibrate("none", rows, given).threshold == 0.5
 
 
 @pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
@@ -160,7 +150,7 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
         return [middle + 0.3 * ((2 * i + 1) / number - 1) for i in range(number)]
 
     rows, given = judged(*[1] * ones, *[2] * twos), [*spread(ones, 0.4), *spread(twos, 0.6)]
-    assert calibrate("held_out", rows, given, []).threshold == pytest.approx(0.5, abs=0.03)
+    assert calibrate("held_out", rows, given).threshold == pytest.approx(0.5, abs=0.03)
 
 
 @settings(max_examples=30)
@@ -176,21 +166,12 @@ def test_auc_is_the_share_of_pairs_in_order(pairs):
 
 
 def test_agreement_with_known_labels():
-    known, labels = {"1": 1, "2": 2, "3": 2, "4": 1}, {"1": 1, "2": 2, "3": 1, "4": None}
-    found = compare_with_known(known, labels, {"a": {"1": 0.1, "2": 0.9, "3": 0.4}})
-    assert (found["n"], found["undecided"], found["agreement"]) == (3, 1, pytest.approx(2 / 3))
-    assert [found[f"known {k} labelled {j}"] for k in (1, 2) for j in (1, 2)] == [1, 0, 1, 1]
-    assert found["interval"] == pytest.approx([0.20766, 0.93851], abs=1e-4)  # Wilson's of 2 of 3
-    assert found["auc"]["a"][0] == 1
-
-
-def known_of(words: float, low: float = 0.6) -> dict:
-    """Ten rows of which nine are labelled as known, a voter with AUC .8, and that of the number of words."""
-    cells = {"known 1 labelled 1": 5, "known 1 labelled 2": 0}
-    cells |= {"known 2 labelled 1": 1, "known 2 labelled 2": 4}
-    areas = {"v": (0.8, (0, 1)), "words": (words, (0, 1))}
-    known = {"field": "s", "n": 10, "agreement": 0.9, "interval": [low, 0.98], **cells, "auc": areas}
-    return {"voters": {"v": {}}, "known": known}
+    pairs = zip((1, 2, 2, 1), judged(1, 2, 1, None), strict=True)
+    rows = [replace(row, example=replace(row.example, extra={"s": known})) for known, row in pairs]
+    compared = compare_with_known(rows, "s", {"a": {"0": 0.1, "1": 0.9, "2": 0.4}})
+    assert (compared["n"], compared["undecided"], compared["agreement"]) == (3, 1, pytest.approx(2 / 3))
+    assert compared["interval"] == pytest.approx([0.20766, 0.93851], abs=1e-4)  # Wilson's of 2 of 3
+    assert compared["auc"]["a"][0] == 1 and compare_with_known(rows, "t", {}) is None
 
 
 def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
@@ -219,17 +200,3 @@ def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypa
     monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked again
     for accepted in ("classify.accept_weak=true", "classify.min_auc=0"):
         make_steps(own("classify.accept_weak=false", accepted), "classify:train", force=True)
-
-
-def test_shuffled_labels_are_those_of_the_votes_on_other_rows(own, monkeypatch):
-    unanimous = "classify.rule=unanimous"
-    monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked
-    voted, shuffled = own(unanimous), own(unanimous, "classify.strategy=shuffled")
-    for config in (voted, shuffled):
-        make_steps(config, "classify:train")
-    one, two = ([row.system for row in labels_of(config)] for config in (voted, shuffled))
-    assert one != two and {1, 2, None} == set(one)
-    assert [one.count(system) for system in (1, 2)] == [two.count(system) for system in (1, 2)]
-    assert [system is None for system in one] == [system is None for system in two]
-    other = own(unanimous, "classify.strategy=shuffled", "classify.seed=1")
-    assert plan_steps(resolved(other))["score"].key != plan_steps(resolved(shuffled))["score"].key

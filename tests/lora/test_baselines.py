@@ -1,6 +1,5 @@
 """Prompt tuning and its kin: the same stages without scores and masks."""
 
-import json
 
 import pytest
 import torch
@@ -35,9 +34,6 @@ def test_sft_rl_and_eval_run(begun, method):
     config = chosen(begun, method, f"model.dtype={dtype}")
     assert not {"score", "partition"} & set(plan_steps(resolved(config)))
     _, *made = [make_step(config, step) for step in ("classify", "sft", "rl", "eval:rl@demo")]
-    # In 16 bits two ways of computing may differ by more than their resolution in a token of a hundred.
-    agree = json.loads((made[2].path / "metrics.json").read_text())["parity"]["agree"]
-    assert agree >= (1 if dtype == "float32" else 0.98)
     for stage in made[:2]:
         summary = stage.manifest["summary"]
         assert summary["active_share"] == 1 and summary["moved"] > 0.9 * summary["elements"] > 0

@@ -1,7 +1,6 @@
 """QLoRA: a base of 4 bits, on CPU by bitsandbytes."""
 
 import importlib.util
-import json
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def test_the_stages_run_and_frozen_elements_stay(begun, how):
             assert summary["frozen_drift"] == 0 and summary["moved"] > 0.9 * summary["active"]
             weights = adapter.read(made.path / "adapter").values()
             assert {weight.dtype for weight in weights} == {torch.float32}
-    assert json.loads((made.path / "metrics.json").read_text())["parity"]["agree"] == 1
+    assert made.manifest["summary"]["all"]["n"]
 
 
 def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):

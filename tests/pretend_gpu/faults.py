@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 FAULTS = {
-    "an answer that is computed again": (
-        "stages.eval.parity", "prompt.ids + word_prefix + ids], device=model.device)", "prompt.ids + ids])"
-    ),
     "a batch of votes": (
         "stages.engines.in_process", "(prompts, self.model.device)", '(prompts, "cpu")'
     ),
