@@ -33,7 +33,7 @@ def certain(smoke):
 
 
 def test_a_quantized_checkpoint_is_not_trained(certain, monkeypatch):
-    monkeypatch.setattr(preflight.base, "is_quantized", lambda model: True)
+    monkeypatch.setattr(preflight.checks, "is_quantized", lambda model: True)
     (problem,) = certain()
     assert problem.startswith("score, sft, rl: ") and "is quantized itself" in problem
 
@@ -149,7 +149,7 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
 def test_each_certain_failure_is_found_without_loading_anything(
     certain, tiny, tmp_path, monkeypatch, damage, settings, found
 ):
-    monkeypatch.setattr(preflight.base, "_run_once", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("stages.models.base._run_once", lambda _: pytest.fail("loaded"))
     (tmp_path / "own.py").write_text("def bare(completions):\n    return [0.0 for _ in completions]\n")
     model = tmp_path / "model"
     shutil.copytree(tiny, model)

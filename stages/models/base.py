@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.config import ModelSection
-from stages.errors import ConfigError
+from stages.models.checks import check_model, require_package
 from stages.models.dtype import is_quantized, resolve, warn_if_slow
 from stages.models.load_errors import check_finite, check_no_missing_weights, load_config, load_errors
-from stages.runtime import gpu, libraries, resources
+from stages.runtime import libraries, resources
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files of a model that reads images, which vLLM needs even for text."""
@@ -41,7 +40,7 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
     if device().type == "cpu":
         _keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype}
-    check_machine(model)
+    check_model(model)
     target = target or device()
     if model.load_in_4bit:
         options |= _four_bit(dtype)
@@ -81,35 +80,10 @@ def _from_files(model: ModelSection, **options: Any) -> PreTrainedModel:
 
 def _attention(model: ModelSection) -> dict[str, str]:
     """The argument that chooses the attention, if any; ConfigError if its package is not installed."""
-    if model.attention == "auto":
-        return {}
-    packages = ("flash_attn", "kernels")  # transformers takes either
-    if model.attention == "flash_attention_2" and not any(map(importlib.util.find_spec, packages)):
-        raise ConfigError(
-            "model.attention: flash_attention_2 is not installed",
-            "pip install flash-attn, or --set model.attention=auto",
-        )
-    return {"attn_implementation": model.attention}
-
-
-def check_machine(model: ModelSection) -> None:
-    """Raise ConfigError if torch cannot use the GPU, or the base is in 4 bits and bitsandbytes not here."""
-    if model.device == "auto" and (reason := gpu.unusable_reason()):
-        raise ConfigError(
-            f"torch cannot use the NVIDIA GPU of this machine: {reason}",
-            f"{gpu.MEND}; or go on without it: --set model.device=cpu",
-        )
-    if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.load_in_4bit: bitsandbytes is not installed", "pip install 'lorapar[qlora]'")
-
-
-def check_trainable(model: ModelSection) -> None:
-    """Raise ConfigError for a checkpoint that is quantized itself: adapters on it could not be merged."""
-    if is_quantized(model) and not model.load_in_4bit:
-        raise ConfigError(
-            f"{model.name} is quantized itself: an adapter that it trains cannot be merged",
-            "name the checkpoint that it was made from; if bitsandbytes made it: model.load_in_4bit=true",
-        )
+    if model.attention == "flash_attention_2":  # transformers takes either package
+        hint = "pip install flash-attn, or --set model.attention=auto"
+        require_package("model.attention: flash_attention_2", hint, "flash_attn", "kernels")
+    return {} if model.attention == "auto" else {"attn_implementation": model.attention}
 
 
 def headers_only(model: ModelSection) -> PreTrainedModel:

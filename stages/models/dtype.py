@@ -1,4 +1,4 @@
-"""The dtype in which a model is loaded: what `model.dtype: auto` means here, and how fast each dtype is.
+"""The dtype in which a model is loaded, and what `model.dtype: auto` means here.
 
 On a CPU without instructions for bfloat16 torch multiplies it a hundred times slower than float32, so `auto`
 is float32 there. The dtype is part of the keys of votes, answers and checkpoints. It is not part of an
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from typing import Any
 
 from stages.config import ModelSection
@@ -18,11 +17,6 @@ from stages.models.load_errors import load_config
 
 log = logging.getLogger(__name__)
 
-SIZE = 512
-"""Rows and columns of the square matrices that `speeds` multiplies.
-
-They are too large for a cache to flatter the speed, and small enough to be multiplied quickly.
-"""
 NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """CPU features that multiply bfloat16 natively, as torch names them.
 
@@ -102,30 +96,10 @@ def native_bfloat16() -> bool:
 
 @functools.cache
 def warn_if_slow(dtype: str) -> None:
-    """Warn, once, how much slower a model in `dtype` is on this CPU than in float32, if it is."""
+    """Warn, once, if a model in `dtype` is much slower on this CPU than in float32."""
     import torch
 
     if dtype == "bfloat16" and not torch.cuda.is_available() and not native_bfloat16():
-        gflops = speeds(0.2)
         log.warning(
-            "model.dtype bfloat16: this CPU multiplies it %.0f times slower than float32; "
-            "auto takes float32 here",
-            gflops["float32"] / gflops["bfloat16"],
+            "model.dtype bfloat16: this CPU multiplies it many times slower than float32, which auto takes"
         )
-
-
-def speeds(seconds: float) -> dict[str, float]:
-    """Measure GFLOP/s of a matrix product on the CPU in float32 and in bfloat16, for `seconds` in total."""
-    import torch
-
-    gflops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.ones(SIZE, SIZE, dtype=dtype) for _ in range(2))
-        a @ b  # warms up: the first product is slower
-        start, number = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - start) < seconds / 2:
-            a @ b
-            number += 1
-        # A product of n × n matrices takes n³ multiplications and as many additions.
-        gflops[str(dtype).removeprefix("torch.")] = 2 * SIZE**3 * number / elapsed / 1e9
-    return gflops

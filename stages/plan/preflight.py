@@ -20,8 +20,7 @@ from stages.config import Config, RlSection, SftSection
 from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
-from stages.lora.training import loop
-from stages.models import base
+from stages.models import checks
 from stages.pipeline.stage import Check, section
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
@@ -72,7 +71,7 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
         if step.stage.holds_base(config):
             yield step.name, lambda: texts.base
         if "model" in step.stage.sections(config, step.variant):
-            yield step.name, partial(base.check_machine, config.model)
+            yield step.name, partial(checks.check_model, config.model)
         for check in step.stage.checks(texts, step):
             yield step.name, check
     trained = [step for step in steps if "adapter/" in step.stage.files]
@@ -84,14 +83,11 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)
 
 
-def of_training(config: Config) -> Iterator[Check]:
-    """The checks of every stage that computes gradients."""
-    yield partial(base.check_trainable, config.model)
-
-
-def of_trainer(training: SftSection | RlSection) -> Iterator[Check]:
-    """The checks of a stage that has a trainer."""
-    yield partial(loop.check_machine, training)
+def of_training(config: Config, trainer: SftSection | RlSection | None = None) -> Iterator[Check]:
+    """The checks of every stage that computes gradients. trainer: the section of one that has a trainer."""
+    yield partial(checks.check_trainable, config.model)
+    if trainer:
+        yield partial(checks.check_training, trainer)
 
 
 def check_lengths(texts: Texts, stage: str, rows: list[Example]) -> None:

@@ -33,13 +33,10 @@ def _sections(config: Config, _: str) -> tuple[str, ...]:
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    from stages.lora.grpo import vllm_rollouts
     from stages.plan import preflight
 
     rl = texts.config.rl
-    yield from preflight.of_training(texts.config)
-    yield from preflight.of_trainer(rl)
-    yield partial(vllm_rollouts.check_machine, rl.rollouts)
+    yield from preflight.of_training(texts.config, rl)
     yield partial(_check_prompts, texts)
 
 

@@ -32,8 +32,7 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     from stages.plan import preflight
 
     sft = texts.config.sft
-    yield from preflight.of_training(texts.config)
-    yield from preflight.of_trainer(sft)
+    yield from preflight.of_training(texts.config, sft)
     yield partial(_check_rows, texts, step)
 
 

@@ -20,6 +20,7 @@ from stages.lora.training import loop
 from stages.lora.training.health import LongestBatch
 from stages.lora.training.start import Training
 from stages.models.base import load_base
+from stages.models.checks import check_training
 from stages.packing.batch import padded
 from stages.rewards import loading
 from stages.runtime import libraries
@@ -139,6 +140,7 @@ class Grpo(Training):
         from transformers import GenerationConfig
 
         rollouts = self.rl.rollouts
+        check_training(self.rl)
         vllm_rollouts.prepare(rollouts)
         base = load_base(self.model)
         # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that

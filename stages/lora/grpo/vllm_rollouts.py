@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -39,8 +38,7 @@ CPU_SHARE = 0.3
 
 
 def prepare(rollouts: RolloutsSection) -> None:
-    """To be called first: ConfigError if vLLM cannot do what `rollouts` asks for."""
-    check_machine(rollouts)
+    """To be called first, if vLLM is installed."""
     if rollouts.engine == "transformers":
         return
     from trl.generation import vllm_generation
@@ -50,17 +48,6 @@ def prepare(rollouts: RolloutsSection) -> None:
     vllm_generation.is_bitsandbytes_available = lambda: False
     if not torch.cuda.is_available():
         _on_cpu()
-
-
-def check_machine(rollouts: RolloutsSection) -> None:
-    """Raise ConfigError if this machine does not have what `rollouts` asks for."""
-    if rollouts.engine == "transformers":
-        return
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            f"rl.rollouts.engine {rollouts.engine}: vllm is not installed",
-            "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers",
-        )
 
 
 def _on_cpu() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -16,10 +15,11 @@ from transformers import PrinterCallback, TrainerCallback
 
 from stages.config import TrainSection
 from stages.config.fields import as_decimal_fraction
-from stages.errors import ConfigError, UnusableResult
+from stages.errors import UnusableResult
 from stages.lora.adapter import adapter, baselines
 from stages.lora.training import curves
 from stages.lora.training.start import Training
+from stages.models.checks import check_training
 from stages.store.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ SAME_NAME = (
 def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpoints) -> dict[str, Any]:
     """The arguments that the TRL configs of both trainers take."""
     cpu = not torch.cuda.is_available()
-    check_machine(section)
+    check_training(section)
     # The library's `constant` ignores the warm-up without a warning.
     scheduler = (
         "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
@@ -96,18 +96,6 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
         "dataloader_pin_memory": not cpu,
         "ddp_find_unused_parameters": False,  # every LoRA layer is in every forward pass
     }
-
-
-def check_machine(section: TrainSection) -> None:
-    """Raise ConfigError if a package that the section names is not installed, or a GPU would be idle."""
-    if torch.cuda.device_count() > 1:
-        raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process",
-            "choose one: CUDA_VISIBLE_DEVICES=0",
-        )
-    for name in section.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"report_to: {name} is not installed", f"pip install {name}")
 
 
 def _trackers(section: TrainSection, checkpoints: Path) -> list[str] | str:
