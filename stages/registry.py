@@ -11,33 +11,16 @@ from stages.errors import ConfigError
 Function = Callable[..., Any]
 
 
-class _Names:
-    """Implementations of one kind by name, with the error for an unknown name."""
+class Registry:
+    """Functions or modules of one kind by name, with the error for an unknown name.
 
-    def __init__(self, kind: str, entries: dict[str, Any]) -> None:
-        self.kind, self._entries = kind, entries
+    A function registers itself (`add`). A module stands there with its import path and is imported when it is
+    picked: some, like engines, load torch.
+    """
 
-    def names(self) -> list[str]:
-        return sorted(self._entries)
-
-    def check(self, name: str) -> None:
-        """ConfigError with the choices if `name` is unknown."""
-        if name not in self._entries:
-            raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
-
-    def describe(self) -> dict[str, str]:
-        """Map each name to the first line of its docstring."""
-        return {name: (self._docstring(name) or "").strip().split("\n")[0] for name in self.names()}
-
-    def _docstring(self, name: str) -> str | None:
-        return self._entries[name].__doc__
-
-
-class Registry(_Names):
-    """Functions of one kind, registered under their own names."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind, {})
+    def __init__(self, kind: str, modules: dict[str, str] | None = None) -> None:
+        self.kind = kind
+        self._entries: dict[str, Function | str] = {**(modules or {})}
         self._traits: dict[str, tuple[str, ...]] = {}
 
     def add(self, *traits: str, name: str = "") -> Callable[[Function], Function]:
@@ -53,26 +36,32 @@ class Registry(_Names):
 
         return register
 
-    def pick(self, name: str) -> Function:
-        """Return the function called `name`; ConfigError with the choices if there is none."""
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def check(self, name: str) -> None:
+        """ConfigError with the choices if `name` is unknown."""
+        if name not in self._entries:
+            raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
+
+    def pick(self, name: str) -> Any:
+        """Return the function or module called `name`; ConfigError with the choices if there is none."""
         self.check(name)
-        return self._entries[name]
+        entry = self._entries[name]
+        return importlib.import_module(entry) if isinstance(entry, str) else entry
 
     def has_trait(self, name: str, trait: str) -> bool:
         """True if the function called `name` was registered with this trait; a person's own has none."""
         return trait in self._traits.get(name, ())
 
-
-class ModuleRegistry(_Names):
-    """Modules of one kind by import path, imported when they are picked: some, like engines, load torch."""
-
-    def pick(self, name: str) -> Any:
-        """Import the module called `name`; ConfigError with the choices if there is none."""
-        self.check(name)
-        return importlib.import_module(self._entries[name])
+    def describe(self) -> dict[str, str]:
+        """Map each name to the first line of its docstring."""
+        return {name: (self._docstring(name) or "").strip().split("\n")[0] for name in self.names()}
 
     def _docstring(self, name: str) -> str | None:
-        """Read the docstring without importing the module."""
-        package, _, module = self._entries[name].rpartition(".")
+        entry = self._entries[name]
+        if not isinstance(entry, str):
+            return entry.__doc__
+        package, _, module = entry.rpartition(".")  # read without importing it
         source = importlib.resources.files(package) / f"{module}.py"
         return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.registry import ModuleRegistry
+from stages.registry import Registry
 from stages.runtime import libraries
 
 if TYPE_CHECKING:
     from stages.config import ModelSection, ServerSection
 
-engines = ModuleRegistry(
+engines = Registry(
     "engine",
     {
         "openai": "stages.engines.openai",

@@ -10,7 +10,7 @@ A file defines these names at its top level:
 - `SANDBOX = True`, if grading runs code that a model wrote.
 """
 
-from stages.registry import ModuleRegistry
+from stages.registry import Registry
 
 BUILT_IN = ("demo", "gsm8k", "humaneval", "jsonl", "mmlu")
-benchmarks = ModuleRegistry("benchmark", {name: f"{__name__}.{name}" for name in BUILT_IN})
+benchmarks = Registry("benchmark", {name: f"{__name__}.{name}" for name in BUILT_IN})
