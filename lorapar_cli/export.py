@@ -31,6 +31,9 @@ def command(
     ] = None,
     merged: Annotated[bool, flag("--merged", help="Merge the adapter into the base model.")] = False,
     views: Views = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub, too.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     from stages import export as exporting
@@ -59,7 +62,9 @@ def command(
         exporting.write_views(trained, settings, folder, evaluated)
         names = ", ".join(f"{mode} ({name})" for mode, name in modes.items())
         terminal.say(f"{folder}: {names}; the command that serves both is in {folder / 'README.md'}")
-        return
-    form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
-    exporting.write(target, trained[target], settings, folder, form, evaluated)
-    terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
+    else:
+        form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
+        exporting.write(target, trained[target], settings, folder, form, evaluated)
+        terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
+    if push:
+        terminal.say(f"pushed to {exporting.push(folder, push)}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.config import Config
-from stages.errors import ConfigError, OutputError
+from stages.errors import ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.report.card import Form, card
 from stages.store.artifacts import Artifact, make_readable, refuse_store
@@ -59,6 +59,18 @@ def write_views(
             _fill(partial / mode, trained[target], config, "adapter")
         text = card(config, trained, "adapter", partial, evaluated)
         (partial / "README.md").write_text(text, encoding="utf-8")
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported folder to a repository of the hub, and return its URL; ServerError if it refuses."""
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder).repo_url)
+    except (httpx.HTTPError, OSError, ValueError) as error:  # the base classes of huggingface_hub's errors
+        hint = f"{folder} stays; hf auth login, hf repos create {repository}, hf upload {repository} {folder}"
+        raise ServerError(f"cannot push to {repository}: {first_line(error)}", hint) from None
 
 
 def refuse_existing(out: Path) -> None:

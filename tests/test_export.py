@@ -1,4 +1,4 @@
-"""An exported adapter or model answers as what was trained, and the check says so where it does not."""
+"""An exported adapter or model answers as what was trained."""
 
 import json
 import re
@@ -6,12 +6,12 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, flags, make_steps
-from huggingface_hub import RepoUrl
-from safetensors.torch import load_file
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from stages import export
 from stages.config import SYSTEMS, BaselineSection
@@ -85,16 +85,6 @@ def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
     assert merged.generation_config.temperature == 0.9
 
 
-def test_weights_in_the_type_of_the_base(trained, tmp_path):
-    config, artifact = trained
-    half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    export.write("sft", artifact, half, tmp_path / "h", "adapter", base_dtype=True)
-    assert {w.dtype for w in load_file(tmp_path / "h/adapter_model.safetensors").values()} == {torch.bfloat16}
-    assert "started from, rounded to the base's type" in (tmp_path / "h/README.md").read_text()
-    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "h").iterdir()}
-    assert modes == {0o666 & (tmp_path / "h").stat().st_mode}  # safetensors writes for its owner alone
-
-
 def test_nothing_is_exported_among_artifacts_or_onto_a_full_disk(trained, tmp_path, full_disk):
     config, artifact = trained
     with pytest.raises(OSError, match="full"):
@@ -121,17 +111,11 @@ def test_views_are_two_adapters_with_the_command_that_serves_both(trained, anoth
     ]  # fmt: skip
     learned = "| learned | System 1, to answer at once: SFT | System 2, to work it out: GRPO |"
     assert learned in text and 'model.set_adapter("slow")  # or "fast"' in text
-    plain = config.prompt.model_copy(update={"template": "plain", "system": "Think."})
-    model = config.model.model_copy(update={"name": "models/m"})
-    rl = config.rl.model_copy(update={"prompt": plain})
-    other = config.model_copy(update={"rl": rl, "model": model})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/m").mkdir(parents=True)
+    other = config.model_copy(update={"model": config.model.model_copy(update={"name": "models/m"})})
     text = card(other, {"sft": artifact, "rl": another}, "adapter", tmp_path / "out/v")
     assert "vllm serve ../../models/m --generation-config vllm" in text
-    (_, fast), (path, slow) = requests(text)
-    assert fast["messages"][0] == message and path == "completions"
-    assert slow["prompt"] == f"Think.\n\nQuestion: {usage.QUESTION}\nAnswer:\n"
     ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
     with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
         export.write_views({"sft": artifact, "rl": another}, ia3, tmp_path / "w")
@@ -201,22 +185,11 @@ def test_a_view_is_used_with_its_template_arguments(trained):
     compile(code, "code", "exec")
 
 
-class Heard:
-    """An engine that keeps what it was asked."""
-
-    def __init__(self, engine, tokenizer):
-        self.engine, self.tokenizer, self.asked = engine, tokenizer, []
-
-    def generate(self, questions, sampling):
-        self.asked.append([self.tokenizer.decode(question.ids) for question in questions])
-        return self.engine.generate(questions, sampling)
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [  # stale where another test has made it with other settings in the store that they share
         (["--target", "sft", "--set", "sft.learning_rate=0.77"], 66, "sft is (missing|stale)"),
-        (["--views", "--target", "sft"], 78, "--views exports both modes: leave out --target"),
+        (["--views", "--target", "sft"], 78, "--views exports both modes as adapters: leave out --target"),
     ],
 )
 def test_what_cannot_be_exported(begun, lorapar, tmp_path, options, code, message):
@@ -225,27 +198,18 @@ def test_what_cannot_be_exported(begun, lorapar, tmp_path, options, code, messag
     assert not (tmp_path / "x").exists()
 
 
-class Hub:
-    """The part of the hub's client that is used."""
+def test_a_push_uploads_what_was_exported_or_says_why_not(begun, trained, lorapar, tmp_path, monkeypatch):
+    def upload(_, repo_id: str, folder_path: Path) -> SimpleNamespace:
+        if repo_id == "mine":
+            raise LocalTokenNotFoundError("no token")
+        shutil.copytree(folder_path, tmp_path / "hub")
+        return SimpleNamespace(repo_url=f"https://hub/{repo_id}")
 
-    def __init__(self, folder=None, error=None):
-        self.folder, self.error = folder, error
-
-    def create_repo(self, name, private, exist_ok):
-        if self.error:
-            raise self.error
-        assert private and exist_ok
-        return RepoUrl(f"https://huggingface.co/me/{name}")
-
-    def upload_folder(self, repo_id, folder_path):
-        shutil.copytree(folder_path, self.folder / repo_id)
-
-
-def test_a_push_uploads_what_was_exported(begun, trained, lorapar, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(tmp_path / "hub"))
-    config = (ROOT / "configs/smoke.yaml", *flags(*begun.home, *SETTINGS))
-    done = lorapar("export", *config, tmp_path / "x", "--target", "sft", "--push", "mine")
-    assert done.code == 0 and "pushed to https://huggingface.co/me/mine" in done.out + done.err
-    for folder in (tmp_path / "x", tmp_path / "hub/me/mine"):
-        names = sorted(path.name for path in folder.iterdir())
-        assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    command = ("export", ROOT / "configs/smoke.yaml", *flags(*begun.home, *SETTINGS), "--target", "sft")
+    done = lorapar(*command, tmp_path / "x", "--push", "me/mine")
+    assert done.code == 0 and "pushed to https://hub/me/mine" in done.out + done.err
+    names = sorted(path.name for path in (tmp_path / "hub").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    done = lorapar(*command, tmp_path / "y", "--push", "mine")
+    assert done.code == 69 and "error: cannot push to mine: no token" in done.err and "hf auth" in done.err
