@@ -223,7 +223,7 @@ def test_annotated_defaults_are_the_defaults():
     lines = list(annotated(SftSection))
     names = [line.partition(":")[0] for line in lines if not line.startswith(" ")]
     common, advanced = names[: names.index("# advanced")], names[names.index("# advanced") + 1 :]
-    assert {"learning_rate", "batch_size"} <= set(common) and {"weight_decay", "padding_free"} <= set(
+    assert {"learning_rate", "batch_size"} <= set(common) and {"weight_decay", "warmup_ratio"} <= set(
         advanced
     )
 

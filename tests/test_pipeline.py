@@ -144,7 +144,7 @@ def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkey
 @pytest.mark.parametrize("stage", ["votes", pytest.param("answers", marks=pytest.mark.slow)])
 def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage):
     """The same checkpoint under `auto`, on a CPU that multiplies bfloat16 and on one that does not."""
-    small = ("data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]", "eval.parity_items=0")
+    small = ("data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]")
     steps = ("classify:demo", "eval:base@demo")
     found = []
     for run, dtype in (("one", "float32"), ("two", "bfloat16")):

@@ -30,19 +30,12 @@ def _checks(texts, step):
     yield check
 
 
-def _cost(model, variant):
-    from stages.plan.cost_model import NOTHING
-
-    return NOTHING
-
-
 STAGE = Stage(
     name="count",
     inputs=lambda config, variant: ("classify:train",),
     sections=lambda config, variant: ("count",),
     files={"count.txt": "The number, and the unit."},
     checks=_checks,
-    cost=_cost,
     section=Count,
 )
 '''

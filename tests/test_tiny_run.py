@@ -186,10 +186,8 @@ def test_answers_of_an_evaluation_are_journalled(copied):
 
 
 def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatch):
-    """Other labels, another limit, another number of checked items: no model is loaded to answer again."""
-    config = copied(
-        "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12", "eval.parity_items=0"
-    )
+    """Other labels, another limit: no model is loaded to answer again."""
+    config = copied("eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12")
     monkeypatch.setattr("stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded"))
     made = make_steps(config, "eval:base@demo", "eval:init@demo")
     assert all(now for _, now in made.values())
@@ -206,7 +204,7 @@ def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
 
 
 def test_force_asks_again(copied, monkeypatch):
-    config = copied("eval.parity_items=0")
+    config = copied()
     same = Completion([65], True)
     monkeypatch.setattr(
         "stages.engines.in_process.generate",

@@ -83,7 +83,7 @@ class BenchmarkSection(SourceSection):
 
 class SandboxSection(Section):
     backend: Literal["auto", "bubblewrap", "landlock", "refuse", "unsafe-no-sandbox"] = setting("auto")
-    """auto: bubblewrap; refuse: run no program of a model."""
+    """auto: bubblewrap, or landlock if that fails; refuse: run no program of a model."""
     seconds: float = setting(5, "Time limit of a program with all its tests.", gt=0, le=86400)
 
 
@@ -100,8 +100,6 @@ class EvalSection(Section):
     """Items for targets base and init; none: all."""
     untrained_shots: NonNegativeInt = advanced_unkeyed(0)
     """Worked examples that base and init get beside `shots`, to see the form of an answer."""
-    parity_items: NonNegativeInt = advanced_unkeyed(8)
-    """First answers of vLLM that are checked against the unmerged adapter; 0: none."""
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of benchmarks that run code.")
 
     @field_validator("engine")

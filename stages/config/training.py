@@ -130,8 +130,6 @@ class SftSection(TrainSection):
     batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
     per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
     lora_dropout: ShareBelowOne = advanced(0.05, DROPOUT)
-    padding_free: AutoOff = advanced("auto")
-    """auto: a micro-batch as one row without padding, where the model allows it; off: padded."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.batch_size % self.per_device_train_batch_size:

@@ -89,7 +89,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     trained = target not in UNTRAINED_TARGETS and texts.rows["train"]
     response = texts.response_tokens(limit) if trained else float(limit)
     answers, served = len(rows) * section.samples, evaluation.engine == "vllm"
-    checked = served and evaluation.parity_items and not section.temperature
+    checked = served and not section.temperature
     return Work(
         read=answers * per_text(prompts[:PROMPT_SAMPLE], slots), written=answers * response, slots=slots,
         length=max(map(len, prompts)) + limit, copies=1 + bool(checked),

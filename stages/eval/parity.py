@@ -24,6 +24,8 @@ from stages.prompts.renderer import RenderedPrompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ITEMS = 8
+"""Items whose answers are checked."""
 TOLERANCE = 0.5
 """Logits. At their usual size bfloat16 resolves 0.125, and merging rounds every weight once more."""
 MIN_AGREEMENT = 0.9

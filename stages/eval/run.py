@@ -214,8 +214,7 @@ def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
 
 def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCache) -> dict[str, Any] | None:
     """Check vLLM's first answers with the unmerged adapter in plain PEFT; None if they were sampled."""
-    items = evaluation.eval.parity_items
-    if not items or evaluation.benchmark.temperature or evaluation.eval.engine != "vllm":
+    if evaluation.benchmark.temperature or evaluation.eval.engine != "vllm":
         return None
     import torch
 
@@ -224,7 +223,8 @@ def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCac
     if torch.cuda.is_available():
         evaluation.context.engines.close()  # a running server holds most of the device's memory
     answers = [
-        (prompt, cache.answers[i, 0], cache.closing_span(i)) for i, prompt in enumerate(cache.prompts[:items])
+        (prompt, cache.answers[i, 0], cache.closing_span(i))
+        for i, prompt in enumerate(cache.prompts[: parity.ITEMS])
     ]
-    hint = "another engine: --set eval.engine=transformers; no check: --set eval.parity_items=0"
+    hint = "another engine: --set eval.engine=transformers"
     return parity.check(answers, evaluation.model, adapter, cache.renderer.tokenizer, hint)

@@ -64,7 +64,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
     rows = [row.input_ids for row in texts.trained_rows("sft")]  # the longest first
     size = sft.per_device_train_batch_size
-    sharing = size if sft.padding_free == "auto" and not sft.lora_dropout else 1
+    sharing = 1 if sft.lora_dropout else size
     return Work(trained=steps * sft.batch_size * per_text(rows, sharing), batch=size * len(rows[0]))
 
 

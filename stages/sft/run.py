@@ -93,7 +93,7 @@ def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
         processing_class=run.renderer.tokenizer,
         row_ids=lambda: {tuple(row.input_ids): row.id for row in rows},
         memory_hint=memory_hint,
-        packed=sft.padding_free == "auto",
+        packed=True,
         share_prefix=not has_active_dropout(model),
     )
     trainer_inputs.accept_packed(base)

@@ -22,8 +22,7 @@ score: {examples: 4}
 classify: {voters: [{persona: steps, engine: transformers, shots: 2}], system2_share: 0.5, accept_weak: true}
 sft: {max_steps: 2, batch_size: 4, per_device_train_batch_size: 4, system2_share: 0.3}
 rl: {max_steps: 1, prompts_per_step: 2, num_generations: 2, per_device_train_batch_size: 4,
-     max_completion_length: 8, kl_probe_prompts: 2}
-eval: {parity_items: 2}
+     max_completion_length: 8}
 """)
 
 

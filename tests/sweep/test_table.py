@@ -57,7 +57,7 @@ def small(tiny, demo_data, common_folder, tmp_path_factory) -> Path:
         f"model: {{name: {tiny}}}\n"
         "classify: {strategy: random}\n"
         f"data: {{path: {demo_data / 'train.jsonl'}, limit: 48}}\n"
-        f"eval: {{parity_items: 0, benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
+        f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
     )
     path = folder / "small.yaml"
     path.write_text(FILE.format(base="base.yaml"))
