@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Silent, config_file, make_steps
+from conftest import ROOT, config_file, make_steps
 from mock_server import Mock, serve
 
 from stages.config import ServerSection
@@ -45,6 +45,12 @@ def config_in(folder: Path, tiny: Path):
 @pytest.fixture
 def config(tiny, tmp_path):
     return config_in(tmp_path, tiny)
+
+
+@pytest.fixture(autouse=True)
+def brief_pauses(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.05)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
 
 
 def classify(config, progress=None, force=False):
@@ -155,25 +161,6 @@ def test_a_server_that_is_gone_keeps_what_it_gave(config, fault, error, code, te
         # A set: on a busy machine one of them may miss its deadline of a second and be tried again.
         asked = {key for key in mock.log[before:] if "Question" in key or "question" in key}
     assert len(asked) <= ROWS + 32 - kept + 3  # and what finds out about the server
-
-
-def test_other_weights_under_the_same_name_are_noticed(config, tmp_path):
-    progress = Silent()
-    with serve(Mock(weights="a")) as mock:
-        few = config(mock.url)
-        few = few.model_copy(update={"data": few.data.model_copy(update={"limit": 50})})
-        classify(few)
-        mock.weights = "b"
-        changed = system_of(classify(config(mock.url), progress))
-    with serve(Mock(weights="b")) as mock:
-        apart = {"runs_dir": str(tmp_path / "alone")}
-        alone = system_of(classify(config(mock.url).model_copy(update=apart)))
-        assert any("Question" in key for key in mock.log)
-    assert changed == alone
-    said = "\n".join(progress.said)
-    assert "its weights have changed under the same name; its 82 earlier votes are set aside" in said
-    assert "judge/role_play puts 0.40% of its probability on the label words: it would say something" in said
-    assert len(list((Path(few.runs_dir) / "votes").glob("*.old"))) == 1
 
 
 def test_voters_at_several_servers_run_side_by_side(config):

@@ -4,23 +4,26 @@ Choices are made by constrained decoding with log-probabilities. The server mask
 before it computes the log-probabilities (vLLM: `structured_outputs.choice`), so the words' probabilities are
 read at the first token in which they differ, and nothing needs parsing. A server that cannot constrain its
 output is asked for one word, and its reply is read strictly; so is the reply of a model that thinks first.
-Retries, back-off, Retry-After and time limits are the package's.
+Retries, back-off and Retry-After are the package's; what a reply must be to count is in `reply_checks`.
 """
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import logging
 import math
 import os
+import queue
 import re
-import socket
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import Any
-from urllib.parse import urlsplit
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import httpx
 
 from stages.config import ServerSection
 from stages.engines import (
@@ -32,175 +35,61 @@ from stages.engines import (
     GenerateRequest,
     Sampling,
 )
-from stages.errors import AnswerError, ConfigError, ServerError, first_line
-from stages.prompts.thoughts import after_thought
+from stages.engines.reply_checks import (
+    ALTERNATIVES,
+    ReplyChoice,
+    choice_probabilities,
+    parse_reply,
+    parse_word,
+)
+from stages.errors import AnswerError, ConfigError, ServerError
 
 log = logging.getLogger(__name__)
 
 CONCURRENCY = 64
-"""Requests in flight, unless `server.concurrency` says otherwise."""
-MAX_WORD_TOKENS = 8
-REPLY_TOKENS = 16
-"""Room for a word and for what a model writes around it."""
-ALTERNATIVES, TOP_LOGPROBS = 5, 20
-"""Likeliest tokens whose log-probabilities come with a choice among words, and the most that there may be."""
+"""Requests in flight, unless `server.concurrency` or the caller says otherwise."""
+TRIES = 6
+"""How often a request is sent; again after a temporary failure, and after a reply that cannot be believed."""
+PAUSE_S = 0.05
+"""Pause after the first reply that cannot be believed; it doubles with each further one."""
+MAX_WORD_TOKENS, REPLY_TOKENS = 8, 16
+"""Room for a word, and for a word with what a model writes around it."""
+TOP_LOGPROBS = 20
+"""The most alternatives that a vLLM server gives per token."""
 KEPT_TEXT = 200
 """Characters kept from the end of a reply that was read as text; thinking is long."""
-RETRIES = 6
-Tokens = list[tuple[str, list[tuple[str, float]]]]
-"""Of each token of a reply: its text, and the text and log-probability of each alternative."""
+UNLIKELY = ("zebra", "quartz")
+"""Words to choose from that no model would write: a server that replies with one of them can constrain."""
+TOO_LONG = ("context length", "too long", "max_model_len")
+"""What servers say of a prompt that does not fit."""
+MIN_KEY, MIN_ID = 7, 20
+"""Characters of a key that is secret, and of a reply's id that is unique; Ollama draws one of 999 numbers."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+T = TypeVar("T")
+Ask = Callable[[Any, Any], Awaitable[Any]]
 
 
 @contextmanager
 def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
-    client = Client(spec.urls, os.environ.get(spec.api_key_env, "").strip(), server, spec.model.name)
-    say(f"asking {client.model} at {', '.join(spec.urls)}")
-    yield client
-
-
-class Client:
-    """One model on one server or several. ServerError if they do not answer, ConfigError if they refuse."""
-
-    def __init__(
-        self, urls: tuple[str, ...], key: str, server: ServerSection, model: str,
-        exit_error: Callable[[], ServerError | None] = lambda: None,
-    ) -> None:  # fmt: skip
-        """exit_error: why the server has ended, if it has."""
-        from openai import OpenAI
-
-        self.urls, self.key, self.server, self.model, self.exit_error = urls, key, server, model, exit_error
-        settings: dict[str, Any] = {"timeout": server.timeout_s, "max_retries": RETRIES}
-        self._clients = itertools.cycle(
-            [OpenAI(base_url=url, api_key=key or "none", **settings) for url in urls]
-        )
-        self._can_constrain = True
-
-    def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
-        """Send the first request alone, then the others at the same time.
-
-        So the server computes a shared prefix once, and mistakes show early.
-        """
-        remaining = enumerate(requests)
-        yield from self._each(islice(remaining, 1), self._choose)
-        yield from self._each(remaining, self._choose)
-
-    def generate(
-        self, requests: list[GenerateRequest], sampling: Sampling
-    ) -> Iterator[tuple[int, Completion]]:
-        """Complete prompts as token ids, which vLLM returns (`return_token_ids`) and other servers do not."""
-
-        def ask(client: Any, request: GenerateRequest) -> Completion:
-            choice = client.completions.create(
-                model=self.model, prompt=request.ids, max_tokens=sampling.max_new_tokens, seed=request.seed,
-                temperature=sampling.temperature, stop=list(request.stop) or None,
-                top_p=1.0,  # without top_p and top_k vLLM takes those in generation_config
-                extra_body={
-                    "top_k": sampling.top_k or -1,
-                    "stop_token_ids": list(sampling.stop_ids), "return_token_ids": True,
-                    "add_special_tokens": False,
-                },
-            ).choices[0]  # fmt: skip
-            return Completion(list(choice.token_ids), choice.finish_reason == "stop")
-
-        for i, completion in self._each(enumerate(requests), ask):
-            if isinstance(completion, Failure):
-                raise AnswerError(f"{self.model} gave no answer: {completion.reason}: {completion.detail}")
-            yield i, completion
-
-    def _each(
-        self, items: Iterable[tuple[int, Any]], ask: Callable[[Any, Any], Any]
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield each item's index and answer as soon as it arrives; a Failure where it cannot be answered."""
-        size = self.server.concurrency or CONCURRENCY
-        with ThreadPoolExecutor(size) as threads:
-            waiting = {}
-            try:
-                for i, item in items:
-                    waiting[threads.submit(self._attempt, ask, item)] = i
-                    if len(waiting) >= size:
-                        yield from self._finished(waiting)
-                while waiting:
-                    yield from self._finished(waiting)
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
-
-    @staticmethod
-    def _finished(waiting: dict[Any, int]) -> Iterator[tuple[int, Any]]:
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-            yield waiting.pop(future), future.result()
-
-    def _attempt(self, ask: Callable[[Any, Any], Any], item: Any) -> Any:
-        import openai
-
-        try:
-            return ask(next(self._clients), item)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise ConfigError(f"{self.urls[0]} refuses {self.model}: {first_line(error)}") from None
-        except openai.APIStatusError as error:
-            return Failure("refused" if error.status_code < 500 else "server_error", first_line(error))
-        except openai.APITimeoutError as error:
-            return Failure("timeout", first_line(error))
-        except openai.APIConnectionError as error:
-            raise self.exit_error() or ServerError(
-                f"{', '.join(self.urls)} does not answer: {first_line(error)}",
-                "the same command asks only for what is missing",
-            ) from None
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            return Failure("unreadable", first_line(error))
-
-    def _choose(self, client: Any, request: ChoiceRequest) -> ChoiceResult:
-        """Make one choice, by constrained decoding if the server can, else by reading its reply."""
-        import openai
-
-        if not request.max_thinking_tokens and self._can_constrain:
-            constraint = {"structured_outputs": {"choice": list(request.words)}}
-            try:
-                choice = self._ask(client, request, MAX_WORD_TOKENS, ALTERNATIVES, extra_body=constraint)
-                if found := probabilities(_tokens(choice), request.words):
-                    return ChoiceResult(found, self._mass(client, request))
-            except (openai.BadRequestError, openai.UnprocessableEntityError, ValueError, TypeError):
-                pass
-            self._can_constrain = False
-            log.warning("%s gives no log-probabilities of given words: votes are 0 or 1", self.model)
-        sampling = {"temperature": request.temperature, "seed": request.seed} if request.temperature else {}
-        choice = self._ask(client, request, request.max_thinking_tokens + REPLY_TOKENS, 0, **sampling)
-        text = choice.message.content if hasattr(choice, "message") else choice.text
-        index = parse_word(text or "", request.words)
-        chosen = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
-        return ChoiceResult(chosen, -1.0, (text or "")[-KEPT_TEXT:])
-
-    def _mass(self, client: Any, request: ChoiceRequest) -> float:
-        """The probability that the unconstrained next token begins one of the words; -1 if not asked."""
-        if not request.measure_mass:
-            return -1.0
-        ((_, alternatives),) = _tokens(self._ask(client, request, 1, TOP_LOGPROBS))
-        begins = [p for text, p in alternatives if text.strip() and _fitting(text, request.words)]
-        return min(1.0, sum(map(math.exp, begins)))
-
-    def _ask(
-        self, client: Any, request: ChoiceRequest, tokens: int, alternatives: int, **options: Any
-    ) -> Any:
-        path, body = self._body(request, tokens, alternatives)
-        endpoint = client.chat.completions if path.startswith("chat") else client.completions
-        return endpoint.create(**{"temperature": 0, **body, **options}).choices[0]
-
-    def _body(self, request: ChoiceRequest, tokens: int, alternatives: int) -> tuple[str, dict[str, Any]]:
-        body: dict[str, Any] = {"model": self.model, "max_tokens": tokens}
-        if isinstance(request.text, str) or isinstance(request.text[0], int):
-            logprobs = {"logprobs": alternatives} if alternatives else {}
-            return "completions", {**body, **logprobs, "prompt": request.text}
-        logprobs = {"logprobs": True, "top_logprobs": alternatives} if alternatives else {}
-        return "chat/completions", {**body, **logprobs, "messages": request.text}
+    key = os.environ.get(spec.api_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the key in {spec.api_key_env} has characters that no key has", "type it again")
+    say(f"asking {spec.model.name} at {', '.join(spec.urls)}")
+    yield Client(spec.urls, key, server, spec.model.name)
 
 
 def check_reachable(url: str) -> None:
     """Raise ServerError if nothing takes connections at this address of a server."""
-    address = urlsplit(url)
-    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        socket.create_connection((str(address.hostname), port), timeout=10).close()
-    except OSError as error:
-        raise ServerError(f"{url}: {error.strerror or error}", "start the server, or mend base_url") from None
+        httpx.get(f"{url.rstrip('/')}/models", timeout=5, trust_env=_uses_proxy(url))
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ServerError(f"base_url {url} cannot be reached: {error}", "start that server") from None
+    except (httpx.HTTPError, ValueError, ImportError):
+        return  # it may be busy; of a proxy that cannot be used the stage speaks
+
+
+def _uses_proxy(url: str) -> bool:
+    return httpx.URL(url).host not in LOOPBACK
 
 
 def max_reply_tokens(request: ChoiceRequest) -> int:
@@ -208,56 +97,275 @@ def max_reply_tokens(request: ChoiceRequest) -> int:
     return request.max_thinking_tokens + REPLY_TOKENS if request.max_thinking_tokens else MAX_WORD_TOKENS
 
 
-def _tokens(choice: Any) -> Tokens:
-    if choice.logprobs is None:
-        raise ValueError("the reply has no log-probabilities")
-    if getattr(choice.logprobs, "content", None) is not None:  # a chat's
-        return [(t.token, [(o.token, o.logprob) for o in t.top_logprobs]) for t in choice.logprobs.content]
-    pairs = zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True)
-    return [(token, list(alternatives.items())) for token, alternatives in pairs]
+class Client:
+    """One model on one server or several. ServerError if they do not answer, ConfigError if they refuse."""
+
+    def __init__(
+        self, urls: tuple[str, ...], key: str, server: ServerSection, model: str,
+        exit_error: Callable[[], ServerError | None] = lambda: None, concurrency: int = CONCURRENCY,
+    ) -> None:  # fmt: skip
+        """exit_error: why the server has ended, if it has."""
+        self.urls, self.key, self.server, self.model, self.exit_error = urls, key, server, model, exit_error
+        self._most = server.concurrency or concurrency
+        self._answered = 0
+        """Replies that were believed, so far."""
+        self._ids: set[str] = set()
+        """Their ids."""
+        self._tokens_needed: dict[tuple[str, ...], int] = {}
+        """For the words of a request: the tokens until they differ, learned from earlier replies."""
+        self._can_constrain: dict[str, bool] = {}
+        """For each endpoint: whether the server can constrain its output to given words."""
+        secret = (
+            rf"(?:\\?{re.escape(letter)}|\\u{ord(letter):04x})" for letter in key
+        )  # as JSON may have it
+        self._secret = re.compile("".join(secret) if len(key) >= MIN_KEY else "(?!)", re.IGNORECASE)
+
+    def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
+        """Send the first request alone, then the others at the same time.
+
+        So the server computes a shared prefix once, and mistakes show early.
+        """
+        return self._each(requests, self._choose, at_first=1)
+
+    def generate(
+        self, requests: list[GenerateRequest], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete prompts as token ids, which vLLM returns (`return_token_ids`) and other servers do not."""
+
+        async def ask(client: Any, request: GenerateRequest) -> Completion:
+            body = {
+                "prompt": request.ids, "max_tokens": sampling.max_new_tokens, "seed": request.seed,
+                "temperature": sampling.temperature, "stop": list(request.stop) or None,
+                # without top_p and top_k vLLM takes those in generation_config
+                "top_p": 1.0, "top_k": sampling.top_k or -1,
+                "stop_token_ids": list(sampling.stop_ids), "return_token_ids": True,
+                "add_special_tokens": False,
+            }  # fmt: skip
+            return await self._send(client, body, _completion)
+
+        for i, completion in self._each(requests, ask, at_first=self._most):
+            if isinstance(completion, Failure):
+                raise AnswerError(f"{self.model} gave no answer: {completion.reason}: {completion.detail}")
+            yield i, completion
+
+    def _each(self, items: Iterable[Any], ask: Ask, at_first: int) -> Iterator[tuple[int, Any]]:
+        """Yield each item's index and answer as soon as it arrives; a Failure where it cannot be answered.
+
+        at_first: items in flight until the first is answered. An event loop in a thread of its own runs the
+        requests, because a signal's exception would be lost in a task; it ends when this generator is left.
+        """
+        outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        clients, tasks = [self._connect(url) for url in self.urls], set[Any]()
+        loop, stopped = asyncio.new_event_loop(), asyncio.Event()
+
+        async def answer(i: int, item: Any) -> None:
+            try:
+                outcomes.put((i, await self._attempt(clients, i, ask, item)))
+            except Exception as error:
+                outcomes.put((i, error))
+
+        def start(i: int, item: Any) -> None:
+            tasks.add(task := loop.create_task(answer(i, item)))
+            task.add_done_callback(tasks.discard)
+
+        async def serve() -> None:
+            await stopped.wait()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for client in clients:
+                await client.close()
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(serve())
+
+        thread = threading.Thread(target=run, name="requests", daemon=True)
+        try:
+            thread.start()
+            waiting, most, numbered = 0, at_first, enumerate(items)
+            while True:
+                for numbered_item in islice(numbered, most - waiting):
+                    loop.call_soon_threadsafe(start, *numbered_item)
+                    waiting += 1
+                if not waiting:
+                    return
+                i, answered = outcomes.get()
+                waiting, most = waiting - 1, self._most
+                if isinstance(answered, Exception):
+                    raise answered
+                yield i, answered
+        finally:
+            loop.call_soon_threadsafe(stopped.set)
+            if thread.is_alive():
+                thread.join()
+
+    def _connect(self, url: str) -> Any:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        # One connection per request: on one kept alive, a reply sent twice would answer the next request.
+        return AsyncOpenAI(
+            base_url=url, api_key=self.key or "none", timeout=self.server.timeout_s, max_retries=TRIES - 1,
+            http_client=DefaultAsyncHttpxClient(trust_env=_uses_proxy(url), follow_redirects=False),
+            default_headers={"Connection": "close"},
+        )  # fmt: skip
+
+    async def _attempt(self, clients: list[Any], i: int, ask: Ask, item: Any) -> Any:
+        """Ask a server, and the others in turn if it does not answer; a Failure if only this item failed."""
+        import openai
+
+        answered, turn = self._answered, i % len(clients)
+        for client in [*clients[turn:], *clients[:turn]]:
+            try:
+                # The package limits each read, which a server that sends byte by byte never exceeds.
+                async with asyncio.timeout(TRIES * self.server.timeout_s):
+                    return await ask(client, item)
+            except openai.APIStatusError as error:
+                return self._refused(client, error)
+            except (openai.APITimeoutError, TimeoutError):
+                failure = Failure("timeout", f"no answer in {self.server.timeout_s:g} s")
+            except openai.APIConnectionError as error:
+                failure = Failure("transport", self._secret.sub("***", f"{error.__cause__ or error}"))
+            except ValueError as error:
+                return Failure("unreadable", " ".join(str(error).split()))
+        if self._answered > answered:
+            return failure
+        raise self.exit_error() or ServerError(
+            f"{', '.join(self.urls)} does not answer: {failure.detail}",
+            "run the same command again; the answers so far are kept",
+        )
+
+    def _refused(self, client: Any, error: Any) -> Failure:
+        """Return the failure that a status stands for; ConfigError if every request would meet it."""
+        code = error.status_code
+        text = f"{code} {' '.join(self._secret.sub('***', error.response.text)[:200].split())}"
+        if code < 400 or code in (408, 409, 425, 429) or code >= 500:
+            return Failure("server_error", text)
+        if code in (400, 413, 422) and any(words in text.lower() for words in TOO_LONG):
+            return Failure("too_long", text)
+        if code in (400, 413, 422) and self._answered:
+            return Failure("refused", text)
+        raise ConfigError(f"{client.base_url} refused: {text}")
+
+    async def _send(self, client: Any, body: dict[str, Any], read: Callable[[ReplyChoice], T]) -> T:
+        """Return what `read` makes of the reply, asked for again if it cannot be believed (ValueError)."""
+        kind = "messages" if "messages" in body else "prompt"
+        endpoint = client.chat.completions if kind == "messages" else client.completions
+        for attempt in range(TRIES):
+            response = await endpoint.with_raw_response.create(
+                **{"model": self.model, kind: body[kind], "extra_body": body}
+            )
+            try:
+                if response.status_code not in (200, 201):  # others are of caches and proxies
+                    raise ValueError(f"no answer has the status {response.status_code}")
+                text = self._secret.sub("***", response.content.decode())
+                reply = parse_reply(text, self.model, body["max_tokens"])
+                if reply.id in self._ids:
+                    raise ValueError(f"an earlier reply had the id {reply.id[:80]}")
+                answer = read(reply.choices[0])
+            except (ValueError, RecursionError) as error:
+                failed = f"no readable answer: {error}"[:300]
+                await asyncio.sleep(PAUSE_S * 2**attempt)
+                continue
+            self._ids |= {reply.id} if isinstance(reply.id, str) and len(reply.id) >= MIN_ID else set()
+            self._answered += 1
+            return answer
+        raise ValueError(failed)
+
+    async def _choose(self, client: Any, request: ChoiceRequest) -> ChoiceResult:
+        """Make one choice, by constrained decoding if the server can, else by reading its reply."""
+        if request.max_thinking_tokens or not await self._constrains(client, request):
+            return await self._choose_by_text(client, request)
+        # Each token costs a decode step. So the first request asks for one token, and for one more each time
+        # the words agree in all of them; later requests with the same words start at the number it learned.
+        while (tokens := self._tokens_needed.get(request.words, 1)) <= MAX_WORD_TOKENS:
+            body = _body(request, tokens, ALTERNATIVES, request.words)
+            read = partial(choice_probabilities, words=request.words, asked=tokens)
+            if probabilities := await self._send(client, body, read):
+                return ChoiceResult(probabilities, await self._mass(client, request))
+            # Never lower: requests run at the same time, and another may have learned a higher number.
+            self._tokens_needed[request.words] = max(tokens + 1, self._tokens_needed.get(request.words, 1))
+        raise ValueError(f"the words {request.words} do not differ within {MAX_WORD_TOKENS} tokens")
+
+    async def _constrains(self, client: Any, request: ChoiceRequest) -> bool:
+        """True if the server obeys a constraint and gives log-probabilities; tried once per endpoint.
+
+        It takes two failures to conclude that the server cannot, because all votes are then read as text. A
+        reply that cannot be believed, or a busy server, is none.
+        """
+        from openai import BadRequestError, UnprocessableEntityError
+
+        body = _body(request, 1, ALTERNATIVES, UNLIKELY)
+        kind = "chat" if "messages" in body else "text"
+        for _ in range(2):
+            if self._can_constrain.get(kind) is not None:
+                break
+            try:
+                if await self._send(client, body, _obeys):
+                    self._can_constrain[kind] = True
+            except (BadRequestError, UnprocessableEntityError):
+                continue
+        if not self._can_constrain.setdefault(kind, False):
+            log.warning("%s gives no log-probabilities of given words: votes are 0 or 1", self.model)
+        return self._can_constrain[kind]
+
+    async def _choose_by_text(self, client: Any, request: ChoiceRequest) -> ChoiceResult:
+        """Read the choice in the text of a reply, after the thinking if there is any."""
+        body = _body(request, request.max_thinking_tokens + REPLY_TOKENS)
+        if request.temperature:
+            body |= {"temperature": request.temperature, "seed": request.seed}
+        text = await self._send(client, body, attrgetter("content"))
+        index = parse_word(text, request.words)
+        # The chosen word has probability 1, the others 0.
+        probabilities = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
+        return ChoiceResult(probabilities, -1.0, text[-KEPT_TEXT:])
+
+    async def _mass(self, client: Any, request: ChoiceRequest) -> float:
+        """Measure the probability that the unconstrained next token begins one of the words.
+
+        Only the TOP_LOGPROBS likeliest tokens count. -1 if not asked, or if the server does not give them.
+        """
+        from openai import BadRequestError
+
+        def read(choice: ReplyChoice) -> float:
+            ((_, likeliest),) = choice.tokens
+            # A lone space begins a word, but any other text as well.
+            begins = [
+                p for text, p in likeliest if text.strip() and any(w.startswith(text) for w in request.words)
+            ]
+            return min(1.0, sum(map(math.exp, begins)))
+
+        try:
+            return (
+                await self._send(client, _body(request, 1, TOP_LOGPROBS), read)
+                if request.measure_mass
+                else -1.0
+            )
+        except (BadRequestError, ValueError):
+            return -1.0
 
 
-def probabilities(tokens: Tokens, words: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Return the words' probabilities relative to each other, at the first token that tells all apart.
-
-    None if no token does. ValueError if one begins no word, or some word's probability is missing.
-    """
-    prefix = ""
-    for token, alternatives in tokens:
-        masses = [0.0] * len(words)
-        for text, logprob in alternatives:
-            fitting = _fitting(prefix + text, words)
-            if len(fitting) == 1:
-                masses[fitting[0]] += math.exp(logprob)
-        prefix += token
-        if not token or not (possible := _fitting(prefix, words)):
-            raise ValueError(f"{prefix[:40]!r} begins none of {words}")
-        if any(masses) and (0 not in masses or len(possible) == 1):
-            listed = [math.exp(logprob) for _, logprob in alternatives]
-            behind = max(0.0, min(1 - sum(listed), *listed))  # of a word behind the likeliest tokens
-            masses = [mass or behind for mass in masses]
-            return tuple(mass / sum(masses) for mass in masses)
-    return None
+def _body(
+    request: ChoiceRequest, tokens: int, alternatives: int = 0, words: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return a request for so many tokens with so many alternatives of each, constrained to `words`."""
+    body: dict[str, Any] = {"max_tokens": tokens, "temperature": 0}
+    if words:
+        body["structured_outputs"] = {"choice": list(words)}
+    if isinstance(request.text, str) or isinstance(request.text[0], int):
+        return {**body, "prompt": request.text, **({"logprobs": alternatives} if alternatives else {})}
+    logprobs = {"logprobs": True, "top_logprobs": alternatives} if alternatives else {}
+    return {**body, "messages": request.text, **logprobs}
 
 
-def _fitting(text: str, words: tuple[str, ...]) -> list[int]:
-    """The indices of the words that a text begins, or that begin it."""
-    return [i for i, word in enumerate(words) if word.startswith(text) or text.startswith(word)]
+def _obeys(choice: ReplyChoice) -> bool:
+    """True if the reply has the log-probabilities of a token that begins one of the UNLIKELY words."""
+    tokens = choice.tokens if choice.logprobs else []
+    token = tokens[0][0].strip() if tokens else ""
+    return bool(token) and any(word.startswith(token) for word in UNLIKELY)
 
 
-def parse_word(text: str, words: tuple[str, ...]) -> int | None:
-    """Return the index of the word that a reply gives, or None if it gives no word or different ones.
-
-    Reading is strict: the first or last line after the thinking must be the word and nothing else. Case,
-    spaces, punctuation, markup and a leading "the answer is" are ignored.
-    """
-    lines = [line for line in after_thought(text).splitlines() if line.strip()]
-    plain = [_plain(word) for word in words]
-    indices = {plain.index(bare) for line in {*lines[:1], *lines[-1:]} if (bare := _plain(line)) in plain}
-    return indices.pop() if len(indices) == 1 else None
-
-
-def _plain(text: str) -> str:
-    """Reduce a line to its letters and digits in lower case, without a leading "the answer is"."""
-    words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
-    return re.sub(r"^(?:the )?(?:final )?answer (?:is )?", "", words).replace(" ", "")
+def _completion(choice: ReplyChoice) -> Completion:
+    if choice.token_ids is None:
+        raise ValueError("the reply has no token ids")
+    return Completion(choice.token_ids, choice.finish_reason == "stop")

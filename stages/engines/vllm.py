@@ -23,7 +23,7 @@ from pydantic import BaseModel, PositiveInt
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import EngineSpec
-from stages.engines.openai import Client
+from stages.engines.openai import CONCURRENCY, Client
 from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
@@ -44,6 +44,8 @@ API_KEY_ENV = "VLLM_API_KEY"
 FLOAT32_HEAD = {"head_dtype": "float32"}
 """Has vLLM compute logits in float32, see `has_float32_head`."""
 
+IN_FLIGHT = 512
+"""Requests in flight to a server on a GPU, which takes several hundred at a time."""
 STARTUP_S = 600
 """Time limit for the start of a server, in seconds."""
 ON_CPU = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -157,7 +159,8 @@ def _serving(
             _wait_until_healthy(guard, port, STARTUP_S, log.name)
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
-            yield lambda name: Client((url,), key, server, name, exit_error)
+            most = IN_FLIGHT if _have_gpu() else CONCURRENCY
+            yield lambda name: Client((url,), key, server, name, exit_error, most)
             failed = False
         finally:
             guard.end()
