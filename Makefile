@@ -48,7 +48,7 @@ smoke: $(READY) models/tiny-random/config.json $(DATA) ## Run the whole pipeline
 $(STAGES): $(READY)
 	$(LORAPAR) $@ $(CONFIG) $(foreach s,$(SET),--set $(s))
 
-OTHERS      := levers labels demo-long controls methods-demo rl-elements sft-elements theta # not the paper's, or in another form below
+OTHERS      := labels theta # of the paper, and made in another form below
 TABLES      := $(filter-out $(OTHERS:%=configs/tables/%.yaml),$(wildcard configs/tables/*.yaml))
 SMALL       := --base configs/smoke.yaml --seeds 0
 THETA       := configs/tables/theta.yaml --only base --only '*: θ 0.9' --only 'QKVGUD*[:s] θ 0.[19]' --only 'QKVGUD: all*' # of 40 rows

@@ -1,6 +1,5 @@
 """`lorapar report`: writes a page on tables of many runs, or on one run."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
 from stages.store.artifacts import Store, refuse_store
-from stages.sweep import render
 from stages.sweep.file import MAX_CELLS, is_table
 from stages.sweep.results import results
 from stages.sweep.table import Table
@@ -45,7 +43,7 @@ def command(
         choice = {"base": base, "only": only, "columns": column, "overrides": set_, "max_cells": max_cells}
         tables = load_tables(paths, seeds, **choice)
         rows = [argument for row in only or () for argument in ("--only", row)]
-        _report_tables(tables, out, rows, [*options, *sets(set_)])
+        _report_tables(tables, out, [*rows, *options, *sets(set_)])
     elif len(paths) > 1 or only or options:
         raise ConfigError(
             f"{paths[0]} is not a table",
@@ -74,29 +72,27 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     terminal.say(str(page))
 
 
-def _report_tables(tables: list[Table], out: Path, only: list[str], options: list[str]) -> None:
-    """Write the files of tables. only, options: arguments of a `lorapar sweep` that completes them."""
+def _report_tables(tables: list[Table], out: Path, options: list[str]) -> None:
+    """Write the files of tables. options: arguments of a `lorapar sweep` that completes them."""
 
-    def sweep(paths: list[Path], row: str | None = None) -> str:
-        rows = only if row is None else ["--only", row]
-        return " ".join(map(escaping.shell, ["lorapar", "sweep", *map(str, paths), *rows, *options]))
+    def sweep(*paths: Path) -> str:
+        return " ".join(map(escaping.shell, ["lorapar", "sweep", *map(str, paths), *options]))
 
     all_results = [results(table) for table in tables]
     if not any(table_results.any_there for table_results in all_results):
-        hint = sweep([table.path for table in tables])
+        hint = sweep(*(table.path for table in tables))
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
-    from stages.report import files, table_page
+    from stages.report import files, table_page, table_texts
 
     page = out / "report.html"
-    summaries = [render.markdown(found, sweep([found.table.path])) for found in all_results]
-    texts = {out / "report.md": "\n".join(summaries)}
-    for found in all_results:
-        texts[out / f"{found.table.path.stem}.csv"] = render.csv_text(found)
+    commands = [(table_results, sweep(table_results.table.path)) for table_results in all_results]
+    texts = {out / "report.md": "\n".join(table_texts.markdown(*pair) for pair in commands)}
+    texts |= {out / f"{each.table.path.stem}.csv": table_texts.csv_text(each) for each in all_results}
     files.refuse_others([page, *texts])
-    texts[page] = table_page.page([(found, partial(sweep, [found.table.path])) for found in all_results])
+    texts[page] = table_page.page(commands)
     files.write(texts)
-    for found in all_results:
-        values = found.values.values()
+    for each in all_results:
+        values = each.values.values()
         complete = sum(value is not None for value in values)
-        terminal.say(f"{found.table.path}: {complete} of {len(values)} values are available")
+        terminal.say(f"{each.table.path}: {complete} of {len(values)} values are available")
     terminal.say(f"{page}, report.md, and a .csv of each table")

@@ -104,21 +104,16 @@ def _logs(cells: list[Cell]) -> Path:
 
 
 def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:
-    """Load the tables, and print which rows are left out. A single error combines all mistakes.
+    """Load the tables. A single error combines all mistakes.
 
     selection: keyword arguments of `stages.sweep.table.table`.
     """
     tables, errors = [], []
-    base = selection["base"]
-    reason = f"with {base}" if base else "in these columns"
     for path in paths:
         try:
             tables.append(load_table(path, seeds=_numbers(seeds), **selection))
         except LoraparError as error:
             errors.append(error)
-            continue
-        for row, first in tables[-1].duplicate_of.items():
-            terminal.say(f"{path}: {reason}, row {row!r} is the same as {first!r} and is left out")
     if len(errors) > 1:
         kind = type(errors[0]) if len({type(error) for error in errors}) == 1 else ConfigError
         hints = dict.fromkeys(error.hint for error in errors if error.hint)

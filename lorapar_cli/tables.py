@@ -33,6 +33,14 @@ def table(*columns: str, text: str | None = None) -> Any:
     return rows
 
 
+def show_grid(head: list[str], lines: list[list[str]]) -> None:
+    """Print a table of a report."""
+    rows = table(*head)
+    for line in lines:
+        rows.add_row(*line)
+    show(rows)
+
+
 def show(rows: Any) -> None:
     """Print a table with all its values, even if it becomes wider than a narrow terminal.
 

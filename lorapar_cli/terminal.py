@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorapar_cli.tables import show, table
+from lorapar_cli.tables import show, show_grid, table
 from stages import escaping
 from stages.errors import LoraparError
 from stages.pipeline.state import State, current_artifact
@@ -164,16 +164,9 @@ def manifest(committed: Artifact, as_json: bool) -> None:
 def _voter_report(folder: Path) -> None:
     for block in voters.blocks(folder):
         if isinstance(block, Grid):
-            _grid(block.head, block.rows)
+            show_grid(block.head, block.rows)
         else:
             print(block.text)
-
-
-def _grid(head: list[str], lines: list[list[str]]) -> None:
-    rows = table(*head)
-    for line in lines:
-        rows.add_row(*line)
-    show(rows)
 
 
 def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
@@ -196,16 +189,14 @@ def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False
 
 def results(store: Store, steps: list[Step], by: str = "system", as_json: bool = False) -> None:
     """Print a table for each benchmark: accuracy of every target and group, with intervals and paired p."""
-    tables = comparison.tables(store, steps, by)
+    measures = comparison.measured(store, steps, by)
     if as_json:
-        print(json.dumps(tables))
+        print(json.dumps(measures, default=asdict))
         return
-    for name, measurements in tables.items():
-        _grid(*comparison.table(name, measurements, to="–", before_p="\n"))
-        print(f"{fewer}\n" if (fewer := comparison.answered_fewer(measurements)) else "")
-    if tables:
-        print("accuracy in % [95 % interval]; tokens: mean length of an answer")
-        print(comparison.p_note(row["target"] for measured in tables.values() for row in measured))
+    for name, of_benchmark in measures.items():
+        grid = comparison.grid(name, of_benchmark)
+        show_grid(grid.head, grid.rows)
+        print(f"{grid.caption}\n")
 
 
 def places(store: Store, steps: dict[str, Step]) -> None:

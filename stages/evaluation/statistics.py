@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import comb, lcm, sqrt
 from statistics import NormalDist
-from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
 """Quantile of the standard normal distribution for two-sided 95 % intervals."""
@@ -17,7 +16,6 @@ Without it, 2/3 - 1/3 and 1/3 - 0 are two different numbers.
 """
 MAX_DENOMINATOR = 10_000
 """The paired test rounds differences of accuracies to multiples of one over this number at the finest."""
-BOOTSTRAP_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -150,40 +148,6 @@ def over_replicates(means: Sequence[float]) -> Interval | None:
     test = ttest_1samp(values, 0)
     low, high = test.confidence_interval(0.95)
     return Interval(float(low), float(high), float(test.pvalue))
-
-
-def bootstrap(replicates: Sequence[Sequence[float]], draws: int = BOOTSTRAP_DRAWS) -> Interval | None:
-    """95 % percentile interval of the mean over replicates, each of which has items of its own.
-
-    replicates: for each replicate the values of its items, such as paired differences. Every draw takes as
-    many replicates as there are, with replacement, and of each of them as many items as it has, with
-    replacement. All replicates weigh alike. The same values give the same interval. None if all values are
-    equal, because there is no variance to estimate.
-    """
-    import numpy as np
-
-    if len({round(value, DECIMALS) for values in replicates for value in values}) < 2:
-        return None
-    low, high = np.quantile(_bootstrap_means(replicates, draws), [0.025, 0.975])
-    return Interval(float(low), float(high))
-
-
-def _bootstrap_means(replicates: Sequence[Sequence[float]], draws: int) -> Any:
-    """Draw the means whose quantiles `bootstrap` returns; (draws,)."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(len(replicates), size=(draws, len(replicates)))  # the replicate in each slot
-    means = np.empty(chosen.shape)  # (draws, slots): the mean of that replicate's resampled items
-    for number, values in enumerate(replicates):
-        # The mean of resampled items depends only on how often each distinct value comes. These counts are
-        # multinomial, and there are few distinct values: much faster than drawing the items one by one.
-        distinct, counts = np.unique(np.round(values, DECIMALS), return_counts=True)
-        in_slot = chosen == number  # (draws, slots), bool
-        # (slots of this replicate, distinct values): how often each value is drawn
-        resampled = rng.multinomial(len(values), counts / len(values), size=in_slot.sum())
-        means[in_slot] = resampled @ distinct / len(values)
-    return means.mean(axis=1)
 
 
 def holm(values: Sequence[float]) -> list[float]:

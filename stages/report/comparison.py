@@ -1,41 +1,57 @@
-"""Targets side by side: a run's graded answers compared item by item."""
+"""Targets of a run side by side: the answers to each group of items, compared item by item."""
 
-from collections.abc import Iterable, Iterator
-from statistics import fmean
-from typing import Any
+from __future__ import annotations
 
-from pydantic import BaseModel, NonNegativeInt
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from stages.config import REGIONS
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
-from stages.evaluation.statistics import Interval, paired_p
+from stages.evaluation.statistics import p_value
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import OUTCOMES, Sample, read_samples
+from stages.report.page import Grid
 from stages.store.artifacts import Store
-from stages.sweep.values import Value
+from stages.sweep.values import NothingToShow, Value, accuracy, difference
 
 Answers = dict[str, dict[str, list[Sample]]]
 """Graded answers by target and group."""
 
 
-class Measures(BaseModel):
-    """Figures of a group of items in metrics.json; without items there are none."""
+@dataclass(frozen=True)
+class Measured:
+    """What a target answered to the items of a group."""
 
-    n: NonNegativeInt = 0
-    accuracy: float | None = None
-    interval: tuple[float, float] | None = None
+    target: str
+    group: str
+    n: int
+    """Number of items that are graded."""
+    accuracy: Value | None
+    """None if no item is graded."""
+    against: str | None
+    """Target with which it is compared."""
+    change: Value | None
+    """Difference from that target; None if the two were not asked the same items."""
+    flexible: float | None
+    """Accuracy by the flexible reading."""
+    tokens: float | None
+    """Mean length of an answer."""
+    thought_tokens: float | None
+    outcomes: dict[str, int]
 
     @property
-    def value(self) -> Value | None:
-        if self.accuracy is None or self.interval is None:
-            return None
-        return Value(self.accuracy, n=self.n, over_items=Interval(*self.interval))
+    def share(self) -> str:
+        return "–" if self.accuracy is None else f"{100 * self.accuracy.mean:.1f}\N{NO-BREAK SPACE}%"
+
+    @property
+    def p(self) -> float | None:
+        return self.change.over_items.p if self.change and self.change.over_items else None
 
 
-def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str, Any]]]:
-    """Measure each benchmark: one row for each target and group of items.
+def measured(store: Store, steps: list[Step], by: str) -> dict[str, list[Measured]]:
+    """Measure each benchmark: each target and group of items.
 
     by: `system`, or the field of the items that groups them. ConfigError if no item has that field.
     """
@@ -59,18 +75,10 @@ def tables(store: Store, steps: list[Step], by: str) -> dict[str, list[dict[str,
     return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
 
 
-def p_note(targets: Iterable[str]) -> str:
-    """Explain what the p-values of these targets compare."""
-    note = "p: paired test on the same items against the target to the left."
-    regions = " Regions alone are tested against the model that they are of."
-    return note + (regions if set(targets) & set(REGIONS) else "")
+def compared(answers_by_target: Answers) -> Iterator[Measured]:
+    """Measure each target and group, and compare it with another target on the same items.
 
-
-def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
-    """Yield the accuracy of each target and group with its interval, and its p-value against another target.
-
-    A target is tested against the previous one that is no region, and a region against rl, whose elements
-    it is a part of. The p-value is None where the two targets did not answer the same items.
+    That is the previous one that is no region, and for a region rl, whose elements it is a part of.
     """
     names = {name for answers in answers_by_target.values() for name in answers}
     groups = sorted(names, key=lambda name: (name != "all", name))
@@ -78,85 +86,77 @@ def compared(answers_by_target: Answers) -> Iterator[dict[str, Any]]:
     for target, answers in answers_by_target.items():
         against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
         for group in (name for name in groups if name in answers):
-            measures = accuracy_metrics(answers[group])
-            low, high = measures["interval"] or (None, None)
+            measures, shares = accuracy_metrics(answers[group]), _shares(answers[group])
             reference = answers_by_target[against].get(group, []) if against else []
-            yield {
-                "target": target,
-                "group": group,
-                "n": measures["n"],
-                "accuracy": measures["accuracy"],
-                "low": low,
-                "high": high,
-                "flexible": measures["accuracy_flexible"],
-                "tokens": measures.get("tokens"),
-                "thought_tokens": measures.get("thought_tokens"),
-                **{name: measures[name] for name in OUTCOMES},
-                "against": against,
-                **_paired_test(reference, answers[group]),
-            }
+            same_items = {sample.id for sample in reference} == {sample.id for sample in answers[group]}
+            yield Measured(
+                target,
+                group,
+                len(shares),
+                accuracy([shares]) if shares else None,
+                against,
+                _difference(_shares(reference), shares) if same_items else None,
+                measures["accuracy_flexible"],
+                measures.get("tokens"),
+                measures.get("thought_tokens"),
+                {outcome: measures[outcome] for outcome in OUTCOMES},
+            )
         previous = previous if target in REGIONS else target
 
 
-def answered_fewer(rows: list[dict[str, Any]]) -> str:
-    """Name the targets of a benchmark that answered fewer items than another, in a sentence, or return ""."""
-    answered = {row["target"]: row["n"] for row in rows if row["group"] == "all"}
-    most = max(answered.values(), default=0)
-    fewer = [f"{target} answered {n} of {most} items" for target, n in answered.items() if n < most]
-    return f"{', '.join(fewer)}." if fewer else ""
+def _shares(samples: list[Sample]) -> dict[str, float]:
+    return accuracy_by_item(answers_by_item(samples))
 
 
-def _paired_test(reference: list[Sample], samples: list[Sample]) -> dict[str, float | int | None]:
-    """Test `samples` against `reference` on the items that were graded for both: p, their number, the change.
-
-    All are None if the two were not asked the same items, or no item was graded for both.
-    """
-    baseline, accuracies = (accuracy_by_item(answers_by_item(answers)) for answers in (reference, samples))
-    items = [item for item in accuracies if item in baseline]
-    if not items or {sample.id for sample in reference} != {sample.id for sample in samples}:
-        return dict.fromkeys(("p", "tested", "change"))
-    pairs = [baseline[item] for item in items], [accuracies[item] for item in items]
-    return {"p": paired_p(*pairs), "tested": len(items), "change": fmean(pairs[1]) - fmean(pairs[0])}
-
-
-def value_of(row: dict[str, Any]) -> Value | None:
-    """The accuracy of a target and group, with its interval and the p-value of its test; None if none."""
-    if row["accuracy"] is None:
+def _difference(reference: dict[str, float], shares: dict[str, float]) -> Value | None:
+    try:
+        return difference([reference], [shares])
+    except NothingToShow:
         return None
-    interval = None if row["low"] is None else Interval(row["low"], row["high"], row["p"])
-    return Value(row["accuracy"], n=row["n"], over_items=interval)
 
 
-def table(
-    benchmark: str, measurements: list[dict[str, Any]], to: str = ", ", before_p: str = ", "
-) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of a benchmark's measurements: a column for each target.
+def grid(benchmark: str, measures: list[Measured]) -> Grid:
+    """Tabulate a benchmark: a column for each target.
 
     The first rows are accuracies, one for each group of items, and they alone have a number of items. Then
-    come mean answer lengths, the flexible reading and counts of unusable answers. to, before_p: as for
-    `Value.text`.
+    come mean answer lengths, the flexible reading and counts of unusable answers.
     """
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in measurements:
-        groups.setdefault(row["group"], {})[row["target"]] = row
+    groups: dict[str, dict[str, Measured]] = {}
+    for measure in measures:
+        groups.setdefault(measure.group, {})[measure.target] = measure
     overall = groups.get("all", {})  # every target is in this group
-    rows = []
-    for group, by_target in groups.items():
-        values = [value_of(by_target[target]) if target in by_target else None for target in overall]
-        n = max(row["n"] for row in by_target.values())
-        texts = ("–" if value is None else value.text(to, before_p) for value in values)
-        rows.append([group, str(n), *texts])
-    for title, measure in (("tokens", "tokens"), ("tokens of thought", "thought_tokens")):
-        for group, by_target in groups.items():
-            lengths = [by_target.get(target, {}).get(measure) for target in overall]
+    rows = [
+        [group, str(max(each.n for each in of_target.values())), *(_cell(of_target.get(t)) for t in overall)]
+        for group, of_target in groups.items()
+    ]
+    for title, attribute in (("tokens", "tokens"), ("tokens of thought", "thought_tokens")):
+        for group, of_target in groups.items():
+            lengths = [getattr(of_target.get(target), attribute, None) for target in overall]
             if any(length is not None for length in lengths):
                 rows.append([f"{title}, {group}", "", *("–" if n is None else f"{n:.0f}" for n in lengths)])
-    if any(row["flexible"] != row["accuracy"] for row in overall.values()):
-        rows.append(["all, flexible", "", *(percent(row["flexible"]) for row in overall.values())])
+    if any(each.accuracy and each.flexible != each.accuracy.mean for each in overall.values()):
+        rows.append(["all, flexible", "", *(percent(each.flexible) for each in overall.values())])
     for outcome in ("unparsed", "truncated", "refused"):
-        if any(counts := [row[outcome] for row in overall.values()]):
+        if any(counts := [each.outcomes[outcome] for each in overall.values()]):
             rows.append([f"  {outcome}", "", *map(str, counts)])
-    return [benchmark, "n", *overall], rows
+    return Grid([benchmark, "n", *overall], rows, _caption(overall))
+
+
+def _cell(measure: Measured | None) -> str:
+    if measure is None or measure.accuracy is None:
+        return "–"
+    return measure.accuracy.text() + ("" if measure.p is None else f"\n{p_value(measure.p)}")
+
+
+def _caption(overall: dict[str, Measured]) -> str:
+    """Explain the numbers, and name the targets that answered fewer items than another."""
+    text = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
+    text += "p: paired test on the same items against the target to the left."
+    if set(overall) & set(REGIONS):
+        text += " Regions alone are tested against the model that they are of."
+    most = max((each.n for each in overall.values()), default=0)
+    fewer = [f"{name} answered {each.n} of {most} items" for name, each in overall.items() if each.n < most]
+    return f"{text} {', '.join(fewer)}." if fewer else text
 
 
 def percent(share: float | None) -> str:

@@ -69,36 +69,6 @@ def colours(names: Iterable[str]) -> list[str]:
     return [colour or next(free) for colour in fixed]
 
 
-@rc_context(STYLE)
-def dot_plot(
-    rows: list[str], series: dict[str, dict[str, Value]], published: dict[str, dict[str, float]],
-    width: float = 5.2,
-) -> Figure:  # fmt: skip
-    """Draw a line for each row, with every series' value and interval; published values are hollow marks.
-
-    series: name → row → accuracy. published: name → row → percent. width: in inches.
-    """
-    figure, axes = _new(width, 0.9 + 0.2 * len(rows) * max(1, len(series)))
-    step = 0.8 / max(1, len(series))
-    for number, (colour, (name, values)) in enumerate(zip(colours(series), series.items(), strict=True)):
-        heights = {row: -i - number * step for i, row in enumerate(rows)}
-        for row, value in values.items():
-            if ends := _ends(value):
-                axes.plot(ends, [heights[row]] * 2, color=colour, linewidth=1.4, alpha=0.6)
-            axes.plot([100 * value.mean], [heights[row]], "o", color=colour, markersize=4.5)
-        axes.plot([], [], "o-", color=colour, label=name)
-        for row, percent in published.get(name, {}).items():
-            axes.plot([percent], [heights[row]], "D", color=colour, markersize=4.5, fillstyle="none")
-    if any(published.values()):
-        axes.plot([], [], "D", color=INK, fillstyle="none", label="published")
-    axes.set_yticks([-i - step * (len(series) - 1) / 2 for i in range(len(rows))], rows)
-    axes.set_ylim(-len(rows), 0.5)
-    axes.set_xlabel("%")
-    axes.grid(axis="x", alpha=0.2)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
 def _ends(value: Value) -> list[float]:
     """Return the ends of a value's interval in per cent; empty if it has none."""
     return [100 * end for end in (value.interval.low, value.interval.high)] if value.interval else []

@@ -9,7 +9,7 @@ from stages.store.whole_files import whole_files
 MARKS = {
     ".html": '<meta name="generator" content="lorapar">',
     ".md": "<!-- lorapar report -->",
-    ".csv": "row,column,mean,low,high,",
+    ".csv": "row,column,paper,mean,items,",
 }
 """What a file of a report has at its start; another one of its name has not."""
 

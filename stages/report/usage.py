@@ -57,7 +57,8 @@ def request(model: str, config: Config, target: str) -> str:
 
 def _messages(config: Config, target: str) -> list[dict[str, str]]:
     message = config.prompt_of(target).system_message(SYSTEMS[target])
-    return [{"role": "system", "content": message}] * bool(message) + [{"role": "user", "content": QUESTION}]
+    system_message = [{"role": "system", "content": message}] if message else []
+    return [*system_message, {"role": "user", "content": QUESTION}]
 
 
 def _text(config: Config, target: str) -> str:

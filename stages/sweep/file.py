@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ValidationError, model_validator
 
 from stages.config.fields import Section, WithoutFalse, setting
 from stages.config.loading import read_with_extends
@@ -27,15 +27,9 @@ SEED = "{seed}"
 """Placeholder for the seed of a cell in the texts of settings, such as paths of data."""
 
 
-_listed = BeforeValidator(lambda rows: [rows] if isinstance(rows, str) else rows, str | list[str])
-Rows = Annotated[list[str], Field(min_length=1), _listed]
-"""One row, or several whose accuracies are averaged item by item."""
-
-
 class Compare(Section):
-    row: Rows | None = setting(None)
-    """Row that is compared, or a list: their mean. None: all others, one by one."""
-    against: Rows = setting(..., "Row that it is compared with, or a list: their mean.")
+    row: str | None = setting(None, "Row that is compared. None: all others, one by one.")
+    against: str = setting(..., "Row that it is compared with.")
     on: str = setting(..., "Column of accuracies.")
 
     @model_validator(mode="before")
@@ -83,12 +77,11 @@ class TableFile(Section):
     paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting({})
     """Published values, by row and column."""
     compare: Comparisons = setting([])
-    """Test each row against one row, or the mean of several, paired by item and seed; or a list of planned
-    comparisons. p-values are corrected for their number."""
+    """Test each row against one row, paired by item and seed; or a list of planned comparisons. p-values are
+    corrected for their number."""
     plot: Plot | None = setting(None, "Plot one column over another.")
     importance: bool = setting(False)
-    """Plot, for each row, the importance of its elements for System 1 against that for System 2, and how few
-    elements hold most of it, beside independent Gaussians."""
+    """Plot, for each row, the importance of its elements for System 1 against that for System 2."""
     notes: str = setting("", "Notes for the reader.")
     chosen_on: str = setting("")
     """Settings that were chosen by results on items, and on which: a sentence under the table."""
@@ -113,14 +106,11 @@ class TableFile(Section):
             for column in values.keys() - self.columns.keys():
                 yield f"paper has a value of {row!r} for {column!r}, which is not a column"
         for compare in self.compare:
-            for name, compared in (("against", compare.against), ("row", compare.row or [])):
-                for row in dict.fromkeys(compared):
-                    if row not in rows:
-                        yield f"compare.{name} {row!r} is not a row"
-                    if compared.count(row) > 1:
-                        yield f"compare.{name} names {row!r} twice"
-            if compare.row and set(compare.row) == set(compare.against):
-                yield f"compare.row {', '.join(compare.row)!r} is compared with itself"
+            for name, compared in (("against", compare.against), ("row", compare.row)):
+                if compared is not None and compared not in rows:
+                    yield f"compare.{name} {compared!r} is not a row"
+            if compare.row == compare.against:
+                yield f"compare.row {compare.row!r} is compared with itself"
             if not _is_accuracy(self.columns.get(compare.on, "")):
                 yield f"compare.on {compare.on!r} is not a column of accuracies"
         if self.plot and self.plot.x not in self.columns:

@@ -22,7 +22,6 @@ from stages.sweep.values import (
     Value,
     accuracy,
     difference,
-    mean_by_item,
     mean_of_numbers,
 )
 
@@ -63,7 +62,10 @@ class Artifacts:
         artifact = self.needed(cell, column)
         key = (artifact.path, column.qualifier)
         if key not in self._accuracies:
-            self._accuracies[key] = accuracy_by_item(answers(artifact, column), reading(column))
+            samples = read_samples(artifact.path / "samples.jsonl")
+            items = answers_by_item([s for s in samples if _is_in_group(s, column.qualifier)])
+            reading = "correct_flexible" if column.qualifier == FLEXIBLE else "correct"
+            self._accuracies[key] = accuracy_by_item(items, reading)
         return self._accuracies[key]
 
 
@@ -103,40 +105,39 @@ class Results:
 
 
 def results(table: Table) -> Results:
+    """Read what the artifacts of a table say; a column without a value in any summary is warned of."""
     artifacts = Artifacts()
-    found = Results(table, {}, {}, artifacts, {})
-    numbers: dict[str, str] = {}
-    """Column of which a summary has no value → what that summary has."""
+    values: dict[tuple[str, str], Value | None] = {}
+    missing: dict[tuple[str, str], list[int]] = {}
     for row, name in itertools.product(table.rows, table.file.columns):
         cells = table.cells_of(row)
         if not all(name in cell.columns for cell in cells):
             continue
-        column = cells[0].columns[name]
         try:
-            found.values[row, name] = _value(artifacts, cells, name)
+            values[row, name] = _value(artifacts, cells, name)
         except _Missing:
-            found.values[row, name] = None
-            found.missing[row, name] = [
-                cell.seed for cell in cells if not all(artifacts.current(cell, step) for step in column.steps)
+            steps = cells[0].columns[name].steps
+            values[row, name] = None
+            missing[row, name] = [
+                cell.seed for cell in cells if not all(artifacts.current(cell, step) for step in steps)
             ]
         except NothingToShow:
-            if column.graded:
-                log.warning("%s: no answer is in the group of column %r", row, name)
-            else:
-                summary = artifacts.needed(cells[0], column).manifest["summary"]
-                numbers[name] = ", ".join(k for k, value in summary.items() if isinstance(value, int | float))
-    for name in numbers.keys() - {column for _, column in found.values}:
-        log.warning("no summary has the value of column %r; there are: %s", name, numbers[name])
+            log.warning("%s: column %r has nothing to show: %s", row, name, table.file.columns[name])
+    comparisons: dict[Contrast, Value | None] = {}
     for contrast in table.contrasts:
-        references, cells = table.cells_of(*contrast.against), table.cells_of(*contrast.rows)
-        if all(contrast.on in cell.columns for cell in references + cells):
+        reference, cells = table.cells_of(contrast.against), table.cells_of(contrast.row)
+        if all(contrast.on in cell.columns for cell in reference + cells):
             try:
-                found.comparisons[contrast] = _comparison(artifacts, references, cells, contrast.on)
+                first, second = (
+                    [artifacts.accuracy(cell, cell.columns[contrast.on]) for cell in side]
+                    for side in (reference, cells)
+                )
+                comparisons[contrast] = difference(first, second, _have_own_items(cells, contrast.on))
             except _Missing:
-                found.comparisons[contrast] = None
+                comparisons[contrast] = None
             except NothingToShow:
                 pass
-    return found
+    return Results(table, values, comparisons, artifacts, missing)
 
 
 def _value(artifacts: Artifacts, cells: list[Cell], name: str) -> Value:
@@ -155,31 +156,6 @@ def _value(artifacts: Artifacts, cells: list[Cell], name: str) -> Value:
     return mean_of_numbers([_number(artifacts.needed(cell, column), column) for cell in unique])
 
 
-def _comparison(artifacts: Artifacts, references: list[Cell], cells: list[Cell], name: str) -> Value:
-    """Compare rows on a column, over the items and seeds that all have; _Missing if an artifact is.
-
-    Of several rows on one side each item has the mean of its accuracies.
-    """
-    shared = {cell.seed for cell in cells}
-    seeds = dict.fromkeys(cell.seed for cell in references if cell.seed in shared)
-    first, second = (
-        [mean_by_item([artifacts.accuracy(c, c.columns[name]) for c in side if c.seed == s]) for s in seeds]
-        for side in (references, cells)
-    )
-    return difference(first, second, _have_own_items(cells, name))
-
-
-def reading(column: Column) -> str:
-    """Return the field of a sample that says whether it is correct."""
-    return "correct_flexible" if column.qualifier == FLEXIBLE else "correct"
-
-
-def answers(artifact: Artifact, column: Column) -> dict[str, list[Sample]]:
-    """Map each item of the column's group to its answers, without items that have a refused answer."""
-    samples = read_samples(artifact.path / "samples.jsonl")
-    return answers_by_item([sample for sample in samples if _is_in_group(sample, column.qualifier)])
-
-
 def _is_in_group(sample: Sample, group: str) -> bool:
     """Whether a sample is of the items of a column: all, a label's (`system1`), or those of `field=value`."""
     if group in ("", FLEXIBLE):
@@ -193,11 +169,8 @@ def _is_in_group(sample: Sample, group: str) -> bool:
 
 def _have_own_items(cells: list[Cell], name: str) -> bool:
     """True if the seeds of a row are evaluated on different items in this column."""
-    sources: dict[str, set[tuple[str | None, ...]]] = {}
-    for cell in cells:
-        benchmark = cell.config.eval.benchmarks[cell.columns[name].step.partition("@")[2]]
-        sources.setdefault(cell.row, set()).add((benchmark.path, benchmark.subset, benchmark.split))
-    return any(len(of_row) > 1 for of_row in sources.values())
+    benchmarks = (cell.config.eval.benchmarks[cell.columns[name].step.partition("@")[2]] for cell in cells)
+    return len({(source.path, source.subset, source.split) for source in benchmarks}) > 1
 
 
 def _number(artifact: Artifact, column: Column) -> float:

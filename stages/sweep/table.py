@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,11 +35,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A planned comparison in column `on`: the mean of some rows minus that of others, mostly one of each."""
+    """A planned comparison in column `on`: one row minus another."""
 
-    rows: tuple[str, ...]
-    against: tuple[str, ...]
+    row: str
+    against: str
     on: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.on}: {self.row!r} minus {self.against!r}"
 
 
 @dataclass(frozen=True)
@@ -47,33 +51,25 @@ class Table:
     path: Path
     file: TableFile
     cells: list[Cell]
-    duplicate_of: dict[str, str]
-    """Rows that are left out → the earlier row that they equal, with another base or fewer columns."""
-    rebased_rows: list[str]
-    """Rows whose own config is replaced by the base of the command line."""
+    base: Path | None = None
+    """Config of the command line, in place of all that the file names."""
 
     @property
     def contrasts(self) -> list[Contrast]:
-        """The comparisons whose rows are here; a row that is left out as a duplicate is the row it equals."""
-
-        def shown(rows: Iterable[str]) -> tuple[str, ...]:
-            return tuple(self.duplicate_of.get(row, row) for row in rows)
-
+        """The comparisons whose rows are here."""
         contrasts: dict[Contrast, None] = {}
         for compare in self.file.compare:
-            against = shown(compare.against)
-            others = [[row] for row in self.rows if row not in against]
-            for rows in map(shown, [compare.row] if compare.row else others):
-                if {*rows, *against} <= set(self.rows) and sorted(rows) != sorted(against):
-                    contrasts[Contrast(rows, against, compare.on)] = None
+            for row in [compare.row] if compare.row else self.rows:
+                if {row, compare.against} <= set(self.rows) and row != compare.against:
+                    contrasts[Contrast(row, compare.against, compare.on)] = None
         return list(contrasts)
 
     @property
     def rows(self) -> list[str]:
         return list(dict.fromkeys(cell.row for cell in self.cells))
 
-    def cells_of(self, *rows: str) -> list[Cell]:
-        return [cell for row in rows for cell in self.cells if cell.row == row]
+    def cells_of(self, row: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.row == row]
 
 
 def table(
@@ -88,8 +84,8 @@ def table(
     """Plan the cells of a table file. One ConfigError lists everything that is wrong with them.
 
     base: replaces every config that the file names. only: names of rows, or patterns such as `QKV*`.
-    overrides: additional `key=value` settings. columns: names or patterns, as for rows. With `base` or
-    `columns`, rows that become equal to an earlier one are left out. max_cells: ConfigError for more.
+    overrides: additional `key=value` settings. columns: names or patterns, as for rows. max_cells:
+    ConfigError for more.
     """
     file = read(path, max_cells)
     if columns:
@@ -116,14 +112,9 @@ def table(
     mistakes = [f"row {', '.join(names)}: {error}" for error, names in errors.items()]
     mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
     mistakes += _incomparable(file, cells) if base is None and not columns else []
-    duplicate_of = _duplicates(cells)
-    if base is None and not columns:
-        mistakes += [f"rows {first!r} and {row!r} are the same" for row, first in duplicate_of.items()]
     if mistakes:
         raise mistakes_error(path, mistakes, "; ".join(filter(None, hints)) or None)
-    cells = [cell for cell in cells if cell.row not in duplicate_of]
-    rebased = [row for row in rows if base and "base" in settings[row] and row not in duplicate_of]
-    return Table(path, file, cells, duplicate_of, rebased)
+    return Table(path, file, cells, base)
 
 
 def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
@@ -132,7 +123,7 @@ def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
     Its own columns leave the column out, or its config does not evaluate what the column shows.
     """
     lacking = {(cell.row, name) for cell in cells for name in file.columns if name not in cell.columns}
-    named = ((row, entry.on) for entry in file.compare for row in [*(entry.row or []), *entry.against])
+    named = ((row, entry.on) for entry in file.compare for row in (entry.row, entry.against))
     pairs = dict.fromkeys(pair for pair in named if pair in lacking)
     return [f"compare names row {row!r}, which has no value in column {column!r}" for row, column in pairs]
 
@@ -219,17 +210,3 @@ def _unused_columns(file: TableFile, cells: list[Cell]) -> Iterator[str]:
         choice = f"evaluations: {', '.join(evaluations) or 'none'}"
         choice = choice if Column.from_text(text).graded else f"steps: {', '.join(others)}"
         yield f"column {name!r}: no row has {text}; {choice}"
-
-
-def _duplicates(cells: list[Cell]) -> dict[str, str]:
-    """Map each row that shows the same artifacts as one earlier row, with every seed, to that row."""
-    shown: dict[str, dict[int, str]] = {}
-    for cell in cells:
-        artifacts = tuple(
-            (name, cell.config.root, [(cell.steps[term.step].key, term.qualifier) for term in column.terms])
-            for name, column in cell.columns.items()
-        )
-        shown.setdefault(cell.row, {})[cell.seed] = str(artifacts)
-    first_rows: dict[str, str] = {}
-    firsts = {row: first_rows.setdefault(str(sorted(by_seed.items())), row) for row, by_seed in shown.items()}
-    return {row: first for row, first in firsts.items() if row != first}

@@ -51,8 +51,8 @@ def test_an_item_with_a_refused_answer_counts_neither_way_in_metrics_and_tables(
     assert (whole["n"], whole["answers"], whole["refused"], whole["accuracy"]) == (2, 6, 1, 0.25)
     assert whole["pass@1"] == pytest.approx(0.25)
     (row,) = compared({"base": {"all": samples}})
-    assert (row["n"], row["accuracy"], row["refused"]) == (2, 0.25, 1)
-    assert [row["low"], row["high"]] == list(whole["interval"])
+    assert (row.n, row.accuracy.mean, row.outcomes["refused"]) == (2, 0.25, 1)
+    assert (row.accuracy.over_items.low, row.accuracy.over_items.high) == tuple(whole["interval"])
 
 
 def test_without_a_graded_item_there_is_no_accuracy():
@@ -61,7 +61,7 @@ def test_without_a_graded_item_there_is_no_accuracy():
     assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
     assert whole["macro_over_subject"] is None
     (row,) = compared({"base": {"all": samples}})
-    assert (row["accuracy"], row["low"], row["high"], row["p"]) == (None, None, None, None)
+    assert row.accuracy is None and row.change is None
 
 
 def test_several_answers_and_groups_of_a_benchmark():

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from stages.evaluation.statistics import (
-    bootstrap,
     holm,
     interval,
     over_replicates,
@@ -74,25 +73,6 @@ def test_the_interval_over_replicates_is_that_of_the_paired_t_test():
     assert interval_over.p == pytest.approx(test.pvalue)
     for without_variance in ([], [0.1], [0.1, 0.1, 0.4 - 0.3]):
         assert over_replicates(without_variance) is None
-
-
-def test_the_bootstrap_has_the_quantiles_of_all_resamples():
-    """Replicates of 2 and of 3 items: all 2² choices of replicates, with all 2² or 3³ choices of items."""
-    replicates = [[0.0, 1.0], [0.0, 0.5, -1.0]]
-    drawn = ((values, product(values, repeat=len(values))) for values in replicates)
-    item_means = [[sum(items) / len(values) for items in draws] for values, draws in drawn]
-    chances: dict[float, float] = {}
-    for pair in product(item_means, repeat=2):
-        for means in product(*pair):
-            mean = round(sum(means) / 2, 9)
-            chances[mean] = chances.get(mean, 0) + 1 / 4 / len(pair[0]) / len(pair[1])
-    assert len(chances) > 15 and sum(chances.values()) == pytest.approx(1)
-    ordered = sorted(chances)
-    reached = {x: sum(chances[y] for y in ordered if y <= x) for x in ordered}
-    quantiles = [next(x for x in ordered if reached[x] >= q) for q in (0.025, 0.975)]
-    interval_over = bootstrap(replicates)
-    assert [interval_over.low, interval_over.high] == pytest.approx(quantiles, abs=1e-9)
-    assert bootstrap(replicates) == interval_over and bootstrap([[1.0, 1.0], [1.0]]) is None
 
 
 @pytest.mark.parametrize("correct", [0, 1, 3, 6])

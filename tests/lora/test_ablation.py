@@ -34,7 +34,7 @@ def test_regions_are_tested_against_rl_wherever_it_is_listed():
         return Sample("a", 0, None, "", "", "", "", "", correct, correct, "correct" if correct else "wrong")
 
     found = {name: {"all": [sample(True)]} for name in ("shared", "sft", "s1_only", "rl")}
-    assert {row["target"]: row["against"] for row in compared(found)} == {
+    assert {row.target: row.against for row in compared(found)} == {
         "shared": "rl", "sft": None, "s1_only": "rl", "rl": "sft",
     }  # fmt: skip
 

@@ -35,14 +35,7 @@ def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
     ]
     write_jsonl(tmp_path / "samples.jsonl", (asdict(row) for row in rows))
     monkeypatch.setattr(comparison, "current_artifact", lambda store, step: Artifact(tmp_path, {}))
-    found = comparison.tables(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
-    assert {row["group"]: (row["n"], row["accuracy"]) for row in found} == {
+    found = comparison.measured(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
+    assert {each.group: (each.n, each.accuracy.mean) for each in found} == {
         "all": (3, 1 / 3), "system 1": (1, 1), "system 2": (2, 0),
     }  # fmt: skip
-
-
-SAMPLE = asdict(Sample("a", 0, 1, "Q", "A", None, "A", "A", True, True, "correct", {"tokens": 3}))
-LABELLED = {"id": "a", "prompt": "Q", "response": "", "gold": None, "system": None, "votes": {"v": 0.5}}
-REPORT = {"voters": {}, "agreement": {}, "contested": []}
-METRICS = {"all": {"n": 1, "accuracy": 1.0, "interval": [0.2, 1.0]}}
-ROUTER = {"persona": "p", "threshold": 0.5, "auc": None, "examples": 1}

@@ -1,4 +1,4 @@
-"""Pages: untrusted texts stay texts, figures have alternatives, and one run shows all that it has."""
+"""Pages: numbers stand where they belong, untrusted texts stay texts, and one run shows all that it has."""
 
 import re
 import shutil
@@ -14,8 +14,9 @@ from conftest import ROOT, Small, flags
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
 from stages.records import Sample
-from stages.report import figures, files, run_page, table_page
-from stages.sweep.file import Compare
+from stages.report import comparison, figures, files, run_page, table_page, table_texts
+from stages.report.page import Grid, PageSection, Text, render
+from stages.sweep.file import Compare, TableFile
 from stages.sweep.results import Artifacts, Results
 from stages.sweep.table import Contrast, Table
 from stages.sweep.values import Value
@@ -23,6 +24,14 @@ from stages.sweep.values import Value
 NARROWEST = 500
 """Pixels below which a headless browser makes no window."""
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
+
+
+def test_texts_of_people_stay_texts():
+    page = render(EVIL, [EVIL], [PageSection("a", "A", [Grid([EVIL], [[EVIL, EVIL]], EVIL), Text(EVIL)])])
+    assert "<script" not in page and "<img" not in page and page.count("&lt;script&gt;") == 9
+    assert (
+        Grid(["", "a|b"], [["*x*", "1\n2"]]).markdown() == "|  | a\\|b |\n| --- | --- |\n| \\*x\\* | 1; 2 |"
+    )
 
 
 def value(mean: float, reach: float = 0) -> Value:
@@ -40,14 +49,12 @@ def test_one_column_over_another():
     assert list(by_label["GUD, published"].get_ydata()) == [12.0]
     assert by_label["QKV, published"].get_color() == by_label["QKV"].get_color()
     assert set(by_label["base"].get_ydata()) == {13.3}
-    (axes,) = figures.dot_plot(["a", "b"], {"SFT": {"a": value(0.5, 0.1)}}, {"SFT": {"b": 27.6}}).axes
-    lines = [list(map(float, line.get_xdata())) for line in axes.lines if len(line.get_xdata())]
-    assert lines == [pytest.approx([40, 60]), [50], [27.6]]  # an interval in per cent, with its mean
+    (reach,) = [line for line in axes.lines if list(line.get_xdata()) == [0.4, 0.4]]
+    assert list(reach.get_ydata()) == pytest.approx([40, 60])  # an interval in per cent
 
 
 def drawn(name: str) -> str:
-    series = {name: {"a": value(0.5, 0.1), "b": value(0.55, 0.1)}, "RL": {"a": value(0.52, 0.1)}}
-    return figures.svg(figures.dot_plot(["a", "b"], series, {name: {"a": 27.6}}))
+    return figures.svg(figures.line_plot({name: [(1, value(0.5, 0.1))]}, {name: [(1, 27.6)]}, {}, "x", "y"))
 
 
 def test_a_figure_is_one_element_in_the_ink_of_the_page():
@@ -57,7 +64,7 @@ def test_a_figure_is_one_element_in_the_ink_of_the_page():
     assert "min-width" in text and not re.search(r"<svg [^>]*\b(width|height)=", text)
     assert "published" in text  # text is text
     # Parts of unlike figures have unlike names.
-    names = [set(re.findall(r'\bid="([^"]+)"', one)) for one in (text, drawn("two, %"))]
+    names = [set(re.findall(r'\bid="([^"]+)"', each)) for each in (text, drawn("two, %"))]
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= names[0] and not names[0] & names[1]
 
 
@@ -81,7 +88,7 @@ def test_a_report_of_nothing_is_none(smoke_flags, tmp_path, lorapar, file):
 
 
 def test_only_an_earlier_report_is_replaced_and_a_full_disk_leaves_no_half(tmp_path, full_disk):
-    paths = [tmp_path / name for name in ("report.html", "report.md", "a.csv", "a.tex")]
+    paths = [tmp_path / name for name in ("report.html", "report.md", "a.csv")]
     files.refuse_others(paths)
     with pytest.raises(OSError, match="full"):
         files.write({path: files.MARKS[path.suffix] + "new" for path in paths})
@@ -102,16 +109,16 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     done = lorapar(*report)
     assert done.code == 0, done.err
     page = (tmp_path / "report.html").read_text()
-    for title in ("Results", "Won and lost", "Training", "Elements", "Labels", "Cost", "Settings and"):
-        assert f">{title}" in page
+    for title in ("Results", "Training", "Elements", "Labels"):
+        assert f">{title}<" in page
     tile = r"<p>(\w+) on demo</p><p class=\"figure\">[\d.]+.%</p>"
     tile += r"<p class=\"quiet\">\d+ tokens(?:, \d+ cut off)?</p>"
     tiles = re.findall(tile, page)
     assert tiles == ["Base", "Fast"] and page.index('class="tiles"') < page.index("demo: fast answers")
     assert ">Missing<" not in page and '<th scope="row">tokens, system 2</th>' in page
-    assert "demo: fast answers" in page and "points against the base model" in page
-    assert page.count('role="img"') == page.count("<figure") == page.count("<svg") == 9
-    assert page.count("% of all</text>") == 3 and "How to read the maps" in page and ">joules<" in page
+    assert "points against the base model" in page
+    assert page.count('role="img"') == page.count("<figure") == page.count("<svg")
+    assert "System 1 importance</text>" in page and "mean tokens of an answer</text>" in page
     assert "lorapar serve" not in page  # it has no adapter of RL
     assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")  # they take a while
@@ -119,10 +126,6 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     page = (tmp_path / "report.html").read_text()
     assert "Not made yet: eval:rl@demo." in page and "lorapar run configs/smoke.yaml" in page
     assert "<pre>lorapar serve configs/smoke.yaml --set" in page
-    # A server takes chats alone.
-    monkeypatch.setattr(run_page, "prompt_of", lambda *_: SimpleNamespace(template="plain"))
-    lorapar(*report, "--set", "eval.targets=[base, sft, rl]")
-    assert "lorapar serve" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_page_is_on_tables_or_on_one_config(lorapar):
@@ -132,24 +135,17 @@ def test_a_page_is_on_tables_or_on_one_config(lorapar):
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
         pytest.skip("no browser is installed")
-    return found
-
-
-def rendered(browser: str, page: Path, *flags: str) -> str:
-    """What a browser makes of a page, with the flags given."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *flags, str(page)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return program
 
 
 MEASURE = """<script>
-const opened = [...document.querySelectorAll('details')].map(d => (d.open = true, d)).length;
 const contrast = c => c.match(/[0-9.]+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0);
 const style = getComputedStyle(document.body);
 const fetched = performance.getEntriesByType('resource').length;
-document.title = [document.documentElement.scrollWidth, opened, fetched,
+document.title = [document.documentElement.scrollWidth, fetched,
   contrast(style.color) < contrast(style.backgroundColor) ? 'light' : 'dark',
   [...document.querySelectorAll('.wide')].every(x => x.tabIndex === 0)].join(' ');
 </script></body>"""
@@ -163,16 +159,17 @@ def test_a_browser_shows_pages_on_a_run_and_on_a_table(run, browser, lorapar, tm
         f"title: One\nbase: {ROOT / 'configs/smoke.yaml'}\nrows: {{a: {{}}}}\nseeds: [0]\n"
         "columns: {base: base@demo, SFT: sft@demo, gain: sft@demo - base@demo}\n"
     )
-    for source, details in (("configs/smoke.yaml", 3), (tmp_path / "table.yaml", 5)):
+    for source in ("configs/smoke.yaml", tmp_path / "table.yaml"):
         assert lorapar("report", source, *run, "--out", tmp_path).code == 0
         text = (tmp_path / "report.html").read_text()
         (tmp_path / "probe.html").write_text(text.replace("</body>", MEASURE))
         dark = ["--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
-        dom = rendered(browser, tmp_path / "probe.html", f"--window-size={width},900", *dark, "--dump-dom")
-        (found,) = re.findall(r"<title>([^<]+)</title>", dom)
-        wide, opened, fetched, seen, reached = found.split()
-        assert int(wide) <= max(width, NARROWEST) and fetched == "0" and reached == "true", found
-        assert int(opened) == details and seen == theme
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", *dark]
+        command = [browser, *options, "--dump-dom", str(tmp_path / "probe.html")]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        wide, fetched, seen, reached = re.findall(r"<title>([^<]+)</title>", dom)[0].split()
+        assert int(wide) <= max(width, NARROWEST) and fetched == "0" and reached == "true"
+        assert seen == theme
 
 
 def sample(item: str, correct: bool, outcome: str | None = None, **other: Any) -> Sample:
@@ -180,62 +177,91 @@ def sample(item: str, correct: bool, outcome: str | None = None, **other: Any) -
     return replace(Sample(item, 0, None, "Q", "A", None, "1", "1", correct, correct, outcome, {}), **other)
 
 
-def verdict(rows: str, p_values: dict, same: dict | None = None, row: list[str] | None = None) -> str:
-    """The verdict on rows of one letter, each a tenth above the row it is compared with.
-
-    p_values: rows → p over items and over seeds. same: rows that are left out. row: those whose mean is
-    compared; None: each other one.
-    """
-    file = SimpleNamespace(title="T", compare=[Compare(row=row, against="A", on="RL")])
-    cells = [SimpleNamespace(row=row) for row in rows]
-    table = Table(Path("t"), file, cells, same or {}, [])
-    compared = {
-        Contrast(tuple(row), table.contrasts[0].against, "RL"): Value(
-            0.1, [0.1, 0.1], 100, True, Interval(0.05, 0.15, items), seeds and Interval(0.05, 0.15, seeds)
-        )
-        for row, (items, seeds) in p_values.items()
-    }
-    return table_page._verdict(Results(table, {}, compared, Artifacts(), {}))
+def answered(right: str, **other: Any) -> list[Sample]:
+    """Answers to items a, b, c, …: 1 is right."""
+    return [
+        sample(item, mark == "1", system=1 if item == "a" else 2, **other)
+        for item, mark in zip("abcdefgh", right, strict=False)
+    ]
 
 
-def test_the_verdict_says_how_many_rows_are_compared():
-    tested = {"B": (0.001, None)}
-    assert verdict("AB", tested).startswith("All other rows are compared with 'A' on RL.")
-    assert verdict("ABC", tested).startswith("1 of 2 other rows is compared with 'A'")
-    assert verdict("CB", tested, {"A": "C"}).startswith("All other rows are compared with 'C'")
-    assert "Over seeds" not in verdict("AB", tested)
-    mean = verdict("ABCD", {"BC": (0.001, None)}, row=["B", "C"])
-    assert mean.startswith("1 of 1 planned comparisons is complete.")
-    neither = verdict("ABC", {"B": (0.03, 0.01), "C": (0.04, 0.2)})  # Holm's of items: .06 and .06
-    assert "Over items, with the training seeds as they are, no difference is told apart" in neither
-    assert "Over seeds, told apart from chance, in points: 'B' +10.0 (p = .02)." in neither
-    both = verdict("ABC", {"B": (0.01, None), "C": (0.04, None)})
-    assert "told apart from chance, in points: 'B' +10.0 (p = .02); 'C' +10.0 (p = .04)." in both
+def test_the_numbers_of_a_run_stand_where_they_belong():
+    """Wilson's interval of 1 of 4 is [4.6, 69.9], and McNemar's p of three changes to the better is .25."""
+    answers = {"base": {"all": answered("1000", extra={"tokens": 12})}, "sft": {"all": answered("1111")}}
+    grid = comparison.grid("demo", list(comparison.compared(answers)))
+    assert grid.head == ["demo", "n", "base", "sft"]
+    assert grid.rows == [
+        ["all", "4", "25.0 [4.6, 69.9]", "100.0 [51.0, 100.0]\np = .25"], ["tokens, all", "", "12", "–"],
+    ]  # fmt: skip
+    fewer = comparison.grid("demo", list(comparison.compared(answers | {"rl": {"all": answered("11")}})))
+    assert fewer.caption.endswith("rl answered 2 of 4 items.") and fewer.rows[0][4] == "100.0 [34.2, 100.0]"
 
 
 def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
-    def row(target: str, group: str, accuracy: float, n: int, **test: float) -> dict:
-        return {"target": target, "group": group, "accuracy": accuracy, "n": n, "p": None, **test}
-
-    last = [row("rl", "system 1", 0.7, 10), row("rl", "system 2", 0.45, 10)]
-    rows = [row("base", "all", 0.05, 20), row("sft", "all", 0.3, 30), row("rl", "all", 0.575, 30), *last]
-
-    def said() -> str:
-        (text,) = run_page._verdicts({"demo": rows}, {"sft": "fast", "rl": "slow"})
+    def said(**answers: list[Sample]) -> str:
+        measures = list(comparison.compared({name: {"all": given} for name, given in answers.items()}))
+        (text,) = run_page._verdicts({"demo": measures}, {"sft": "fast", "rl": "slow"})
         return text.replace("\N{NO-BREAK SPACE}", " ")
 
-    answers = "demo: slow answers 57.5 % of 30 items correctly: +27.5 points against fast"
-    assert said() == f"{answers}, which is not tested, because they answered different items."
-    rows[2] |= {"p": 0.01, "change": 0.275, "tested": 30}
-    assert said() == f"{answers}, more than chance explains (p = .01, paired test over 30 items)."
-    rows[2] |= {"target": "lora_1", "p": None}
-    del rows[:2]
-    assert said() == "demo: lora_1 answers 57.5 % of 30 items correctly."
+    answers = "demo: slow answers 87.5 % of 8 items correctly"
+    gained = {"sft": answered("00000001"), "rl": answered("11111110")}
+    assert said(**gained) == (
+        f"{answers}: +75.0 points against fast, which may be chance (p = .07, paired test over 8 items)."
+    )
+    # Of eight items that all change to the better, p is 2 / 2^8.
+    assert "more than chance explains (p = .0078" in said(base=answered("0" * 8), rl=answered("1" * 8))
+    gained["sft"] = answered("1111")
+    assert said(**gained) == (
+        f"{answers}: -12.5 points against fast, which is not tested, because they answered different items."
+    )
+    assert said(shared=answered("1"), rl=gained["rl"]) == f"{answers}."
+
+
+def results_of(p_values: dict[str, tuple[float, float | None]], rows: str) -> Results:
+    """Rows of one letter, compared with A: each a tenth above it, with these p over items and over seeds."""
+    file = TableFile(
+        title="T", base="b", rows={row: {} for row in rows}, columns={"RL": "rl@demo"},
+        paper={"A": {"RL": 27.6}}, compare=[Compare(against="A", on="RL")],
+    )  # fmt: skip
+    config = SimpleNamespace(data=SimpleNamespace(path="d"))
+    cells = [
+        SimpleNamespace(row=row, seed=seed, columns={}, config=config) for row in rows for seed in (3, 4)
+    ]
+    compared = {
+        Contrast(row, "A", "RL"): Value(
+            0.1, [0.1, 0.1], 100, True, Interval(0.05, 0.15, items), seeds and Interval(0.04, 0.16, seeds)
+        )
+        for row, (items, seeds) in p_values.items()
+    }
+    values = {("A", "RL"): Value(0.276, [0.27, 0.282], 100, False, Interval(0.2, 0.36), Interval(0.26, 0.29))}
+    return Results(Table(Path("t.yaml"), file, cells), values, compared, Artifacts(), {})
+
+
+def test_the_numbers_of_a_table_stand_where_they_belong():
+    results = results_of({"B": (0.03, 0.01), "C": (0.04, None)}, "ABC")
+    assert table_texts.grid(results).rows[:2] == [
+        ["A", "27.6 [20.0, 36.0] (paper: 27.6)\nseeds [26.0, 29.0]"], ["B", "–"]
+    ]  # fmt: skip
+    grid = table_texts.comparison_grid(results)
+    assert grid.head == ["comparison", "points", "over items", "over seeds"]
+    assert grid.rows == [
+        ["RL: 'B' minus 'A'", "+10.0", "[+5.0, +15.0], p = .03\nby Holm: p = .06",
+         "[+4.0, +16.0], p = .01\nby Holm: p = .02"],
+        ["RL: 'C' minus 'A'", "+10.0", "[+5.0, +15.0], p = .04\nby Holm: p = .06", ""],
+    ]  # fmt: skip
+    assert "over 100 items with strictly parsed answers" in table_texts.legend(results)
+    page = table_page.page([(results, "lorapar sweep t.yaml")])
+    assert "Over items, with the training seeds as they are, no difference is told apart" in page
+    assert (
+        "Over seeds, told apart from chance, in points: RL: &#39;B&#39; minus &#39;A&#39; +10.0 (p = .02)"
+        in page
+    )
+    assert "<td>[+5.0, +15.0], p = .03" in page.replace(' class="lines"', "")
 
 
 def test_a_comparison_without_a_p_value_counts_in_the_correction():
-    first, second = (Contrast((row,), ("A",), "RL") for row in "BC")
-    value = Value(0.1, [0.1], 100, True, Interval(0.05, 0.15, 0.03))
+    first, second = (Contrast(row, "A", "RL") for row in "BC")
+    tested = Value(0.1, [0.1], 100, True, Interval(0.05, 0.15, 0.03))
     for other in (None, Value(0.1, [0.1, 0.1], 100, True, None)):
-        incomplete = Results(None, {}, {first: value, second: other}, Artifacts(), {})
+        incomplete = Results(None, {}, {first: tested, second: other}, Artifacts(), {})
         assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from stages.data.demo import write
 from stages.errors import ConfigError
 from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
-from stages.report import table_page
+from stages.report import table_page, table_texts
 from stages.store.digests import sha256_file
-from stages.sweep import graph, render
+from stages.sweep import graph
 from stages.sweep.file import TableFile, read
 from stages.sweep.results import results
 from stages.sweep.table import Contrast, Table, table
@@ -74,12 +73,10 @@ def changed(path: Path, *pairs: tuple[str, str]) -> Path:
     return other
 
 
-DEMO_TABLES = {ROOT / f"configs/tables/{name}.yaml" for name in ("demo-long", "levers", "methods-demo")}
-REPLICATED = {ROOT / f"configs/tables/{name}.yaml" for name in ("rl-elements", "sft-elements")}
-PAPER_TABLES = sorted(set((ROOT / "configs/tables").glob("*.yaml")) - DEMO_TABLES - REPLICATED)
+TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", PAPER_TABLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_the_tables_of_the_project_are_sound_and_can_be_made_on_the_demo(path, tiny, demo_data):
     data = [f"data.path={demo_data / 'train.jsonl'}", f"eval.benchmarks.demo.path={demo_data / 'test.jsonl'}"]
     overrides = [f"model.name={tiny}", *data]
@@ -91,54 +88,19 @@ def test_the_tables_of_the_project_are_sound_and_can_be_made_on_the_demo(path, t
     if path.stem == "labels-demo":
         return  # its base has a model and data that are not in a fresh clone
     planned = table(path)
-    assert not planned.duplicate_of and set(planned.rows) == set(planned.file.settings())
-    assert planned.file.chosen_on and (planned.file.paper or path.stem == "controls")
+    assert set(planned.rows) == set(planned.file.settings())
+    assert planned.file.chosen_on and planned.file.paper
 
 
-@pytest.mark.parametrize("path", sorted(DEMO_TABLES | REPLICATED), ids=lambda p: p.stem)
-def test_tables_of_the_demo_are_sound(path, tiny, demo_data, tmp_path, monkeypatch):
-    overrides = [f"model.name={tiny}"]
-    if path in REPLICATED:  # the data of a seed are not in the project
-        with pytest.raises(ConfigError) as caught:
-            table(path, overrides=overrides)
-        assert "lorapar demo-data data/long-11 --long --seed 11" in caught.value.hint
-    monkeypatch.chdir(tmp_path)
-    for folder in ("demo", "demo-long", "long-11", "gold-11"):
-        shutil.copytree(demo_data, tmp_path / "data" / folder)
-        for name in ("valid", "final"):
-            shutil.copy(demo_data / "test.jsonl", tmp_path / "data" / folder / f"{name}.jsonl")
-    planned = table(path, overrides=overrides, seeds=[11] if path in REPLICATED else None)
-    assert not planned.duplicate_of and set(planned.rows) == set(planned.file.settings())
-    if path in REPLICATED:
-        assert len(planned.contrasts) == len(planned.file.compare)
-
-
-def test_rows_that_another_base_makes_the_same_are_left_out(small):
+def test_another_base_takes_the_place_of_all_configs(small):
     base = small.with_name("base.yaml")
     planned = table(ROOT / "configs/tables/importance.yaml", base=base)
-    assert planned.rows == ["GSM8K"] and planned.duplicate_of == {"Dolly": "GSM8K", "CodeAlpaca": "GSM8K"}
-    legend = render.legend(results(planned))
-    assert "the same as another row here: Dolly (as GSM8K); CodeAlpaca (as GSM8K)." in legend
-    labels = table(ROOT / "configs/tables/labels.yaml", base=base)
-    assert labels.rows == labels.rebased_rows
-    assert "replaces the configs that these rows" in render.legend(results(labels))
-    path = changed(small, (ROW, '"β 0": {}'))
-    with pytest.raises(ConfigError, match="rows 'θ .9' and 'β 0' are the same"):
-        table(path)
-    assert table(path, base=base).rows == ["θ .9", "θ .5"]
-    own = "{columns: {gain: rl@demo - sft@demo.system1}}"
-    assert "β 0" in table(changed(small, (ROW, f'"β 0": {own}'))).rows  # it shows another difference
-
-
-def test_rows_that_are_the_same_with_one_seed_alone_both_stay(small, demo_data, tmp_path):
-    for seed in (1, 2):
-        rows = (demo_data / "train.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / f"rows-{seed}.jsonl").write_text("".join(rows[seed:]))
-    first, own = (f"data.path: '{tmp_path}/rows-{part}.jsonl'" for part in ("1", "{seed}"))
-    both = changed(small, (ROW, f'"first": {{{first}}}\n  "own": {{{own}}}'))
-    assert {"first", "own"} <= set(table(both).rows)
-    with pytest.raises(ConfigError, match="rows 'first' and 'own' are the same"):
-        table(both, seeds=[1])
+    assert planned.rows == ["GSM8K", "Dolly", "CodeAlpaca"] and {cell.base for cell in planned.cells} == {
+        base
+    }
+    graph_of_all = graph.build_graph(planned.cells)
+    assert len(graph_of_all) == len(graph.build_graph(planned.cells_of("GSM8K")))  # each artifact once
+    assert f"All rows are of {base}" in table_texts.legend(results(planned))
 
 
 def test_a_table_over_another(small, tmp_path):
@@ -186,7 +148,6 @@ def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
     planned, compared, stages = chosen("SFT*", "active")
     assert list(planned.file.columns) == ["SFT", "SFT, System 2", "active"] and compared == ["SFT"]
     assert stages == {"classify", "score", "partition", "sft", "eval"}
-    assert planned.duplicate_of == {"β 0": "θ .9"}  # β plays no part before RL
     planned, compared, _ = chosen("RL", "gain")
     assert compared == ["RL"] and planned.rows == ["θ .9", "θ .5", "β 0"]
     _, compared, stages = chosen("active")
@@ -198,12 +159,11 @@ def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
 
 def test_all_mistakes_are_said_at_once(small):
     typo = ("partition.theta: 0.5", "partition.thta: 0.5")
-    path = changed(small, typo, (ROW, '"β 0": {}'), ("  RL: rl@demo", "  RL: init@demo"))
+    path = changed(small, typo, ("  RL: rl@demo", "  RL: init@demo"))
     with pytest.raises(ConfigError) as caught:
         table(path)
     said = str(caught.value)
     assert "row 'θ .5': unknown setting partition.thta (did you mean partition.theta?)" in said
-    assert "rows 'θ .9' and 'β 0' are the same" in said
     assert "column 'RL': no row has init@demo; evaluations: base@demo, sft@demo, rl@demo" in said
     with pytest.raises(ConfigError) as caught:
         read(changed(small, (PAPER, '{"θ 9": {SFT: 27.6}, "θ .5": {SF: 1}}'), ("on: SFT", "on: active")))
@@ -385,20 +345,16 @@ def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     found = results(table(replicates))
     sft, gain = found.values["θ .9", "SFT"], found.values["θ .9", "gain"]
     assert (sft.mean, sft.n, sft.of_seeds, sft.over_items) == (3 / 8, 8, [0.5, 0.25], None)
-    assert astuple(sft.over_seeds) == (0, 1, None) and astuple(sft.bootstrap) == (0, 0.75, None)
+    assert astuple(sft.over_seeds) == (0, 1, None)
     assert gain.mean == pytest.approx((0.25 + 2 / 3) / 2) and gain.n == 7  # b of seed 2 was not graded
-    half = found.comparisons[Contrast(("θ .5",), ("θ .9",), "SFT")]
+    half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
     assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
     assert astuple(half.over_seeds) == pytest.approx(OF_HALVES, abs=1e-4)
-    # Of all resamples 1.0 % are below -3/4 and 4.6 % not above; 97.2 % are not above 1/4, the next is 3/8.
-    assert half.bootstrap.low == -0.75 and half.bootstrap.high in (0.25, 0.375)
-    said = render.legend(found)
-    assert said.startswith("Seeds 1, 2, each with data of its own.") and "The bootstrap draws seeds" in said
-    assert "permutation" not in said
-    head, _ = render.comparison_grid(found)
-    assert head == ["comparison", "points", "over seeds", "p", "by Holm", "bootstrap", "by seed"]
+    said = table_texts.legend(found)
+    assert said.startswith("Seeds 1, 2, each with data of its own.") and "permutation" not in said
+    assert table_texts.comparison_grid(found).head == ["comparison", "points", "over seeds"]
     one = results(table(replicates, seeds=[1])).values["θ .9", "SFT"]
-    assert one.over_items is not None and one.over_seeds is None and one.bootstrap is None
+    assert one.over_items is not None and one.over_seeds is None
 
 
 def test_missing_data_of_a_replicate_come_with_the_command_that_writes_them(replicates, lorapar, tmp_path):
@@ -413,29 +369,14 @@ def test_planned_comparisons_are_those_that_are_named(small, by_hand):
     path = changed(small, (COMPARE, planned))
     found = results(table(path))
     first, second, third = (
-        Contrast(("β 0",), ("θ .5",), "RL"),
-        *(Contrast((row,), ("θ .9",), "SFT") for row in ("θ .5", "β 0")),
+        Contrast("β 0", "θ .5", "RL"),
+        *(Contrast(row, "θ .9", "SFT") for row in ("θ .5", "β 0")),
     )
     assert list(found.comparisons) == [first, second, third]
     assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
     assert table(path, only=["β 0", "θ .5"]).contrasts == [first]
-    # In these columns β 0 is the same as θ .9. Where no planned column is chosen, the first one is compared.
-    assert table(path, columns=["SFT"]).contrasts == [second]
-    assert table(path, columns=["SFT, System 2"]).contrasts == [
-        Contrast(("θ .9",), ("θ .5",), "SFT, System 2"), Contrast(("θ .5",), ("θ .9",), "SFT, System 2"),
-    ]  # fmt: skip
-
-
-def test_the_mean_of_rows_is_compared_item_by_item(small, by_hand):
-    planned = 'compare: {row: ["θ .5", "β 0"], against: ["θ .9"], on: SFT}'
-    found = results(table(changed(small, ('compare: {against: "θ .9", on: SFT}', planned))))
-    ((contrast, value),) = found.comparisons.items()
-    assert contrast == Contrast(("θ .5", "β 0"), ("θ .9",), "SFT")
-    # Of θ .5 items: -1, -1/2, 0, +1/2; β 0 has the adapter of θ .9.
-    assert (value.mean, value.n) == (-0.125, 4)
-    assert value.over_seeds.low < -0.125 < value.over_seeds.high
-    _, rows = render.comparison_grid(found)
-    assert rows[0][0] == "SFT: the mean of 'θ .5', 'β 0' minus 'θ .9'"
+    # Where no planned column is chosen, the first one is compared.
+    assert table(path, columns=["SFT, System 2"]).contrasts[0] == Contrast("β 0", "θ .5", "SFT, System 2")
 
 
 def test_a_row_may_lack_a_column_and_be_made_alone(small):
@@ -445,10 +386,7 @@ def test_a_row_may_lack_a_column_and_be_made_alone(small):
     assert cell.columns.keys() == {"SFT", "SFT, System 2"}
 
 
-def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
-    swept, small, lorapar, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")  # they take a while
+def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small, lorapar, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/small.csv").write_text("mine")
     done = lorapar("report", small, "--out", tmp_path / "out")
@@ -459,61 +397,30 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(
     text = (tmp_path / "out/report.md").read_text()
     assert "## A small table" in text and "(paper: 27.6)" in text and f"`lorapar sweep {small}`" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| SFT: 'β 0' minus")]
-    assert re.search(r"\| \+0\.0 \| \[-18\.8, \+18\.8\] \| 1 \| 1 \| \+0\.0, \+0\.0 \|$", row)
+    assert row.endswith(r"| +0.0 | \[-18.8, +18.8\], p = 1; by Holm: p = 1 |")
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
-    assert len(rows) == 15 + 1 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
-    assert r"$\theta$ .9 &" in (tmp_path / "out/small.tex").read_text()
+    assert len(rows) == 15 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
+    assert rows[-1]["over_items_p"] == "1.0" and rows[-1]["mean"] == "0.0"
     page = (tmp_path / "out/report.html").read_text()
-    assert "A small table" in page and "(paper: 27.6)" in page
-    for title in ("What each row is, took, and is made by", "In full: θ .9, seed 1", "Won and lost against"):
-        assert f"<summary>{title}" in page
-    assert f"lorapar sweep {small} --only &#39;β 0&#39;" in page and "partition.beta: 0" in page
-    assert ">Settings and versions<" in page and ">Labels<" in page
-    assert re.search(r"SFT, seed 1: β 0 wins \d+ and loses \d+ of 16 items", page)
+    assert "A small table" in page and "(paper: 27.6)" in page and f"<pre>lorapar sweep {small}</pre>" in page
     options = ["--seeds", "8", "--only", "β 0", "--max-cells", "2000"]
     done = lorapar("report", small, "--out", tmp_path / "out", *options)
     assert done.code == 66 and "nothing to report: no value of these tables is there yet" in done.err
     assert "--only 'β 0'" in done.err and "--max-cells 2000" in done.err
     done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "1,8")
     assert "| missing (seed 8) |" in (tmp_path / "out/report.md").read_text()
-    done = lorapar("report", small, "--out", tmp_path / "out", "--seeds", "8,2")
-    page = (tmp_path / "out/report.html").read_text()
-    # Shown in full is a cell of which a column is there.
-    (in_full,) = re.findall("<summary>In full: (.*?)</summary>", page)
-    assert in_full == "θ .9, seed 2"
 
 
-def test_importance_stands_beside_what_chance_gives(swept, monkeypatch):
+def test_importance_of_each_row(swept, monkeypatch):
     monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")
     found = results(swept)
     captions = [picture.caption for picture in table_page._importance(found)]
     masks = found.artifacts.current(swept.cells[0], "partition:sft").manifest["summary"]
     for system in (1, 2):
         alone = 100 * masks[f"s{system}_only_share"]
-        assert f"{alone:.1f} % of System {system}'s set belong to it alone" in captions[0]
-    assert len(captions) == 4 and captions[2].startswith("β 0: ")
-    assert re.search(r"Jaccard index 0\.\d{3} \(0\.\d{3} for Gaussians by weight\)\.$", captions[2])
-    assert captions[3].startswith("β 0: cumulative importance; 90 % of it is reached by about ")
-
-
-class Instant:
-    """A worker whose steps end at once, with the next of these exit codes for their stage."""
-
-    codes: dict[str, list[int]] = {}
-    started: list[str] = []
-
-    def __init__(self, device: str | None = None) -> None:
-        self.device, self.stage = device, ""
-
-    def start(self, node, log):
-        self.stage = node.stage
-        self.started.append(node.stage)
-
-    def poll(self):
-        codes = self.codes.get(self.stage, [])
-        return codes.pop(0) if codes else 0
-
-    def close(self): ...
+        assert f"{alone:.1f} % of System {system}" in captions[0]
+    assert len(captions) == 2 and captions[1].startswith("β 0: ")
+    assert re.search(r"Jaccard index 0\.\d{3}\.$", captions[1])
 
 
 def test_each_command_makes_its_step_alone(small):
