@@ -36,9 +36,9 @@ def command(
     """
     settings, steps = plan_of(config, set_)
     if last is not None:
-        check_stage_name(settings, steps, last)
+        check_stage_name(steps, last)
     store = Store(settings.root)
-    states = {name: state(store, step).state for name, step in ancestors(settings, steps, last).items()}
+    states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
     if pending:
         check_for_failures(settings, pending, quietly=check)
@@ -49,7 +49,7 @@ def command(
         print(json.dumps(_as_json(states, predicted)))
         return
     _print_all(states, predicted)
-    remedies = memory_remedies(settings, pending, predicted)
+    remedies = memory_remedies(pending, predicted)
     for name, remedy in remedies.items():
         print(f"{name} does not fit: {remedy}")
     if pending:

@@ -56,7 +56,7 @@ def command(
 def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     refuse_store(out)
     settings, steps = plan_of(path, set_)
-    requested = ancestors(settings, steps, None)
+    requested = ancestors(steps, None)
     store = Store(settings.root)
     arguments = typed(path, set_)
     if not any(current_artifact(store, step) for step in requested.values()):

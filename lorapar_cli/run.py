@@ -44,10 +44,10 @@ def command(
 ) -> None:
     set_ = [*(set_ or []), *without_sandbox(unsafe, "rl", "eval")]
     settings, steps = plan_of(config, set_)
-    store, requested = Store(settings.root), ancestors(settings, steps, last)
+    store, requested = Store(settings.root), ancestors(steps, last)
     made: set[str] = set()
     must_check = True
-    for task in pending_stages(settings, steps, store, first, last):
+    for task in pending_stages(steps, store, first, last):
         if task.current:
             terminal.say(f"{task.stage.name}: {task.why} is current")
             continue
@@ -59,7 +59,7 @@ def command(
         made.add(task.stage.name)
         position = f"stage {task.number} of {task.tasks}"
         terminal.say(f"--- {position}, {task.stage.name}: {task.why}")
-        if task.stage.needs_own_process(settings):
+        if task.steps[0].planned.own_process:
             make_elsewhere([task.stage.name, str(config), *_options(set_, task, quiet)])
             store.look_again()
             continue

@@ -46,8 +46,7 @@ def _answer_together(
     settings: Config, store: Store, steps: list[Step], progress: TerminalProgress, engines: EngineCache
 ) -> None:
     """Let targets that one server can serve be answered by one, if there are several."""
-    may_share = steps[0].stage.answers_together
-    sharing = [step for step in steps if may_share and may_share(settings, step.variant)]
+    sharing = [step for step in steps if step.planned.answers_together]
     calls = list(calls_of_pending(settings, store, sharing, progress, engines))
     if len(calls) > 1:
         with libraries.hide_packages(*libraries.UNUSED):

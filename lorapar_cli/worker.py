@@ -38,7 +38,7 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
     options.typed_config = " ".join(command[1:])
     sys.argv[1:] = command  # what the manifest says
     try:
-        if step.stage.needs_own_process(config):
+        if step.planned.own_process:
             make_elsewhere(command)
         else:
             with TerminalProgress() as progress:

@@ -61,7 +61,7 @@ def test_help_loads_nothing_but_itself_and_lists_every_command(monkeypatch, caps
 )  # fmt: skip
 def test_a_run_names_the_next_commands_that_can_work(smoke, settings, said):
     config = resolved(smoke(*settings))
-    commands = _next(config, ancestors(config, plan_steps(config), None), "c.yaml")
+    commands = _next(config, ancestors(plan_steps(config), None), "c.yaml")
     assert commands == ["lorapar report c.yaml --out report", *(["lorapar ask c.yaml", said] if said else [])]
 
 

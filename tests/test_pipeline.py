@@ -19,7 +19,7 @@ from stages.store.artifacts import Store
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
     """Data and models that are not here have a name and no digest."""
-    outside = "stages.pipeline.external_key"
+    outside = "stages.pipeline.outside"
     monkeypatch.setattr(f"{outside}.of_model", lambda model, cache: f"{model.name} {model.revision}")
     monkeypatch.setattr(f"{outside}.of_source", lambda source, cache: f"{source.path} {source.revision}")
 
@@ -33,8 +33,8 @@ def test_every_row_binds_to_its_function(path):
     """A stage function takes the context and exactly its sections."""
     config = load(path)
     for stage in all_stages():
-        for variant in stage.variants(config):
-            sections = (*stage.sections(config, variant), *stage.unkeyed_sections)
+        for planned in stage.steps(config):
+            sections = (*planned.sections, *stage.unkeyed_sections)
             names = [section(config, place)[0] for place in sections]
             inspect.signature(stage.function()).bind(None, **dict.fromkeys(names))
 
@@ -117,18 +117,18 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     config = resolved(smoke("eval.targets=[sft]"))
     steps = plan_steps(config)
     assert "rl" in steps
-    assert set(ancestors(config, steps, None)) == {
+    assert set(ancestors(steps, None)) == {
         "classify:train", "classify:demo", "score", "partition:sft", "sft", "eval:sft@demo",
     }  # fmt: skip
-    pending = pending_stages(config, steps, Store(config.root), None, None)
+    pending = pending_stages(steps, Store(config.root), None, None)
     todo = {task.stage.name: task.variants for task in pending}
     assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
     for start, trained in (("sft", {"sft", "rl"}), ("init", {"rl"})):
         alone = resolved(smoke("eval.benchmarks={}", "eval.targets=[base, rl]", f"rl.start_from={start}"))
-        assert set(ancestors(alone, plan_steps(alone), None)) & {"sft", "rl"} == trained
+        assert set(ancestors(plan_steps(alone), None)) & {"sft", "rl"} == trained
     with pytest.raises(ConfigError, match="--from rl: nothing that is asked for needs it"):
-        list(pending_stages(config, steps, Store(config.root), "rl", None))
-    assert set(ancestors(config, steps, "rl")) == {
+        list(pending_stages(steps, Store(config.root), "rl", None))
+    assert set(ancestors(steps, "rl")) == {
         "classify:train", "score", "partition:sft", "partition:rl", "sft", "rl",
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, flags, needs_vllm
 
 from lorapar_cli import plan as plan_command
-from stages.pipeline.stage import stage
+from stages.pipeline.steps import plan_steps
 from stages.plan.estimate import Cost, Estimate
 
 STEPS = ("classify:train", "score", "sft", "rl", "eval:sft@demo")
@@ -37,8 +37,5 @@ def test_prompts_that_are_longer_than_a_server_reads_are_refused(asked):
 
 
 def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
-    hint = stage("rl").memory_hint
-    assert hint(smoke(), "").startswith("rl.per_device_train_batch_size")
-    colocated = hint(smoke("rl.rollouts.engine=vllm_colocate"), "")
-    assert colocated.startswith("rl.rollouts.gpu_memory_utilization, or")
-    assert stage("eval").memory_hint(smoke(), "rl@demo") == "server.batch_size"
+    colocated = plan_steps(smoke("rl.rollouts.engine=vllm_colocate"))["rl"].planned.memory_hint
+    assert colocated.startswith("rl.rollouts.gpu_memory_utilization, or rl.per_device_train_batch_size")

@@ -12,9 +12,9 @@ from stages.data import rows as data
 from stages.errors import ConfigError, DataError, MissingInputError
 from stages.evaluation.benchmarks import humaneval, jsonl, mmlu
 from stages.evaluation.grading import Context
-from stages.pipeline.external_key import of_voters
+from stages.pipeline.outside import digests
+from stages.pipeline.stage import stage
 from stages.records import Labelled, read_labels, write_labels
-from stages.store.digests import DigestCache
 
 
 def written(tmp_path, *rows, name="data.jsonl"):
@@ -74,13 +74,15 @@ def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(s
     commit = "0123456789" * 4
     voter = f"{{model: org/judge, revision: {commit}, engine: transformers, persona: steps}}"
     config = smoke(f"classify.voters=[{voter}]")
-    cache = DigestCache(config.root / "digests.json")
-    assert of_voters(config, cache)["voters"] == [commit]
+    assert digests(config, ["voter:0"]) == {"voter:0": commit}
     written(tmp_path, "1", name="shots.jsonl")
-    shown = voter.replace("}", f", shots: 2, shots_path: {tmp_path}/shots.jsonl}}")
-    before = of_voters(smoke(f"classify.voters=[{shown}]"), cache)
+    with_shots = voter.replace("}", f", shots: 2, shots_path: {tmp_path}/shots.jsonl}}")
+    shown = smoke(f"classify.voters=[{with_shots}]")
+    examples = "rows:classify.voters.0.shots_path"
+    assert examples in stage("classify").steps(shown)[0].reads
+    before = digests(shown, [examples])
     written(tmp_path, "22", name="shots.jsonl")  # other worked examples in the same file
-    assert of_voters(smoke(f"classify.voters=[{shown}]"), cache)["judged"] != before["judged"]
+    assert digests(shown, [examples]) != before
 
 
 def test_items_of_an_own_benchmark_count_once(tmp_path):

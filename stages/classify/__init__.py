@@ -8,33 +8,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.config import UNVOTED, Config
-from stages.pipeline import external_key
-from stages.pipeline.stage import BENCHMARKS, Check, Stage
+from stages.pipeline.stage import BENCHMARKS, TRAIN, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.prompt_lengths import Texts
     from stages.plan.work import Work
-    from stages.store.digests import DigestCache
 
 
-def _sections(config: Config, rows: str) -> tuple[str, ...]:
-    return ("data" if rows == "train" else f"{BENCHMARKS}{rows}", "classify", "server")
+def _steps(config: Config) -> list[Planned]:
+    labelled = [name for name, benchmark in config.eval.benchmarks.items() if benchmark.label]
+    return [_step(config, rows) for rows in (*([TRAIN] if config.data.path else []), *labelled)]
 
 
-def _external_key(config: Config, rows: str, cache: DigestCache) -> dict[str, Any]:
-    source = config.data if rows == "train" else config.eval.benchmarks[rows]
-    if rows != "train" and config.eval.benchmarks[rows].brings_labels:
-        return {"rows": external_key.of_source(source, cache), "labels": ["known", config.classify.known]}
-    return {"rows": external_key.of_source(source, cache), **external_key.of_voters(config, cache)}
-
-
-def _variants(config: Config) -> tuple[str, ...]:
-    labelled = (name for name, benchmark in config.eval.benchmarks.items() if benchmark.label)
-    return (*(["train"] if config.data.path else []), *labelled)
+def _step(config: Config, rows: str) -> Planned:
+    classify, reads, settings = config.classify, [f"rows:{rows}"], ["model.title"]
+    strategy = config.labelling_strategy(rows)
+    if strategy not in UNVOTED:
+        for number, voter in enumerate(classify.voters):
+            reads += [f"voter:{number}"]
+            reads += [f"rows:classify.voters.{number}.shots_path"] if voter.shots_path else []
+        reads += ["rows:classify.held_out"] if classify.held_out else []
+    elif strategy != classify.strategy:
+        settings = ["classify.known", f"{BENCHMARKS}{rows}.label"]
+    else:
+        reads += ["file:classify.labels_file"] if classify.labels_file else []
+        settings = []
+    return Planned(
+        variant=rows,
+        sections=("data" if rows == TRAIN else f"{BENCHMARKS}{rows}", "classify", "server"),
+        settings=tuple(settings),
+        reads=tuple(reads),
+        memory_hint="server.batch_size, or choose a smaller model",
+    )
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -82,7 +91,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
         return Work(copies=0)
     if config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
         return None  # other models vote (the base itself in 16 bits), or think at unknown length
-    first = variant == "train"
+    first = variant == TRAIN
     examples = len(rows) + (len(held_out(config.classify.held_out)) if first else 0)
     prompts = [[request.text for request in ballots[:PROMPT_SAMPLE]] for ballots in texts.ballots(variant)]
     tokens = sum(v.samples * per_text(p, len(p)) for v, p in zip(voters, prompts, strict=True))
@@ -92,10 +101,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
 
 STAGE = Stage(
     name="classify",
-    inputs=lambda config, rows: (),
-    sections=_sections,
-    external_key=_external_key,
-    variants=_variants,
+    steps=_steps,
     variants_help="train or a benchmark",
     unkeyed_sections=("model",),
     files={
@@ -107,6 +113,5 @@ STAGE = Stage(
     },
     checks=_checks,
     work=_work,
-    memory_hint=lambda config, variant: "server.batch_size, or choose a smaller model",
     version=7,
 )

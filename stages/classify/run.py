@@ -98,7 +98,8 @@ def _journals(model: ModelSection, classify: ClassifySection, context: StageCont
     Raises ConfigError for voters with one name, and for two addresses whose votes would share a journal.
     """
     journals: dict[str, VoteJournal] = {}
-    for voter, identity in zip(classify.voters, context.external_key["voters"], strict=True):
+    for number, voter in enumerate(classify.voters):
+        identity = context.outside[f"voter:{number}"]
         voter_model = voter.voting_model(model)
         name = voter.name or f"{voter_model.title}/{voter.persona}"
         if name in journals:

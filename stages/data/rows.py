@@ -264,7 +264,7 @@ def shots_source(benchmark: BenchmarkSection) -> SourceSection:
     path = benchmark.shots_path or benchmark.path
     if path == benchmark.path and (benchmark.shots_split == benchmark.split or Path(path or "").exists()):
         raise ConfigError(
-            f"{benchmark.shots} shots of {benchmark.kind} would be rows that are asked, too: set shots_path",
+            f"shots of {benchmark.kind} would be rows that are asked, too: set shots_path",
             "or shots: 0; for a hub data set another shots_split will do",
         )
     return SourceSection(

@@ -7,63 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, Config, system_asked
+from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, BenchmarkSection, Config
 from stages.evaluation.benchmarks import benchmarks
-from stages.pipeline import external_key
-from stages.pipeline.stage import BENCHMARKS, Check, Stage
+from stages.pipeline.stage import BENCHMARKS, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.prompt_lengths import Texts
     from stages.plan.work import Work
-    from stages.store.digests import DigestCache
 
 
-def _inputs(config: Config, variant: str) -> tuple[str, ...]:
-    target, _, name = variant.partition("@")
-    labels = (f"classify:{name}",) if config.eval.benchmarks[name].label else ()
+def _steps(config: Config) -> list[Planned]:
+    return [_step(config, target, name) for target in config.eval.targets for name in config.eval.benchmarks]
+
+
+def _step(config: Config, target: str, name: str) -> Planned:
+    evaluation, benchmark = config.eval, config.eval.benchmarks[name]
+    shots = [f"shots:{name}"] if evaluation.as_asked(benchmark, target).shots else []
+    served = evaluation.engine == "vllm"
+    code = ["eval.sandbox"] if getattr(benchmarks.pick(benchmark.kind), "SANDBOX", False) else []
+    of_untrained = ("eval.untrained_items", "eval.untrained_shots")
+    return Planned(
+        variant=f"{target}@{name}",
+        inputs=_inputs(benchmark, target, name),
+        sections=("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", *code),
+        settings=of_untrained if target in UNTRAINED_TARGETS else (),
+        reads=("model", f"rows:{name}", *shots, *(["server"] if served else [])),
+        asked_for=True,
+        holds_base=not served,
+        memory_hint="server.batch_size",
+        # A server can hold an adapter of its own beside others, and answers by requests alone.
+        answers_together=served and config.served_by_vllm and target not in REGIONS,
+    )
+
+
+def _inputs(benchmark: BenchmarkSection, target: str, name: str) -> tuple[str, ...]:
+    labels = (f"classify:{name}",) if benchmark.label else ()
     if target in REGIONS:
         return (*labels, "score", "partition:rl", "rl")
     if target in TRAINED:
         return (*labels, TRAINED[target])
     return (*labels, "score") if target == "init" else labels
-
-
-def _variants(config: Config) -> tuple[str, ...]:
-    return tuple(f"{target}@{name}" for target in config.eval.targets for name in config.eval.benchmarks)
-
-
-def _sections(config: Config, variant: str) -> tuple[str, ...]:
-    name = variant.partition("@")[2]
-    runs_code = getattr(benchmarks.pick(config.eval.benchmarks[name].kind), "SANDBOX", False)
-    code = ("eval.sandbox",) if runs_code else ()
-    return ("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", *code)
-
-
-def _external_key(config: Config, variant: str, cache: DigestCache) -> dict[str, Any]:
-    target, _, name = variant.partition("@")
-    benchmark = config.eval.as_asked(config.eval.benchmarks[name], target)
-    items = config.eval.untrained_items if target in UNTRAINED_TARGETS else None
-    prompt = benchmark.prompt or config.prompt
-    return {
-        **({"items": items} if items else {}),
-        **({"asked": "by mode"} if system_asked(target, prompt) else {}),
-        **external_key.model_part(config, cache),
-        "rows": external_key.of_source(benchmark, cache),
-        **external_key.of_shots(benchmark, cache),
-        **external_key.of_server(config),
-    }
-
-
-def _answers_together(config: Config, variant: str) -> bool:
-    """True if a vLLM server can hold the target's adapter beside others, and answers by requests alone."""
-    from stages.engines import vllm
-
-    has_adapter_file = variant.partition("@")[0] not in REGIONS
-    served = config.eval.engine == "vllm" and config.served_by_vllm and vllm.serves_modules()
-    return has_adapter_file and served
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -99,10 +85,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
 
 STAGE = Stage(
     name="eval",
-    inputs=_inputs,
-    sections=_sections,
-    external_key=_external_key,
-    variants=_variants,
+    steps=_steps,
     files={
         "metrics.json": "For all items, each system and each group of the benchmark: counts, accuracy in "
         "both readings, intervals, tokens; also the first prompt and the stop texts.",
@@ -111,8 +94,5 @@ STAGE = Stage(
     },
     checks=_checks,
     work=_work,
-    holds_base=lambda config: config.eval.engine == "transformers",
-    memory_hint=lambda config, variant: "server.batch_size",
-    answers_together=_answers_together,
     version=10,
 )

@@ -95,11 +95,11 @@ class Evaluation:
         """Everything that determines the answers, apart from the prompts and the sampling."""
         files = ("adapter_model.safetensors", "adapter_config.json")
         return {
-            "model": self.context.external_key["model"],
+            "model": self.context.outside["model"],
             "dtype": self.dtype,
             "adapter": adapter and key_of({name: sha256_file(adapter / name) for name in files}),
             "engine": self.eval.engine,
-            "server": self.context.external_key.get("server"),
+            "server": self.context.outside.get("server"),
         }
 
     def cache(self, adapter: Path | None) -> AnswerCache:
@@ -169,6 +169,8 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
     """
     from stages.engines import vllm
 
+    if not vllm.serves_modules():
+        return
     evaluations = [Evaluation(context, **sections) for context, sections in calls]
     # Should another process's server answer on the same port, it has no model of such a name.
     names = {evaluation.target: f"{evaluation.target}-{os.getpid()}" for evaluation in evaluations}

@@ -6,19 +6,31 @@ Each variant has the elements that one stage trains: `sft` or `rl`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from stages.config import Config
 from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import number_of
-from stages.pipeline.stage import WEIGHTS, Check, Stage
+from stages.pipeline.stage import WEIGHTS, Check, Planned, Stage
 from stages.plan.work import Work
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.prompt_lengths import Texts
+
+
+def _steps(config: Config) -> list[Planned]:
+    protect = bool(config.partition.protect)
+    step = Planned(
+        inputs=(f"score:{PROTECTED}", "score") if protect else ("score",),
+        sections=("partition", "seed"),
+        settings=("partition.protect_theta",) if protect else (),
+    )
+    return [replace(step, variant=trained) for trained in ("sft", "rl")]
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -42,12 +54,7 @@ def _check_density(texts: Texts) -> None:
 
 STAGE = Stage(
     name="partition",
-    inputs=lambda config, _: (f"score:{PROTECTED}", "score") if config.partition.protect else ("score",),
-    sections=lambda config, _: ("partition", "seed"),
-    external_key=lambda config, _, cache: (
-        {"protect_theta": config.partition.protect_theta} if config.partition.protect else {}
-    ),
-    variants=lambda config: ("sft", "rl"),
+    steps=_steps,
     variants_help="sft or rl",
     files={
         "masks.safetensors": "`region/NAME`: uint8 (0 none, 1 System 1 only, 2 System 2 only, 3 shared). "

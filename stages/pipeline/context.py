@@ -23,8 +23,8 @@ class StageContext:
     """The empty folder that the stage writes into."""
     inputs: Mapping[str, Artifact]
     """Input artifacts by step, such as `eval:sft@demo`, and by stage: the last one if there are several."""
-    external_key: Mapping[str, Any]
-    """Cache-key parts of the data and models outside of the run."""
+    outside: Mapping[str, Any]
+    """Digests of the data and models outside of the run, by the names in `Planned.reads`."""
     journals: Path
     """The folder of all runs, which holds the journals of votes and answers."""
     checkpoints: Checkpoints

@@ -50,7 +50,7 @@ def run_step(
         out = store.start_partial(stage.name, step.key)
         gc.collect()  # models of earlier steps are in reference cycles
         resources.reset_peak()
-        context = _context(config, step, inputs, out, force, progress, engines)
+        context = _context(config, store, step, inputs, out, force, progress, engines)
         if force:
             context.checkpoints.start_over()
         with libraries.hide_packages(*libraries.UNUSED):
@@ -81,12 +81,12 @@ def calls_of_pending(
         if current_artifact(store, step) or len(inputs) < len(step.inputs):
             continue
         out = store.partial(step.stage.name, step.key)
-        yield _context(config, step, inputs, out, False, progress, engines), _sections(config, step)
+        yield _context(config, store, step, inputs, out, False, progress, engines), _sections(config, step)
 
 
 def _sections(config: Config, step: Step) -> dict[str, Any]:
     """The config sections that the stage function takes."""
-    reads = (*step.stage.sections(config, step.variant), *step.stage.unkeyed_sections)
+    reads = (*step.planned.sections, *step.stage.unkeyed_sections)
     return dict(section(config, path) for path in reads)
 
 
@@ -137,6 +137,7 @@ def _user_code() -> Iterator[None]:
 
 def _context(
     config: Config,
+    store: Store,
     step: Step,
     inputs: dict[str, Artifact],
     out: Path,
@@ -146,10 +147,10 @@ def _context(
 ) -> StageContext:
     from stages.models.dtype import resolve
 
-    dtype = resolve(config.model) if "model" in step.stage.sections(config, step.variant) else ""
+    dtype = resolve(config.model) if "model" in step.planned.sections else ""
     digests = {name: artifact.digest for name, artifact in inputs.items()}
     checkpoints = Checkpoints(
-        config.root / step.stage.name / "checkpoints" / step.key,
+        store.root / step.stage.name / "checkpoints" / step.key,
         key_of({"inputs": digests}),
         {"dtype": dtype},
     )
@@ -158,8 +159,8 @@ def _context(
         variant=step.variant,
         out=out,
         inputs={**inputs, **by_stage},
-        external_key=step.identity["outside"],
-        journals=Path(config.runs_dir),
+        outside=step.identity["outside"],
+        journals=store.root.parent,
         checkpoints=checkpoints,
         dtype=dtype,
         force=force,
@@ -223,7 +224,7 @@ class Task:
 
 
 def pending_stages(
-    config: Config, steps: dict[str, Step], store: Store, first: str | None, last: str | None
+    steps: dict[str, Step], store: Store, first: str | None, last: str | None
 ) -> Iterator[Task]:
     """The tasks of a run from `first` to `last`, in order: only the steps of `last` and their inputs.
 
@@ -232,11 +233,11 @@ def pending_stages(
     """
     for name in (first, last):
         if name is not None:
-            check_stage_name(config, steps, name)
+            check_stage_name(steps, name)
     names = stage_names(steps)
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
-    needed = ancestors(config, steps, last)
+    needed = ancestors(steps, last)
     if not needed:
         raise missing_path_error()
     # A stage can occur twice: after SFT, its adapter is scored again for RL.

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import create_model
 
@@ -18,49 +18,60 @@ from stages.config import Config, Section
 from stages.config.fields import setting
 from stages.errors import ConfigError
 
-if TYPE_CHECKING:
-    from stages.store.digests import DigestCache
-
 StageFunction = Callable[..., dict[str, Any]]
 """The work of a stage: `run(context, **sections)`, which returns its summary."""
 Check = Callable[[], object]
 """Raises the error that would stop a step."""
+TRAIN = "train"
+"""Names the training rows where other names are those of benchmarks."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step that a config has: all that a stage says of it before it is done."""
+
+    sections: tuple[str, ...]
+    """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
+    inputs: tuple[str, ...] = ()
+    """Steps whose artifacts it reads."""
+    reads: tuple[str, ...] = ()
+    """What it reads from outside of the run, by the names of `outside.py`; digests of it are in the key."""
+    variant: str = ""
+    """Name of the step among those of its stage; empty if there is none other."""
+    settings: tuple[str, ...] = ()
+    """Dotted paths of settings that are in its key, although their sections leave them out."""
+    asked_for: bool = False
+    """Whether a run makes it, with its inputs, if nobody says where to end."""
+    holds_base: bool = False
+    """Whether one process of it holds all weights of the base."""
+    memory_hint: str = ""
+    """The settings that lower its memory."""
+    answers_together: bool = False
+    """Whether `run.answer_together` can work ahead for it together with other steps of the stage."""
+    own_process: bool = False
+    """Whether it loads what cannot be unloaded, and so must not run in the process of a whole run."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """The description of a stage. `stages/NAME/__init__.py` has it as STAGE, and imports nothing heavy.
 
-    The folder's `run.py` does the work. Functions get the config and the variant.
+    The folder's `run.py` does the work.
     """
 
     name: str
-    inputs: Callable[[Config, str], tuple[str, ...]]
-    """Steps whose artifacts it reads."""
-    sections: Callable[[Config, str], tuple[str, ...]]
-    """Config sections it reads, as dotted paths; a change in one makes the artifact stale."""
+    steps: Callable[[Config], list[Planned]]
+    """Its steps under a config; none if this config does without the stage. Asked once in a command."""
     files: Mapping[str, str]
     """The files and folders that it writes → what is in them."""
-    external_key: Callable[[Config, str, DigestCache], dict[str, Any]] = lambda config, variant, cache: {}
-    """Cache-key parts for what it reads from outside of the run."""
-    variants: Callable[[Config], tuple[str, ...]] = lambda config: ("",)
-    """Names of its variants, each a step; none if this config does without the stage."""
     variants_help: str = ""
     """Names of the variants, for the help of --only."""
     unkeyed_sections: tuple[str, ...] = ()
-    """Sections it reads that are not in its key as a whole; `external_key` adds the parts that matter."""
+    """Sections it reads that are not in its key as a whole; `Planned` names the parts that matter."""
     checks: Callable[[Any, Any], Iterable[Check]] = lambda texts, step: ()
     """What is certain to stop a step, found before the run begins. Gets `Texts` of plan/, and the step."""
     work: Callable[[Any, str], Any] | None = None
-    """The `Work` of a step on the `Texts`, both of plan/; None if it cannot be predicted."""
-    holds_base: Callable[[Config], bool] = lambda config: False
-    """Whether one process of it holds all weights of the base."""
-    memory_hint: Callable[[Config, str], str] = lambda config, variant: ""
-    """The settings that lower its memory."""
-    answers_together: Callable[[Config, str], bool] | None = None
-    """Whether `run.answer_together` can work ahead for this step together with others of the stage."""
-    needs_own_process: Callable[[Config], bool] = lambda config: False
-    """Whether it loads what cannot be unloaded, and so must not run in the process of a whole run."""
+    """The `Work` of a variant on the `Texts`, both of plan/; None if it cannot be predicted."""
     section: type[Section] | None = None
     """The config section of its name, unless `Config` has it."""
     version: int = 1
@@ -102,12 +113,18 @@ def config_class() -> type[Config]:
 
 def section(config: Config, path: str) -> tuple[str, Any]:
     """The name under which a stage function takes the section at a dotted path, and the section."""
-    if path.startswith(BENCHMARKS):
-        return "benchmark", config.eval.benchmarks[path.removeprefix(BENCHMARKS)]
+    return "benchmark" if path.startswith(BENCHMARKS) else path.rpartition(".")[2], setting_at(config, path)
+
+
+def setting_at(config: Config, path: str) -> Any:
+    """The setting or section at a dotted path, such as `classify.voters.0.shots_path`."""
     value: Any = config
     for name in path.split("."):
-        value = getattr(value, name)
-    return path.rpartition(".")[2], value
+        if isinstance(value, list):
+            value = value[int(name)]
+        else:
+            value = value[name] if isinstance(value, dict) else getattr(value, name)
+    return value
 
 
 BENCHMARKS = "eval.benchmarks."
@@ -127,8 +144,8 @@ TRAINED = {
 """The files of a stage that trains."""
 
 
-def training_inputs(config: Config, masks: str, start: str) -> tuple[str, ...]:
+def training_inputs(is_baseline: bool, masks: str, start: str) -> tuple[str, ...]:
     """The steps that training reads. masks: variant of partition. start: step that made the first adapter."""
-    if config.baseline is None:
+    if not is_baseline:
         return ("classify:train", f"partition:{masks}", start)
     return ("classify:train",) if start == "score" else ("classify:train", start)

@@ -1,4 +1,4 @@
-"""Steps and their keys, from the descriptions of the stages and a config.
+"""Steps and their keys, from what the stages say of a config.
 
 A step is a stage, or one variant of it: for classify the training rows or those of a benchmark, for partition
 the masks of SFT or of RL, for sft its second round, for eval one target at one benchmark.
@@ -7,15 +7,15 @@ the masks of SFT or of RL, for sft its second round, for eval one target at one 
 from collections.abc import Collection
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import Any
 
 from stages.config import Config
 from stages.config.fields import cache_key_fields
 from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
-from stages.pipeline.stage import Stage, all_stages, section, stage
-from stages.store.digests import DigestCache, key_of
+from stages.pipeline.outside import digests
+from stages.pipeline.stage import TRAIN, Planned, Stage, all_stages, section, setting_at, stage
+from stages.store.digests import key_of
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,14 @@ class Step:
     """A stage (or a variant of it) with the key its artifact has under one config."""
 
     stage: Stage
-    variant: str
+    planned: Planned
     key: str
     identity: dict[str, Any]
     inputs: dict[str, "Step"]
+
+    @property
+    def variant(self) -> str:
+        return self.planned.variant
 
     @property
     def name(self) -> str:
@@ -49,23 +53,35 @@ def plan_steps(config: Config) -> dict[str, Step]:
     """
     if config.data.path is None and set(config.eval.targets) - {"base"}:
         raise missing_path_error("a file or a hub id; to evaluate only a base model: eval.targets=[base]")
-    variants = {
-        step_name(s.name, variant): (s, variant) for s in all_stages() for variant in s.variants(config)
+    described = {
+        step_name(s.name, planned.variant): (s, planned) for s in all_stages() for planned in s.steps(config)
     }
-    inputs = {name: planned.inputs(config, variant) for name, (planned, variant) in variants.items()}
+    inputs = {name: planned.inputs for name, (_, planned) in described.items()}
     # Without training rows, or for a baseline, some steps lack an input; then there are no such steps.
     while lacking := [name for name, needed in inputs.items() if not inputs.keys() >= set(needed)]:
         inputs = {name: needed for name, needed in inputs.items() if name not in lacking}
-    cache = digest_cache(config)
+    outside = digests(config, dict.fromkeys(name for step in inputs for name in described[step][1].reads))
     steps: dict[str, Step] = {}
     for name in _in_order(inputs):
-        upstream = {source: steps[source] for source in inputs[name]}
-        steps[name] = _step(config, *variants[name], upstream, cache)
+        s, planned = described[name]
+        identity = {
+            "stage": s.name,
+            "variant": planned.variant,
+            "version": s.version,
+            "config": _keyed(config, s.name, planned),
+            "inputs": {source: steps[source].key for source in planned.inputs},
+            "outside": {read: outside[read] for read in planned.reads},
+        }
+        upstream = {source: steps[source] for source in planned.inputs}
+        steps[name] = Step(s, planned, key_of(identity), identity, upstream)
     return steps
 
 
-def digest_cache(config: Config) -> DigestCache:
-    return DigestCache(Path(config.runs_dir) / ".digests.json")
+def _keyed(config: Config, stage_name: str, planned: Planned) -> dict[str, Any]:
+    """The values of settings on which a step depends, by section."""
+    readers = (stage_name, f"{stage_name}:{planned.variant}")
+    sections = {path: cache_key_fields(section(config, path)[1], *readers) for path in planned.sections}
+    return {**sections, **{path: setting_at(config, path) for path in planned.settings}}
 
 
 def _in_order(inputs: dict[str, tuple[str, ...]]) -> list[str]:
@@ -86,25 +102,9 @@ def _in_order(inputs: dict[str, tuple[str, ...]]) -> list[str]:
     return ordered
 
 
-def _step(config: Config, planned: Stage, variant: str, inputs: dict[str, Step], cache: DigestCache) -> Step:
-    readers = (planned.name, f"{planned.name}:{variant}")
-    identity = {
-        "stage": planned.name,
-        "variant": variant,
-        "version": planned.version,
-        "config": {
-            path: cache_key_fields(section(config, path)[1], *readers)
-            for path in planned.sections(config, variant)
-        },
-        "inputs": {name: step.key for name, step in inputs.items()},
-        "outside": planned.external_key(config, variant, cache),
-    }
-    return Step(planned, variant, key_of(identity), identity, inputs)
-
-
 def check_unchanged(config: Config, step: Step) -> None:
     """Raise ConfigError if what the step reads from outside of the run has changed since it was planned."""
-    if step.stage.external_key(config, step.variant, digest_cache(config)) != step.identity["outside"]:
+    if digests(config, step.planned.reads) != step.identity["outside"]:
         raise ConfigError(
             f"{step.name} is no longer what was planned: its data or its model have changed since",
             "run the same command again",
@@ -116,33 +116,26 @@ def stage_names(steps: dict[str, Step]) -> list[str]:
     return list(dict.fromkeys(step.stage.name for step in steps.values()))
 
 
-def check_stage_name(config: Config, steps: dict[str, Step], name: str) -> None:
-    """Raise ConfigError unless the config has a stage of that name."""
+def check_stage_name(steps: dict[str, Step], name: str) -> None:
+    """Raise ConfigError unless there are steps of a stage of that name."""
     names = stage_names(steps)
     if name in names:
         return
-    if config.data.path is None and stage(name):
+    if f"classify:{TRAIN}" not in steps and stage(name):
         raise missing_path_error()
     raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
 
 
-def ancestors(config: Config, steps: dict[str, Step], last: str | None) -> dict[str, Step]:
-    """The steps of stage `last` and all their direct and indirect inputs, in order.
-
-    By default `last` is eval or, if nothing is evaluated, each step that trains what `eval.targets` asks for.
-    """
-    if last in (None, "eval"):
-        last = "eval" if "eval" in stage_names(steps) else None
-    if last is not None:
-        return with_inputs(steps, {name for name, step in steps.items() if step.stage.name == last})
-    return with_inputs(steps, steps.keys() - {_not_asked_for(config)})
-
-
-def _not_asked_for(config: Config) -> str | None:
-    """The stage whose adapter no mode of `eval.modes` or target of `eval.targets` uses, if there is one."""
-    if config.eval.modes["slow"] != "rl":  # the second round of SFT is in its place
-        return "rl"
-    return "sft" if "rl" in config.eval.targets and "sft" not in config.eval.targets else None
+def ancestors(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
+    """The steps of stage `last`, by default all that are asked for, with their direct and indirect inputs."""
+    return with_inputs(
+        steps,
+        {
+            name
+            for name, step in steps.items()
+            if (step.planned.asked_for if last is None else step.stage.name == last)
+        },
+    )
 
 
 def with_inputs(steps: dict[str, Step], names: Collection[str]) -> dict[str, Step]:

@@ -61,11 +61,10 @@ class Estimate:
         return [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
 
 
-def memory_remedies(config: Config, steps: list[Step], predicted: Estimate) -> dict[str, str]:
+def memory_remedies(steps: list[Step], predicted: Estimate) -> dict[str, str]:
     """The names of those steps that do not fit into the memory → what to change so that they do."""
     too_large = [s for s in steps if (predicted.costs[s.name].mib or 0) > (predicted.room or math.inf)]
-    hints = {step.name: step.stage.memory_hint(config, step.variant) for step in too_large}
-    return {name: f"lower {hint}, or set model.load_in_4bit" for name, hint in hints.items()}
+    return {s.name: f"lower {s.planned.memory_hint}, or set model.load_in_4bit" for s in too_large}
 
 
 def estimate(config: Config, steps: list[Step]) -> Estimate:
@@ -83,7 +82,7 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
     lengths, room = list(spans(texts, steps)), resources.total_memory()
     # Loading what cannot fit would end this process on a CPU, where memory is promised before it is there.
     if not config.model.load_in_4bit and (weights := weights_mib(config.model)) > room:
-        costs = {s.name: Cost(None, weights) if s.stage.holds_base(config) else Cost() for s in steps}
+        costs = {s.name: Cost(None, weights) if s.planned.holds_base else Cost() for s in steps}
         return Estimate(costs, lengths, room)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

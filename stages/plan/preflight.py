@@ -68,16 +68,16 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
     texts.labels = _labels(texts, steps)
     yield steps[0].stage.name, partial(_check_folder, Path(config.runs_dir))
     for step in steps:
-        if step.stage.holds_base(config):
+        if step.planned.holds_base:
             yield step.name, lambda: texts.base
-        if "model" in step.stage.sections(config, step.variant):
+        if "model" in step.planned.sections:
             yield step.name, partial(checks.check_model, config.model)
         for check in step.stage.checks(texts, step):
             yield step.name, check
     trained = [step for step in steps if "adapter/" in step.stage.files]
     if trained and config.baseline is None:
         yield trained[-1].name, partial(_check_room, texts, len(trained))
-    sections = {path: step.stage.name for step in steps for path in step.stage.sections(config, step.variant)}
+    sections = {path: step.stage.name for step in steps for path in step.planned.sections}
     for path, stage in sections.items():
         if path.endswith(".sandbox"):
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)

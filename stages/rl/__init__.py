@@ -8,8 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline import external_key
-from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
+from stages.pipeline.stage import TRAINED, Check, Planned, Stage, training_inputs
 from stages.rewards import loading
 
 if TYPE_CHECKING:
@@ -20,16 +19,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def _inputs(config: Config, _: str) -> tuple[str, ...]:
-    if config.rl.start_from == "init":
-        return training_inputs(config, masks="rl", start="score")
-    start = SECOND_SFT if config.sft.rounds == 2 else "sft"
-    return training_inputs(config, masks="rl", start=start)
-
-
-def _sections(config: Config, _: str) -> tuple[str, ...]:
-    runs_code = loading.needs_sandbox(config.rl.rewards, config.rl.rewards_file)
-    return ("model", "prompt", "lora", "baseline", "rl", "seed", *(["rl.sandbox"] if runs_code else []))
+def _steps(config: Config) -> list[Planned]:
+    rl, start = config.rl, "score"
+    if rl.start_from != "init":
+        start = SECOND_SFT if config.sft.rounds == 2 else "sft"
+    has_vllm = rl.rollouts.engine == "vllm_colocate"
+    code = ["rl.sandbox"] if loading.needs_sandbox(rl.rewards, rl.rewards_file) else []
+    return [
+        Planned(
+            inputs=training_inputs(config.baseline is not None, masks="rl", start=start),
+            sections=("model", "prompt", "lora", "baseline", "rl", "seed", *code),
+            reads=("model", *(["file:rl.rewards_file"] if rl.rewards_file else [])),
+            # Not if a second round of SFT is in its place.
+            asked_for=not config.eval.benchmarks and config.eval.modes["slow"] == "rl",
+            holds_base=True,
+            memory_hint=("rl.rollouts.gpu_memory_utilization, or " if has_vllm else "")
+            + "rl.per_device_train_batch_size, rl.rollouts.batch_size, or rl.max_completion_length, or set "
+            "rl.gradient_checkpointing",
+            # vLLM's engine leaves process groups and GPU memory behind, which the next stage would need.
+            own_process=has_vllm,
+        )
+    ]
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -100,18 +110,9 @@ def _work(texts: Texts, _: str) -> Work | None:
 
 STAGE = Stage(
     name="rl",
-    inputs=_inputs,
-    sections=_sections,
-    external_key=lambda config, _, cache: external_key.rewards_part(config, cache),
+    steps=_steps,
     files=TRAINED,
     checks=_checks,
     work=_work,
-    holds_base=lambda config: True,
-    memory_hint=lambda config, _: (
-        "rl.per_device_train_batch_size, rl.rollouts.batch_size, or "
-        "rl.max_completion_length, or set rl.gradient_checkpointing"
-    ),
-    # vLLM's engine leaves process groups and GPU memory behind, which the next stage would need.
-    needs_own_process=lambda config: config.rl.rollouts.engine == "vllm_colocate",
     version=9,
 )

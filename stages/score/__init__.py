@@ -6,41 +6,37 @@ The variant `protected` scores its elements for the rows of `partition.protect`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.config import Config, SourceSection
+from stages.config import Config
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
-from stages.pipeline import external_key
-from stages.pipeline.stage import ADAPTER, WEIGHTS, Check, Stage
+from stages.pipeline.stage import ADAPTER, WEIGHTS, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.prompt_lengths import Texts
     from stages.plan.work import Work
-    from stages.store.digests import DigestCache
 
 
-def _inputs(config: Config, scored: str) -> tuple[str, ...]:
-    if scored == PROTECTED:
-        return ("score",)
-    return () if strategies.has_trait(config.partition.strategy, "unscored") else ("classify:train",)
-
-
-def _external_key(config: Config, scored: str, cache: DigestCache) -> dict[str, Any]:
-    key = external_key.model_part(config, cache)
-    key |= external_key.of_file("scorer_file", config.score.scorer_file, cache)
-    if scored == PROTECTED:
-        key["protected"] = external_key.of_source(SourceSection(path=config.partition.protect), cache)
-    return key
-
-
-def _variants(config: Config) -> tuple[str, ...]:
+def _steps(config: Config) -> list[Planned]:
     if config.data.path is None or config.baseline is not None:
-        return ()
-    return ("", PROTECTED) if config.partition.protect else ("",)
+        return []
+    unscored = strategies.has_trait(config.partition.strategy, "unscored")
+    step = Planned(
+        inputs=() if unscored else ("classify:train",),
+        sections=("model", "data", "prompt", "lora", "score", "seed"),
+        reads=("model", *(["file:score.scorer_file"] if config.score.scorer_file else [])),
+        holds_base=True,
+        memory_hint="score.batch_size",
+    )
+    if not config.partition.protect:
+        return [step]
+    reads = (*step.reads, "rows:partition.protect")
+    return [step, replace(step, variant=PROTECTED, inputs=("score",), reads=reads)]
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -96,10 +92,7 @@ def _work(texts: Texts, scored: str) -> Work | None:
 
 STAGE = Stage(
     name="score",
-    inputs=_inputs,
-    sections=lambda config, _: ("model", "data", "prompt", "lora", "score", "seed"),
-    external_key=_external_key,
-    variants=_variants,
+    steps=_steps,
     variants_help="score or protected",
     unkeyed_sections=("partition.protect",),
     files={
@@ -110,7 +103,5 @@ STAGE = Stage(
     },
     checks=_checks,
     work=_work,
-    holds_base=lambda config: True,
-    memory_hint=lambda config, _: "score.batch_size",
     version=2,
 )

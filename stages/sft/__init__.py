@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline import external_key
-from stages.pipeline.stage import TRAINED, Check, Stage, training_inputs
+from stages.pipeline.stage import TRAINED, Check, Planned, Stage, training_inputs
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
@@ -17,15 +17,22 @@ if TYPE_CHECKING:
     from stages.plan.work import Work
 
 
-def _inputs(config: Config, variant: str) -> tuple[str, ...]:
-    if variant:  # the second round trains the elements that RL would
-        return training_inputs(config, masks="rl", start="sft")
+def _steps(config: Config) -> list[Planned]:
+    is_baseline, targets = config.baseline is not None, config.eval.targets
     start = "score" if config.sft.start_from == "init" else "rl"
-    return training_inputs(config, masks="sft", start=start)
-
-
-def _variants(config: Config) -> tuple[str, ...]:
-    return ("",) if config.sft.rounds == 1 else ("", SECOND_SFT.partition(":")[2])
+    first = Planned(
+        inputs=training_inputs(is_baseline, masks="sft", start=start),
+        sections=("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
+        reads=("model",),
+        asked_for=not config.eval.benchmarks and ("sft" in targets or "rl" not in targets),
+        holds_base=True,
+        memory_hint="sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
+    )
+    if config.sft.rounds == 1:
+        return [first]
+    # The second round trains the elements that RL would.
+    inputs = training_inputs(is_baseline, masks="rl", start="sft")
+    return [first, replace(first, variant=SECOND_SFT.partition(":")[2], inputs=inputs)]
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
@@ -70,15 +77,10 @@ def _work(texts: Texts, variant: str) -> Work | None:
 
 STAGE = Stage(
     name="sft",
-    inputs=_inputs,
-    sections=lambda config, _: ("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
-    external_key=lambda config, _, cache: external_key.model_part(config, cache),
-    variants=_variants,
+    steps=_steps,
     variants_help="sft or system2, its second round",
     files=TRAINED,
     checks=_checks,
     work=_work,
-    holds_base=lambda config: True,
-    memory_hint=lambda config, variant: "sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
     version=7,
 )

@@ -72,7 +72,8 @@ def _command(cell: Cell, step: Step) -> list[str]:
     if step.stage.name == "eval":
         target, _, benchmark = step.variant.partition("@")
         return [*command, "--set", f"eval.targets=[{target}]", "--benchmark", benchmark]
-    return [*command, "--only", step.title] if len(step.stage.variants(cell.config)) > 1 else command
+    others = [other for other in cell.steps.values() if other.stage is step.stage]
+    return [*command, "--only", step.title] if len(others) > 1 else command
 
 
 def measured(nodes: dict[ArtifactId, Node]) -> dict[str, float]:

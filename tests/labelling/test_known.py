@@ -98,7 +98,7 @@ def test_the_stage_takes_known_labels(smoke, tmp_path):
     again = make_step(with_file, "classify:train").manifest
     assert again["key"] != made[0]["key"]  # the content counts, not the name
     file.unlink()
-    with pytest.raises(MissingInputError, match=f"no file {file} of labels"):
+    with pytest.raises(MissingInputError, match=f"no file {file}"):
         make_step(with_file, "classify:train")
 
 

@@ -37,7 +37,7 @@ def test_only_rl_and_what_follows_from_it_has_another_key(smoke):
 
 def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
     config = resolved(smoke(*TWO, "eval.targets=[base, sft2]"))
-    pending = pending_stages(config, plan_steps(config), Store(config.root), None, None)
+    pending = pending_stages(plan_steps(config), Store(config.root), None, None)
     assert [task.stage.name for task in pending] == ["classify", "score", "partition", "sft", "eval"]
 
 
