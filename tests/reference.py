@@ -40,7 +40,6 @@ OTHER_NAMES = {
     "model.attention": "`attn_implementation`",
     "rl.rewards": "`reward_funcs`, `GRPOConfig.reward_weights`",
     "rl.rollouts.correction": "`GRPOConfig.vllm_importance_sampling_mode`",
-    "rl.rollouts.correction_max": "`GRPOConfig.vllm_importance_sampling_cap`",
     "rl.rollouts.engine": "`GRPOConfig.use_vllm`, `vllm_mode`",
     "sft.warmup_ratio": "`SFTConfig.warmup_steps` below 1",
     "rl.warmup_ratio": "`GRPOConfig.warmup_steps` below 1",

@@ -90,8 +90,8 @@ class SandboxSection(Section):
 class EvalSection(Section):
     targets: list[Literal["base", "init", "sft", "sft2", "rl", Region]] = unkeyed(
         ["base", "sft", "rl"],
-        "base and init: untrained; sft, sft2, rl: after SFT, its second round, RL; s1_only, s2_only, shared: RL's "
-        "adapter in this region alone.",
+        "base, init: untrained; sft, sft2, rl: after SFT, its second round, RL; s1_only, s2_only, shared: "
+        "RL's adapter in this region alone.",
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
