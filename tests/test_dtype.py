@@ -37,14 +37,19 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
     dtype.warn_if_slow.cache_clear()
 
 
+def changed(tiny: Path, folder: Path, **more: object) -> ModelSection:
+    """A model with the tiny one's config and more in it, and no weights."""
+    config = json.loads((tiny / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | more))
+    return ModelSection(name=str(folder))
+
+
 @pytest.mark.parametrize(("able", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_a_checkpoint_in_float16_is_not_trained_in_it(monkeypatch, tiny: Path, tmp_path: Path, able, taken):
     """No loss is scaled here, and GRPO's gradients are small."""
-    config = json.loads((tiny / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: able)
-    assert dtype.resolve(ModelSection(name=str(tmp_path))) == taken
+    assert dtype.resolve(changed(tiny, tmp_path, dtype="float16")) == taken
 
 
 def told(model: ModelSection, flag: str, **vllm_settings: object) -> str | None:
@@ -73,10 +78,9 @@ def test_vllm_on_a_gpu_is_told_the_type_unless_the_checkpoint_has_fewer_bits(mon
     """It would take bfloat16 for float32, and votes and answers would be kept under the wrong type."""
     monkeypatch.setattr(vllm, "_have_gpu", lambda: True)
     assert told(ModelSection(name=str(tiny)), "--dtype") == "float32"
-    few = json.loads((tiny / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
-    (tmp_path / "config.json").write_text(json.dumps(few))
-    assert told(ModelSection(name=str(tmp_path)), "--dtype") is None
-    assert told(ModelSection(name=str(tmp_path), dtype="bfloat16"), "--dtype") == "bfloat16"
+    few = changed(tiny, tmp_path, quantization_config={"quant_method": "awq"})
+    assert told(few, "--dtype") is None
+    assert told(few.model_copy(update={"dtype": "bfloat16"}), "--dtype") == "bfloat16"
 
 
 def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, tiny, tmp_path):
@@ -91,30 +95,19 @@ def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, t
     own = {"head_dtype": "model", "rope_theta": 5}
     assert overrides(tiny, hf_overrides=own) == own
     assert overrides(tiny, hf_overrides={"rope_theta": 5}) == {"head_dtype": "float32", "rope_theta": 5}
-    config = json.loads((tiny / "config.json").read_text())
-    quantized = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    changed(tiny, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     assert overrides(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("engine", "weights", "gpu", "precision"),
-    [
+def test_journals_tell_answers_of_a_float32_head_from_others(monkeypatch, tiny):
+    for engine, weights, gpu, precision in (
         ("vllm", "bfloat16", True, "bfloat16, head float32"),
         ("vllm", "bfloat16", False, "bfloat16"),
         ("vllm", "float32", True, "float32"),
         ("transformers", "bfloat16", True, "bfloat16"),
-    ],
-)
-def test_journals_tell_answers_of_a_float32_head_from_others(
-    monkeypatch, tiny, engine, weights, gpu, precision
-):
-    """Where the head has the type of the weights, keys are what they were before vLLM's had another.
-
-    That journals are named by this type, test_pipeline.py says.
-    """
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    assert dtype.answer_dtype(ModelSection(name=str(tiny), dtype=weights), engine) == precision
+    ):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        assert dtype.answer_dtype(ModelSection(name=str(tiny), dtype=weights), engine) == precision
 
 
 @pytest.mark.parametrize(
@@ -129,9 +122,7 @@ def test_journals_tell_answers_of_a_float32_head_from_others(
 )  # fmt: skip
 def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, monkeypatch, more, asked):
     """It would not start; of a stretched one it knows itself how far."""
-    config = json.loads((tiny / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | more))
-    model = ModelSection(name=str(tmp_path), dtype="float32")
+    model = changed(tiny, tmp_path, **more).model_copy(update={"dtype": "float32"})
     assert told(model, "--max-model-len") == asked
     assert told(model, "--max-model-len", hf_overrides={"max_position_embeddings": 8192}) == "4096"
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
@@ -139,11 +130,8 @@ def test_vllm_is_not_asked_for_more_than_the_model_reads(tiny, tmp_path, monkeyp
 
 
 def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch):
-    for onednn, feature, native in (
-        (1, "avx512_bf16", True),
-        (1, "avx512_f", False),
-        (0, "avx512_bf16", False),
-    ):
+    cases = ((1, "avx512_bf16", True), (1, "avx512_f", False), (0, "avx512_bf16", False))
+    for onednn, feature, native in cases:
         monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda able=onednn: bool(able))
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda feature=feature: {feature: True})
         assert dtype.native_bfloat16() is native

@@ -10,86 +10,55 @@ from stages.errors import ConfigError, DataError
 from stages.init.own_rows import Unread, final_answer, own_rows
 from stages.records import read_jsonl
 
-TEXTS = [
+TEXTS = {
     # numbers, with units and currency
-    ("The total is $166.", "$166"),
-    ("$28", "$28"),
-    ("It costs €1,299.00 per year", "€1,299.00"),
-    ("We ship to 27 countries.", "27"),
-    ("Roughly 3 business days", None),  # no number before it is named, and the question does not ask for one
-    ("Your refund takes 5 days.", "5"),
-    ("Discount: 15%", "15%"),
-    ("-4", "-4"),
-    ("Order 4521 has left the warehouse.", None),
-    ("Between 3 and 5 days.", None),
-    # yes and no
-    ("yes", "yes"),
-    ("No.", "No"),
-    ("Yes, within 30 days of the purchase.", "yes"),
-    ("No-one is in on Sundays.", None),
-    ("Nothing is due before the end of next month, as far as we know.", None),
-    # letters
-    ("B", "B"),
-    ("(c) Lisbon", "C"),
-    ("D. None of these", "D"),
+    "The total is $166.": "$166", "$28": "$28", "It costs €1,299.00 per year": "€1,299.00",
+    "We ship to 27 countries.": "27", "Your refund takes 5 days.": "5", "Discount: 15%": "15%", "-4": "-4",
+    "Roughly 3 business days": None,  # no number before it is named, and the question does not ask for one
+    "Order 4521 has left the warehouse.": None, "Between 3 and 5 days.": None,
+    # yes and no, and letters
+    "yes": "yes", "No.": "No", "Yes, within 30 days of the purchase.": "yes",
+    "No-one is in on Sundays.": None,
+    "Nothing is due before the end of next month, as far as we know.": None,
+    "B": "B", "(c) Lisbon": "C", "D. None of these": "D",
     # dates
-    ("2024-03-12", "2024-03-12"),
-    ("12 March 2024", "12 March 2024"),
-    ("It arrives on March 12, 2024.", "March 12, 2024"),
-    ("The shop opens at 9:30 am.", "9:30 am"),
-    ("17:45", "17:45"),
-    ("3,50 €", "3,50 €"),
-    ("The lease ends on 31.12.2025.", "31.12.2025"),
+    "2024-03-12": "2024-03-12", "12 March 2024": "12 March 2024",
+    "It arrives on March 12, 2024.": "March 12, 2024", "The shop opens at 9:30 am.": "9:30 am",
+    "17:45": "17:45", "3,50 €": "3,50 €", "The lease ends on 31.12.2025.": "31.12.2025",
     # words
-    ("Paris", "Paris"),
-    ("New York City.", "New York City"),
-    ("Please reset your password in the settings.", None),
-    ("First multiply.\nThen add: 12.", None),
+    "Paris": "Paris", "New York City.": "New York City", "": None,
+    "Please reset your password in the settings.": None, "First multiply.\nThen add: 12.": None,
     # the end of a longer text
-    ("We ship 17*2=34 lamps. 22 come back, so 34-22=12. The total is 12 lamps.", "12"),
-    ("There are 3 boxes of 4 pens.\n3 * 4 = 12\nSo Tom has 3 * 4 = 12 pens.", "12"),
-    ("He pays 20 and gets 2 back. Hence it costs $18.", "$18"),
-    ("60 + 16 = $76 together. Order 12 costs $76.", None),
-    ("2 mats cost 2 * 30 = $60, so with shipping 60 + 16 = $76. The order costs $76.", "$76"),
-    ("2 mats cost 2 * 30 = $60. Greta owes $120.", None),
-    ("France borders Spain, and its largest city lies on the Seine. The answer is Paris.", "Paris"),
-    (
-        "Standard shipping takes 5 days and costs nothing. It is free for orders above $50 in summer.",
-        None,
-    ),
-    ("Take 5 of the 12 boxes to the store, and so on. So 5 or 7 boxes are left.", None),
-    ("Open the settings of the account and look for the switch. That makes it work again.", None),
-    ("", None),
-]
+    "We ship 17*2=34 lamps. 22 come back, so 34-22=12. The total is 12 lamps.": "12",
+    "There are 3 boxes of 4 pens.\n3 * 4 = 12\nSo Tom has 3 * 4 = 12 pens.": "12",
+    "He pays 20 and gets 2 back. Hence it costs $18.": "$18",
+    "60 + 16 = $76 together. Order 12 costs $76.": None,
+    "2 mats cost 2 * 30 = $60. Greta owes $120.": None,
+    "France borders Spain, and its largest city lies on the Seine. The answer is Paris.": "Paris",
+    "Standard shipping takes 5 days and costs nothing. It is free for orders above $50 in summer.": None,
+    "Take 5 of the 12 boxes to the store, and so on. So 5 or 7 boxes are left.": None,
+    "Open the settings of the account and look for the switch. That makes it work again.": None,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "gold"), TEXTS, ids=[text[:30] for text, _ in TEXTS])
-def test_the_answer_of_a_short_text_is_what_a_person_would_say(text, gold):
-    assert final_answer(text) == gold
-
-
-def test_a_question_for_a_number_is_answered_by_it():
+def test_the_answer_of_a_short_text_is_what_a_person_would_say():
+    assert {text: final_answer(text) for text in TEXTS} == TEXTS
     assert final_answer("Roughly 3 business days", "How long does delivery take?") == "3"
     assert final_answer("Order 4521 has left.", "Where is my order?") is None
 
 
+WORKED = {"question": "How many?", "answer": "We add and obtain 4", "gold": "4"}
 FILES = {
-    "capitals.csv": (
-        "Prompt,Completion\nCapital of Peru?,Lima\nCapital of Chad?,N'Djamena\n",
-        "Lima N'Djamena",
-    ),
+    "capitals.csv": ("Prompt,Completion\nCapital of Peru?,Lima\nCapital of Chad?,N'Djamena\n",
+                     "Lima N'Djamena"),
     "spaces.csv": (" Question , Answer \nIs it open?,yes\nIs it free?,no\n", None),
     "support.tsv": ("Query\tReply\nWhat is the total?\tThe total is $166.\nThe fee?\tIt is $5.\n", "$166 $5"),
     "excel.csv": ("Instruction;Output\nHow many seats?;We have 12 seats.\nHow old?;40\n", "12 40"),
     "usual.csv": ("prompt,completion\nWhat is 2 + 2?,It is 4.\nWhat is 3 + 3?,That makes 6.\n", "4 6"),
-    "dates.csv": (
-        "problem,solution\nWhen?,It starts on 2024-03-12.\nUntil?,2 May 2025\n",
-        "2024-03-12 2 May 2025",
-    ),
-    "labels.csv": (
-        "text,label\nHow was it? Great.,positive\nHow was it? Bad.,negative\n",
-        "positive negative",
-    ),
+    "dates.csv": ("problem,solution\nWhen?,It starts on 2024-03-12.\nUntil?,2 May 2025\n",
+                  "2024-03-12 2 May 2025"),
+    "labels.csv": ("text,label\nHow was it? Great.,positive\nHow was it? Bad.,negative\n",
+                   "positive negative"),
     "worked.csv": (
         "ID,Prompt,Completion\n1,Is it open?,Yes\n2,How many?,We ship 34. 22 come back. So 34-22=12.\n",
         "Yes 12",
@@ -103,7 +72,8 @@ FILES = {
         "12",
     ),
     "chat.jsonl": ('{"user": "Is it warm?", "assistant": "Yes, it is 25 degrees."}\n', "yes"),
-}
+}  # fmt: skip
+"""Name of a file → its text, and the final answers that are read."""
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -119,21 +89,10 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
     asked = "prompt" if name == "usual.csv" else "question"
     assert all(row[asked] and row.get("answer", row.get("completion")) for row in rows)
     assert " ".join(gold for _, gold in own.golds) == (golds or "")
-
-
-def test_a_context_stands_above_its_question_and_a_final_answer_in_a_field_of_its_own(tmp_path):
-    texts = {name: FILES[name][0] for name in ("golds.csv", "worked_answers.csv", "context.csv")}
-    read = {}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        [(_, read[name])] = read_jsonl(Path(own_rows(str(tmp_path / name), tmp_path, {}, []).path))
-    worked = {"question": "How many?", "answer": "We add and obtain 4", "gold": "4"}
-    for name in ("golds.csv", "worked_answers.csv"):
-        assert {field: str(value) for field, value in read[name].items()} == worked
-    assert read["context.csv"]["question"] == "Bo has 2 pens.\n\nHow many pens has Bo?"
-    dolly = tmp_path / "dolly.jsonl"
-    dolly.write_text(json.dumps({"instruction": "Sum up.", "context": "Long.", "response": "yes"}) + "\n")
-    assert own_rows(str(dolly), tmp_path, {}, []).path == str(dolly)
+    if name in ("golds.csv", "worked_answers.csv"):
+        assert [{field: str(value) for field, value in row.items()} for row in rows] == [WORKED]
+    if name == "context.csv":
+        assert rows[0]["question"] == "Bo has 2 pens.\n\nHow many pens has Bo?"
 
 
 def test_the_last_answer_of_a_chat_is_read_like_any_other(tmp_path):
@@ -151,10 +110,9 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
     with pytest.raises(DataError, match="which column asks, and which answers. It has id, Frage") as caught:
         own_rows(str(file), tmp_path, {}, [])
     assert caught.value.hint == "--columns question=NAME,answer=NAME"
-    two = tmp_path / "two.csv"
-    two.write_text("Frage,Die Antwort\nWie viel?,12\n", encoding="utf-8")
+    (tmp_path / "two.csv").write_text("Frage,Die Antwort\nWie viel?,12\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        own_rows(str(two), tmp_path, {}, [])
+        own_rows(str(tmp_path / "two.csv"), tmp_path, {}, [])
     assert caught.value.hint == "--columns question=Frage,answer='Die Antwort'"
     with pytest.raises(ConfigError, match="--columns question=frag: no such column") as caught:
         own_rows(str(file), tmp_path, {"question": "frag"}, [])
@@ -186,6 +144,7 @@ def test_rows_that_are_fine_stay_where_they_are(tmp_path):
         "bare.jsonl": {"question": "1 + 1?", "answer": "2"},
         "long.jsonl": {"prompt": "Tell me.", "completion": long},
         "gold.jsonl": {"question": "1 + 1?", "gold": "2"},
+        "dolly.jsonl": {"instruction": "Sum up.", "context": "Long.", "response": "yes"},
         "chat.jsonl": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     }
     for name, row in rows.items():

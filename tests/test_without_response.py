@@ -23,38 +23,28 @@ def _read(tmp_path, *rows, **settings):
     return read(DataSection(path=str(tmp_path / "rows.jsonl"), **settings))
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+def test_a_row_with_a_verifiable_answer_or_a_test_needs_no_response(tmp_path):
+    for row in (
         {"question": "2 + 3?", "gold": 5},
         {"instruction": "2 + 3?", "context": "", "response": "", "gold": "5"},
         {"messages": [{"role": "user", "content": "2 + 3?"}], "gold": "5"},
-    ],
-)
-def test_a_row_with_a_verifiable_answer_needs_no_response(tmp_path, row):
-    [example] = _read(tmp_path, row)
-    assert (example.prompt, example.response, example.gold) == ("2 + 3?", "", "5")
-
-
-def test_a_test_verifies_too_and_keep_takes_what_a_reward_of_one_s_own_reads(tmp_path):
+    ):
+        [example] = _read(tmp_path, row)
+        assert (example.prompt, example.response, example.gold) == ("2 + 3?", "", "5")
     [example] = _read(tmp_path, {"prompt": "Write f.", "test": "assert f()", "entry_point": "f"})
     assert example.response == "" and example.extra["test"] == "assert f()"
-    own = {"prompt": "Write f.", "rubric": "short"}
+    own = {"prompt": "Write f.", "rubric": "short"}  # for a reward of one's own
     with pytest.raises(DataError, match="cannot tell the format"):
         _read(tmp_path, own)
     assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "open?", "gold": None},
-        {"messages": [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]},
-    ],
-    ids=str,
-)
+NULL = {"messages": [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]}
+
+
+@pytest.mark.parametrize("row", [{"question": "open?", "gold": None}, NULL], ids=str)
 def test_a_row_without_response_and_gold_is_empty(tmp_path, row):
-    answered = {name: value for name, value in row.items() if name != "gold"} | {"gold": "5"}
+    answered = row | {"gold": "5"}
     with pytest.raises(DataError, match="prompt or response is empty") as caught:
         _read(tmp_path, answered, row)
     assert "empty: drop leaves out empty ones" in caught.value.hint
@@ -77,10 +67,7 @@ def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
     assert len({example.id for example in _read(tmp_path, *rows)}) == 2
     with pytest.raises(DataError, match="duplicate id"):
         _read(tmp_path, rows[0], rows[0])
-
-
-def test_ids_of_rows_with_a_response_are_as_before(tmp_path):
-    """Votes and labels are filed under them."""
+    # Votes and labels are filed under the ids of those with a response.
     [example] = _read(tmp_path, {"question": "2 + 3?", "answer": "5\n#### 5"})
     assert example.id == "8bb01108ea572742"
 
@@ -141,11 +128,8 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     fast[1]["answer"] = "Some."
     write_jsonl(tmp_path / "mixed.jsonl", rows)
     small = ("classify.strategy=known", "classify.known=intended", "score.examples=4", "sft.max_steps=1")
-    small += (
-        "rl.max_steps=1",
-        "rl.system1_share=0.25",
-    )
-    settings = (f"data.path={tmp_path / 'mixed.jsonl'}", *small, "eval.targets=[sft]")
+    small += ("rl.max_steps=1", "rl.system1_share=0.25", "eval.targets=[sft]")
+    settings = (f"data.path={tmp_path / 'mixed.jsonl'}", *small)
     config = resolved(smoke(*settings))
     assert problems(config, list(plan_steps(config).values())) == []
     made = make_steps(config, "classify", "score", "partition", "sft", "rl")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -65,21 +65,23 @@ def choices(
     model: str,
     data: str,
     tests: list[BenchmarkSection],
-    labels: str | None = None,
-    name: str = "",
+    labels: str | None,
+    name: str,
 ) -> Iterator[Choice]:
     """Yield the settings that differ from the defaults for these rows.
 
-    name: of the run, if not the file's. tests: one benchmark for each test file. labels: file with known
-    labels.
+    name: of the run. tests: one benchmark for each test file. labels: file with known labels.
     """
-    run = _word(name or data).lstrip("-") or "default"
+    run = _word(name).lstrip("-") or "default"
     yield from (Choice("run", run), Choice("model.name", model), Choice("data.path", data))
     if empty := profile.rows.empty:
         yield Choice("data.empty", "drop", f"{empty} rows have no prompt or no response")
     if repeated := profile.rows.repeated:
         yield Choice("data.duplicates", "first", f"{repeated} rows repeat one before")
-    yield from _lengths(profile)
+    longest, why = _limit(profile.row, profile.positions)
+    yield Choice("data.max_length", longest, f"prompt and response: {why}")
+    if longest < profile.row.longest:
+        yield Choice("data.too_long", "drop", "the longer rows are left out of SFT and score")
     if profile.section.template == "plain":
         yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
     if profile.system2_rows is None and labels is None:
@@ -100,7 +102,10 @@ def choices(
     yield from [] if profile.imitable else RL_ALONE
     yield from SECOND_SFT if profile.unverifiable else rl
     yield from _small(profile) if profile.is_small else ()
-    yield from _server(profile, limits)
+    answer = limits["rl.max_prompt_length"] + limits["rl.max_completion_length"]
+    if (needed := max(answer, profile.row.longest) + VOTE) > ServerSection().max_model_len:
+        why = "the longest row, or prompt with its answer, and a voter's text"
+        yield Choice("server.max_model_len", min(needed, profile.positions or needed), why)
     yield from _benchmarks(tests, limits)
 
 
@@ -163,13 +168,6 @@ def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _lines(node, indent + "  ")
 
 
-def _lengths(profile: DataProfile) -> Iterator[Choice]:
-    longest, why = _limit(profile.row, profile.positions)
-    yield Choice("data.max_length", longest, f"prompt and response: {why}")
-    if longest < profile.row.longest:
-        yield Choice("data.too_long", "drop", "the longer rows are left out of SFT and score")
-
-
 def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
     """The longest length to allow, and why. positions: tokens that the model can read."""
     if lengths.longest <= FAR * lengths.p99:
@@ -217,16 +215,6 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
     yield Choice("rl.rewards", *_reward(profile))
 
 
-def _server(profile: DataProfile, limits: dict[str, Any]) -> list[Choice]:
-    """Raise `server.max_model_len` if the longest votes and answers do not fit into its default."""
-    answer = limits["rl.max_prompt_length"] + limits["rl.max_completion_length"]
-    longest = max(answer, profile.row.longest) + VOTE
-    if longest <= ServerSection().max_model_len:
-        return []
-    why = "the longest row, or prompt with its answer, and a voter's text"
-    return [Choice("server.max_model_len", min(longest, profile.positions or longest), why)]
-
-
 def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
     kinds = set(profile.answers)
     if kinds == {"tests"}:
@@ -241,21 +229,18 @@ def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
 
 
 def _benchmarks(tests: list[BenchmarkSection], limits: dict[str, Any]) -> Iterator[Choice]:
-    """A benchmark for each test file. limits: the settings of RL."""
+    """A benchmark for each test file, by its name or, where that says nothing, by the kind of benchmark."""
     names: list[str] = []
     for test in tests:
-        names.append(_benchmark_name(_word(str(test.path)).strip("-_"), test.kind, names))
-        yield from _benchmark(names[-1], test, limits, "as many as in RL")
+        word = _word(str(test.path)).strip("-_")
+        numbered = (f"{test.kind}-{number}" for number in count(1))
+        candidates = chain([test.kind if word in ("", "train") else word], numbered)
+        names.append(next(name for name in candidates if name not in names))
+        yield from _benchmark(names[-1], test, limits)
 
 
-def _benchmark_name(word: str, kind: str, taken: Collection[str]) -> str:
-    """The word, or the kind of benchmark with a number where another one has that name."""
-    names = chain([kind if word in ("", "train") else word], (f"{kind}-{number}" for number in count(1)))
-    return next(name for name in names if name not in taken)
-
-
-def _benchmark(name: str, test: BenchmarkSection, limits: dict[str, Any], why: str) -> Iterator[Choice]:
-    """A benchmark of this name, with answers and thoughts as long as in RL, and why so long."""
+def _benchmark(name: str, test: BenchmarkSection, limits: dict[str, Any]) -> Iterator[Choice]:
+    """A benchmark of this name, with answers and thoughts as long as in RL. limits: the settings of RL."""
     section, thinking = f"eval.benchmarks.{name}", limits.get("rl.max_thinking_length", 0)
     yield Choice(f"{section}.kind", test.kind, "which can read its rows")
     yield Choice(f"{section}.path", str(test.path))
@@ -269,7 +254,8 @@ def _benchmark(name: str, test: BenchmarkSection, limits: dict[str, Any], why: s
         yield Choice(f"{section}.shots", 0, "no rows for worked examples are named")
     # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
     if "max_new_tokens" not in defaults or "revision" not in defaults:
-        yield Choice(f"{section}.max_new_tokens", limits["rl.max_completion_length"] - thinking, why)
+        length = limits["rl.max_completion_length"] - thinking
+        yield Choice(f"{section}.max_new_tokens", length, "as many as in RL")
         if thinking:
             yield Choice(f"{section}.max_thinking_tokens", thinking, "then it is closed, as in RL")
 
