@@ -24,7 +24,7 @@ def terminal(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Replace line breaks by spaces and show control characters: for comments of YAML and TeX, headings."""
+    """Replace line breaks by spaces and show control characters: for comments of YAML, headings."""
     return terminal(_LINE_BREAKS.sub(" ", text)).strip()
 
 

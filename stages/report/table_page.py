@@ -28,7 +28,8 @@ def _verdict(results: Results) -> str:
     compared = {contrast: value for contrast, value in results.comparisons.items() if value is not None}
     if not compared:
         return ""
-    sentences = [f"Of {len(results.comparisons)} comparisons, {len(compared)} can be made."]
+    planned = len(results.comparisons)
+    sentences = [f"{len(compared)} of {planned} comparisons are complete."] if len(compared) < planned else []
     scopes: dict[Over, str] = {
         "over_items": "Over items, with the training seeds as they are",
         "over_seeds": "Over seeds",
