@@ -15,7 +15,7 @@ DESCRIPTION = '''"""Count the labelled rows."""
 from stages.config import Section
 from stages.config.fields import setting
 from stages.errors import ConfigError
-from stages.pipeline.stage import Stage
+from stages.pipeline.stage import Planned, Stage
 
 
 class Count(Section):
@@ -32,8 +32,7 @@ def _checks(texts, step):
 
 STAGE = Stage(
     name="count",
-    inputs=lambda config, variant: ("classify:train",),
-    sections=lambda config, variant: ("count",),
+    steps=lambda config: [Planned(sections=("count",), inputs=("classify:train",), asked_for=True)],
     files={"count.txt": "The number, and the unit."},
     checks=_checks,
     section=Count,
