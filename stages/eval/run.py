@@ -31,8 +31,8 @@ from stages.evaluation.grading import Context
 from stages.evaluation.metrics import compute_metrics, headline
 from stages.models.dtype import answer_dtype
 from stages.models.tokenizer import load_tokenizer
-from stages.prompts.renderer import RenderedPrompt, Renderer
-from stages.records import Labelled, Sample, read_labels, write_jsonl
+from stages.prompts.renderer import Renderer
+from stages.records import Labelled, read_labels, write_jsonl
 from stages.store.digests import key_of, sha256_file
 
 if TYPE_CHECKING:
@@ -70,47 +70,31 @@ class Evaluation:
     def title(self) -> str:
         return f"eval {self.target} {self.benchmark.kind}"
 
-    @property
-    def dtype(self) -> str:
-        """The numbers in which the engine computes answers and votes."""
-        dtype = answer_dtype(self.model, self.eval.engine)
-        return f"nf4 {dtype}" if self.model.load_in_4bit else dtype
-
-    def engine(self, adapter: Path | None = None) -> Engine:
-        context = self.context
-        spec = EngineSpec(self.eval.engine, self.model, adapter)
-        return context.engines.get(spec, self.server, context.progress.say)
-
-    def rows(self) -> list[Labelled]:
-        """The benchmark's items with their labels; all undecided if this benchmark is not labelled."""
-        if "classify" in self.context.inputs:
-            return read_labels(self.context.labels)
-        return [Labelled(example, None, {}) for example in self.kind.load(self.benchmark)]
-
     def stored_adapter(self) -> Path | None:
         """The folder of the target's adapter in an artifact; None for the base."""
         return self.context.adapter("score", "sft", "rl")
 
-    def identity(self, adapter: Path | None) -> dict[str, Any]:
-        """Everything that determines the answers, apart from the prompts and the sampling."""
+    def cache(self, adapter: Path | None) -> AnswerCache:
+        """The cache of the target's answers; without labels of the benchmark all items are undecided."""
+        context = self.context
+        limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
+        if "classify" in context.inputs:
+            rows = read_labels(context.labels)[:limit]
+        else:
+            rows = [Labelled(example, None, {}) for example in self.kind.load(self.benchmark)[:limit]]
+        dtype = answer_dtype(self.model, self.eval.engine)
         files = ("adapter_model.safetensors", "adapter_config.json")
-        return {
-            "model": self.context.outside["model"],
-            "dtype": self.dtype,
+        identity = {
+            "model": context.outside["model"],
+            "dtype": f"nf4 {dtype}" if self.model.load_in_4bit else dtype,
             "adapter": adapter and key_of({name: sha256_file(adapter / name) for name in files}),
             "engine": self.eval.engine,
-            "server": self.context.outside.get("server"),
+            "server": context.outside.get("server"),
         }
-
-    def cache(self, adapter: Path | None) -> AnswerCache:
-        """The cache of the target's answers to the benchmark."""
-        limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
-        rows = self.rows()[:limit]
         prompt = self.benchmark.prompt or self.prompt
         system = system_asked(self.target, prompt)
         renderer = Renderer(load_tokenizer(self.model), prompt, () if system else rows, system)
-        folder, force = self.context.journals / "answers", self.context.force
-        return AnswerCache(rows, self.asked, renderer, self.identity(adapter), folder, force)
+        return AnswerCache(rows, self.asked, renderer, identity, context.journals / "answers", context.force)
 
 
 def run(context: StageContext, **sections: Any) -> dict[str, Any]:
@@ -123,23 +107,6 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     evaluation = Evaluation(context, **sections)
     with _adapter(evaluation) as adapter:
         return _evaluate(evaluation, adapter)
-
-
-def _write(evaluation: Evaluation, samples: list[Sample], more: dict[str, Any]) -> dict[str, Any]:
-    """Write the graded answers, and their metrics with `more`; returns the accuracies."""
-    out, benchmark = evaluation.context.out, evaluation.benchmark
-    write_jsonl(out / "samples.jsonl", (asdict(sample) for sample in samples))
-    metrics = compute_metrics(samples, evaluation.kind.GROUPS)
-    record = {
-        "target": evaluation.target,
-        "benchmark": evaluation.asked.model_dump(mode="json"),
-        "engine": evaluation.eval.engine,
-        **metrics,
-        **more,
-    }
-    (out / "metrics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    sandbox_name = {"sandbox": more["sandbox"]} if more.get("sandbox") else {}
-    return {"kind": benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
 @contextmanager
@@ -193,25 +160,38 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
 
 def _evaluate(evaluation: Evaluation, adapter: Path | None) -> dict[str, Any]:
     """Answer and grade the benchmark, and write the results; see `run`."""
-    progress, cache, settings = evaluation.context.progress, evaluation.cache(adapter), evaluation.sandbox
+    context, cache, settings = evaluation.context, evaluation.cache(adapter), evaluation.sandbox
+    progress, spec = context.progress, EngineSpec(evaluation.eval.engine, evaluation.model, adapter)
     sandbox = sandboxes.from_settings(settings, progress.say) if settings else None
-    prompt = cache.renderer.section
-    cache.complete(lambda: evaluation.engine(adapter), evaluation.title, progress)
-    record = {"parity": _check_parity(evaluation, adapter, cache), "sandbox": sandbox and sandbox.name}
+
+    def engine() -> Engine:
+        return context.engines.get(spec, evaluation.server, progress.say)
+
+    cache.complete(engine, evaluation.title, progress)
+    parity = _check_parity(evaluation, adapter, cache)
+    renderer, first = cache.renderer, cache.prompts[0]
+    prompt, tokenizer = renderer.section, renderer.tokenizer
     samples = cache.graded(Context(prompt.answer_format, prompt.template == "chat", sandbox), progress)
-    return _write(evaluation, samples, record | _prompt_record(cache.prompts[0], cache.renderer))
-
-
-def _prompt_record(first: RenderedPrompt, renderer: Renderer) -> dict[str, Any]:
-    """The part of metrics.json that shows what the prompts look like."""
-    bos = renderer.tokenizer.bos_token_id
-    return {
+    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in samples))
+    metrics = compute_metrics(samples, evaluation.kind.GROUPS)
+    bos = tokenizer.bos_token_id
+    record = {
+        "target": evaluation.target,
+        "benchmark": evaluation.asked.model_dump(mode="json"),
+        "engine": evaluation.eval.engine,
+        **metrics,
+        "parity": parity,
+        "sandbox": sandbox and sandbox.name,
         "first_prompt": first.text,
         "first_prompt_tokens": len(first.ids),
         "bos_tokens_in_it": first.ids.count(bos) if bos is not None else 0,
-        "stop": [*(renderer.tokenizer.decode([stop]) for stop in renderer.stop_ids), *first.stop],
+        "stop": [*(tokenizer.decode([stop]) for stop in renderer.stop_ids), *first.stop],
         "prompt": renderer.digest(),
     }
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (context.out / "metrics.json").write_text(text, encoding="utf-8")
+    sandbox_name = {"sandbox": sandbox.name} if sandbox else {}
+    return {"kind": evaluation.benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
 def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCache) -> dict[str, Any] | None:
