@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stages.config import UNVOTED, Config
 from stages.pipeline.stage import BENCHMARKS, TRAIN, Check, Planned, Stage
@@ -93,7 +93,8 @@ def _work(texts: Texts, variant: str) -> Work | None:
         return None  # other models vote (the base itself in 16 bits), or think at unknown length
     first = variant == TRAIN
     examples = len(rows) + (len(held_out(config.classify.held_out)) if first else 0)
-    prompts = [[request.text for request in ballots[:PROMPT_SAMPLE]] for ballots in texts.ballots(variant)]
+    ballots = (requests[:PROMPT_SAMPLE] for requests in texts.ballots(variant))
+    prompts = [[cast("list[int]", request.text) for request in requests] for requests in ballots]
     tokens = sum(v.samples * per_text(p, len(p)) for v, p in zip(voters, prompts, strict=True))
     served = any(voter.engine != "transformers" for voter in voters)
     return Work(read=examples * tokens, servers=served and first)

@@ -140,7 +140,12 @@ def _collect_votes(
     progress = context.progress
     missing = {journal.title: len(journal.missing()) for journal in journals}
     lanes: dict[str, list[VoteJournal]] = {}
-    for journal in sorted(journals, key=_model_of):
+
+    def model_of(journal: VoteJournal) -> tuple[str, ...]:
+        voter = journal.voter
+        return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
+
+    for journal in sorted(journals, key=model_of):
         if missing[journal.title]:
             lanes.setdefault(str(journal.voter.urls or journal.voter.devices or ""), []).append(journal)
     for journal in journals:
@@ -173,12 +178,6 @@ def _collect_votes(
     main_lane = lanes.pop("", [])
     with in_background([partial(run_separate_lane, lane) for lane in lanes.values()], stop):
         run_lane(main_lane, context.engines)
-
-
-def _model_of(journal: VoteJournal) -> tuple[str, ...]:
-    """Sort key that brings together the voters that one engine answers for, so that it is loaded once."""
-    voter = journal.voter
-    return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
 
 
 def _calibrate_voter(journal: VoteJournal, labelled: list[Labelled]) -> Calibration:

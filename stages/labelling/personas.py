@@ -35,6 +35,9 @@ chains, yes/no questions. None of them is in the demonstration set or in HELD_OU
 HELD_OUT = HERE / "held_out.jsonl"
 """Labelled examples for calibration, 16 of each system, of the same kinds as in SHOTS."""
 
+FOR_CALIBRATION = "held_out/"
+"""Begins the ids of labelled examples."""
+
 
 @dataclass(frozen=True)
 class PersonaContext:
@@ -77,7 +80,7 @@ def read_labelled_examples(path: Path) -> list[Labelled]:
         system, question, answer = system_of(row.get("system")), row.get("question"), row.get("answer")
         if system and isinstance(question, str) and is_encodable(row):
             text = "" if answer is None else str(answer)
-            rows.append(Labelled(Example(f"held_out/{question}", question, text, None), system, {}))
+            rows.append(Labelled(Example(f"{FOR_CALIBRATION}{question}", question, text, None), system, {}))
         else:
             bad.append(f"{path}:{number}")
     if bad:
@@ -172,8 +175,3 @@ def _few_shot(
     worked = (f"{_question(row.example, context)}\n{cue} {word[row.system or 1]}" for row in context.shots)
     text = "\n\n".join([head, *worked, f"{_question(example, context)}\n{cue}"])
     return ChoiceRequest(text, (f" {words[0]}", f" {words[1]}"))
-
-
-def is_for_calibration(example: Example) -> bool:
-    """Whether `read_labelled_examples` made this example."""
-    return example.id.startswith("held_out/")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from stages.config import Voter
 from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure
 from stages.errors import AnswerError
-from stages.labelling.personas import is_for_calibration
+from stages.labelling.personas import FOR_CALIBRATION
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
@@ -165,7 +165,7 @@ class VoteJournal:
 
     def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
         """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""
-        request = replace(self.question(example), measure_mass=is_for_calibration(example))
+        request = replace(self.question(example), measure_mass=example.id.startswith(FOR_CALIBRATION))
         if not self.voter.thinking and not self.voter.temperature:
             return request
         return replace(

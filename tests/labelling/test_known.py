@@ -25,18 +25,19 @@ LINES = (
 CELLS = 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0\n'
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", BY_ID), ("a.jsonl", LINES), ("a.csv", CELLS)])
-def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert [row.system for row in with_known_labels(ROWS, "system", tmp_path / name)] == [1, 2, 1, 2]
+EXCELS, LIST = "\ufeffid;system\nid0;1\n", '[{"id": "id0", "system": 1}]'
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("A.CSV", "\ufeffid;system\nid0;1\n"), ("a.json", '[{"id": "id0", "system": 1}]')]
+    ("name", "text"),
+    [("a.json", BY_ID), ("a.jsonl", LINES), ("a.csv", CELLS), ("A.CSV", EXCELS), ("a.json", LIST)],
 )
-def test_files_of_labels_are_read_as_those_of_rows(tmp_path, name, text):
+def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert with_known_labels(ROWS, "system", tmp_path / name)[0].system == 1
+    rows = ROWS if text in (BY_ID, LINES, CELLS) else ROWS[:1]
+    assert [row.system for row in with_known_labels(rows, "system", tmp_path / name)] == [1, 2, 1, 2][
+        : len(rows)
+    ]
 
 
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
