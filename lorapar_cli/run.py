@@ -19,7 +19,7 @@ from lorapar_cli.options import (
 )
 from lorapar_cli.plan import check_for_failures
 from lorapar_cli.progress import TerminalProgress
-from lorapar_cli.stage import make, make_elsewhere, report
+from lorapar_cli.stage import make, make_elsewhere, processes, report
 from stages.config import TRAINED, Config
 from stages.pipeline.run import Task, pending_stages
 from stages.pipeline.state import current_artifact
@@ -59,8 +59,8 @@ def command(
         made.add(task.stage.name)
         position = f"stage {task.number} of {task.tasks}"
         terminal.say(f"--- {position}, {task.stage.name}: {task.why}")
-        if task.steps[0].planned.own_process:
-            make_elsewhere([task.stage.name, str(config), *_options(set_, task, quiet)])
+        if number := processes(settings, task.steps[0]):
+            make_elsewhere([task.stage.name, str(config), *_options(set_, task, quiet)], number)
             store.look_again()
             continue
         with TerminalProgress(position) as progress:

@@ -15,8 +15,9 @@ from stages.engines import EngineCache
 from stages.errors import ConfigError
 from stages.pipeline.run import calls_of_pending, give_memory_back, run_step
 from stages.pipeline.stage import Stage
+from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.runtime import libraries, process_guard
+from stages.runtime import libraries, process_guard, ranks
 from stages.store.artifacts import Artifact, Store
 
 OnMade = Callable[[Step, Artifact, bool], None]
@@ -78,18 +79,41 @@ def command_of(stage: Stage) -> Callable[..., None]:
 
 def make_alone(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
     """Make steps of one stage for its command."""
+    store, number = Store(settings.root), processes(settings, steps[0])
+    if number > 1 and (force or not all(current_artifact(store, step) for step in steps)):
+        return make_elsewhere(sys.argv[1:], number)
+    if not ranks.is_main():
+        terminal.set_quiet(True)
     with TerminalProgress() as progress:
-        make(settings, Store(settings.root), steps, force, progress, partial(report, as_json=as_json))
+        make(settings, store, steps, force, progress, partial(report, as_json=as_json))
 
 
-def make_elsewhere(arguments: list[str]) -> None:
-    """Run `lorapar ARGUMENTS` in a process of its own, whose messages stand here too."""
-    if code := process_guard.run([sys.executable, "-m", "lorapar_cli", *arguments]):
+def processes(settings: Config, step: Step) -> int:
+    """The number of processes to start for a step; 0 if this one makes it.
+
+    ConfigError if a launcher has started several processes of a stage that is for one.
+    """
+    trains = "adapter/" in step.stage.files
+    if ranks.world_size() > 1 and not trains:
+        raise ConfigError(
+            f"{step.stage.name} was started in {ranks.world_size()} processes, and is for one",
+            "start it without torchrun",
+        )
+    if trains and settings.launch.processes > 1:
+        return 0 if ranks.launched() else settings.launch.processes
+    return int(step.planned.own_process)
+
+
+def make_elsewhere(arguments: list[str], number: int) -> None:
+    """Run `lorapar ARGUMENTS` in processes of their own, whose messages stand here too."""
+    command = [sys.executable, "-m", "lorapar_cli", *arguments]
+    if code := ranks.run(command, number) if number > 1 else process_guard.run(command):
         raise SystemExit(code)
 
 
 def report(step: Step, artifact: Artifact, created: bool, as_json: bool = False) -> None:
-    terminal.artifact(step.name, artifact, created, as_json)
+    if ranks.is_main():
+        terminal.artifact(step.name, artifact, created, as_json)
 
 
 def _variants(steps: list[Step], only: list[str] | None) -> list[Step]:

@@ -11,11 +11,13 @@ from lorapar_cli import terminal, worker
 from lorapar_cli.options import Overrides, Quiet, flag
 from lorapar_cli.tables import show, table
 from stages import escaping
+from stages.config.yaml import parse_yaml
 from stages.errors import ConfigError, LoraparError
 from stages.runtime import gpu
 from stages.sweep.file import MAX_CELLS
 from stages.sweep.graph import ArtifactId, Node, build_graph, measured
-from stages.sweep.local import Outcome, run
+from stages.sweep.local import Executor, Outcome, Workers, run
+from stages.sweep.slurm import HINT, Cluster
 from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as load_table
 
@@ -45,6 +47,13 @@ Devices = Annotated[
         metavar="N,N", help="Run one step at a time on each of these GPUs; 0+1,2+3 gives two to each step."
     ),
 ]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Make each step a Slurm job with this parameter of submitit (or STAGE.KEY); repeatable.",
+    ),
+]
 MaxCells = Annotated[
     int, typer.Option(metavar="N", min=1, help="Refuse tables of more cells (rows times seeds).")
 ]
@@ -62,6 +71,7 @@ def command(
         int | None, typer.Option(help="Steps at a time on this machine.", min=1, max=MAX_JOBS)
     ] = None,
     devices: Devices = None,
+    slurm: Slurm = None,
     dry_run: Annotated[bool, flag("--dry-run", help="Only print what would be done.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,12 +79,14 @@ def command(
     tables = load_tables(paths, seeds, **choice)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
-    slots = _slots(jobs, devices)
-    seconds = measured(nodes)
+    slots, logs = _slots(jobs, devices), Path(cells[0].config.runs_dir) / "sweeps"
     if not quiet or dry_run:
-        _announce(cells, nodes, seconds, len(slots))
+        _announce(cells, nodes, measured(nodes), len(slots))
     if not dry_run:
-        outcomes = run(nodes, slots, _logs(cells), worker.begin, worker.make_step, terminal.say)
+        executor: Executor = Workers(slots, worker.begin, worker.make_step)
+        if slurm:
+            executor = Cluster(logs / "jobs", _parameters(slurm), jobs or MAX_JOBS)
+        outcomes = run(nodes, executor, logs, terminal.say)
         _report_failures(outcomes, len(cells))
         terminal.say(f"next: lorapar report {' '.join(escaping.shell(str(p)) for p in paths)} --out report")
 
@@ -99,8 +111,12 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
     return list(slots)
 
 
-def _logs(cells: list[Cell]) -> Path:
-    return Path(cells[0].config.runs_dir) / "sweeps"
+def _parameters(texts: list[str]) -> dict[str, Any]:
+    """The parameters in KEY=VALUE texts."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise ConfigError(f"--slurm {wrong[0]}: expected KEY=VALUE", HINT)
+    return {key.strip(): parse_yaml(value, f"--slurm {key}") for key, _, value in pairs}
 
 
 def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:

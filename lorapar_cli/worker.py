@@ -10,7 +10,7 @@ from lorapar_cli import options
 from lorapar_cli.errors import report_failure
 from lorapar_cli.process import set_up
 from lorapar_cli.progress import TerminalProgress
-from lorapar_cli.stage import make, make_elsewhere, report
+from lorapar_cli.stage import make, make_elsewhere, processes, report
 from stages.config import Config
 from stages.pipeline.steps import Step
 from stages.runtime import gpu, process_guard
@@ -38,8 +38,8 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
     options.typed_config = " ".join(command[1:])
     sys.argv[1:] = command  # what the manifest says
     try:
-        if step.planned.own_process:
-            make_elsewhere(command)
+        if number := processes(config, step):
+            make_elsewhere(command, number)
         else:
             with TerminalProgress() as progress:
                 make(config, Store(config.root), [step], False, progress, report)

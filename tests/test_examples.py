@@ -34,15 +34,21 @@ def test_every_example_is_copied_with_what_it_refers_to(name):
             assert read_with_extends(copy) == read_with_extends(original)
 
 
-def test_out_gives_an_example_another_name_and_the_next_command_is_said(lorapar, folder):
-    done = lorapar("init", "--example", "demo", "--out", "mine.yaml")
-    assert done.code == 0 and done.err == "wrote mine.yaml; next: lorapar plan mine.yaml\n"
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("tables/theta", "sweep --dry-run tables/theta.yaml"), ("demo", "plan demo.yaml")],
+)
+def test_the_next_command_is_said(name, command, lorapar):
+    done = lorapar("init", "--example", name)
+    assert done.code == 0 and done.err.endswith(f"; next: lorapar {command}\n")
+
+
+def test_out_gives_an_example_another_name(lorapar, folder):
+    assert "wrote mine.yaml; next:" in lorapar("init", "--example", "demo", "--out", "mine.yaml").err
     assert [path.name for path in folder.iterdir()] == ["mine.yaml"]
     done = lorapar("init", "--example", "tables/theta", "--out", "theta.yaml")
     assert done.code == 73 and "tables/theta refers to other files" in done.err
     assert not (folder / "theta.yaml").exists()
-    done = lorapar("init", "--example", "tables/theta")
-    assert done.code == 0 and done.err.endswith("; next: lorapar sweep --dry-run tables/theta.yaml\n")
 
 
 def test_an_unknown_name_is_told_the_nearest(lorapar):
@@ -62,7 +68,9 @@ def test_a_changed_file_is_not_overwritten(lorapar):
     assert not Path("paper/table1/vote5.yaml").exists()
 
 
-def test_rows_or_an_example(lorapar):
-    for more in (["rows.jsonl"], ["--model", "m"], ["--example", "demo", "--test", "t.jsonl"]):
-        done = lorapar("init", *more)
-        assert done.code == 78 and "--example" in done.err
+@pytest.mark.parametrize(
+    "more", [["rows.jsonl"], ["--model", "m"], ["--example", "demo", "--test", "t.jsonl"]]
+)
+def test_rows_or_an_example(more, lorapar):
+    done = lorapar("init", *more)
+    assert done.code == 78 and "--example" in done.err

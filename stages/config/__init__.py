@@ -27,6 +27,7 @@ from stages.config.sources import DataSection, LoraSection, ModelSection, Prompt
 from stages.config.training import (
     SECOND_SFT,
     BaselineSection,
+    LaunchSection,
     PartitionSection,
     ScoreSection,
     SftSection,
@@ -56,6 +57,7 @@ class Config(Section):
     sft: SftSection = setting(SftSection())
     """Supervised fine-tuning of System 1's elements, and in a second round of System 2's."""
     rl: RlSection = setting(RlSection(), "GRPO on the System 2 elements.")
+    launch: LaunchSection = setting(LaunchSection(), "How sft and rl are run.", advanced=True)
     eval: EvalSection = setting(EvalSection(), "Evaluation of the base model and the adapters on benchmarks.")
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:

@@ -46,6 +46,12 @@ SAVE_STEPS = "Optimizer steps between checkpoints; a killed run continues from t
 DROPOUT = "Dropout on the input of the adapter; ia3 and the prompt methods have none."
 
 
+class LaunchSection(Section):
+    processes: int = advanced_unkeyed(1, gt=0, le=1024)
+    """Processes on this machine that each hold the whole model and share the samples of a step (DDP), one for
+    each GPU. Results differ by rounding and, in RL, by what is sampled."""
+
+
 class ScoreSection(Section):
     scorer: str = setting("taylor2")
     """Importance formula, one of `lorapar list scorers`, or a function of scorer_file."""

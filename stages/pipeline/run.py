@@ -6,7 +6,7 @@ import gc
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +21,7 @@ from stages.pipeline.stage import Stage, section
 from stages.pipeline.state import State, current_artifact, rebuild_hint, require_current, state
 from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged, stage_names
 from stages.progress import Progress
-from stages.runtime import libraries, resources
+from stages.runtime import libraries, ranks, resources
 from stages.store.artifacts import Artifact, Store
 from stages.store.checkpoints import Checkpoints
 from stages.store.digests import key_of
@@ -39,7 +39,7 @@ def run_step(
     # First without the lock, so that a store on which this user cannot write serves, too.
     if not force and (artifact := _linked_artifact(store, step)):
         return artifact, False
-    with store.lock(stage.name, step.key):
+    with store.lock(stage.name, step.key) if ranks.is_main() else nullcontext():
         store.look_again()  # another process may have made it meanwhile
         inputs = {name: require_current(store, upstream, step) for name, upstream in step.inputs.items()}
         if not force and (artifact := _linked_artifact(store, step)):
@@ -47,19 +47,23 @@ def run_step(
         if not force and (now := state(store, step)).state == "damaged":
             raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
         check_unchanged(config, step)
-        out = store.start_partial(stage.name, step.key)
+        ranks.barrier()  # no process changes the store before all have read its state
+        out = (store.start_partial if ranks.is_main() else store.partial)(stage.name, step.key)
         gc.collect()  # models of earlier steps are in reference cycles
         resources.reset_peak()
         context = _context(config, store, step, inputs, out, force, progress, engines)
-        if force:
+        if force and ranks.is_main():
             context.checkpoints.start_over()
+        ranks.barrier()  # old checkpoints are gone before any process looks for one
         with libraries.hide_packages(*libraries.UNUSED):
             function = stage.function()
         with _user_code():
             summary = function(context, **_sections(config, step))
-        context.checkpoints.end_forced_build()
-        _commit(store, step, inputs, summary, _provenance(config, step, context))
-        context.checkpoints.clear()
+        if ranks.is_main():
+            context.checkpoints.end_forced_build()
+            _commit(store, step, inputs, summary, _provenance(config, step, context))
+            context.checkpoints.clear()
+        ranks.barrier()  # the artifact is there for all
         new_artifact = store.load(store.folder(stage.name, step.key))
         assert new_artifact is not None
         return new_artifact, True
@@ -110,7 +114,7 @@ def _linked_artifact(store: Store, step: Step) -> Artifact | None:
     """The artifact of the step if it is current; the link to the latest artifact is then set to it."""
     artifact = current_artifact(store, step)
     with suppress(OSError):
-        if artifact:
+        if artifact and ranks.is_main():
             store.point_latest(step.stage.name, step.variant, step.key)
     return artifact
 
@@ -152,7 +156,7 @@ def _context(
     checkpoints = Checkpoints(
         store.root / step.stage.name / "checkpoints" / step.key,
         key_of({"inputs": digests}),
-        {"dtype": dtype},
+        {"processes": str(ranks.world_size()), "dtype": dtype},
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
     return StageContext(
@@ -179,6 +183,7 @@ def _provenance(config: Config, step: Step, context: StageContext) -> dict[str, 
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         **({"dtype": context.dtype} if context.dtype else {}),
+        "processes": ranks.world_size(),
         "command": " ".join(sys.argv[1:]),
         "versions": _versions(),
     }

@@ -85,9 +85,14 @@ def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
 
 def of_training(config: Config, trainer: SftSection | RlSection | None = None) -> Iterator[Check]:
     """The checks of every stage that computes gradients. trainer: the section of one that has a trainer."""
+    from stages.lora.training.loop import accumulation_steps
+
     yield partial(checks.check_trainable, config.model)
     if trainer:
-        yield partial(checks.check_training, trainer)
+        processes, rl = config.launch.processes, config.rl
+        yield partial(checks.check_training, trainer, processes)
+        samples = config.sft.batch_size if trainer is config.sft else rl.prompts_per_step * rl.num_generations
+        yield partial(accumulation_steps, samples, trainer.per_device_train_batch_size, processes)
 
 
 def check_lengths(texts: Texts, stage: str, rows: list[Example]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from stages.errors import ConfigError
+from stages.runtime import ranks
 from stages.store.digests import fsync, is_hidden, sha256_file
 
 log = logging.getLogger(__name__)
@@ -66,9 +67,10 @@ class Checkpoints:
                 self._earlier = seal.seconds
                 return path
             log.warning("%s is ignored: %s", path.name, seal)
-            aside = path.with_name(f"{path.name}.incomplete")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            if ranks.is_main():
+                aside = path.with_name(f"{path.name}.incomplete")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         return None
 
     def seal(self, path: Path) -> None:

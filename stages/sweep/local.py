@@ -1,4 +1,7 @@
-"""Runs the steps of a sweep on this machine, as many at a time as there are slots."""
+"""Runs the steps of a sweep: each as soon as what it needs is there, by workers of this machine or as jobs.
+
+Who makes the steps is an executor, such as `Workers` here and `Cluster` of slurm.py.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from stages.config import Config
+from stages.errors import first_line
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
@@ -19,6 +25,34 @@ from stages.sweep.graph import ArtifactId, Node
 
 MakeStep = Callable[[Config, Step, list[str], Path], int]
 """Makes a step, with all output in this file, and returns the exit code that its command would have."""
+KILLED = 128 + signal.SIGKILL
+"""Exit code of a step whose process ended without one."""
+
+
+class Job(Protocol):
+    """A step that is being made; a Future is one."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> int:
+        """Return the exit code; an exception if the process ended without one."""
+        ...
+
+
+class Executor(Protocol):
+    poll_s: float
+    """Seconds between two looks at the jobs."""
+
+    @property
+    def has_room(self) -> bool: ...
+
+    def submit(self, node: Node, log: Path) -> Job:
+        """Begin to make a step, with all output in this file."""
+        ...
+
+    def close(self, interrupted: bool) -> None:
+        """End the workers; interrupted: and what is still being made."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,24 +66,17 @@ class Outcome:
 
 
 def run(
-    nodes: dict[ArtifactId, Node],
-    slots: list[str | None],
-    logs: Path,
-    begin: Callable[[str | None], None],
-    make_step: MakeStep,
-    say: Callable[[str], None],
+    nodes: dict[ArtifactId, Node], executor: Executor, logs: Path, say: Callable[[str], None]
 ) -> list[Outcome]:
-    """Make every step that is not current; nodes: in topological order. A failed step stops those that need it.
+    """Make every step that is not current. A failed step stops those that need it.
 
-    slots: the CUDA_VISIBLE_DEVICES of each step that may run at a time. begin: sets up a worker process.
+    nodes: in topological order.
     """
     logs.mkdir(parents=True, exist_ok=True)
     done = {artifact for artifact, node in nodes.items() if node.current}
     waiting = [artifact for artifact in nodes if artifact not in done]
     ended: dict[ArtifactId, Outcome] = {}
-    running: dict[Future[int], tuple[ArtifactId, int, float]] = {}
-    pools: dict[int, ProcessPoolExecutor] = {}
-    free = list(range(len(slots)))
+    running: dict[ArtifactId, tuple[Job, float]] = {}
     try:
         while waiting or running:
             for artifact in list(waiting):
@@ -57,42 +84,80 @@ def run(
                 if any(needed in ended and needed not in done for needed in node.inputs):
                     waiting.remove(artifact)
                     ended[artifact] = Outcome(node, "left out")
-                elif free and done.issuperset(node.inputs):
+                elif executor.has_room and done.issuperset(node.inputs):
                     waiting.remove(artifact)
-                    slot = free.pop()
-                    if slot not in pools:
-                        fresh = multiprocessing.get_context("spawn")  # no GPU survives a fork
-                        pools[slot] = ProcessPoolExecutor(1, fresh, begin, (slots[slot],))
-                    step = pools[slot].submit(
-                        make_step, node.config, node.step, node.command, _log(logs, node)
-                    )
-                    running[step] = artifact, slot, time.monotonic()
+                    running[artifact] = executor.submit(node, _log(logs, node)), time.monotonic()
                     say(f"started: {node.title}")
-            for step in wait(running, return_when=FIRST_COMPLETED).done:
-                artifact, slot, started = running.pop(step)
-                free.append(slot)
-                try:
-                    code = step.result()
-                except BrokenProcessPool:
-                    code = 128 + signal.SIGKILL
-                    del pools[slot]
-                node, log = nodes[artifact], _log(logs, nodes[artifact])
-                if code == 0 and current_artifact(Store(Path(node.id[0])), node.step):
+            for artifact, (job, started) in list(running.items()):
+                if not job.done():
+                    continue
+                del running[artifact]
+                ended[artifact] = outcome = _outcome(job, nodes[artifact], _log(logs, nodes[artifact]), say)
+                if outcome.status == "done":
                     done.add(artifact)
-                    ended[artifact] = Outcome(node, "done", 0, log)
                     left = len(waiting) + len(running)
-                    say(f"done in {time.monotonic() - started:.0f} s, {left} left: {node.title}")
-                else:
-                    ended[artifact] = Outcome(node, "failed", code, log)
-                    say(f"failed with exit code {code}: {node.title}; see {log}")
+                    seconds = time.monotonic() - started
+                    say(f"done in {seconds:.0f} s, {left} left: {outcome.node.title}")
+            time.sleep(executor.poll_s if running else 0)
     finally:
-        if running:  # interrupted
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-        for pool in pools.values():
-            pool.shutdown(cancel_futures=True)
+        executor.close(interrupted=bool(running))
     return list(ended.values())
+
+
+def _outcome(job: Job, node: Node, log: Path, say: Callable[[str], None]) -> Outcome:
+    """How a job ended: a step is done if its artifact is there, whatever its process says."""
+    try:
+        code = job.result()
+    except Exception as error:  # of the worker's process, or of the cluster
+        code = KILLED
+        say(f"{node.title}: {first_line(error)}")
+    if code == 0 and current_artifact(Store(Path(node.id[0])), node.step):
+        return Outcome(node, "done", 0, log)
+    say(f"failed with exit code {code}: {node.title}; see {log}")
+    return Outcome(node, "failed", code, log)
 
 
 def _log(logs: Path, node: Node) -> Path:
     return logs / f"{node.stage}-{node.step.key}.log"
+
+
+class Workers:
+    """Executor whose steps are made by processes of this machine, one for each slot, which stay."""
+
+    poll_s = 0.05
+
+    def __init__(
+        self, slots: list[str | None], begin: Callable[[str | None], None], make_step: MakeStep
+    ) -> None:
+        """slots: the CUDA_VISIBLE_DEVICES of each step that may run at a time. begin: sets up a process."""
+        self.slots, self.begin, self.make_step = slots, begin, make_step
+        self.free = list(range(len(slots)))
+        self.pools: dict[int, ProcessPoolExecutor] = {}
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self.free)
+
+    def submit(self, node: Node, log: Path) -> Job:
+        slot = self.free.pop()
+        call = partial(self.make_step, node.config, node.step, node.command, log)
+        try:
+            job = self._pool(slot).submit(call)
+        except BrokenProcessPool:  # its process was killed in the step before
+            del self.pools[slot]
+            job = self._pool(slot).submit(call)
+        job.add_done_callback(lambda _: self.free.append(slot))
+        return job
+
+    def _pool(self, slot: int) -> ProcessPoolExecutor:
+        if slot not in self.pools:
+            fresh = multiprocessing.get_context("spawn")  # no GPU survives a fork
+            self.pools[slot] = ProcessPoolExecutor(1, fresh, self.begin, (self.slots[slot],))
+        return self.pools[slot]
+
+    def close(self, interrupted: bool) -> None:
+        if interrupted:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+        for pool in self.pools.values():
+            pool.shutdown(cancel_futures=True)

@@ -1,6 +1,5 @@
 """Prompt tuning and its kin: the same stages without scores and masks."""
 
-
 import pytest
 import torch
 from conftest import ROOT, flags, make_step

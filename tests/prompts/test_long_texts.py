@@ -32,7 +32,8 @@ TEXTS = {
     "a name of a block": "```python " + " " * N,
 }
 GIVEN = {"gold": ["5"], "response": ["one two"], "test": [""], "entry_point": ["f"]}
-REWARDS = ["integer", "strict_format", "soft_format", "tag_count", "correctness", "text_overlap"]
+REWARDS = ["integer", "strict_format", "soft_format", "tag_count"]
+REWARDS += ["correctness", "number_match", "letter_match", "text_overlap"]
 
 
 @pytest.fixture
@@ -55,8 +56,6 @@ def test_long_texts_are_read_at_once(text, style):
         (value,) = rewards.pick(name)(completions=[text], answer_format=[style], **GIVEN)
         assert value <= 1
     assert rewards.pick("correctness")(completions=[text], gold=[text], answer_format=[style])[0] in (0, 1)
-    answers.equals_gold(answers.extract(text, style).flexible, "5")
-    assert answers.extract_letter(text) is None
     assert answers.equals_gold("5", text) is answers.equals_gold(text, "5") is False
     assert answers.rewrite(text, "5", style) and isinstance(code.code_block(text, "f"), str)
 

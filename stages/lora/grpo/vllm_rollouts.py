@@ -19,7 +19,7 @@ from stages.errors import ConfigError
 from stages.lora.adapter import merge
 from stages.lora.grpo.int8 import CORRECTION_MAX
 from stages.models.size import kv_cache_bytes
-from stages.runtime import resources
+from stages.runtime import ranks, resources
 
 GIB = 2**30
 ITEMSIZE = 2
@@ -158,4 +158,4 @@ def install_weights(trainer: Any, adapted: PeftModel, rollouts: RolloutsSection,
     trainer.vllm_generation._iter_named_params = merged_parameters
     if rollouts.engine == "vllm_colocate":
         # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
-        set_seed(seed)
+        set_seed(seed + ranks.rank())

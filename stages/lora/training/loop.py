@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -15,11 +16,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from stages.config import TrainSection
 from stages.config.fields import as_decimal_fraction
-from stages.errors import UnusableResult
+from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter, baselines
 from stages.lora.training import curves
 from stages.lora.training.start import Training
 from stages.models.checks import check_training
+from stages.runtime import ranks
 from stages.store.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -121,7 +123,8 @@ class TimedSaving(TrainerCallback):
         self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if time.monotonic() - self.saved_at > SAVE_S:
+        # The clocks of several processes differ, and all of them save together.
+        if ranks.world_size() == 1 and time.monotonic() - self.saved_at > SAVE_S:
             control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
@@ -131,9 +134,15 @@ class TimedSaving(TrainerCallback):
 def train(trainer: Any, run: Training) -> dict[str, Any]:
     """Train the active elements from the newest checkpoint, or else from `run.start`.
 
-    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Returns the steps, and the
-    counts of `StartingAdapter.verify`.
+    Writes `adapter/`, `history.json` and `curves.png` below the context's `out`. Of several processes only
+    the first writes, and the others return an empty dict; an assertion checks that all hold the same adapter.
+    Returns the steps, and the counts of `StartingAdapter.verify`.
     """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.accelerator.mixed_precision != "no":
+        raise ConfigError(
+            "accelerate's FSDP, DeepSpeed and mixed precision would change results, and no key names them",
+            "turn them off in accelerate's config: distributed_type MULTI_GPU, mixed_precision no",
+        )
     model, checkpoints, out = trainer.model, run.context.checkpoints, run.context.out
     run.start.begin(model)
     trainer.remove_callback(PrinterCallback)  # it prints each step as a dict; ProgressCallback reports it
@@ -145,6 +154,9 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if trainer.state.global_step == 0:
         raise UnusableResult("training did no step", "there are fewer rows than one step takes")
+    assert ranks.all_equal(_digest(model)), "the processes ended with different adapters"
+    if not ranks.is_main():
+        return {}
     folder = out / "adapter"
     adapter.save(model, folder, run.model)
     if run.baseline is not None:
@@ -156,6 +168,24 @@ def train(trainer: Any, run: Training) -> dict[str, Any]:
     if counts["moved"] == 0:
         log.warning("training moved no element: every gradient was zero")
     return {"steps": trainer.state.global_step, **counts}
+
+
+def _digest(model: Any) -> str:
+    digest = hashlib.sha256()
+    for _, weight in sorted(adapter.trained_parameters(model).items()):
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def accumulation_steps(samples: int, micro_batch: int, processes: int) -> int:
+    """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly."""
+    if samples % (micro_batch * processes):
+        raise ConfigError(
+            f"{processes} processes with micro batches of {micro_batch} "
+            f"cannot share {samples} samples a step evenly",
+            "lower per_device_train_batch_size or the number of processes",
+        )
+    return samples // (micro_batch * processes)
 
 
 def history(trainer: Any) -> list[dict[str, float]]:

@@ -1,0 +1,113 @@
+"""The loop of a sweep, and who makes its steps: workers of this machine, or jobs by submitit."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import worker_steps
+from conftest import alive, wait_for
+
+from stages.errors import ConfigError
+from stages.sweep import local, slurm
+
+
+@pytest.fixture
+def chain(monkeypatch, tmp_path):
+    """Three steps, each made from the one before; an artifact is there once its file is."""
+    monkeypatch.setattr(local, "current_artifact", lambda store, step: (tmp_path / step.key).exists())
+    nodes = {}
+    for number, stage in enumerate(("score", "sft", "rl")):
+        step = SimpleNamespace(key=stage, stage=SimpleNamespace(name=stage))
+        inputs = list(nodes)[-1:]
+        nodes[str(tmp_path), stage, stage] = SimpleNamespace(
+            id=(str(tmp_path), stage, stage), stage=stage, step=step, title=f"step {number}", current=False,
+            inputs=inputs, config=None, command=[stage, str(tmp_path / stage)],
+        )  # fmt: skip
+    return nodes
+
+
+def workers(make_step, slots=2):
+    return local.Workers([None] * slots, worker_steps.begin, make_step)
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Submitit's local executor, and a command line that touches its second argument."""
+    pytest.importorskip("submitit")
+    (tmp_path / "lorapar_cli.py").write_text(
+        "import pathlib, sys, time\nprint('at', sys.argv[1:], flush=True)\n"
+        "time.sleep(600 if 'wait' in sys.argv else 0)\npathlib.Path(sys.argv[2]).touch()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # else this folder's comes first
+    settings = {"cluster": "local", "timeout_min": 5, "sft.timeout_min": 7}
+    return slurm.Cluster(tmp_path / "jobs", settings, 2)
+
+
+def statuses(outcomes):
+    return {outcome.node.stage: (outcome.status, outcome.code) for outcome in outcomes}
+
+
+def test_workers_and_jobs_make_the_same_steps_in_order(chain, cluster, tmp_path):
+    for executor in (workers(worker_steps.touch), cluster):
+        said: list[str] = []
+        done = local.run(chain, executor, tmp_path / "logs", said.append)
+        assert statuses(done) == dict.fromkeys(("score", "sft", "rl"), ("done", 0))
+        assert [text.split(",")[-1] for text in said if text.startswith("done")][-1] == " 0 left: step 2"
+        for stage in ("score", "sft", "rl"):
+            (tmp_path / stage).unlink()
+    assert "at ['rl'," in (tmp_path / "logs/rl-rl.log").read_text()
+    assert cluster.executor._executor.parameters["timeout_min"] == 5  # of rl, after sft's 7
+
+
+def test_a_step_that_fails_stops_what_needs_it_alone(chain, tmp_path):
+    """Also one that ends well and has made another artifact, and one whose process is killed."""
+    last = list(chain.values())[-1]
+    last.inputs.clear()
+    for make_step, code in ((worker_steps.fail, 65), (worker_steps.make_nothing, 0), (worker_steps.die, 137)):
+        done = local.run(chain, workers(make_step, 1), tmp_path / "logs", lambda _: None)
+        assert statuses(done) == {"score": ("failed", code), "sft": ("left out", None), "rl": ("done", 0)}
+        (tmp_path / "rl").unlink()
+
+
+@pytest.mark.parametrize("jobs", [False, True], ids=["workers", "jobs"])
+def test_who_stops_a_sweep_stops_its_steps(chain, cluster, tmp_path, jobs):
+    list(chain.values())[0].command.append("wait")
+    executor = cluster if jobs else workers(worker_steps.wait_for_long)
+    log = tmp_path / "logs/score-score.log"
+    begun = lambda: log.exists() and log.read_text()  # noqa: E731
+    threading.Thread(
+        target=lambda: wait_for(begun) and os.kill(os.getpid(), signal.SIGINT), daemon=True
+    ).start()
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(KeyboardInterrupt):
+        local.run(chain, executor, tmp_path / "logs", lambda _: None)
+    started = {child.pid for child in psutil.Process().children(recursive=True)} - before
+    assert wait_for(lambda: not any(map(alive, started)))
+
+
+def test_a_job_at_its_time_limit_runs_the_same_again(tmp_path):
+    call = slurm.Command(["sft", "a.yaml"], tmp_path / "log")
+    again = call.checkpoint().function
+    assert (again.arguments, again.log) == (call.arguments, call.log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cluster": "local"}, "timeout_min is missing"),
+        ({"timeout_min": 5}, "srun"),
+        ({"timeout_min": "1-00:00:00", "cluster": "local"}, "expected type <class .int.>"),
+        ({"timeout_min": 5, "cluster": "local", "slurm_tme": 5}, "Unknown argument 'tme'"),
+    ],
+)
+def test_wrong_parameters_are_refused(chain, tmp_path, monkeypatch, settings, said):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=said):
+        slurm.Cluster(tmp_path, settings, 1).submit(list(chain.values())[0], Path("log"))
