@@ -39,10 +39,9 @@ def modes_of(config: Config) -> Modes:
     if not config.served_by_vllm:
         raise ConfigError("vLLM serves no baseline, and no adapter of a 4-bit base")
     modes = {mode: (config.prompt_of(target), SYSTEMS[target]) for mode, target in config.eval.modes.items()}
-    for mode, (prompt, _) in modes.items():
-        if prompt.template != "chat":
-            hint = "lorapar export CONFIG DIR --views says how to serve it"
-            raise ConfigError(f"a server takes chats, and {mode} learned template {prompt.template}", hint)
+    if others := [mode for mode, (prompt, _) in modes.items() if prompt.template != "chat"]:
+        hint = "lorapar export CONFIG DIR --views says how to serve it"
+        raise ConfigError(f"a server takes chats, and {others[0]} learned prompts without", hint)
     return modes
 
 
@@ -121,9 +120,8 @@ def with_prompt(chat: dict[str, Any], prompt: PromptSection, system: int) -> dic
     arguments = prompt.template_arguments(system) | (chat.get("chat_template_kwargs") or {})
     chat = {**chat, "chat_template_kwargs": arguments} if arguments else chat
     turns = messages if isinstance(messages := chat.get("messages"), list) else []
-    roles = [turn.get("role") for turn in turns if isinstance(turn, dict)]
-    message = prompt.system_message(system)
-    if message and roles and "system" not in roles and "developer" not in roles:
+    roles = {str(turn.get("role")) for turn in turns if isinstance(turn, dict)}
+    if (message := prompt.system_message(system)) and roles and not roles & {"system", "developer"}:
         chat = {**chat, "messages": [{"role": "system", "content": message}, *turns]}
     return chat
 
