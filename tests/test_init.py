@@ -119,7 +119,7 @@ def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
     planned = lorapar("plan", "c.yaml")
     assert planned.code == 0, planned.err
     steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
-    assert steps == {"classify:train", "score", "partition:sft", "partition:rl", "rl"}
+    assert steps == {"classify:train", "score", "partition:rl", "rl"}  # no SFT, so no mask of it
 
 
 def test_labels_of_the_rows_are_taken(written):
