@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lorapar_cli.options import ConfigPath, Json, LastStage, Overrides, flag, plan_of, typed
 from lorapar_cli.tables import show, table
@@ -15,6 +15,9 @@ from stages.pipeline.steps import Step, ancestors, check_stage_name
 from stages.plan.estimate import Estimate, estimate, memory_remedies
 from stages.runtime import libraries
 from stages.store.artifacts import Store
+
+if TYPE_CHECKING:
+    from stages.plan.texts import Texts
 
 Check = Annotated[
     bool,
@@ -40,11 +43,12 @@ def command(
     store = Store(settings.root)
     states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
+    texts = texts_of(settings, store)
     if pending:
-        check_for_failures(settings, pending, quietly=check)
+        check_for_failures(texts, pending, quietly=check)
     if check:
         return
-    predicted = estimate(settings, pending) if pending else Estimate({}, [])
+    predicted = estimate(texts, pending) if pending else Estimate({}, [])
     if as_json:
         print(json.dumps(_as_json(states, predicted)))
         return
@@ -57,19 +61,26 @@ def command(
         say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
 
 
-def check_for_failures(settings: Config, pending: list[Step], quietly: bool = False) -> None:
+def texts_of(settings: Config, store: Store) -> Texts:
+    """The texts of a config, for the checks and the estimate of one command."""
+    with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+        from stages.plan.texts import Texts
+    return Texts(settings, store)
+
+
+def check_for_failures(texts: Texts, pending: list[Step], quietly: bool = False) -> None:
     """Raise DataError with everything that is certain to stop one of these steps.
 
     quietly: the stages themselves will tell what else there is to say of the rows.
     """
-    with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
+    with libraries.hide_packages(*libraries.UNUSED):
         from stages.plan import preflight
 
     logger = logging.getLogger("stages")
     level = logger.level
     try:
         logger.setLevel(logging.ERROR if quietly else level)
-        preflight.require_no_problem(settings, pending)
+        preflight.require_no_problem(texts, pending)
     finally:
         logger.setLevel(level)
 

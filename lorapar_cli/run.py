@@ -17,7 +17,7 @@ from lorapar_cli.options import (
     typed,
     without_sandbox,
 )
-from lorapar_cli.plan import check_for_failures
+from lorapar_cli.plan import check_for_failures, texts_of
 from lorapar_cli.progress import TerminalProgress
 from lorapar_cli.stage import make, make_elsewhere, processes, report
 from stages.config import TRAINED, Config
@@ -46,7 +46,7 @@ def command(
     settings, steps = plan_of(config, set_)
     store, requested = Store(settings.root), ancestors(steps, last)
     made: set[str] = set()
-    must_check = True
+    must_check, texts = True, None
     for task in pending_stages(steps, store, first, last):
         if task.current:
             terminal.say(f"{task.stage.name}: {task.why} is current")
@@ -54,7 +54,8 @@ def command(
         if must_check:
             forced = task.steps if task.force else []
             pending = [s for s in requested.values() if s in forced or not current_artifact(store, s)]
-            check_for_failures(settings, pending, quietly=True)
+            texts = texts or texts_of(settings, store)
+            check_for_failures(texts, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
         position = f"stage {task.number} of {task.tasks}"

@@ -16,6 +16,7 @@ from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
 from stages.plan.lengths import Lengths, Span
 from stages.plan.preflight import problems, require_no_problem
+from stages.plan.texts import Texts
 from stages.records import write_jsonl
 
 KNOWN = ("classify.strategy=known", "classify.known=intended", "data.limit=24")
@@ -27,7 +28,7 @@ def certain(smoke):
 
     def find(*settings: str) -> list[str]:
         config = resolved(smoke(*settings))
-        return [str(problem) for problem in problems(config, list(plan_steps(config).values()))]
+        return [str(problem) for problem in problems(Texts(config), list(plan_steps(config).values()))]
 
     return find
 
@@ -84,7 +85,7 @@ def test_certain_failures_are_found_all_at_once(smoke, tmp_path, settings, found
     (tmp_path / "rewards.py").write_text(REWARDS)
     config = resolved(smoke(*(text.replace("HERE", str(tmp_path)) for text in settings)))
     with pytest.raises(DataError) as caught:
-        require_no_problem(config, list(plan_steps(config).values()))
+        require_no_problem(Texts(config), list(plan_steps(config).values()))
     head, *lines = str(caught.value).splitlines()
     number = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
     assert head == f"{number} certain to stop this run"
@@ -175,21 +176,21 @@ def test_what_may_go_well_is_not_refused(certain, smoke, tiny, tmp_path):
 def test_labels_tell_of_more(smoke):
     """24 rows, half of them System 2, are too few for a step of 16; with rl.data=all they are enough."""
     voted = resolved(smoke(*KNOWN[2:], "rl.prompts_per_step=16"))
-    assert problems(voted, list(plan_steps(voted).values())) == []
+    assert problems(Texts(voted), list(plan_steps(voted).values())) == []
     config = resolved(smoke(*KNOWN, "rl.prompts_per_step=16"))
     steps = list(plan_steps(config).values())
-    [problem] = problems(config, steps)
+    [problem] = problems(Texts(config), steps)
     assert problem.stopped == ("rl",) and "are fewer than the 16 of a step" in str(problem)
-    assert problems(config, [step for step in steps if step.name != "rl"]) == []
+    assert problems(Texts(config), [step for step in steps if step.name != "rl"]) == []
     one_pass = (
         "rl.max_steps=null",
         "rl.num_train_epochs=1",
     )
     late = resolved(smoke(*KNOWN, *one_pass, "rl.prompts_per_step=4"))
-    [problem] = problems(late, list(plan_steps(late).values()))
+    [problem] = problems(Texts(late), list(plan_steps(late).values()))
     assert "rl.keep_steps: 4 is more than the 3 steps of RL" in str(problem)
     other = resolved(smoke(*KNOWN, "rl.prompts_per_step=16", "rl.data=all"))
-    assert problems(other, list(plan_steps(other).values())) == []
+    assert problems(Texts(other), list(plan_steps(other).values())) == []
 
 
 def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, smoke, tmp_path):

@@ -14,7 +14,7 @@ from stages.lora import examples
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan.preflight import problems
-from stages.plan.prompt_lengths import Texts
+from stages.plan.texts import Texts
 from stages.records import Example, Labelled, write_jsonl
 
 
@@ -131,7 +131,7 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     small += ("rl.max_steps=1", "rl.system1_share=0.25", "eval.targets=[sft]")
     settings = (f"data.path={tmp_path / 'mixed.jsonl'}", *small)
     config = resolved(smoke(*settings))
-    assert problems(config, list(plan_steps(config).values())) == []
+    assert problems(Texts(config), list(plan_steps(config).values())) == []
     made = make_steps(config, "classify", "score", "partition", "sft", "rl")
     summaries = {name: artifact.manifest["summary"] for name, (artifact, _) in made.items()}
     without = {1: len(fast[::2]), 2: len(slow[::2])}
@@ -142,8 +142,8 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     assert summaries["rl"]["replayed_prompts"] == len(fast) - 1
     assert summaries["rl"]["unrewardable_prompts"] == 1
     texts = Texts(config)
-    assert len(texts.training_rows("rl")) == 48
-    assert len(texts.training_rows("sft")) == 48 - without[1] - without[2]
+    assert len(texts.training_rows(config.rl)) == 48
+    assert len(texts.training_rows(config.sft)) == 48 - without[1] - without[2]
     rounds = labels_of(config), config.sft
     assert examples.without_response(*rounds, "system2") == without[2]
     taught = make_step(smoke(*settings, "sft.system1_targets=answer"), "sft").manifest["summary"]

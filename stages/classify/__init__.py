@@ -15,7 +15,8 @@ from stages.pipeline.stage import BENCHMARKS, TRAIN, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.prompt_lengths import Texts
+    from stages.plan.lengths import Span
+    from stages.plan.texts import Texts
     from stages.plan.work import Work
 
 
@@ -53,16 +54,16 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     if strategy == "known":
         yield partial(_check_known_labels, texts, step.variant)
     elif strategy not in UNVOTED:
-        yield from _server_checks(texts.config)
+        yield from _server_checks(texts)
     yield partial(preflight.check_prompts, texts, step)
 
 
-def _server_checks(config: Config) -> Iterator[Check]:
+def _server_checks(texts: Texts) -> Iterator[Check]:
     """A connection to each server that must be asked, because no run has votes of its model."""
     from stages.engines.openai import check_reachable
     from stages.labelling.votes import journal_path
 
-    votes = Path(config.runs_dir) / "votes"
+    config, votes = texts.config, texts.store.root.parent / "votes"
     for voter in config.classify.voters:
         pattern = journal_path(votes, voter.voting_model(config.model).title, voter.persona, "*").name
         if not any(votes.glob(pattern)):  # else the votes may all be there
@@ -80,10 +81,30 @@ def _check_known_labels(texts: Texts, variant: str) -> None:
     with_known_labels(texts.rows[variant], config.classify.known, path, required)
 
 
+def _spans(texts: Texts, variant: str) -> Iterator[Span]:
+    from stages.engines.openai import max_reply_tokens
+    from stages.labelling.personas import held_out
+    from stages.labelling.votes import tolerated
+    from stages.plan.lengths import Lengths, Span
+
+    classify, number = texts.config.classify, len(texts.rows[variant])
+    if texts.config.labelling_strategy(variant) in UNVOTED or not number:
+        return
+    for voter, ballots in zip(classify.voters, texts.ballots(variant), strict=True):
+        if ballots:
+            served = voter.engine != "transformers"
+            reply = max(max_reply_tokens(b) if served else b.max_thinking_tokens for b in ballots)
+            lengths = Lengths(len(ballot.text) for ballot in ballots)
+            limit = texts.limit(voter.engine, reply, voter.vllm)
+            asked = (number + len(held_out(classify.held_out))) * voter.samples
+            allowed = tolerated(asked, classify.max_failed) / voter.samples
+            yield Span(f"vote on {variant}, {voter.persona}", number, lengths, *limit, "fail", allowed)
+
+
 def _work(texts: Texts, variant: str) -> Work | None:
     """Votes, one forward pass over each prompt, and the first time those on held-out examples."""
     from stages.labelling.personas import held_out
-    from stages.plan.prompt_lengths import PROMPT_SAMPLE
+    from stages.plan.texts import PROMPT_SAMPLE
     from stages.plan.work import Work, per_text
 
     config, rows, voters = texts.config, texts.rows[variant], texts.config.classify.voters
@@ -113,6 +134,7 @@ STAGE = Stage(
         "comparison with known labels. Only where voters label.",
     },
     checks=_checks,
+    spans=_spans,
     work=_work,
     version=7,
 )

@@ -15,7 +15,8 @@ from stages.pipeline.stage import BENCHMARKS, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.prompt_lengths import Texts
+    from stages.plan.lengths import Span
+    from stages.plan.texts import Texts
     from stages.plan.work import Work
 
 
@@ -58,9 +59,23 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     yield partial(preflight.check_prompts, texts, step)
 
 
+def _spans(texts: Texts, variant: str) -> Iterator[Span]:
+    from stages.plan.lengths import Lengths, Span
+    from stages.plan.texts import generation_limit
+
+    target, _, name = variant.partition("@")
+    engine, benchmark = texts.config.eval.engine, texts.config.eval.benchmarks[name]
+    if number := len(texts.rows[name]):
+        lengths = Lengths(map(len, texts.prompts(name, target)))
+        limit = texts.limit(engine, generation_limit(benchmark))
+        fails = engine == "vllm" or benchmark.mode == "likelihood"
+        beyond = "fail" if fails else "more than the model was made for"
+        yield Span(f"prompt of {name}", number, lengths, *limit, beyond)
+
+
 def _work(texts: Texts, variant: str) -> Work | None:
     """An answer to each item; the check of the first ones loads the model once more."""
-    from stages.plan.prompt_lengths import PROMPT_SAMPLE, generation_limit
+    from stages.plan.texts import PROMPT_SAMPLE, generation_limit
     from stages.plan.work import Work, per_text
 
     target, _, name = variant.partition("@")
@@ -93,6 +108,7 @@ STAGE = Stage(
         "`strict` and `flexible` (the answer in each reading), `correct`, `correct_flexible`, `outcome`.",
     },
     checks=_checks,
+    spans=_spans,
     work=_work,
     version=10,
 )

@@ -20,7 +20,7 @@ from stages.plan.work import Work
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.prompt_lengths import Texts
+    from stages.plan.texts import Texts
 
 
 def _steps(config: Config) -> list[Planned]:

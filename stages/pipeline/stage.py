@@ -70,6 +70,8 @@ class Stage:
     """Sections it reads that are not in its key as a whole; `Planned` names the parts that matter."""
     checks: Callable[[Any, Any], Iterable[Check]] = lambda texts, step: ()
     """What is certain to stop a step, found before the run begins. Gets `Texts` of plan/, and the step."""
+    spans: Callable[[Any, str], Iterable[Any]] = lambda texts, variant: ()
+    """The lengths of the texts that a variant reads, `Span` of plan/, beside the settings that limit them."""
     work: Callable[[Any, str], Any] | None = None
     """The `Work` of a variant on the `Texts`, both of plan/; None if it cannot be predicted."""
     section: type[Section] | None = None

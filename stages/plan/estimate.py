@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.config import Config
 from stages.errors import is_out_of_memory
+from stages.pipeline.stage import TRAIN
 from stages.pipeline.steps import Step
 from stages.plan.lengths import Span
 from stages.plan.work import Work
@@ -67,19 +67,18 @@ def memory_remedies(steps: list[Step], predicted: Estimate) -> dict[str, str]:
     return {s.name: f"lower {s.planned.memory_hint}, or set model.load_in_4bit" for s in too_large}
 
 
-def estimate(config: Config, steps: list[Step]) -> Estimate:
+def estimate(texts: Any, steps: list[Step]) -> Estimate:
     """Predict the cost of these steps from some seconds of measuring the model."""
     with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
         import torch
 
         from stages.models.base import weights_mib
-        from stages.plan.prompt_lengths import Texts, spans
 
-    texts = Texts(config)
+    config = texts.config
     unknown = {step.name: Cost() for step in steps}
-    if not any(texts.rows[name] for name in ("train", *config.eval.benchmarks)):
+    if not any(texts.rows[name] for name in (TRAIN, *config.eval.benchmarks)):
         return Estimate(unknown, [])
-    lengths, room = list(spans(texts, steps)), resources.total_memory()
+    lengths, room = _spans(texts, steps), resources.total_memory()
     # Loading what cannot fit would end this process on a CPU, where memory is promised before it is there.
     if not config.model.load_in_4bit and (weights := weights_mib(config.model)) > room:
         costs = {s.name: Cost(None, weights) if s.planned.holds_base else Cost() for s in steps}
@@ -87,7 +86,7 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        measured = _Measured(config, texts)
+        measured = _Measured(texts)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -101,10 +100,19 @@ def estimate(config: Config, steps: list[Step]) -> Estimate:
     return Estimate(costs, lengths, room)
 
 
+def _spans(texts: Any, steps: list[Step]) -> list[Span]:
+    """The lengths of all texts that these steps read; of those of one name the longest."""
+    longest: dict[str, Span] = {}
+    for span in (span for step in steps for span in step.stage.spans(texts, step.variant)):
+        if span.name not in longest or span.lengths.longest > longest[span.name].lengths.longest:
+            longest[span.name] = span
+    return list(longest.values())
+
+
 class _Measured:
     """What tokens cost on this process's device: to train on, to read, and to write."""
 
-    def __init__(self, config: Config, texts: Any) -> None:
+    def __init__(self, texts: Any) -> None:
         import torch
 
         from stages.engines import Sampling
@@ -116,6 +124,7 @@ class _Measured:
         from stages.packing.batch import PackedBatch
         from stages.packing.trainer_inputs import groups_of_rows
 
+        config = texts.config
         self._on_gpu = torch.cuda.is_available()
         resources.reset_peak()
         begin = self._clock()

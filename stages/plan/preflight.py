@@ -21,14 +21,13 @@ from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
 from stages.models import checks
-from stages.pipeline.stage import Check, section
+from stages.pipeline.stage import TRAIN, Check, section
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.plan.lengths import sampled
-from stages.plan.prompt_lengths import TRAINING_SAMPLE, Texts, spans
+from stages.plan.texts import TRAINING_SAMPLE, Imitating, Texts
 from stages.records import Example, Labelled, read_labels
 from stages.runtime import resources
-from stages.store.artifacts import Store
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class CertainFailure:
         return f"{', '.join(self.stopped)}: {summary.removesuffix(':')}{such_as}{hint}"
 
 
-def problems(config: Config, steps: list[Step]) -> list[CertainFailure]:
+def problems(texts: Texts, steps: list[Step]) -> list[CertainFailure]:
     """Everything that is certain to stop these steps, which are those that a run would do."""
     by_message: dict[str, tuple[LoraparError, list[str]]] = {}
-    for name, check in _checks(config, steps):
+    for name, check in _checks(texts, steps):
         try:
             check()
         except LoraparError as error:
@@ -55,16 +54,16 @@ def problems(config: Config, steps: list[Step]) -> list[CertainFailure]:
     return [CertainFailure(tuple(dict.fromkeys(names)), error) for error, names in by_message.values()]
 
 
-def require_no_problem(config: Config, steps: list[Step]) -> None:
+def require_no_problem(texts: Texts, steps: list[Step]) -> None:
     """Raise DataError with everything that is certain to stop one of these steps, if there is anything."""
-    if certain := problems(config, steps):
+    if certain := problems(texts, steps):
         number = "1 thing is" if len(certain) == 1 else f"{len(certain)} things are"
         raise DataError("\n  ".join([f"{number} certain to stop this run", *map(str, certain)]))
 
 
-def _checks(config: Config, steps: list[Step]) -> Iterator[tuple[str, Check]]:
+def _checks(texts: Texts, steps: list[Step]) -> Iterator[tuple[str, Check]]:
     """The checks of these steps, with the name of the step that fails if the call raises an error."""
-    texts = Texts(config)
+    config = texts.config
     texts.labels = _labels(texts, steps)
     yield steps[0].stage.name, partial(_check_folder, Path(config.runs_dir))
     for step in steps:
@@ -95,14 +94,14 @@ def of_training(config: Config, trainer: SftSection | RlSection | None = None) -
         yield partial(accumulation_steps, samples, trainer.per_device_train_batch_size, processes)
 
 
-def check_lengths(texts: Texts, stage: str, rows: list[Example]) -> None:
+def check_lengths(texts: Texts, section: Imitating, rows: list[Example]) -> None:
     """Raise DataError about a row that is too long, or too few rows, for score or sft."""
-    texts.renderer(stage, texts.labels).rows(sampled(rows, TRAINING_SAMPLE), texts.config.data)
+    texts.renderer(section, texts.labels).rows(sampled(rows, TRAINING_SAMPLE), texts.config.data)
 
 
 def check_prompts(texts: Texts, step: Step) -> None:
     """Raise DataError if more prompts of voters or a benchmark than may fail are too long for a server."""
-    for span in spans(texts, [step]):
+    for span in step.stage.spans(texts, step.variant):
         if span.fails:
             limit = f"{span.limit} tokens ({span.setting.removesuffix(':')})"
             served = span.setting.startswith("server.")
@@ -143,11 +142,11 @@ def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     """The labels of the training rows; none if they are still to be made, unless the rows bring them."""
     config = texts.config
     labelling = next(filter(None, (step.inputs.get("classify:train") for step in steps)), None)
-    if labelling and (artifact := current_artifact(Store(config.root), labelling)):
+    if labelling and (artifact := current_artifact(texts.store, labelling)):
         return read_labels(artifact.path / "labels.jsonl")
     classify = config.classify
     if classify.strategy == "known":
         with suppress(LoraparError):  # which the check of classify raises
             file = Path(classify.labels_file) if classify.labels_file else None
-            return with_known_labels(texts.rows["train"], classify.known, file, True)
+            return with_known_labels(texts.rows[TRAIN], classify.known, file, True)
     return []

@@ -8,12 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline.stage import TRAINED, Check, Planned, Stage, training_inputs
+from stages.pipeline.stage import TRAIN, TRAINED, Check, Planned, Stage, training_inputs
 from stages.rewards import loading
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.prompt_lengths import Texts
+    from stages.plan.lengths import Span
+    from stages.plan.texts import Texts
     from stages.plan.work import Work
 
 log = logging.getLogger(__name__)
@@ -55,25 +56,37 @@ def _check_prompts(texts: Texts) -> None:
     from stages.lora.grpo import building
     from stages.lora.grpo.prompts import RlPrompts, row_fields
     from stages.plan.lengths import sampled
-    from stages.plan.prompt_lengths import TRAINING_SAMPLE
+    from stages.plan.texts import TRAINING_SAMPLE
     from stages.records import Labelled
 
     rl, labels = texts.config.rl, texts.labels
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    renderer = texts.renderer("rl", labels)
+    renderer = texts.renderer(rl, labels)
     if not labels:
         # Only System 2 rows need the fields that rewards read, and which rows those are is not known yet.
         needed = {name: loading.required_fields(function) for name, function in functions.items()}
-        rows = sampled(texts.rows["train"], TRAINING_SAMPLE)
+        rows = sampled(texts.rows[TRAIN], TRAINING_SAMPLE)
         complete = [row for row in rows if not loading.missing_fields(needed, [row_fields(row, renderer)])]
         labels = [Labelled(row, 2, {}) for row in complete or rows]
         slow = rl.prompts_per_step - rl.replay_prompts
-        if len(labels) < slow <= len(texts.rows["train"]):
+        if len(labels) < slow <= len(texts.rows[TRAIN]):
             return  # a sample cannot tell
         rl = rl.model_copy(update={"system1_share": 0.0, "prompts_per_step": slow})
     prompts = RlPrompts.from_labels(labels, renderer, rl, functions, texts.config.seed)
     if texts.labels:
         building.optimizer_steps(prompts, rl)
+
+
+def _spans(texts: Texts, _: str) -> Iterator[Span]:
+    from stages.plan.lengths import Span
+
+    rl, number = texts.config.rl, len(texts.rows[TRAIN])
+    yield Span(
+        "prompt of rl", number, texts.rl_prompts, "rl.max_prompt_length", rl.max_prompt_length, rl.too_long
+    )
+    if texts.imitable:
+        limit = ("rl.max_completion_length", rl.max_completion_length)
+        yield Span("response", texts.imitable, texts.responses, *limit, "cut")
 
 
 def _work(texts: Texts, _: str) -> Work | None:
@@ -85,7 +98,7 @@ def _work(texts: Texts, _: str) -> Work | None:
     from stages.lora.training.loop import steps_of
     from stages.plan.work import SYSTEM1_SHARE, Work
 
-    rl, number = texts.config.rl, len(texts.rows["train"])
+    rl, number = texts.config.rl, len(texts.rows[TRAIN])
     if texts.config.baseline is not None:
         return None
     examples = number if rl.data == "all" else number * (1 - SYSTEM1_SHARE)
@@ -113,6 +126,7 @@ STAGE = Stage(
     steps=_steps,
     files=TRAINED,
     checks=_checks,
+    spans=_spans,
     work=_work,
     version=9,
 )

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from stages.config import Config
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
-from stages.pipeline.stage import ADAPTER, WEIGHTS, Check, Planned, Stage
+from stages.pipeline.stage import ADAPTER, TRAIN, WEIGHTS, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.prompt_lengths import Texts
+    from stages.plan.texts import Texts
     from stages.plan.work import Work
 
 
@@ -60,11 +60,11 @@ def _check_rows(texts: Texts) -> None:
     config = texts.config
     if not texts.labels:
         every_row = config.sft.model_copy(update={"data": "all"})
-        slow = [Labelled(row, 2, {}) for row in texts.rows["train"]]
-        preflight.check_lengths(texts, "score", examples.trained_by_sft(slow, every_row, config.seed))
+        slow = [Labelled(row, 2, {}) for row in texts.rows[TRAIN]]
+        preflight.check_lengths(texts, config.score, examples.trained_by_sft(slow, every_row, config.seed))
         return
     for rows in examples.scored(texts.labels, config.score, config.seed)[0].values():
-        preflight.check_lengths(texts, "score", rows)
+        preflight.check_lengths(texts, config.score, rows)
 
 
 def _check_protected(texts: Texts) -> None:
@@ -73,7 +73,7 @@ def _check_protected(texts: Texts) -> None:
 
     config = texts.config
     rows, _ = examples.protected(str(config.partition.protect), config.score, config.seed)
-    texts.renderer("score", []).rows(rows[PROTECTED], config.data)
+    texts.renderer(config.score, []).rows(rows[PROTECTED], config.data)
 
 
 def _work(texts: Texts, scored: str) -> Work | None:
@@ -85,7 +85,7 @@ def _work(texts: Texts, scored: str) -> Work | None:
         return Work()
     if not texts.imitable:
         return None
-    lengths = [len(row.input_ids) for row in texts.trained_rows("score")]  # the longest first
+    lengths = [len(row.input_ids) for row in texts.trained_rows(score)]  # the longest first
     examples = score.examples if scored == PROTECTED else min(2 * score.examples, texts.imitable)
     return Work(trained=examples * fmean(lengths), batch=sum(lengths[: score.batch_size]))
 
@@ -102,6 +102,7 @@ STAGE = Stage(
         f"{WEIGHTS}. Only where a strategy reads it. The variant `protected` has `protected/NAME` alone.",
     },
     checks=_checks,
+    spans=lambda texts, _: texts.imitated(),
     work=_work,
     version=2,
 )

@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline.stage import TRAINED, Check, Planned, Stage, training_inputs
+from stages.pipeline.stage import TRAIN, TRAINED, Check, Planned, Stage, training_inputs
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.prompt_lengths import Texts
+    from stages.plan.texts import Texts
     from stages.plan.work import Work
 
 
@@ -52,10 +52,10 @@ def _check_rows(texts: Texts, step: Step) -> None:
     config, labels, sft = texts.config, texts.labels, texts.config.sft
     if not labels:
         # The first round may shorten the responses of System 1.
-        labels = [Labelled(row, 2 if step.variant else 1, {}) for row in texts.rows["train"]]
+        labels = [Labelled(row, 2 if step.variant else 1, {}) for row in texts.rows[TRAIN]]
         sft = sft.model_copy(update={"data": "all"})
     variant = step.variant if texts.labels else ""
-    preflight.check_lengths(texts, "sft", examples.trained_by_sft(labels, sft, config.seed, variant))
+    preflight.check_lengths(texts, sft, examples.trained_by_sft(labels, sft, config.seed, variant))
 
 
 def _work(texts: Texts, variant: str) -> Work | None:
@@ -69,7 +69,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
     examples = number if sft.data == "all" else number * by_round
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
-    rows = [row.input_ids for row in texts.trained_rows("sft")]  # the longest first
+    rows = [row.input_ids for row in texts.trained_rows(sft)]  # the longest first
     size = sft.per_device_train_batch_size
     sharing = 1 if sft.lora_dropout else size
     return Work(trained=steps * sft.batch_size * per_text(rows, sharing), batch=size * len(rows[0]))
@@ -81,6 +81,7 @@ STAGE = Stage(
     variants_help="sft or system2, its second round",
     files=TRAINED,
     checks=_checks,
+    spans=lambda texts, _: texts.imitated(),
     work=_work,
     version=7,
 )

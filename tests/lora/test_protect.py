@@ -12,6 +12,7 @@ from stages.lora.importance.strategies import needed_set
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan.preflight import problems
+from stages.plan.texts import Texts
 
 QUICK = ("rl.max_steps=2", "sft.max_steps=2", "score.examples=4", "partition.strategy=all")
 
@@ -54,5 +55,5 @@ def test_errors_of_the_file_and_of_too_large_a_share(begun, smoke, old, tmp_path
     assert "lower partition.protect_theta" in str(caught.value.hint)
     (tmp_path / "old.jsonl").write_text('{"question": "1 + 1?", "gold": "2"}\n', encoding="utf-8")
     config = resolved(smoke(old))
-    [problem] = problems(config, list(plan_steps(config).values()))
+    [problem] = problems(Texts(config), list(plan_steps(config).values()))
     assert problem.stopped == ("score:protected",) and isinstance(problem.error, DataError)

@@ -15,6 +15,7 @@ from stages.pipeline.run import pending_stages
 from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
 from stages.plan.preflight import problems
+from stages.plan.texts import Texts
 from stages.records import write_jsonl
 from stages.report import run_page
 from stages.store.artifacts import Store
@@ -87,7 +88,7 @@ def test_system_2_without_a_response_is_said_before_training(begun, monkeypatch,
 
     def stopped(*more: str) -> list[tuple[str, ...]]:
         config = resolved(begun(*settings, *more))
-        return [problem.stopped for problem in problems(config, list(plan_steps(config).values()))]
+        return [problem.stopped for problem in problems(Texts(config), list(plan_steps(config).values()))]
 
     assert stopped("rl.rewards={text_overlap: 1}") == []
     bare = tmp_path / "bare.jsonl"

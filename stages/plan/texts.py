@@ -7,22 +7,21 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stages.config import UNTRAINED_TARGETS, UNVOTED, BenchmarkSection, Config, Voter
+from stages.config import BenchmarkSection, Config, RlSection, ScoreSection, TrainSection, Voter
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
-from stages.engines.openai import max_reply_tokens
 from stages.errors import DataError, LoraparError
 from stages.evaluation.benchmarks import benchmarks
-from stages.labelling.personas import held_out, question_of
-from stages.labelling.votes import tolerated
+from stages.labelling.personas import question_of
 from stages.models.base import headers_only
 from stages.models.load_errors import load_config, max_positions
 from stages.models.tokenizer import load_tokenizer
-from stages.pipeline.steps import Step
+from stages.pipeline.stage import TRAIN
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example, Labelled
+from stages.store.artifacts import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,11 +30,18 @@ TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
 """Random rows that are tokenised; prompts with worked examples may have a thousand tokens each."""
 
 
-class Texts:
-    """The rows of `train` and of each benchmark, and samples of their texts, random ones first."""
+Imitating = ScoreSection | TrainSection
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+
+class Texts:
+    """The rows of `train` and of each benchmark, and samples of their texts, random ones first.
+
+    Made once by a command, for its checks and its estimate.
+    """
+
+    def __init__(self, config: Config, store: Store | None = None) -> None:
+        """store: where the labels of the training rows lie."""
+        self.config, self.store = config, store or Store(config.root)
         self.labels: list[Labelled] = []
         """Those of the training rows, once they are known."""
         self.rows = _Rows(config)
@@ -61,22 +67,21 @@ class Texts:
         except LoraparError as error:
             return error
 
-    def renderer(self, stage: str, labels: list[Labelled]) -> Renderer:
-        """The renderer of the rows of score, sft or rl."""
-        section = getattr(self.config, stage).prompt or self.config.prompt
-        return Renderer(self.tokenizer, section, labels)
+    def renderer(self, section: Imitating, labels: list[Labelled]) -> Renderer:
+        """The renderer of the rows of score, sft or rl, whose section this is."""
+        return Renderer(self.tokenizer, section.prompt or self.config.prompt, labels)
 
-    def training_rows(self, stage: str) -> list[Row]:
+    def training_rows(self, stage: Imitating) -> list[Row]:
         """Training rows in the prompt of score, sft or rl."""
-        section = getattr(self.config, stage).prompt or self.config.prompt
-        rows = [row for row in self.rows["train"] if row.response or stage == "rl"]
+        section = stage.prompt or self.config.prompt
+        rows = [row for row in self.rows[TRAIN] if row.response or isinstance(stage, RlSection)]
         if (key := f"{len(rows)} {section.model_dump_json()}") not in self._training_rows:
             renderer = Renderer(self.tokenizer, section)
             examples = sampled(rows, TRAINING_SAMPLE)
             self._training_rows[key] = [renderer.row(example) for example in examples]
         return self._training_rows[key]
 
-    def trained_rows(self, stage: str) -> list[Row]:
+    def trained_rows(self, stage: Imitating) -> list[Row]:
         """Rows as score or SFT computes them, longest first; too long ones are cut or left out."""
         data, rows = self.config.data, self.training_rows(stage)
         if data.too_long == "truncate":
@@ -89,11 +94,17 @@ class Texts:
     @cached_property
     def imitable(self) -> int:
         """Number of training rows with a response; score and SFT leave the others out."""
-        return sum(bool(row.response) for row in self.rows["train"])
+        return sum(bool(row.response) for row in self.rows[TRAIN])
 
     @cached_property
     def rl_prompts(self) -> Lengths:
-        return Lengths(prompt_length(row) for row in self.training_rows("rl"))
+        return Lengths(prompt_length(row) for row in self.training_rows(self.config.rl))
+
+    def imitated(self) -> Iterator[Span]:
+        """The lengths of the rows that score and SFT read."""
+        if rows := self.training_rows(self.config.sft):
+            lengths, data = Lengths(len(row.input_ids) for row in rows), self.config.data
+            yield Span("row", self.imitable, lengths, "data.max_length", data.max_length, data.too_long)
 
     def response_tokens(self, limit: int) -> float:
         """Mean length of a trained model's answers: as the responses or, if no row has one, the limit."""
@@ -101,7 +112,7 @@ class Texts:
 
     @cached_property
     def responses(self) -> Lengths:
-        return Lengths(len(row.labels) - prompt_length(row) for row in self.training_rows("sft"))
+        return Lengths(len(row.labels) - prompt_length(row) for row in self.training_rows(self.config.sft))
 
     def ballots(self, name: str) -> list[list[ChoiceRequest]]:
         """Tokenised requests about these rows by voter; none for voters other than the base."""
@@ -126,12 +137,31 @@ class Texts:
             self._prompts[name, section.shots] = [prompt.ids for prompt in asked]
         return self._prompts[name, section.shots]
 
+    def limit(
+        self, engine: str, reply: int, arguments: dict[str, Any] | None = None
+    ) -> tuple[str, int | None]:
+        """The limit of a prompt that a reply of so many tokens follows: its name, and tokens if there is one.
+
+        arguments: those of a voter's own vLLM server.
+        """
+        model, server = self.config.model, self.config.server
+        if engine == "transformers":
+            limit, name = max_positions(load_config(model)), "what the model reads"
+        else:
+            limit, name = (
+                vllm.context_length(model, server.with_vllm(arguments or {})),
+                "server.max_model_len",
+            )
+        if limit is None:
+            return name, None
+        return (f"{name}, less {reply}:" if reply > 1 else name), limit - reply
+
     @property
     def typical_prompt(self) -> list[int]:
         """Any training prompt, or without training rows any prompt of a benchmark."""
-        if not self.rows["train"]:
+        if not self.rows[TRAIN]:
             return next(filter(None, map(self.prompts, self.config.eval.benchmarks)))[0]
-        row = self.training_rows("rl")[0]
+        row = self.training_rows(self.config.rl)[0]
         return row.input_ids[: prompt_length(row)]
 
 
@@ -143,7 +173,7 @@ class _Rows(dict[str, list[Example]]):
 
     def __missing__(self, name: str) -> list[Example]:
         data = self._config.data
-        if name == "train":
+        if name == TRAIN:
             self[name] = read(data) if data.path else []
         else:
             section = self._config.eval.benchmarks[name]
@@ -164,63 +194,3 @@ def generation_limit(section: BenchmarkSection) -> int:
     if section.mode == "likelihood":
         return 1
     return section.max_new_tokens + (section.max_thinking_tokens or 0)
-
-
-def spans(texts: Texts, steps: list[Step]) -> Iterator[Span]:
-    """Lengths of the texts that these steps read: prompts of voters and benchmarks, and training rows."""
-    config, rows = texts.config, texts.rows
-    data, rl, stages = config.data, config.rl, {step.stage.name for step in steps}
-    for name in (step.variant for step in steps if step.stage.name == "classify"):
-        if config.labelling_strategy(name) in UNVOTED or not rows[name]:
-            continue
-        for voter, ballots in zip(config.classify.voters, texts.ballots(name), strict=True):
-            if ballots:
-                served = voter.engine != "transformers"
-                reply = max(max_reply_tokens(b) if served else b.max_thinking_tokens for b in ballots)
-                lengths = Lengths(len(ballot.text) for ballot in ballots)
-                title = f"vote on {name}, {voter.persona}"
-                limit = _limit(config, voter.engine, reply, voter.vllm)
-                asked = len(rows[name]) * voter.samples
-                known = len(held_out(config.classify.held_out)) * voter.samples
-                allowed = tolerated(asked + known, config.classify.max_failed) / voter.samples
-                yield Span(title, len(rows[name]), lengths, *limit, "fail", allowed)
-    if stages & {"score", "sft"} and (imitated := texts.training_rows("sft")):
-        lengths = Lengths(len(row.input_ids) for row in imitated)
-        yield Span("row", texts.imitable, lengths, "data.max_length", data.max_length, data.too_long)
-    if "rl" in stages:
-        prompt, completion = rl.max_prompt_length, rl.max_completion_length
-        yield Span(
-            "prompt of rl", len(rows["train"]), texts.rl_prompts, "rl.max_prompt_length", prompt, rl.too_long
-        )
-        if texts.imitable:
-            yield Span(
-                "response", texts.imitable, texts.responses, "rl.max_completion_length", completion, "cut"
-            )
-    evaluated = [step.variant.split("@") for step in steps if step.stage.name == "eval"]
-    # Of a benchmark's targets one that is untrained is asked the longest prompts.
-    longest = sorted(evaluated, key=lambda asked: asked[0] in UNTRAINED_TARGETS)
-    for name, target in {name: target for target, name in longest}.items():
-        if rows[name]:
-            engine, benchmark = config.eval.engine, config.eval.benchmarks[name]
-            reply = generation_limit(benchmark)
-            lengths = Lengths(map(len, texts.prompts(name, target)))
-            fails = engine == "vllm" or benchmark.mode == "likelihood"
-            beyond = "fail" if fails else "more than the model was made for"
-            yield Span(f"prompt of {name}", len(rows[name]), lengths, *_limit(config, engine, reply), beyond)
-
-
-def _limit(
-    config: Config, engine: str, reply: int, arguments: dict[str, Any] | None = None
-) -> tuple[str, int | None]:
-    """The limit of a prompt that a reply of so many tokens follows: its name, and tokens if there is one.
-
-    arguments: those of a voter's own vLLM server.
-    """
-    if engine == "transformers":
-        limit, name = max_positions(load_config(config.model)), "what the model reads"
-    else:
-        limit = vllm.context_length(config.model, config.server.with_vllm(arguments or {}))
-        name = "server.max_model_len"
-    if limit is None:
-        return name, None
-    return (f"{name}, less {reply}:" if reply > 1 else name), limit - reply
