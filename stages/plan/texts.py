@@ -148,10 +148,8 @@ class Texts:
         if engine == "transformers":
             limit, name = max_positions(load_config(model)), "what the model reads"
         else:
-            limit, name = (
-                vllm.context_length(model, server.with_vllm(arguments or {})),
-                "server.max_model_len",
-            )
+            limit = vllm.context_length(model, server.with_vllm(arguments or {}))
+            name = "server.max_model_len"
         if limit is None:
             return name, None
         return (f"{name}, less {reply}:" if reply > 1 else name), limit - reply
