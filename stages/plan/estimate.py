@@ -1,7 +1,7 @@
 """Time and memory of each step before it runs, and the lengths of texts beside their limits.
 
-A stage says how many tokens it trains on, reads and writes (`Work`); some seconds of measuring say what one of
-each takes here. Nobody knows yet how rows will be labelled, or how long answers get: half of the rows are
+A stage says how many tokens it trains on, reads and writes (`Work`); some seconds of measuring say what one
+of each takes here. Nobody knows yet how rows will be labelled, or how long answers get: half of the rows are
 taken for System 1, and answers of a trained model for as long as the references. On a CPU one thread is
 measured, in CPU time: other work on the machine does not change it.
 """
@@ -150,10 +150,10 @@ class _Measured:
                 model(input_ids=ids, labels=ids).loss.backward()
             model.zero_grad()
 
-        def write(tokens: int) -> Callable[[], None]:
+        def write(tokens: int) -> Callable[[], object]:
             prompts = [[i, *prompt[1:]] for i in range(SLOTS // 8) for _ in range(8)]
             answers = (model, texts.tokenizer, prompts, Sampling(tokens, ()))
-            return lambda: deque(generate(*answers, slots=SLOTS), maxlen=0) and None
+            return lambda: deque(generate(*answers, slots=SLOTS), maxlen=0)
 
         model.train()
         for name, parameter in model.named_parameters():
@@ -175,7 +175,7 @@ class _Measured:
         mib = work.copies * self.weights_mib + trained + max(passes, sampling) + self.libraries_mib
         return Cost(seconds, None if work.servers else mib)
 
-    def _time(self, call: Callable[[], None]) -> tuple[float, float]:
+    def _time(self, call: Callable[[], object]) -> tuple[float, float]:
         """Seconds, and MiB beyond what was in use; the first call also warms up caches and kernels."""
         seconds = mib = 0.0
         for _ in range(2):
