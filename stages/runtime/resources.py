@@ -14,7 +14,6 @@ from typing import Any
 
 MIB = 2**20
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_STAT = Path("/proc/stat")
 _CGROUP_ROOT, _CGROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """How long a waiting thread spins: loop iterations in GNU's OpenMP, milliseconds in LLVM's and Intel's."""

@@ -64,15 +64,6 @@ def test_choices_are_those_of_each_prompt_alone(engine, monkeypatch, shared, fit
         assert 0 < found[i].mass < 1
 
 
-def test_the_least_probability_of_a_completion_is_that_of_its_own_tokens(engine):
-    prompt, completion = [40, 9, 60], [70, 12, 33]
-    with torch.no_grad():
-        logits = engine.model(input_ids=torch.tensor([prompt + completion])).logits[0].float()
-    each = [float(logits[2 + n].softmax(-1)[token]) for n, token in enumerate(completion)]
-    least = dict(engine.least_probabilities([(prompt, completion), (prompt, []), (prompt, completion[:1])]))
-    assert least == {0: pytest.approx(min(each)), 1: 1.0, 2: pytest.approx(each[0])}
-
-
 def test_a_batch_has_so_many_tokens_at_most(monkeypatch):
     """And ends where another long beginning starts."""
     monkeypatch.setattr("stages.engines.in_process.BATCH_TOKENS", 52)

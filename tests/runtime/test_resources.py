@@ -65,24 +65,6 @@ def test_the_quota_of_a_container_counts(text, cores, cgroups, monkeypatch):
     assert chosen == os.environ.pop(resources.THREADS, None) == (str(cores) if cores else None)
 
 
-class NVML:
-    """A library of two GPUs, one of which a person gave a name."""
-
-    class NVMLError(Exception): ...
-
-    def __init__(self, tells: bool = True) -> None:
-        self.tells = tells
-
-    def nvmlInit(self) -> None:
-        if not self.tells:
-            raise self.NVMLError
-
-    nvmlDeviceGetCount = staticmethod(lambda: 2)
-    nvmlDeviceGetHandleByIndex = staticmethod(lambda number: {0: 3000, 1: 500}[number])
-    nvmlDeviceGetHandleByUUID = staticmethod(lambda name: {"GPU-ab": 70}[name])
-    nvmlDeviceGetTotalEnergyConsumption = staticmethod(lambda handle: handle)
-
-
 @pytest.mark.parametrize(
     ("theirs", "spins"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
