@@ -129,7 +129,8 @@ class PackedBatch:
         if (dtype, group) not in self._masks:
             assert self.prefixes is not None
             is_prefix = self.prefixes.is_token  # (prefixes, longest prefix)
-            is_prefix = is_prefix[self.prefix_of] if self.prefixes.has_padding else is_prefix[:1]
+            one_length = self.prefixes.cells.numel() == self.prefixes.index.numel()
+            is_prefix = is_prefix[:1] if one_length else is_prefix[self.prefix_of]
             longest, first = self.suffixes.index.shape[1], is_prefix.shape[1]
             keys = first + longest
             shape = (len(is_prefix), group, longest, -(-keys // ALIGNMENT) * ALIGNMENT)
@@ -175,11 +176,6 @@ class RaggedIndex:
     cells: Tensor
     """(tokens,): cell of each token, in the order of the row, in the flattened rectangle."""
 
-    @property
-    def has_padding(self) -> bool:
-        """True unless all sequences have one length."""
-        return self.cells.numel() < self.index.numel()
-
     @classmethod
     def from_lengths(cls, lengths: list[int], first: int, device: torch.device) -> RaggedIndex:
         """Index sequences of these lengths, the first of which begins at position `first` of the row."""
@@ -199,10 +195,6 @@ class RaggedIndex:
         """(tokens, width) → (sequences, longest, width); padding is zero."""
         padded = x.new_zeros(self.is_token.numel(), x.shape[1]).index_copy_(0, self.cells, x)
         return padded.view(*self.is_token.shape, -1)
-
-    def sequence_of(self) -> Tensor:
-        """(tokens,): the sequence of each token."""
-        return self.cells // self.is_token.shape[1]
 
     def flatten(self, x: Tensor) -> Tensor:
         """(sequences, heads, longest, width) → (tokens, heads, width), without the padding."""

@@ -60,6 +60,7 @@ def pack_rows(model: PreTrainedModel, rows: list[Row], device: torch.device) -> 
 def packed_answer_losses(model: PreTrainedModel, row: PackedBatch) -> Tensor:
     """Mean negative log-likelihood of each example, like `answer_losses`, of a packed row: (examples,)."""
     log_probs = packed_logprobs(model, row).log_probs  # (targets,)
-    example_of = row.suffixes.sequence_of()[row.target_positions()]  # (targets,)
+    cells = row.suffixes.cells[row.target_positions()]  # (targets,): in a rectangle with a row per example
+    example_of = cells // row.suffixes.is_token.shape[1]
     sums = log_probs.new_zeros(len(row.suffixes.index)).index_add(0, example_of, log_probs)
     return -sums / example_of.bincount(minlength=len(sums))

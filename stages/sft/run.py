@@ -22,14 +22,13 @@ from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
 from stages.packing import trainer_inputs
 from stages.packing.support import has_active_dropout
-from stages.prompts.renderer import Renderer, Row
+from stages.prompts.renderer import Row
 from stages.runtime import ranks
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
     from stages.pipeline.context import StageContext
-    from stages.progress import Progress
     from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
@@ -65,7 +64,9 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     labels, renderer, sft = run.labels, run.renderer, run.sft
     chosen = examples.trained_by_sft(labels, sft, run.seed, context.variant)
     rows, too_long = renderer.rows(chosen, run.data)
-    _warn(rows, renderer, sft, context.progress)
+    if endless := renderer.rows_without_stop(rows):
+        count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
+        context.progress.say(f"warning: {count}: the model may not learn to stop")
     trainer = _trainer(run, rows)
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
     trainer.add_callback(ProgressCallback(context.progress, title, {"loss": "loss", "learning_rate": "rate"}))
@@ -100,13 +101,6 @@ def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
     trainer_inputs.accept_packed(base)
     trainer.add_callback(longest_of_sft(trainer, rows))
     return trainer
-
-
-def _warn(rows: list[Row], renderer: Renderer, sft: SftSection, progress: Progress) -> None:
-    """Warn of rows without a stop token at the end; say how many rows count twice in an epoch."""
-    if endless := renderer.rows_without_stop(rows):
-        count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
-        progress.say(f"warning: {count}: the model may not learn to stop")
 
 
 def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints) -> SFTConfig:

@@ -1,16 +1,14 @@
 """A run that cannot go well stops before it does harm, and says where."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from conftest import Silent, labels_of, make_step
+from conftest import labels_of, make_step
 from results import untimed
 from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter.adapter import ADAPTER
-from stages.lora.training.health import ProgressCallback, equal_rewards
+from stages.lora.training.health import equal_rewards
 
 SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
 
@@ -125,14 +123,3 @@ def test_equal_rewards_are_counted_warned_and_stopped(own, caplog):
 def test_equal_rewards_in_a_row():
     rows = [{"frac_reward_zero_std": share} for share in (1, 1, 0.5, 1, 1)]
     assert equal_rewards(rows) == equal_rewards(rows[:2]) == 2
-
-
-def test_a_later_pass_over_the_same_completions_is_no_step_without_signal(caplog):
-    watch = ProgressCallback(Silent(), "rl", {}, patience=2)
-    state = SimpleNamespace(log_history=[], global_step=0)
-    for logs in ({"frac_reward_zero_std": 1.0}, {"loss": 0.1}, {"loss": 0.1}):
-        state.global_step += 1
-        state.log_history.append(logs)
-        watch.on_log(None, state, None, logs)
-    said = "all rewards of each group were equal in step 1: the step taught nothing"
-    assert caplog.messages == [said]

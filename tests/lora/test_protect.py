@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import make_step
 from results import artifacts
 
 from stages.errors import DataError, UnusableResult
@@ -51,7 +50,7 @@ def test_keys_change_with_the_rows_and_the_share(begun, old):
 
 def test_errors_of_the_file_and_of_too_large_a_share(begun, smoke, old, tmp_path):
     with pytest.raises(UnusableResult, match="no element is active in sft") as caught:
-        make_step(begun(*QUICK, old, "partition.protect_theta=1"), "partition:sft")
+        artifacts(begun(*QUICK, old, "partition.protect_theta=1"), "score", "partition:sft")
     assert "lower partition.protect_theta" in str(caught.value.hint)
     (tmp_path / "old.jsonl").write_text('{"question": "1 + 1?", "gold": "2"}\n', encoding="utf-8")
     config = resolved(smoke(old))

@@ -23,7 +23,6 @@ from stages.errors import ConfigError, OutOfMemoryError
 from stages.lora.adapter import adapter
 from stages.lora.grpo import sampler, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
-from stages.lora.grpo.metrics import BEYOND, RAW
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
@@ -101,7 +100,6 @@ def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(ow
     assert len(changed) == len(adapter.read(artifact.path / "adapter")) // 2
     assert engines[0].given["stop_token_ids"]
     steps = history(artifact)
-    assert all({f"{RAW}/mean", f"{RAW}/max", BEYOND} <= row.keys() for row in steps)
     ratios = [row["sampling/importance_sampling_ratio/mean"] for row in steps]
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
 
@@ -114,12 +112,6 @@ def test_colocated_samples_differ_by_the_seed(monkeypatch):
         vllm_rollouts.install_weights(trainer, None, COLOCATED, seed)
         drawn.append(float(torch.rand(1)))
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_vllm_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(vllm_rollouts.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="rl.rollouts.engine vllm_colocate: vllm is not installed"):
-        vllm_rollouts.prepare(COLOCATED)
 
 
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):

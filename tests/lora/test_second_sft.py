@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from conftest import ROOT, flags, labels_of, make_steps
 from results import artifacts
 
-from stages import export
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import Masks
 from stages.pipeline.resolve import resolved
@@ -17,7 +15,6 @@ from stages.plan import preflight
 from stages.plan.preflight import problems
 from stages.plan.texts import Texts
 from stages.records import write_jsonl
-from stages.report import run_page
 from stages.store.artifacts import Store
 
 TWO = ["sft.rounds=2", "sft.max_steps=4", "sft.num_train_epochs=9", "sft.weight_decay=0.1"]
@@ -53,25 +50,6 @@ def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun):
     assert summary["frozen_drift"] == 0 and summary["moved"] == summary["active"] > 0
     assert summary["active"] == masks.manifest["summary"]["active"] != first.manifest["summary"]["active"]
     assert summary["rows"] == sum(row.system == 2 for row in labels_of(config))
-
-
-@pytest.mark.slow
-def test_it_is_evaluated_shown_and_exported_as_the_slow_mode(begun, tmp_path):
-    config = begun(*TWO, "eval.targets=[sft, sft2]", "eval.benchmarks.demo.limit=4")
-    made = artifacts(config, "classify", "score", "partition", "sft", "eval")
-    first, second = made["sft"], made[SECOND]
-    page = run_page.page(config, {name: plan_steps(resolved(config))[name] for name in made}, "", "")
-    assert "sft:system2, 4 steps" in page and "demo: slow answers" in page and "slow (sft2)" in page
-    export.write_views({"sft": first, "sft2": second}, config, tmp_path / "views")
-    for view, artifact in (("fast", first), ("slow", second)):
-        name = "adapter_model.safetensors"
-        assert (tmp_path / "views" / view / name).read_bytes() == (artifact.adapter / name).read_bytes()
-    assert (
-        "to answer at once: SFT | System 2, to work it out: SFT |"
-        in (tmp_path / "views/README.md").read_text()
-    )
-    export.write("sft2", second, config, tmp_path / "one", "adapter")
-    assert "after LoRA-PAR: sft2\n" in (tmp_path / "one/README.md").read_text()
 
 
 def test_the_command_exports_the_slow_mode_and_says_what_a_config_lacks(begun, lorapar, tmp_path):

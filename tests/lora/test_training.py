@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import Silent, make_step, make_steps
-from results import history, moved_share
+from conftest import make_step
+from results import artifacts, history
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,8 +30,8 @@ SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.
 
 def test_frozen_elements_stay(begun):
     config = begun(*SFT, "lora.init=olora")
-    make_steps(config, "score", "partition", "sft")
-    assert moved_share(config, "sft") > 0.95
+    summary = artifacts(config, "score", "partition", "sft")["sft"].manifest["summary"]
+    assert summary["frozen_drift"] == 0 and summary["moved"] > 0.95 * summary["active"]
 
 
 @pytest.mark.parametrize("value", [1e-30, float("nan"), -0.0])
@@ -82,8 +82,8 @@ def test_the_reversed_order(begun):
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
     assert stage_names(plan_steps(resolved(config)))[3:5] == ["rl", "sft"]
     for stage in ("rl", "sft"):
-        make_step(config, stage)
-        assert moved_share(config, stage) > 0
+        summary = make_step(config, stage).manifest["summary"]
+        assert summary["frozen_drift"] == 0 and summary["moved"] > 0
 
 
 @pytest.mark.slow
@@ -102,12 +102,7 @@ def test_rows_that_do_not_teach_to_stop_are_named(tiny):
     renderer = Renderer(load_tokenizer(ModelSection(name=str(tiny))), PromptSection())
     whole = renderer.row(Example("one", "1?", "1\n#### 1", "1"))
     cut = replace(whole, id="two", input_ids=whole.input_ids[:-3], labels=whole.labels[:-3])
-    for rows, said in (
-        ([whole], []),
-        ([whole, cut], ["1 of 2 rows do not end in a stop token, such as two"]),
-    ):
-        sft._warn(rows, renderer, SftSection(), told := Silent())
-        assert [text.split(": ")[1] for text in told.said] == said
+    assert renderer.rows_without_stop([whole, cut]) == ["two"]
 
 
 def test_system_1_may_learn_to_answer_at_once():

@@ -104,12 +104,6 @@ class Grpo(Training):
 
         return [loading.with_checks(name, reward, **fixed(name)) for name, reward in self.functions.items()]
 
-    def reference_is_base(self) -> bool:
-        """Whether the KL term's reference is the base model, and not the adapter that RL starts from."""
-        if self.rl.kl_reference == "auto":
-            return self.rl.start_from != "sft" or self.baseline is not None
-        return self.rl.kl_reference == "base"
-
     def build(self) -> GrpoTrainer:
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""
         rl, prompts, stop_ids = self.rl, self.prompts, self.renderer.stop_ids
@@ -130,7 +124,8 @@ class Grpo(Training):
         trainer = grpo_trainer(rl, prompts, sampler, limit, self.rewards(), arguments)
         if rl.rollouts.engine != "transformers":
             vllm_rollouts.install_weights(trainer, model, rl.rollouts, self.seed)
-        if rl.beta and self.reference_is_base():
+        from_sft = rl.start_from == "sft" and self.baseline is None
+        if rl.beta and (rl.kl_reference == "base" or (rl.kl_reference == "auto" and not from_sft)):
             model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
         trainer.add_callback(_longest_batch(trainer))
         return trainer

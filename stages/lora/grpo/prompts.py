@@ -49,14 +49,9 @@ class RlPrompts:
         return len(self.rows) - self.replayed
 
     @cached_property
-    def prompts(self) -> list[str]:
-        """The text of each row's prompt."""
-        return list(self.rows["prompt"])
-
-    @cached_property
     def replayed_prompts(self) -> frozenset[str]:
-        """Those of the System 1 rows that are replayed."""
-        return frozenset(self.prompts[self.system2_rows :])
+        """The prompts of the System 1 rows that are replayed."""
+        return frozenset(list(self.rows["prompt"])[self.system2_rows :])
 
     @classmethod
     def from_labels(

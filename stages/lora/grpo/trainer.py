@@ -16,7 +16,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from stages.config import RlSection
 from stages.lora.grpo.int8 import CORRECTION_MAX, weighted_advantages
-from stages.lora.grpo.metrics import equal_groups, metrics_by_system, raw_ratio_metrics, total_rewards
+from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.grpo.thought_limit import Generated, ThoughtLimit
@@ -92,14 +92,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         batch = super()._generate_and_score_completions(inputs)  # here TRL computes the advantages
         if self.model.training:
-            metrics = self._metrics["train"]
             # TRL's counts no group without any reward; it has no signal either.
-            metrics["frac_reward_zero_std"][-1] = self._equal.float().mean().item()
-            if "importance_sampling_ratio" in batch:
-                of_tokens = self.vllm_importance_sampling_mode.startswith("token")
-                limit = self.vllm_importance_sampling_clip_max
-                for name, value in raw_ratio_metrics(batch, of_tokens, limit, self.accelerator.gather):
-                    metrics[name].append(value)
+            self._metrics["train"]["frac_reward_zero_std"][-1] = self._equal.float().mean().item()
         return batch
 
     def _tokenize_prompts(self, prompts: list[str]) -> Any:
@@ -201,20 +195,12 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             assert entropies is not None
             passed = *selection.expand(log_probs, entropies), None
         if self._corrected is not None:
-            self._weigh(self._corrected, passed[0])
-            self._corrected = None
+            inputs, self._corrected = self._corrected, None
+            sampler = inputs["sampling_per_token_logps"]
+            inputs["advantages"] = weighted_advantages(
+                inputs["advantages"], passed[0], sampler, CORRECTION_MAX
+            )
         return passed
-
-    def _weigh(self, inputs: dict[str, Any], policy: Tensor) -> None:
-        """Weigh the advantages of a training pass by the policy's probabilities over those sampled from.
-
-        policy: log-probabilities, (completions, tokens).
-        """
-        limit, sampler = CORRECTION_MAX, inputs["sampling_per_token_logps"]
-        inputs["advantages"] = weighted_advantages(inputs["advantages"], policy, sampler, limit)
-        batch = inputs | {"old_per_token_logps": policy.detach()}
-        for name, value in raw_ratio_metrics(batch, True, limit, self.accelerator.gather):
-            self._metrics["train"][name].append(value)
 
     def _logprobs(
         self,

@@ -1,4 +1,4 @@
-"""Rollouts for GRPO from vLLM in both of TRL's modes, with weights merged beside the base, not into it."""
+"""Rollouts for GRPO from vLLM in the trainer's process, with weights merged beside the base, not into it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class ProgressCallback(TrainerCallback):
         line = "  ".join(f"{label} {value:.3g}" for label, value in values if value is not None)
         self.progress.advance(1, line)
         if not self.patience or "frac_reward_zero_std" not in logs:
-            return  # a later pass over the same completions
+            return
         equal = equal_rewards(state.log_history)
         if equal == 1:
             log.warning(

@@ -1,4 +1,4 @@
-"""The base of both trainers: exact resume, checks of health, learning rates, a sharded base model.
+"""The base of both trainers: exact resume, checks of health, learning rates.
 
 A checkpoint has the whole state of a trainer, which is restored to the last bit. Nothing is unpickled:
 weights and optimizer state are safetensors, the rest is JSON. The library's own resume reads pickles, skips
@@ -86,8 +86,16 @@ class ResumableTrainer:
                 raise ArtifactError(f"{folder}: {name} was not restored to its saved values")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        content = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+        state: dict[int, dict[str, Any]] = {int(index): values for index, values in content["state"].items()}
+        for name, value in load_file(folder / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": content["groups"]})
+        self.lr_scheduler.load_state_dict(content["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -169,8 +177,22 @@ class ResumableTrainer:
         write(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+        """Write the tensors of the optimizer's state as safetensors, its numbers and the schedule as JSON."""
+        if not self.args.should_save:
+            return
+        folder, state = Path(output_dir), self.optimizer.state_dict()
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, dict[str, Any]] = {}
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                else:
+                    numbers.setdefault(str(index), {})[name] = value
+        save_file(tensors, folder / "optimizer.safetensors")
+        schedule = self.lr_scheduler.state_dict()
+        content = {"groups": state["param_groups"], "state": numbers, "scheduler": schedule}
+        (folder / "optimizer.json").write_text(json.dumps(content), encoding="utf-8")
 
     def _save_rng_state(self, output_dir: str) -> None:
         kind, words, *counters = np.random.get_state(legacy=True)
@@ -201,47 +223,3 @@ def full_warmup(schedule: Any, warmup_steps: int) -> Any:
         return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else factor(steps_done)
 
     return LambdaLR(schedule.optimizer, share_of_peak)
-
-
-def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Write the tensors of an optimizer's state as safetensors, and its numbers and the schedule as JSON.
-
-    For plain optimizers, on one process, or on several that each hold the whole state.
-    """
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for name, value in _unwrapped(values).items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                numbers.setdefault(str(index), {})[name] = value
-    save_file(tensors, folder / "optimizer.safetensors")
-    content = {"groups": state["param_groups"], "state": numbers, "scheduler": scheduler.state_dict()}
-    (folder / "optimizer.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    content = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {int(index): values for index, values in content["state"].items()}
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": content["groups"]})
-    scheduler.load_state_dict(content["scheduler"])
-
-
-def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of one parameter as one flat dict.
-
-    bitsandbytes puts its part into a dict of its own, with tables that all parameters share, which
-    safetensors refuses. It takes back what is unwrapped, too.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            flat |= {key: item.clone() if isinstance(item, Tensor) else item for key, item in value.items()}
-        else:
-            flat[name] = value
-    return flat
