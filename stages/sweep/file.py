@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,10 +60,8 @@ class TableFile(Section):
     base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
     set: dict[str, Any] = setting({})
     """Settings of every cell, by their dotted names. {seed} in a text, here or in a row, is the seed."""
-    rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting({})
+    rows: Annotated[dict[str, dict[str, Any]], WithoutFalse] = setting(..., min_length=1)
     """Settings of each row, by their dotted names; `base` and `columns` override the table's."""
-    grid: dict[str, list[Any]] = setting({})
-    """Instead of rows: settings and their values; each combination is a row."""
     seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
     make_data: str = setting("")
     """Command that writes the data of a seed, named with {seed}. It is not run, but shown where data are
@@ -86,17 +82,9 @@ class TableFile(Section):
     chosen_on: str = setting("")
     """Settings that were chosen by results on items, and on which: a sentence under the table."""
 
-    @model_validator(mode="after")
-    def _rows_or_grid(self) -> TableFile:
-        if bool(self.rows) == bool(self.grid):
-            raise ValueError("a table has rows or a grid")
-        if empty := [name for name, values in self.grid.items() if not values]:
-            raise ValueError(f"grid: {empty[0]} has no values")
-        return self
-
     def mistakes(self) -> Iterator[str]:
         """Yield a message for each reference between parts of the file that does not hold."""
-        rows = self.settings()
+        rows = self.rows
         yield from filter(None, map(_column_mistake, self.columns.values()))
         for row, settings in rows.items():
             yield from _row_mistakes(row, settings)
@@ -137,19 +125,6 @@ class TableFile(Section):
             compare = [comparison.model_copy(update={"on": accuracies[0]}) for comparison in self.compare]
         plot = self.plot if self.plot and {self.plot.x, self.plot.y} <= columns.keys() else None
         return self.model_copy(update={"columns": columns, "rows": rows, "compare": compare, "plot": plot})
-
-    def number_of_rows(self) -> int:
-        return len(self.rows) or math.prod(map(len, self.grid.values()))
-
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """Map each row to its settings. Rows of a grid are named after their values."""
-        if self.rows:
-            return self.rows
-        names = [name.rpartition(".")[2] for name in self.grid]
-        return {
-            ", ".join(map("{} {}".format, names, values)): dict(zip(self.grid, values, strict=True))
-            for values in itertools.product(*self.grid.values())
-        }
 
 
 @dataclass(frozen=True)
@@ -245,7 +220,7 @@ def read(path: Path, max_cells: int = MAX_CELLS) -> TableFile:
         file = TableFile.model_validate(read_with_extends(path, _resolve_bases))
     except ValidationError as error:
         raise mistakes_error(path, validation_messages(error)) from None
-    check_size(path, file.number_of_rows(), 1, max_cells)
+    check_size(path, len(file.rows), 1, max_cells)
     if mistakes := list(file.mistakes()):
         raise mistakes_error(path, mistakes)
     return file

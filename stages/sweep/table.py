@@ -92,7 +92,7 @@ def table(
         file = file.select_columns(_matching(path, "column", columns, list(file.columns)))
     if any(text.partition("=")[0].strip() == "seed" for text in overrides or ()):
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
-    settings = file.settings()
+    settings = file.rows
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
     numbers = seeds or file.seeds
     check_size(path, len(rows), len(numbers), max_cells)
@@ -151,7 +151,7 @@ def _cell(
     """Plan one cell, of a row with these settings.
 
     Config file: `--base`, else the row's `base`, else the table's. Settings, of which later ones win: config
-    file, table's `set`, row (or combination of the grid), seed, `--set`. The seed replaces SEED in them.
+    file, table's `set`, row, seed, `--set`. The seed replaces SEED in them.
     """
     config_path = base or Path(settings.get("base", file.base))
     if "seed" in {**file.set, **settings}:

@@ -21,7 +21,7 @@ from stages.records import Sample, write_jsonl
 from stages.report import table_page, table_texts
 from stages.store.digests import sha256_file
 from stages.sweep import graph
-from stages.sweep.file import TableFile, read
+from stages.sweep.file import read
 from stages.sweep.results import results
 from stages.sweep.table import Contrast, Table, table
 
@@ -88,7 +88,7 @@ def test_the_tables_of_the_project_are_sound_and_can_be_made_on_the_demo(path, t
     if path.stem == "labels-demo":
         return  # its base has a model and data that are not in a fresh clone
     planned = table(path)
-    assert set(planned.rows) == set(planned.file.settings())
+    assert set(planned.rows) == set(planned.file.rows)
     assert planned.file.chosen_on and planned.file.paper
 
 
@@ -179,7 +179,6 @@ LACKS_RL = 'compare: [{row: "θ .5", against: "θ .9", on: RL}]'
 UNLIKE = "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK"
 REFUSED = [
     ("titel: Extra inputs are not permitted", "title: A small", "titel: A small"),
-    ("a table has rows or a grid", "seeds: [1, 2]", "seeds: [1, 2]\ngrid: {partition.theta: [1]}"),
     ("compare.against 'none' is not a row", AGAINST, "against: none"),
     ("compare.row 'θ .9' is compared with itself", AGAINST, f'row: "θ .9", {AGAINST}'),
     ("unknown group 'sytem1'", GAIN, "rl@demo.sytem1 - sft@demo"),
@@ -208,16 +207,6 @@ def test_a_wrong_table_is_refused(small, said, pairs):
     """Each pair: a text of the table, and what is in its place."""
     with pytest.raises(ConfigError, match=re.escape(said)):
         table(changed(small, *zip(pairs[::2], pairs[1::2], strict=True)))
-
-
-def test_a_grid_is_all_with_all(small):
-    rows = f'rows:\n  "θ .9": {{partition.theta: 0.9}}\n  {THETA_5}\n  {ROW}\n'
-    grid = "grid: {partition.alpha: [0, 1], partition.beta: [0.5]}\n"
-    against = (AGAINST, 'against: "alpha 0, beta 0.5"')
-    planned = table(changed(small, (rows, grid), (PAPER, "{}"), against))
-    assert planned.rows == ["alpha 0, beta 0.5", "alpha 1, beta 0.5"]
-    with pytest.raises(ConfigError, match="grid: partition.beta has no values"):
-        table(changed(small, (rows, "grid: {partition.alpha: [0], partition.beta: []}\n")))
 
 
 def test_a_value_reaches_the_command_of_its_step_as_it_stands_in_the_table(small):
@@ -435,20 +424,12 @@ def test_each_command_makes_its_step_alone(small):
             assert rest[-2:] == ["--only", node.step.variant]
 
 
-TOO_MANY = [(200, [1], "8,000,000 rows"), (5, range(99_000), "125 rows with 99,000 seeds")]
-
-
-@pytest.mark.parametrize(("size", "seeds", "said"), TOO_MANY)
-def test_too_many_cells_are_refused_before_they_are_made(tmp_path, smoke, monkeypatch, size, seeds, said):
-    names = ("partition.theta", "partition.alpha", "partition.beta")
-    grid = {name: [(i + 1) / size for i in range(size)] for name in names}
-    base = str(ROOT / "configs/smoke.yaml")
-    content = {"title": "x", "base": base, "grid": grid, "columns": {"a": "sft@demo"}}
-    path = tmp_path / "grid.yaml"
+def test_too_many_cells_are_refused_before_they_are_made(small, tmp_path):
+    rows = {str(i): {"partition.theta": i / 2000} for i in range(1, 1002)}
+    content = {"title": "x", "base": "base.yaml", "rows": rows, "columns": {"a": "sft@demo"}}
+    path = tmp_path / "many.yaml"
     path.write_text(json.dumps(content), encoding="utf-8")
-    if len(seeds) == 1:
-        monkeypatch.setattr(TableFile, "settings", lambda self: pytest.fail("made the rows"))
-    with pytest.raises(ConfigError) as caught:
-        table(path, seeds=list(seeds))
-    assert str(caught.value) == f"{path}: {said} are more than 1,000 cells"
-    assert f"--max-cells {size**3 * len(seeds)}" in caught.value.hint
+    for file, seeds, said in ((path, [1], "1,001 rows"), (small, range(99_000), "3 rows with 99,000 seeds")):
+        with pytest.raises(ConfigError, match=f"{said} are more than 1,000 cells") as caught:
+            table(file, seeds=list(seeds))
+        assert "--max-cells" in caught.value.hint
