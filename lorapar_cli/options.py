@@ -65,6 +65,10 @@ LastStage = Annotated[
 ]
 
 
+SANDBOXED = tuple(n for n, field in Config.model_fields.items() if hasattr(field.default, "sandbox"))
+"""The sections of stages that may run code in a sandbox."""
+
+
 def without_sandbox(unsafe: bool, *stages: str) -> list[str]:
     return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
 

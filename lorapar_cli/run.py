@@ -7,6 +7,7 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import (
+    SANDBOXED,
     ConfigPath,
     LastStage,
     Overrides,
@@ -42,7 +43,7 @@ def command(
     unsafe: Unsafe = False,
     quiet: Quiet = False,
 ) -> None:
-    set_ = [*(set_ or []), *without_sandbox(unsafe, "rl", "eval")]
+    set_ = [*(set_ or []), *without_sandbox(unsafe, *SANDBOXED)]
     settings, steps = plan_of(config, set_)
     store, requested = Store(settings.root), ancestors(steps, last)
     made: set[str] = set()

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,14 @@ FLOORS = (  # from the ground up; a room may use those below it and itself
     ORDER,
     ("init", "sweep"),
     ("report",),
-    ("gguf",),
     ("ask", "export", "serve"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+FILES = sorted((ROOT / "stages").rglob("*.py"))
+NAMED_IN = 8
+"""Most files outside of a stage's folder that have its name as a string: as a value of settings, mostly."""
 
 
 def imports(text: str) -> Iterator[str]:
@@ -57,10 +62,38 @@ def upward(room: str, text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "stages").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows_point_down(path: Path):
     room = path.relative_to(ROOT / "stages").parts[0].removesuffix(".py")
     if room != "__init__":
         assert upward(room, path.read_text(encoding="utf-8")) == []
+
+
+def modules_below(room: str) -> dict[str, set[str]]:
+    """Each folder or file of a room, and which others of the room it names."""
+    parts = {path.name.removesuffix(".py") for path in (ROOT / "stages" / room).iterdir()} - {"__init__"}
+    named: dict[str, set[str]] = {part: set() for part in parts}
+    for path in (ROOT / "stages" / room).rglob("*.py"):
+        part = path.relative_to(ROOT / "stages" / room).parts[0].removesuffix(".py")
+        if part in parts:
+            names = [name.split(".") for name in imports(path.read_text(encoding="utf-8"))]
+            named[part] |= {n[2] for n in names if n[:2] == ["stages", room] and n[2:] and n[2] in parts}
+    return {part: others - {part} for part, others in named.items()}
+
+
+@pytest.mark.parametrize("room", [path.parent.name for path in (ROOT / "stages").glob("*/__init__.py")])
+def test_no_circles_within_a_room(room: str):
+    TopologicalSorter(modules_below(room)).prepare()  # CycleError names the circle
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_few_files_know_a_stage_by_name(stage: str):
+    own = ROOT / "stages" / stage
+    files = [path for path in (*FILES, *(ROOT / "lorapar_cli").glob("*.py")) if own not in path.parents]
+    nodes = {path: ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    named = [
+        p
+        for p, found in nodes.items()
+        if any(isinstance(n, ast.Constant) and n.value == stage for n in found)
+    ]
+    assert len(named) <= NAMED_IN, named

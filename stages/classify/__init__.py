@@ -27,14 +27,13 @@ def _steps(config: Config) -> list[Planned]:
 
 def _step(config: Config, rows: str) -> Planned:
     classify, reads, settings = config.classify, [f"rows:{rows}"], ["model.title"]
-    strategy = config.labelling_strategy(rows)
-    if strategy not in UNVOTED:
+    if rows != TRAIN and config.eval.benchmarks[rows].brings_labels:
+        settings = ["classify.known", f"{BENCHMARKS}{rows}.label"]
+    elif classify.strategy not in UNVOTED:
         for number, voter in enumerate(classify.voters):
             reads += [f"voter:{number}"]
             reads += [f"rows:classify.voters.{number}.shots_path"] if voter.shots_path else []
         reads += ["rows:classify.held_out"] if classify.held_out else []
-    elif strategy != classify.strategy:
-        settings = ["classify.known", f"{BENCHMARKS}{rows}.label"]
     else:
         reads += ["file:classify.labels_file"] if classify.labels_file else []
         settings = []

@@ -15,6 +15,7 @@ from stages.config.evaluation import (
     SYSTEMS,
     TRAINED,
     UNTRAINED_TARGETS,
+    WHOLE,
     BenchmarkSection,
     EvalSection,
     SandboxSection,
@@ -74,7 +75,7 @@ class Config(Section):
                 f"partition.strategy {partition.strategy} trains all shared elements, got alpha "
                 f"{partition.alpha}, beta {partition.beta}; set both to 1"
             )
-        if self.sft.start_from == "rl" and self.rl.start_from == "sft":
+        if "init" not in (self.sft.start_from, self.rl.start_from):
             yield (
                 "sft and rl start from each other; "
                 "the reversed order is sft.start_from=rl with rl.start_from=init"
@@ -100,7 +101,7 @@ class Config(Section):
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
         if method == "prefix_tuning" and checkpointing:
             yield f"{subject} does not train under gradient_checkpointing, which drops the prefix"
-        if self.rl.beta and self.rl.kl_reference == "sft":
+        if self.rl.beta and self.rl.kl_reference not in ("auto", "base"):
             yield f"{subject} can hold on to the base alone; use rl.kl_reference=base"
 
     def _conflicts_of_4bit(self) -> Iterator[str]:
@@ -122,7 +123,8 @@ class Config(Section):
 
     def prompt_of(self, target: str) -> PromptSection:
         """Return the prompt that a trained target learned under: `sft`, `sft2` or `rl`."""
-        return (self.rl if target == "rl" else self.sft).prompt or self.prompt
+        stage = TRAINED[target].partition(":")[0]
+        return getattr(self, stage).prompt or self.prompt
 
     def labelling_strategy(self, rows: str) -> str:
         """Return the labelling strategy of the training rows (`train`) or of a benchmark's items."""

@@ -26,6 +26,8 @@ UNTRAINED_TARGETS = ("base", "init")
 Region = Literal["s1_only", "s2_only", "shared"]
 REGIONS = get_args(Region)
 """Targets with the trained values of one region of the adapter only."""
+WHOLE = "rl"
+"""Target whose adapter these are regions of."""
 TRAINED = {"sft": "sft", "sft2": SECOND_SFT, "rl": "rl"}
 """Targets with an adapter as training left it, and the step that trained it."""
 SYSTEMS = {"sft": 1, "sft2": 2, "rl": 2}
@@ -112,7 +114,7 @@ class EvalSection(Section):
     @property
     def modes(self) -> dict[str, str]:
         """The modes that are served, `fast` and `slow`, and the target whose adapter each has."""
-        has_rl = "rl" in self.targets or "sft2" not in self.targets
+        has_rl = WHOLE in self.targets or "sft2" not in self.targets
         return {"fast": "sft", "slow": "rl" if has_rl else "sft2"}
 
     def as_asked(self, benchmark: BenchmarkSection, target: str) -> BenchmarkSection:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, BenchmarkSection, Config
+from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, WHOLE, BenchmarkSection, Config
 from stages.evaluation.benchmarks import benchmarks
-from stages.pipeline.stage import BENCHMARKS, Check, Planned, Stage
+from stages.pipeline.stage import BENCHMARKS, INITIAL, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
@@ -47,10 +47,10 @@ def _step(config: Config, target: str, name: str) -> Planned:
 def _inputs(benchmark: BenchmarkSection, target: str, name: str) -> tuple[str, ...]:
     labels = (f"classify:{name}",) if benchmark.label else ()
     if target in REGIONS:
-        return (*labels, "score", "partition:rl", "rl")
+        return (*labels, INITIAL, f"partition:{TRAINED[WHOLE]}", TRAINED[WHOLE])
     if target in TRAINED:
         return (*labels, TRAINED[target])
-    return (*labels, "score") if target == "init" else labels
+    return (*labels, INITIAL) if target == "init" else labels
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:

@@ -72,7 +72,7 @@ class Evaluation:
 
     def stored_adapter(self) -> Path | None:
         """The folder of the target's adapter in an artifact; None for the base."""
-        return self.context.adapter("score", "sft", "rl")
+        return self.context.adapter
 
     def cache(self, adapter: Path | None) -> AnswerCache:
         """The cache of the target's answers; without labels of the benchmark all items are undecided."""
@@ -118,9 +118,11 @@ def _adapter(evaluation: Evaluation) -> Iterator[Path | None]:
         return
     from stages.eval import ablation
     from stages.lora.importance.masks import Masks
+    from stages.pipeline.stage import INITIAL
 
-    masks = Masks.load(context.inputs["partition"].path / "masks.safetensors", "rl")
-    start, trained = context.inputs["score"].adapter, context.inputs["rl"].adapter
+    assert context.partition is not None and context.adapter is not None
+    masks = Masks.of(context.partition)
+    start, trained = context.inputs[INITIAL].adapter, context.adapter
     with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as folder:
         ablation.write(target, trained, start, masks, Path(folder))
         yield Path(folder)

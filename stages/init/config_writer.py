@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import escaping
-from stages.config import BenchmarkSection, Config, LoraSection, ServerSection
+from stages.config import BenchmarkSection, LoraSection, RlSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.config.yaml import on_one_line
 from stages.evaluation.benchmarks import benchmarks
@@ -182,7 +182,7 @@ def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
 
 
 def _rl(profile: DataProfile) -> Iterator[Choice]:
-    defaults = Config.model_fields["rl"].default
+    defaults = RlSection()
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
     default = defaults.max_completion_length

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from stages.plan.texts import Texts
 
 
+SYSTEMS = {"sft": 1, "rl": 2}
+"""Variant → the system for which the elements of its masks train."""
+
+
 def _steps(config: Config) -> list[Planned]:
     protect = bool(config.partition.protect)
     step = Planned(
@@ -30,7 +34,7 @@ def _steps(config: Config) -> list[Planned]:
         sections=("partition", "seed"),
         settings=("partition.protect_theta",) if protect else (),
     )
-    return [replace(step, variant=trained) for trained in ("sft", "rl")]
+    return [replace(step, variant=trained) for trained in SYSTEMS]
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:

@@ -21,6 +21,7 @@ from stages.lora.importance.strategies import (
     needed_set,
     strategies,
 )
+from stages.partition import SYSTEMS
 from stages.pipeline.context import StageContext
 from stages.records import read_json
 
@@ -43,11 +44,11 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     context.progress.start(f"partition for {context.variant}")
     sizes = [shapes[name].numel() for name in sorted(shapes)]
     split = strategies.pick(partition.strategy)(scores, partition, seed, sizes)
-    active = split.active[context.variant]
+    active = split.active[SYSTEMS[context.variant]]
     protected = _protected(context, partition, len(active))
     if not bool((active & ~protected).any()):
         hint = "the protected rows need all that it would train: lower partition.protect_theta"
-        hint = hint if bool(active.any()) else _hint(context.variant, partition)
+        hint = hint if bool(active.any()) else _hint(SYSTEMS[context.variant], partition)
         raise UnusableResult(f"no element is active in {context.variant}", hint)
     active &= ~protected
     Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
@@ -78,11 +79,11 @@ def _protected(context: StageContext, partition: PartitionSection, elements: int
     return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
 
 
-def _hint(stage: str, partition: PartitionSection) -> str:
+def _hint(system: int, partition: PartitionSection) -> str:
     """The setting to change where no element is active."""
     if partition.strategy in BY_DENSITY:
         return "raise partition.density"
-    return f"raise partition.theta or partition.{'alpha' if stage == 'sft' else 'beta'}"
+    return f"raise partition.theta or partition.{'alpha' if system == 1 else 'beta'}"
 
 
 def _exclusive_share(exclusive: int, shared: int) -> float:

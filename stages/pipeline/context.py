@@ -39,11 +39,13 @@ class StageContext:
     def labels(self) -> Path:
         return self.inputs["classify"].path / "labels.jsonl"
 
-    def adapter(self, *stages: str) -> Path | None:
-        """The adapter folder of the first of these stages that is among its inputs."""
-        return next((self.inputs[stage].adapter for stage in stages if stage in self.inputs), None)
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter folder of the last of its inputs that has one: what it starts from, or grades."""
+        folders = (artifact.adapter for artifact in self.inputs.values() if artifact.has_adapter)
+        return next(reversed(list(folders)), None)
 
     @property
-    def masks(self) -> Path | None:
+    def partition(self) -> Artifact | None:
         """The artifact with the masks; a baseline has none."""
-        return self.inputs["partition"].path if "partition" in self.inputs else None
+        return self.inputs.get("partition")

@@ -146,8 +146,15 @@ TRAINED = {
 """The files of a stage that trains."""
 
 
-def training_inputs(is_baseline: bool, masks: str, start: str) -> tuple[str, ...]:
-    """The steps that training reads. masks: variant of partition. start: step that made the first adapter."""
+INITIAL = "score"
+"""Step that makes the initial adapter."""
+
+
+def training_inputs(is_baseline: bool, masks: str, start: str | None) -> tuple[str, ...]:
+    """The steps that training reads.
+
+    masks: variant of partition. start: step whose adapter is trained on; None: the initial one.
+    """
     if not is_baseline:
-        return ("classify:train", f"partition:{masks}", start)
-    return ("classify:train",) if start == "score" else ("classify:train", start)
+        return ("classify:train", f"partition:{masks}", start or INITIAL)
+    return ("classify:train", start) if start else ("classify:train",)

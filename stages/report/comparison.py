@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stages.config import REGIONS
+from stages.config import REGIONS, WHOLE
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import p_value
@@ -84,7 +84,7 @@ def compared(answers_by_target: Answers) -> Iterator[Measured]:
     groups = sorted(names, key=lambda name: (name != "all", name))
     previous: str | None = None
     for target, answers in answers_by_target.items():
-        against = previous if target not in REGIONS else "rl" if "rl" in answers_by_target else None
+        against = previous if target not in REGIONS else WHOLE if WHOLE in answers_by_target else None
         for group in (name for name in groups if name in answers):
             measures, shares = accuracy_metrics(answers[group]), _shares(answers[group])
             reference = answers_by_target[against].get(group, []) if against else []

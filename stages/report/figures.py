@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from stages.config import SYSTEMS
 from stages.store.digests import id_of
 from stages.sweep.values import Value
 
@@ -23,9 +24,8 @@ STYLES = ("-", "--", ":", "-.")
 PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
 OWN = {
     "base": PALETTE[5], "init": PALETTE[5],
-    "system 1": PALETTE[0], "system 1 only": PALETTE[0], "sft": PALETTE[0],
-    "system 2": PALETTE[4], "system 2 only": PALETTE[4], "sft2": PALETTE[4], "rl": PALETTE[4],
-    "shared by both": PALETTE[3],
+    "system 1": PALETTE[0], "system 1 only": PALETTE[0], "system 2": PALETTE[4], "system 2 only": PALETTE[4],
+    "shared by both": PALETTE[3], **{target: PALETTE[4 * (system - 1)] for target, system in SYSTEMS.items()},
 }  # fmt: skip
 """Name in lower case → colour of a system, and of the target or the elements that are its own."""
 STYLE: Any = {

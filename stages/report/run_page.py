@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from stages.config import REGIONS, SECOND_SFT, TRAINED, Config
+from stages.config import REGIONS, TRAINED, Config
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import current_artifact
@@ -121,11 +121,12 @@ def _results(measures: dict[str, list[Measured]]) -> Iterator[Block]:
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
     """Draw the curves of each training, a figure for each panel."""
-    windows = {"sft": 1, SECOND_SFT: 1, "rl": figures.WINDOW}
-    for name, window in windows.items():  # the rewards of one step are few and noisy
+    for name in TRAINED.values():
         if name not in artifacts:
             continue
         history = read_json(artifacts[name].path / "history.json", curves.History)
+        # The rewards of one step are few and noisy.
+        window = figures.WINDOW if any("reward" in row for row in history) else 1
         pictures = []
         for title, series in curves.panels(history).items():
             points = {label: curves.points(history, key) for label, key in series.items()}

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def _steps(config: Config) -> list[Planned]:
-    rl, start = config.rl, "score"
+    rl, start = config.rl, None
     if rl.start_from != "init":
         start = SECOND_SFT if config.sft.rounds == 2 else "sft"
     has_vllm = rl.rollouts.engine == "vllm_colocate"

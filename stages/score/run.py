@@ -40,7 +40,7 @@ def run(
     `protected` writes that of the rows in `protect` alone. Returns for each of these the number of examples,
     their mean loss and the share of the formula's second-order term.
     """
-    start, base = context.adapter("score"), load_base(model)  # only the protected rows have a start to read
+    start, base = context.adapter, load_base(model)  # only the protected rows have a start to read
     adapted = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
     layers = adapter.lora_layers(adapted).items()
     shapes = {name: adapter.scored_shape(name, layer.weight, lora) for name, layer in layers}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _steps(config: Config) -> list[Planned]:
     is_baseline, targets = config.baseline is not None, config.eval.targets
-    start = "score" if config.sft.start_from == "init" else "rl"
+    start = None if config.sft.start_from == "init" else "rl"
     first = Planned(
         inputs=training_inputs(is_baseline, masks="sft", start=start),
         sections=("model", "data", "prompt", "lora", "baseline", "sft", "seed"),

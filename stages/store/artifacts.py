@@ -38,8 +38,12 @@ class Artifact:
         return hashlib.sha256(canonical_json(self.manifest["files"])).hexdigest()
 
     @property
+    def has_adapter(self) -> bool:
+        return f"{self.adapter.name}/adapter_config.json" in self.manifest["files"]
+
+    @property
     def adapter(self) -> Path:
-        """Folder of the adapter: for score the initial adapter, else the trained one."""
+        """Folder of the adapter, if there is one: the trained one, or the initial one."""
         is_initial = "init/adapter_config.json" in self.manifest["files"]
         return self.path / ("init" if is_initial else "adapter")
 

@@ -78,8 +78,8 @@ def test_active_elements(pairs, theta, alpha, beta):
     s = split(one, two, theta=theta, alpha=alpha, beta=beta)
     shared = s.region == SHARED
     for active, only, other, share in (
-        (s.active["sft"], S1_ONLY, S2_ONLY, alpha),
-        (s.active["rl"], S2_ONLY, S1_ONLY, beta),
+        (s.active[1], S1_ONLY, S2_ONLY, alpha),
+        (s.active[2], S2_ONLY, S1_ONLY, beta),
     ):
         assert active[s.region == only].all()
         assert not active[s.region == other].any() and not active[s.region == NONE].any()
@@ -101,8 +101,8 @@ def test_a_control_is_a_seeded_permutation(strategy, sizes):
     for mine, theirs in zip(one.region.split(sizes), real.region.split(sizes), strict=True):
         assert mine.bincount(minlength=4).tolist() == theirs.bincount(minlength=4).tolist()
         assert not torch.equal(mine, theirs)
-    for stage, system in (("sft", 1), ("rl", 2)):
-        assert torch.equal(one.active[stage], (one.region & system).bool())
+    for system in (1, 2):
+        assert torch.equal(one.active[system], (one.region & system).bool())
 
 
 @settings(max_examples=40)
@@ -115,14 +115,14 @@ def test_topk_takes_so_many_of_each_system(pairs, density):
     for bit, values in ((1, one), (2, two)):
         order = sorted(range(len(values)), key=lambda i: (-values[i], i))[:number]
         assert (found.region & bit).nonzero().flatten().tolist() == sorted(order)
-    assert torch.equal(found.active["sft"], (found.region & 1).bool())
+    assert torch.equal(found.active[1], (found.region & 1).bool())
 
 
 def test_random_half_needs_no_scores_and_trains_one_half_in_both_stages():
     found = split([0.0] * 101, [0.0] * 101, strategy="random_half")
     assert found.region.tolist().count(SHARED) == 50 and found.region.tolist().count(NONE) == 51
-    assert torch.equal(found.active["sft"], found.active["rl"]) and int(found.active["rl"].sum()) == 50
-    assert int(split([0.0] * 10, [0.0] * 10, strategy="random_half", density=0.1).active["sft"].sum()) == 1
+    assert torch.equal(found.active[1], found.active[2]) and int(found.active[2].sum()) == 50
+    assert int(split([0.0] * 10, [0.0] * 10, strategy="random_half", density=0.1).active[1].sum()) == 1
 
 
 @pytest.mark.parametrize(

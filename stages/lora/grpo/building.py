@@ -124,7 +124,7 @@ class Grpo(Training):
         trainer = grpo_trainer(rl, prompts, sampler, limit, self.rewards(), arguments)
         if rl.rollouts.engine != "transformers":
             vllm_rollouts.install_weights(trainer, model, rl.rollouts, self.seed)
-        from_sft = rl.start_from == "sft" and self.baseline is None
+        from_sft = rl.start_from != "init" and self.baseline is None
         if rl.beta and (rl.kl_reference == "base" or (rl.kl_reference == "auto" and not from_sft)):
             model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
         trainer.add_callback(_longest_batch(trainer))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.errors import ArtifactError
 from stages.lora.examples import PROTECTED
+from stages.store.artifacts import Artifact
 
 REGION, ACTIVE = "region", "active"
 
@@ -69,6 +70,11 @@ class Masks:
     def load(cls, path: Path, stage: str) -> Masks:
         tensors = _load(path)
         return cls(_with_prefix(f"{REGION}/", tensors), _with_prefix(f"{ACTIVE}/{stage}/", tensors))
+
+    @classmethod
+    def of(cls, partition: Artifact) -> Masks:
+        """The masks of one variant of partition."""
+        return cls.load(partition.path / "masks.safetensors", partition.manifest["variant"])
 
 
 def read_masks(partition: Path, stage: str) -> dict[str, Tensor]:

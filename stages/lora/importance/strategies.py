@@ -36,8 +36,8 @@ class Split:
 
     region: Tensor
     """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared: bit 0 is System 1's set, bit 1 System 2's."""
-    active: dict[str, Tensor]
-    """bool: the elements that each stage, `sft` and `rl`, trains."""
+    active: dict[int, Tensor]
+    """bool: the elements that train for each system: for 1 in SFT, for 2 in RL or a second round of SFT."""
 
 
 def top_share(scores: Tensor, share: float) -> Tensor:
@@ -172,9 +172,9 @@ def _split(sets: dict[int, Tensor], scores: dict[int, Tensor], section: Partitio
     region = sets[1].byte() + 2 * sets[2].byte()  # uint8, (elements,)
     shared = (region == SHARED).nonzero().flatten()  # (n,): indices of the shared elements
     active = {}
-    for stage, system, share, only in (("sft", 1, section.alpha, S1_ONLY), ("rl", 2, section.beta, S2_ONLY)):
-        active[stage] = region == only
-        active[stage][shared] = top_share(scores[system][shared], share)
+    for system, share, only in ((1, section.alpha, S1_ONLY), (2, section.beta, S2_ONLY)):
+        active[system] = region == only
+        active[system][shared] = top_share(scores[system][shared], share)
     return Split(region, active)
 
 
@@ -188,7 +188,7 @@ def permuted(scores: dict[int, Tensor], section: PartitionSection, seed: int, si
 def random_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
     """Control: like `random`, but inside each LoRA weight, so every layer keeps its number of elements."""
     split, order = importance(scores, section, seed, sizes), order_within(sizes, seed)
-    return Split(split.region[order], {stage: mask[order] for stage, mask in split.active.items()})
+    return Split(split.region[order], {system: mask[order] for system, mask in split.active.items()})
 
 
 def order_within(sizes: list[int], seed: int) -> Tensor:
@@ -219,4 +219,4 @@ def every_element(scores: dict[int, Tensor], section: PartitionSection, seed: in
 
 
 def _same_in_both_stages(chosen: Tensor) -> Split:
-    return Split(SHARED * chosen.byte(), {"sft": chosen, "rl": chosen.clone()})
+    return Split(SHARED * chosen.byte(), {1: chosen, 2: chosen.clone()})

@@ -111,10 +111,8 @@ class Training:
     @cached_property
     def start(self) -> StartingAdapter:
         """The other stage's adapter or the initial one; RL and a second SFT train System 2's elements."""
-        masks = "rl" if isinstance(self.section, RlSection) or self.context.variant else "sft"
-        partition = self.context.masks
-        active = Masks.load(partition / "masks.safetensors", masks).active if partition else None
-        return StartingAdapter(self.context.adapter("sft", "rl", "score"), active)
+        partition = self.context.partition
+        return StartingAdapter(self.context.adapter, Masks.of(partition).active if partition else None)
 
     def attach(self, base: PreTrainedModel) -> PeftModel:
         """Put the adapter on the base."""
