@@ -93,13 +93,13 @@ def parts(small: bool) -> list[Part]:
     pairs = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     group = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []
     served = ["classify.voters=[{engine: vllm}]", "eval.engine=vllm", "rl.rollouts.engine=vllm_colocate"]
-    two = [f"{stage}.launch.processes=2" for stage in ("sft", "rl")]
+    two = ["launch.processes=2"]
     quick, real = ["-m", "not slow and not vllm"], ["-k", "real_engine"]
     return [
         Part("doctor", lambda *_: ["-m", "lorapar_cli", "doctor"], facts, 1),
         Part(
             "frozen",
-            tests("lora/test_frozen", "lora/test_four_bit", *alike, options=quick),
+            tests("lora/test_sparse_linear", "lora/test_four_bit", *alike, options=quick),
             PASSED,
             2,
             TESTING,

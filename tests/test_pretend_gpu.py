@@ -17,7 +17,7 @@ from pretend_gpu.faults import FAULTS, IN_TWO_PROCESSES
 pytestmark = pytest.mark.slow
 
 SMALL = ("data.limit=48", "eval.benchmarks.demo.limit=2", "eval.targets=[rl]", "sft.max_steps=2")
-TWO = [f"{stage}.launch.processes=2" for stage in ("sft", "rl")]
+TWO = ["launch.processes=2"]
 CASES = {
     "one": ["eval.targets=[base, init, sft, rl]"],
     "two": TWO,
