@@ -101,5 +101,5 @@ fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff format .
 
 clean: ## Remove runs, the demonstration set and fetched models, and nothing of yours
-	rm -rf runs site .cache dist data/demo data/demo-long models/smollm2-135m-q4 models/tiny-random
+	rm -rf runs site .cache dist data/demo models/smollm2-135m-q4 models/tiny-random
 	rmdir --ignore-fail-on-non-empty data models 2>/dev/null || true

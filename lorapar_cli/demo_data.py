@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import flag
 from stages.config.fields import MAX_INT
 from stages.store.artifacts import refuse_store
 
@@ -16,12 +15,9 @@ def command(
     seed: Annotated[
         int, typer.Option(help="Random seed; the same seed gives the same files.", min=0, max=MAX_INT)
     ] = 0,
-    long: Annotated[
-        bool, flag("--long", help="Write the larger set of demo-long.yaml, with valid.jsonl and final.jsonl.")
-    ] = False,
 ) -> None:
     from stages.data.demo import write
 
     refuse_store(folder)
-    sizes = write(folder, seed, "long" if long else "short")
+    sizes = write(folder, seed)
     terminal.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in sizes.items()))

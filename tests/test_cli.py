@@ -111,8 +111,8 @@ def config(smoke_flags):
         ("model.name=my model", 66, "no local folder 'my model', and cannot get the model from the hub: "),
         ("data.path=data/demo/none.jsonl", 66,
          f"no data file data/demo/none.jsonl in {ROOT}\n  hint: lorapar demo-data data/demo writes it\n"),
-        ("data.path=data/demo-long/none.jsonl", 66, f"no data file data/demo-long/none.jsonl in {ROOT}\n"
-         "  hint: lorapar demo-data data/demo-long --long writes it\n"),
+        ("data.path=data/demo/none.jsonl", 66, f"no data file data/demo/none.jsonl in {ROOT}\n"
+         "  hint: lorapar demo-data data/demo writes it\n"),
         ("data.path=none.jsonl", 66, f"no data file none.jsonl in {ROOT}\n"),
         ("data.path=/tmp", 66, "/tmp is a folder, not a file\n"),
         ("data.path=null", 78, "data.path is not set\n"),

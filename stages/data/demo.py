@@ -1,10 +1,9 @@
 """Generates the demonstration set: questions whose intended system is known, from a seed.
 
 System 1 items are answered by recall, by reading one number off the text, or by one operation. System 2
-items need a chain of two operations, in the long set also of three. All items are built from the same
-sentences, and System 1 items have more asides (irrelevant sentences), so that neither the length nor any
-single word separates the systems (a test asserts this). The intended system is in the field `intended`, which
-no stage reads by default.
+items need a chain of two operations. All items are built from the same sentences, and System 1 items have
+more asides (irrelevant sentences), so that neither the length nor any single word separates the systems (a
+test asserts this). The intended system is in the field `intended`, which no stage reads by default.
 
 The output depends on the order in which the functions call the random generator.
 """
@@ -19,20 +18,13 @@ from pathlib import Path
 from stages.records import write_jsonl
 from stages.store.whole_files import whole_files
 
-Shares = dict[str, float]
-"""Kind of item → its share in a split."""
-BALANCED: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.50}
-CHAINS: Shares = {"one_step": 1 / 3, "two_step": 2 / 3}
-HARDER: Shares = {"recall": 0.08, "reading": 0.12, "one_step": 0.30, "two_step": 0.30, "three_step": 0.20}
-SETS: dict[str, dict[str, tuple[int, Shares]]] = {
-    "short": {"train": (240, BALANCED), "test": (300, CHAINS)},
-    "long": {"train": (360, HARDER), "test": (200, HARDER), "valid": (400, HARDER), "final": (1000, HARDER)},
+SPLITS = {
+    "train": {"recall": 19, "reading": 29, "one_step": 72, "two_step": 120},
+    "test": {"one_step": 100, "two_step": 200},
 }
-"""Set → split → number of items and shares of their kinds. Splits are generated in this order."""
-STEPS = {"one_step": 1, "two_step": 2, "three_step": 3}
+"""Split → kind of item → number of these. Splits and kinds are generated in this order."""
+STEPS = {"one_step": 1, "two_step": 2}
 """Kind of chain → its number of operations."""
-UNSEEN = ("test", "final")
-"""Splits that ask for nothing which `train` or `valid` works out: other facts, and other worked answers."""
 
 # fmt: off
 NAMES = ["Mia", "Tom", "Ana", "Leo", "Zoe", "Sam", "Ida", "Ben", "Eva", "Max",
@@ -41,9 +33,8 @@ THINGS = ["apples", "pens", "cards", "books", "stamps", "shells", "coins", "bead
           "plums", "cups", "keys", "balls", "cakes", "rings", "seeds", "nuts", "figs"]
 BOXES = ["bags", "boxes", "packs", "jars", "baskets", "crates", "trays", "tins"]
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "grey"]
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo",
-            "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "China": "Beijing",
-            "Portugal": "Lisbon", "England": "London", "Austria": "Vienna"}
+CAPITALS = {"Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Russia": "Moscow", "Greece": "Athens",
+            "China": "Beijing", "England": "London", "Austria": "Vienna"}
 # fmt: on
 ASIDES = [
     "The market on the square opens at {n}.",
@@ -58,50 +49,38 @@ ASIDES = [
 
 # (question, sentence that answers it, answer): facts that a small pretrained model may have seen.
 FACTS = [
-    ("How many days are in a week?", "A week has 7 days.", "7"),
     ("How many months are in a year?", "A year has 12 months.", "12"),
     ("How many hours are in a day?", "A day has 24 hours.", "24"),
-    ("How many minutes are in an hour?", "An hour has 60 minutes.", "60"),
     ("How many seconds are in a minute?", "A minute has 60 seconds.", "60"),
     ("How many legs does a spider have?", "A spider has 8 legs.", "8"),
-    ("How many legs does an insect have?", "An insect has 6 legs.", "6"),
     ("How many legs does a dog have?", "A dog has 4 legs.", "4"),
     ("How many sides does a triangle have?", "A triangle has 3 sides.", "3"),
-    ("How many sides does a square have?", "A square has 4 sides.", "4"),
     ("How many sides does a hexagon have?", "A hexagon has 6 sides.", "6"),
     ("How many sides does a pentagon have?", "A pentagon has 5 sides.", "5"),
-    ("How many fingers are on one hand?", "One hand has 5 fingers.", "5"),
     ("How many wheels does a bicycle have?", "A bicycle has 2 wheels.", "2"),
     ("How many wheels does a car have?", "A car has 4 wheels.", "4"),
-    ("How many letters are in the English alphabet?", "The English alphabet has 26 letters.", "26"),
     ("How many eggs are in a dozen?", "A dozen is 12 eggs.", "12"),
     ("How many planets orbit the Sun?", "8 planets orbit the Sun.", "8"),
-    ("How many cents are in a dollar?", "A dollar has 100 cents.", "100"),
     ("How many years are in a century?", "A century has 100 years.", "100"),
     ("How many years are in a decade?", "A decade has 10 years.", "10"),
-    ("How many strings does a violin have?", "A violin has 4 strings.", "4"),
     ("How many arms does an octopus have?", "An octopus has 8 arms.", "8"),
     ("How many continents are there?", "There are 7 continents.", "7"),
     *(
         (f"What is the capital of {country}?", f"The capital of {country} is {city}.", city)
         for country, city in CAPITALS.items()
     ),
-    ("What colour is fresh snow?", "Fresh snow is white.", "white"),
     ("What colour is grass?", "Grass is green.", "green"),
     ("What colour is a ripe banana?", "A ripe banana is yellow.", "yellow"),
-    ("What colour is coal?", "Coal is black.", "black"),
     *(
         (f"What is the opposite of {word}?", f"The opposite of {word} is {other}.", other)
-        for word, other in (("hot", "cold"), ("big", "small"), ("up", "down"), ("day", "night"))
+        for word, other in (("hot", "cold"), ("big", "small"), ("day", "night"))
     ),
 ]
-TEST_FACT_EVERY = 3
-"""Every third fact is used in the UNSEEN splits only, so that no fact they ask for was trained on."""
-UNSEEN_ANSWER_EVERY = 3
-"""A third of all worked answers, by their checksum, is used in the UNSEEN splits only.
+UNSEEN_EVERY = 3
+"""A third of all worked answers, by their checksum, is only in `test`.
 
 Names and things are not part of a chain's worked answer, so an unseen chain is new in its numbers, too.
-Without this rule, 61 to 67 % of the one-step items of `final` had their worked answer in `train`.
+Without this rule, 61 to 67 % of one-step test items had their worked answer in `train`.
 """
 
 
@@ -132,49 +111,37 @@ class _Story:
         self.sentences.append(sentence)
 
 
-def write(folder: Path, seed: int, size: str = "short") -> dict[str, int]:
-    """Write one file per split of the set `size` to `folder`; return the number of items in each.
+def write(folder: Path, seed: int) -> dict[str, int]:
+    """Write one file per split to `folder`; return the number of items in each.
 
-    OutputError if a file has other rows. The same seed gives the same bytes. No two splits share a question,
-    and no worked answer of an UNSEEN split is one of `train` or `valid`. In the long set, `valid` is for
-    choosing settings and asks for the same facts as `train`; `final` is a larger `test`, for differences of a
-    few points.
+    OutputError if a file has other rows. The same seed gives the same bytes. The splits share no question and
+    no worked answer.
     """
     rng = random.Random(seed)
     questions: set[str] = set()
-    splits = SETS[size]
-    sizes = {}
     # `make` takes the last file as proof of all.
-    with whole_files([folder / f"{split}.jsonl" for split in splits], "another folder") as files:
-        for new, (split, (total, shares)) in zip(files, splits.items(), strict=True):
-            items = list(_items(rng, split, total, shares, questions))
+    with whole_files([folder / f"{split}.jsonl" for split in SPLITS], "another folder") as files:
+        for new, split in zip(files, SPLITS, strict=True):
+            items = list(_items(rng, split, questions))
             rng.shuffle(items)
             write_jsonl(new, map(asdict, items))
-            sizes[split] = len(items)
-    return sizes
+    return {split: sum(numbers.values()) for split, numbers in SPLITS.items()}
 
 
-def _items(
-    rng: random.Random, split: str, total: int, shares: Shares, questions: set[str]
-) -> Iterator[Problem]:
+def _items(rng: random.Random, split: str, questions: set[str]) -> Iterator[Problem]:
     """Yield the items of one split; their questions are added to `questions`, and none there is repeated."""
-    facts = [f for i, f in enumerate(FACTS) if (i % TEST_FACT_EVERY == 0) == (split in UNSEEN)]
-    makers = {"recall": partial(_recall, rng, facts), "reading": partial(_reading, rng)}
+    makers = {"recall": partial(_recall, rng), "reading": partial(_reading, rng)}
     makers |= {kind: partial(_chain, rng, kind) for kind in STEPS}
-    for kind, share in shares.items():
+    for kind, number in SPLITS[split].items():
         written = 0
-        while written < round(total * share):
+        while written < number:
             item = makers[kind]()
-            in_place = kind == "recall" or _is_unseen(item.answer) == (split in UNSEEN)
+            is_unseen = zlib.crc32(item.answer.encode()) % UNSEEN_EVERY == 0
+            in_place = kind == "recall" or is_unseen == (split == "test")
             if in_place and item.question not in questions:
                 questions.add(item.question)
                 written += 1
                 yield item
-
-
-def _is_unseen(answer: str) -> bool:
-    """Whether a worked answer belongs to the UNSEEN splits."""
-    return zlib.crc32(answer.encode()) % UNSEEN_ANSWER_EVERY == 0
 
 
 def _item(
@@ -184,9 +151,9 @@ def _item(
     return Problem(" ".join(leading + sentences), f"{worked}\n#### {gold}", intended, kind)
 
 
-def _recall(rng: random.Random, facts: list[tuple[str, str, str]]) -> Problem:
+def _recall(rng: random.Random) -> Problem:
     """Ask for a fact."""
-    question, sentence, gold = rng.choice(facts)
+    question, sentence, gold = rng.choice(FACTS)
     return _item(rng, [question], sentence, gold, 1, "recall", rng.randint(0, 2))
 
 

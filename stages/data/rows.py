@@ -242,8 +242,7 @@ def local_file(source: SourceSection) -> Path | None:
     if not may_be_hub_id(source.path):
         if path.is_dir():
             raise MissingInputError(f"{path} is a folder, not a file")
-        long = {"data/demo": "", "data/demo-long": " --long"}.get(folder := str(path.parent))
-        hint = None if long is None else f"lorapar demo-data {folder}{long} writes it"
+        hint = "lorapar demo-data data/demo writes it" if path.parent == Path("data/demo") else None
         raise MissingInputError(f"no data file {sought(path)}", hint)
     return None
 
