@@ -33,6 +33,7 @@ TEXTS = {
     "There are 3 boxes of 4 pens.\n3 * 4 = 12\nSo Tom has 3 * 4 = 12 pens.": "12",
     "He pays 20 and gets 2 back. Hence it costs $18.": "$18",
     "60 + 16 = $76 together. Order 12 costs $76.": None,
+    "2 mats cost 2 * 30 = $60, so with shipping 60 + 16 = $76. The order costs $76.": "$76",
     "2 mats cost 2 * 30 = $60. Greta owes $120.": None,
     "France borders Spain, and its largest city lies on the Seine. The answer is Paris.": "Paris",
     "Standard shipping takes 5 days and costs nothing. It is free for orders above $50 in summer.": None,

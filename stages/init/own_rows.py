@@ -39,7 +39,8 @@ WORDS, FEW = 14, 3
 """Most words of a sentence that holds an answer, and of an answer that is one as a whole."""
 RULE = (
     "the number, date or time of a short sentence, or the number of the last one of a longer text, as in "
-    "`So 12 are left.`; a yes or no at the beginning; a letter; or all of at most 3 words"
+    "`So 12 are left.` or where it repeats a result, `= 12`; a yes or no at the beginning; a letter; or all "
+    "of at most 3 words"
 )
 MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _DATE = re.compile(
@@ -69,6 +70,7 @@ _CONCLUDES = re.compile(
 )
 _NAMES_ANSWER = re.compile(r"\banswer(?:\s+is|\s*:)\s*(.+)$", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−]?(?:(?:USD|[$€£¥₹])\s?)?\d[\d,]*(?:\.\d+)?(?:\s?%|\s?[€£]|\s?/\s?\d+)?")
+_RESULT = re.compile(rf"=\s*({_NUMBER.pattern})")
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,12 @@ def final_answer(text: str, question: str = "") -> str | None:
     *before, last = _SENTENCE.split(text)
     if before and (named := _NAMES_ANSWER.search(last)):
         return _of_sentence(named[1], "")
-    if not before or not _CONCLUDES.search(last):
+    # What follows the last = is the result.
+    numbers = _NUMBER.findall(last.rpartition("=")[2]) if before else []
+    if len(numbers) != 1 or (value := parse_number(numbers[0])) is None:
         return None
-    numbers = _NUMBER.findall(last.rpartition("=")[2])  # what follows the last = is the result
-    return numbers[0].strip() if len(numbers) == 1 and parse_number(numbers[0]) is not None else None
+    repeats = value in (parse_number(number) for line in before for number in _RESULT.findall(line))
+    return numbers[0].strip() if repeats or _CONCLUDES.search(last) else None
 
 
 def _of_sentence(text: str, question: str) -> str | None:
