@@ -65,7 +65,7 @@ def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change
 @pytest.mark.parametrize(
     ("strategy", "unread", "read"),
     [
-        ("known", ["classify.seed=3", "classify.rule=unanimous", "classify.voters=[{}]"], "known=x"),
+        ("known", ["classify.seed=3", "classify.rule=weighted", "classify.voters=[{}]"], "known=x"),
         ("random", ["classify.known=x", "classify.quorum=1"], "seed=1"),
     ],
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from stages.config import UNVOTED, Config
@@ -72,12 +71,10 @@ def _server_checks(texts: Texts) -> Iterator[Check]:
 def _check_known_labels(texts: Texts, variant: str) -> None:
     from stages.labelling.known import with_known_labels
 
-    config = texts.config
-    benchmark, file = config.eval.benchmarks.get(variant), config.classify.labels_file
+    classify, benchmark = texts.config.classify, texts.config.eval.benchmarks.get(variant)
     brings_labels = benchmark is not None and benchmark.brings_labels
-    path = Path(file) if file and not brings_labels else None
-    required = benchmark is None or brings_labels
-    with_known_labels(texts.rows[variant], config.classify.known, path, required)
+    file, required = (None, True) if brings_labels else (classify.labels_file, benchmark is None)
+    with_known_labels(texts.rows[variant], classify.known, file, required)
 
 
 def _spans(texts: Texts, variant: str) -> Iterator[Span]:
@@ -129,7 +126,7 @@ STAGE = Stage(
         "labels.jsonl": "One object per row, in the order of the rows: `id`, `prompt`, `response`, `gold`, "
         "`extra` (other fields of the row), `system` (1, 2, or null if undecided) and `votes` (voter → "
         "probability of System 2).",
-        "report.json": "Votes of each voter, invalid and failed answers, agreement, contested rows, and the "
+        "report.json": "Votes of each voter, its invalid and failed answers, its AUC on known examples, and the "
         "comparison with known labels. Only where voters label.",
     },
     checks=_checks,

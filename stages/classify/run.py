@@ -7,12 +7,12 @@ a killed run continues where it was.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import threading
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from stages.classify import report
@@ -77,8 +77,13 @@ def run(
         results[journal.title] = result.decided(classify.system2_share)
     rows = aggregate(examples, results, classify)
     write_labels(context.out / "labels.jsonl", rows)
-    content = report.content(rows, journals, results, calibrations, classify)
-    return report.write(content, classify, context.out / "report.json", context.progress.say)
+    content = report.content(rows, journals, results, calibrations, classify.known)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (context.out / "report.json").write_text(text, encoding="utf-8")
+    report.check_voters(content["voters"], classify, context.progress.say)
+    votes = {title: voter["system2_share"] for title, voter in content["voters"].items()}
+    agreement = {"agrees_with_known": content["known"]["agreement"]} if "known" in content else {}
+    return {**report.counts(rows), "votes_system2": votes, **agreement}
 
 
 def _label_without_voters(
@@ -86,8 +91,7 @@ def _label_without_voters(
 ) -> list[Labelled]:
     """Label by strategy known or random. required: raise DataError if no row has a known label."""
     if classify.strategy == "known":
-        file = Path(classify.labels_file) if classify.labels_file else None
-        return with_known_labels(examples, classify.known, file, required)
+        return with_known_labels(examples, classify.known, classify.labels_file, required)
     generator, share = random.Random(classify.seed), classify.system2_share or 0.5
     return [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
 
@@ -194,4 +198,5 @@ def _calibrate_voter(journal: VoteJournal, labelled: list[Labelled]) -> Calibrat
             f"outside its prompt, and calibration needs {MIN_EXAMPLES} in all and some of each",
             "more of them in classify.held_out, or calibration: none",
         )
-    return calibrate(method, unseen, [journal.vote(row.example) for row in unseen])
+    votes = [journal.vote(row.example) for row in unseen]
+    return calibrate(unseen, votes, by_median=method == "held_out")

@@ -116,11 +116,11 @@ class ClassifySection(Section):
     labels_file: str | None = unkeyed(None)
     """Labels for strategy known: JSON, JSON Lines or CSV; none: the rows have them."""
     voters: list[Voter] = of_votes([Voter()], "Models that vote on each example.", min_length=1)
-    rule: Literal["majority", "weighted", "mean_probability", "unanimous"] = of_votes("majority")
+    rule: Literal["majority", "weighted", "mean_probability"] = of_votes("majority")
     """How votes become a label; the mean probability decides a tie."""
     quorum: Share = advanced_of_votes(0.5, "Share of valid votes below which an example is undecided.")
     min_agreement: Share = of_votes(0)
-    """Share of the votes for the larger side below which an example is undecided."""
+    """Share of the votes for the larger side below which an example is undecided; 1: unless all agree."""
     min_auc: Share = unkeyed(0.6)
     """Area under the ROC curve on labelled examples that at least one voter must reach."""
     accept_weak: bool = unkeyed(False, "Go on even if no voter reaches min_auc.")

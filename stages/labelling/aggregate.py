@@ -21,7 +21,6 @@ MIN_EXAMPLES = 24
 class Calibration:
     """A voter's threshold, and how well its probabilities separate the labelled examples."""
 
-    method: str
     threshold: float
     auc: float | None
     """On the labelled examples."""
@@ -31,23 +30,19 @@ class Calibration:
     """Labelled examples with a valid vote."""
 
 
-def calibrate(method: str, labelled: list[Labelled], votes: list[float | None]) -> Calibration:
-    """Find the threshold by `method`, none or held_out, and the AUC on the labelled examples.
+def calibrate(labelled: list[Labelled], votes: list[float | None], by_median: bool) -> Calibration:
+    """Find the threshold, and the AUC on the labelled examples.
 
-    votes: the probability of System 2 for each labelled example. `held_out` takes their median: it has no
-    slope that could be fitted wrongly, but is fair only for as many System 1 as System 2 examples.
+    votes: the probability of System 2 for each labelled example. by_median: their median is the threshold, in
+    place of a half. It has no slope that could be fitted wrongly.
     """
     pairs = [(vote, row.system == 2) for row, vote in zip(labelled, votes, strict=True) if vote is not None]
     area, interval = auc([vote for vote, _ in pairs], [is_2 for _, is_2 in pairs]) or (None, None)
-    threshold = 0.5
-    if method == "held_out":
-        by_system = [[vote for vote, is_2 in pairs if is_2 is wanted] for wanted in (False, True)]
-        # An unbalanced file must not move the median: the same number of votes represents each system.
-        if number := min(map(len, by_system)):
-            threshold = median(
-                vote for of_system in by_system for vote in _representatives(of_system, number)
-            )
-    return Calibration(method, threshold, area, interval, len(pairs))
+    of_system1, of_system2 = ([vote for vote, is_2 in pairs if is_2 is which] for which in (False, True))
+    # An unbalanced file must not move the median: so repeated, both systems have the same number of votes.
+    balanced = of_system1 * len(of_system2) + of_system2 * len(of_system1)
+    threshold = median(balanced) if by_median and balanced else 0.5
+    return Calibration(threshold, area, interval, len(pairs))
 
 
 def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
@@ -71,18 +66,6 @@ def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tup
     variance = area * (1 - area) + (n2 - 1) * (q2 - area**2) + (n1 - 1) * (q1 - area**2)  # times n1 n2
     margin = Z * sqrt(max(variance, 0.0) / (n2 * n1))
     return area, (max(0.0, area - margin), min(1.0, area + margin))
-
-
-def _representatives(values: list[float], number: int) -> list[float]:
-    """`number` of the values that represent their distribution: the quantiles (i + 1/2) / number.
-
-    Quantile q is the value at the 0-based rank floor(q · n): the middle of the i-th of `number` equal pieces
-    of the sorted list. All values, if `number` is n.
-    """
-    # In integers, because no method of `numpy.quantile` gives these ranks. The closest, `inverted_cdf`, takes
-    # the preceding value where q · n is a whole number, as at q = 1/2 of 4 values.
-    ordered = sorted(values)
-    return [ordered[(2 * i + 1) * len(ordered) // (2 * number)] for i in range(number)]
 
 
 @dataclass(frozen=True)
@@ -135,8 +118,7 @@ def aggregate(
       `quorum`, the example is undecided (None).
     - Rules majority and weighted: the side with more voters, or more weight. A tie is decided by the mean
       calibrated probability, and if that is 0.5 too, for 2.
-    - Rule mean_probability: 2 if the mean is above 0.5; if it is 0.5, the side with more voters. Rule
-      unanimous: undecided unless all agree.
+    - Rule mean_probability: 2 if the mean is above 0.5; if it is 0.5, the side with more voters.
     - If the larger side has less than `min_agreement` of the voters (or weight), the example is undecided.
     """
     rows = []
@@ -161,8 +143,6 @@ def _label(valid_votes: list[tuple[float, bool, float]], section: ClassifySectio
     # The margins of 1e-9 make shares and means that differ by rounding alone count as equal.
     if max(share_of_2, 1 - share_of_2) < section.min_agreement - 1e-9:
         return None
-    if section.rule == "unanimous":
-        return {0.0: 1, 1.0: 2}.get(share_of_2)
     if section.rule == "mean_probability" and abs(mean - 0.5) > 1e-9:
         return 2 if mean > 0.5 else 1
     if abs(share_of_2 - 0.5) < 1e-9:

@@ -21,7 +21,7 @@ KEYS = ("id", "question", "prompt", "instruction")
 
 
 def with_known_labels(
-    examples: list[Example], field: str, file: Path | None, required: bool = True
+    examples: list[Example], field: str, file: str | Path | None, required: bool = True
 ) -> list[Labelled]:
     """Label each example from its own field, or from the file; undecided where there is no label.
 
@@ -32,7 +32,7 @@ def with_known_labels(
     labels, and if labels are `required` and there is none.
     """
     of_rows = ((e.id, e.extra[field]) for e in examples if field in e.extra)
-    values = _read(file, field) if file else list(of_rows)
+    values = _read(Path(file), field) if file else list(of_rows)
     where = str(file) if file else f"the field {field}"
     parsed = [(key, value, system_of(value)) for key, value in values if value is not None]
     if wrong := [f"{key[:60]}: {value!r}" for key, value, system in parsed if system is None]:

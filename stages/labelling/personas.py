@@ -7,18 +7,18 @@ whose votes depend on the label words more than on anything else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.data.files import read_file
-from stages.data.rows import is_encodable
+from stages.config import SourceSection
+from stages.data.rows import read
 from stages.engines import ChoiceRequest
 from stages.errors import DataError
-from stages.labelling.known import system_of
+from stages.labelling.known import with_known_labels
 from stages.prompts.answers import split_final_answer
-from stages.records import Example, Labelled, data_error
+from stages.records import Example, Labelled
 from stages.registry import Registry
 
 if TYPE_CHECKING:
@@ -62,47 +62,34 @@ def question_of(voter: Voter, target: str, show_answer: bool) -> Callable[[Examp
 
 
 def shots_of(voter: Voter) -> tuple[Labelled, ...]:
-    """The worked examples in the voter's prompt; none if its persona takes none."""
+    """The worked examples in the voter's prompt, System 1 and 2 in turn; none if its persona takes none.
+
+    Raises DataError if the file has too few of one system.
+    """
     if not personas.has_trait(voter.persona, "few-shot"):
         return ()
-    return shots(Path(voter.shots_path) if voter.shots_path else SHOTS, voter.shots)
+    path, of_each = Path(voter.shots_path or SHOTS), voter.shots // 2
+    rows = read_labelled_examples(path)
+    ones, twos = ([row for row in rows if row.system == system] for system in (1, 2))
+    if min(len(ones), len(twos)) < of_each:
+        numbers = f"{path.name} has {len(ones)} and {len(twos)}"
+        raise DataError(f"{voter.shots} shots need {of_each} examples of each system, and {numbers}")
+    return tuple(row for pair in zip(ones[:of_each], twos[:of_each], strict=True) for row in pair)
 
 
 def held_out(path: str | None) -> list[Labelled]:
     """The labelled examples for calibration, from a user's file or from lorapar's own."""
-    return read_labelled_examples(Path(path) if path else HELD_OUT)
+    return read_labelled_examples(Path(path or HELD_OUT))
 
 
 def read_labelled_examples(path: Path) -> list[Labelled]:
-    """Read rows with question, answer and system (1 or 2); raises DataError that lists all other rows."""
-    rows, bad = [], []
-    for number, row in read_file(path):
-        system, question, answer = system_of(row.get("system")), row.get("question"), row.get("answer")
-        if system and isinstance(question, str) and is_encodable(row):
-            text = "" if answer is None else str(answer)
-            rows.append(Labelled(Example(f"{FOR_CALIBRATION}{question}", question, text, None), system, {}))
-        else:
-            bad.append(f"{path}:{number}")
-    if bad:
-        raise data_error("a labelled example needs a question and a system, 1 or 2", bad)
+    """Read rows in any form, with `system` (1 or 2), with or without an answer; DataError for other rows."""
+    examples = read(SourceSection(path=str(path), empty="keep"))
+    examples = [replace(row, id=f"{FOR_CALIBRATION}{row.prompt}") for row in examples]
+    rows = [row for row in with_known_labels(examples, "system", None) if row.system]
     if len({row.system for row in rows}) < 2:
         raise DataError(f"{path} has examples of one system only")
     return rows
-
-
-def shots(path: Path, number: int) -> tuple[Labelled, ...]:
-    """The first `number` examples of a file, System 1 and System 2 in turn.
-
-    An odd number is rounded down. Raises DataError if there are fewer.
-    """
-    rows = read_labelled_examples(path)
-    ones, twos = ([row for row in rows if row.system == k] for k in (1, 2))
-    if 2 * min(len(ones), len(twos)) < number:
-        raise DataError(
-            f"{number} shots need {number // 2} examples of each system, and {path.name} has {len(ones)} and "
-            f"{len(twos)}"
-        )
-    return tuple(row for pair in zip(ones, twos, strict=False) for row in pair)[: number - number % 2]
 
 
 @personas.add("chat")

@@ -165,11 +165,9 @@ class VoteJournal:
 
     def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
         """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""
-        request = replace(self.question(example), measure_mass=example.id.startswith(FOR_CALIBRATION))
-        if not self.voter.thinking and not self.voter.temperature:
-            return request
         return replace(
-            request,
+            self.question(example),
+            measure_mass=example.id.startswith(FOR_CALIBRATION),
             max_thinking_tokens=self.voter.thinking.max_tokens if self.voter.thinking else 0,
             temperature=self.voter.temperature,
             seed=seed_of({"question": self._key(example), "seed": self._seed, "sample": sample}),

@@ -147,6 +147,5 @@ def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     classify = config.classify
     if classify.strategy == "known":
         with suppress(LoraparError):  # which the check of classify raises
-            file = Path(classify.labels_file) if classify.labels_file else None
-            return with_known_labels(texts.rows[TRAIN], classify.known, file, True)
+            return with_known_labels(texts.rows[TRAIN], classify.known, classify.labels_file)
     return []

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, NonNegativeInt
 
-from stages import escaping
 from stages.records import read_json
 from stages.report.comparison import percent
 from stages.report.page import Grid, Text
 
-MAX_CONTESTED = 3
 Ends = tuple[float, float]
 """The ends of a 95 % interval."""
 
@@ -34,18 +32,11 @@ class _Known(BaseModel):
     n: NonNegativeInt
 
 
-class _Contested(BaseModel):
-    system: int | None
-    votes: dict[str, float | None]
-    prompt: str
-
-
 class _Report(BaseModel):
     """Fields of report.json that are shown; classify/report.py writes them."""
 
     voters: dict[str, _Voter]
     known: _Known | None = None
-    contested: list[_Contested]
 
 
 def blocks(folder: Path) -> list[Grid | Text]:
@@ -56,12 +47,7 @@ def blocks(folder: Path) -> list[Grid | Text]:
     parts: list[Grid | Text] = [_voters(report.voters)]
     parts.append(Text("weight: share of the voter's probability that falls on its two words"))
     parts.append(Text("held-out AUC: on rows of known labels (classify.held_out), not on these"))
-    parts += _reference(report.known, report.voters) if report.known else []
-    parts += [Text("most contested:")] if report.contested else []
-    for row in report.contested[:MAX_CONTESTED]:
-        values = ", ".join("–" if value is None else f"{value:.2f}" for value in row.votes.values())
-        prompt = escaping.one_line(" ".join(row.prompt.split()))[:90]
-        parts.append(Text(f"  System {row.system or '–'} from {values}: {prompt}"))
+    parts += _reference(report.known) if report.known else []
     return parts
 
 
@@ -81,12 +67,9 @@ def _voters(voters: dict[str, _Voter]) -> Grid:
     return Grid(["voter", "votes 2", "invalid", "failed", "threshold", "held-out AUC", "weight"], rows)
 
 
-def _reference(reference: _Known, voters: dict[str, _Voter]) -> list[Grid | Text]:
-    """Show the agreement with known labels, and the AUC of each voter and of scores without a model."""
-    rows = [
-        [title if title in voters else f"{title} (no model)", _area(*(area or (None, None)))]
-        for title, area in reference.auc.items()
-    ]
+def _reference(reference: _Known) -> list[Grid | Text]:
+    """Show the agreement with known labels, and the AUC of each voter."""
+    rows = [[title, _area(*(area or (None, None)))] for title, area in reference.auc.items()]
     parts: list[Grid | Text] = [Grid([f"against {reference.field}", "AUC [95 %]"], rows)]
     if reference.interval:
         low, high = reference.interval

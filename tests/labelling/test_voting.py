@@ -7,15 +7,16 @@ from conftest import make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.classify.report import _refuse_weak_voters, compare_with_known
+from stages.classify.report import check_voters, compare_with_known
 from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest
 from stages.errors import AnswerError, DataError
 from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, auc, calibrate
-from stages.labelling.personas import SHOTS, PersonaContext, personas, read_labelled_examples, shots
+from stages.labelling.personas import PersonaContext, personas, read_labelled_examples, shots_of
 from stages.records import Example, Labelled
 
+SHOTS = shots_of(Voter(persona="steps", shots=4))
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
 
 
@@ -26,12 +27,12 @@ def brief(show: bool = True, **more) -> PersonaContext:
 @pytest.mark.parametrize("name", personas.names())
 @pytest.mark.parametrize("show", [True, False])
 def test_a_ballot_shows_the_question_and_the_answer_if_wanted(name, show):
-    ballot: ChoiceRequest = personas.pick(name)(EXAMPLE, brief(show, shots=shots(SHOTS, 4)))
+    ballot: ChoiceRequest = personas.pick(name)(EXAMPLE, brief(show, shots=SHOTS))
     text = str(ballot.text)
     assert "How many?" in text
     assert ("3 + 4 = 7." in text.replace("\\n", "\n").split("How many?")[-1]) is show
     assert ballot.words[0] != ballot.words[1]
-    ballot = personas.pick(name)(EXAMPLE, brief(show, words=("quick", "slow"), shots=shots(SHOTS, 4)))
+    ballot = personas.pick(name)(EXAMPLE, brief(show, words=("quick", "slow"), shots=SHOTS))
     assert tuple(word.strip() for word in ballot.words) == ("quick", "slow")
     assert "many" not in str(ballot.text).replace("How many", "") and "System1" not in str(ballot.text)
     bare = personas.pick(name)(Example("a", "2 + 3?", "", "5"), PersonaContext("m", show_answer=True))
@@ -66,16 +67,24 @@ def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
 
 
 def test_labelled_examples_of_a_user(tmp_path):
-    """Labels may be written as elsewhere, and an answer may lack; lines that are none are named."""
+    """Labels may be written as elsewhere, and an answer may lack; what is none is refused, and named."""
     path = tmp_path / "h.jsonl"
     path.write_text(
         '{"question": "q", "answer": null, "system": 2}\n{"question": "r", "system": "System 1"}\n'
     )
-    found = read_labelled_examples(path)
-    assert [(row.system, row.example.response) for row in found] == [(2, ""), (1, "")]
-    path.write_text('{"question": "q", "system": 3}\n{"system": 1}\n{"question": "\\ud83d", "system": 1}\n')
-    with pytest.raises(DataError, match="3 × a labelled example needs a question and a system"):
-        read_labelled_examples(path)
+    rows = read_labelled_examples(path)
+    assert [(row.system, row.example.response) for row in rows] == [(2, ""), (1, "")]
+    with pytest.raises(DataError, match="16 shots need 8 examples of each system, and h.jsonl has 1 and 1"):
+        shots_of(Voter(persona="steps", shots_path=str(path)))
+    for text, message in (
+        ('{"question": "q", "system": 3}', "q: 3"),
+        ('{"question": "q", "system": 1}\n{"system": 1}', "h.jsonl:2: field question must be text"),
+        ('{"question": "\\ud83d", "system": 1}', "half of a surrogate pair"),
+        ('{"question": "q", "system": 1}', "one system only"),
+    ):
+        path.write_text(text + "\n")
+        with pytest.raises(DataError, match=message):
+            read_labelled_examples(path)
 
 
 def labels(votes: dict[str, list], weights=None, thresholds=None, **settings) -> list[int | None]:
@@ -94,12 +103,13 @@ THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0
 
 def test_rules():
     rules = {"majority": [2, 1, 1, 2], "weighted": [2, 2, 1, 2], "mean_probability": [2, 1, 1, 1]}
-    for rule, expected in {**rules, "unanimous": [None] * 4}.items():
+    for rule, expected in rules.items():
         assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
+    assert labels(THREE, min_agreement=1) == [None] * 4
 
 
 def test_ties_go_by_the_mean_probability_and_even_ones_are_system_2():
-    assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, rule="unanimous") == [2, 1, 2]
+    assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, min_agreement=1) == [2, 1, 2]
     assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
     assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
     for high in (0.58, 0.73):  # whatever the rounding
@@ -137,9 +147,9 @@ def test_a_threshold_moves_votes_and_probabilities():
 def test_held_out_examples_set_the_threshold_between_the_systems():
     rows = judged(*[1, 2] * 12)
     given = [0.80 if row.system == 2 else 0.70 for row in rows]
-    found = calibrate("held_out", rows, given)
-    assert (found.threshold, found.auc, found.examples) == (0.75, 1.0, 24)
-    assert calibrate("none", rows, given).threshold == 0.5
+    calibration = calibrate(rows, given, by_median=True)
+    assert (calibration.threshold, calibration.auc, calibration.examples) == (0.75, 1.0, 24)
+    assert calibrate(rows, given, by_median=False).threshold == 0.5
 
 
 @pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
@@ -150,7 +160,7 @@ def test_the_threshold_of_a_file_of_any_balance_lies_in_the_middle(ones, twos):
         return [middle + 0.3 * ((2 * i + 1) / number - 1) for i in range(number)]
 
     rows, given = judged(*[1] * ones, *[2] * twos), [*spread(ones, 0.4), *spread(twos, 0.6)]
-    assert calibrate("held_out", rows, given).threshold == pytest.approx(0.5, abs=0.03)
+    assert calibrate(rows, given, by_median=True).threshold == pytest.approx(0.5, abs=0.06)
 
 
 @settings(max_examples=30)
@@ -181,14 +191,20 @@ def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
 
 
 def test_only_voters_that_are_all_guessing_are_refused():
-    def weak(**areas):
-        return {title: {"held_out_auc": area} for title, area in areas.items()}
+    def warnings(accept_weak=False, mass=None, **areas) -> str:
+        figures = {"mass_on_words": mass, "held_out_interval": (0.4, 0.7), "held_out_examples": 32}
+        voters = {title: {"held_out_auc": area, **figures} for title, area in areas.items()}
+        lines: list[str] = []
+        check_voters(voters, ClassifySection(accept_weak=accept_weak), lines.append)
+        return "\n".join(lines)
 
     with pytest.raises(AnswerError, match="apart: AUC a 0.50, b 0.59 on labelled examples, 0.5 is") as caught:
-        _refuse_weak_voters(weak(a=0.5, b=0.59), 0.6)
+        warnings(a=0.5, b=0.59)
     assert "classify.accept_weak: true" in caught.value.hint
-    for voters in (weak(a=0.5, b=0.6), weak(a=0.5, b=None), weak(a=None)):
-        _refuse_weak_voters(voters, 0.6)
+    warning = "warning: a hardly tells the systems apart: AUC 0.50 [0.40-0.70] on 32 labelled examples"
+    for others in ({"b": 0.6}, {"b": None}, {"accept_weak": True}):
+        assert warnings(a=0.5, **others) == warning
+    assert warnings(a=None) == "" and "a puts 0.10% of its probability" in warnings(a=0.6, mass=0.001)
 
 
 @pytest.mark.slow

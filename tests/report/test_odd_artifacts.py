@@ -20,7 +20,7 @@ def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
 def test_a_voter_without_a_valid_vote(tmp_path):
     voter = {"system2_share": None, "held_out_auc": None, "held_out_interval": None, "mass_on_words": None}
     voter |= {"invalid": 3, "failed": {"timeout": 1}, "threshold": 0.5}
-    report = {"voters": {"judge": voter}, "agreement": {}, "contested": []}
+    report = {"voters": {"judge": voter}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     (text, grid, *_) = run_page._label_counts(
         {"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})}
