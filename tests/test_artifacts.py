@@ -62,16 +62,7 @@ def test_what_changed_in_an_artifact_is_seen(store, harm, error):
     path = build(store)
     assert not store.partial("score", path.name).exists()
     harm(path)
-    assert store.load(path).integrity_error() == (error and error.format(path))
-
-
-def test_foreign_artifacts_are_refused(store):
-    path = build(store).rename(store.root / "score/other")
-    with pytest.raises(ArtifactError, match="foreign artifact: its manifest is not that of key other"):
-        store.load(path)
-    edited(path, lambda m: m.update(schema=99))
-    with pytest.raises(ArtifactError, match="has schema 99, this lorapar reads 2"):
-        store.load(path)
+    assert store.integrity_error(store.load(path)) == (error and error.format(path))
 
 
 def test_a_rebuild_keeps_the_old_version_aside(store):
@@ -79,6 +70,8 @@ def test_a_rebuild_keeps_the_old_version_aside(store):
     path = build(store, text="new")
     assert (path / "sub/file.bin").read_text() == "new"
     assert (path.with_name(f"{path.name}.old-1") / "sub/file.bin").read_text() == "old"
+    with pytest.raises(ArtifactError, match="its manifest is not that of key other"):
+        store.load(path.rename(path.with_name("other")))
 
 
 def _hold(root: Path, held, release) -> None:
@@ -106,13 +99,11 @@ def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store)
 
 def test_digest_cache_follows_content(tmp_path):
     (tmp_path / "full/cache.json").mkdir(parents=True)  # no file can be moved there
-    cache = DigestCache(tmp_path / "full/cache.json")
     (tmp_path / "m").mkdir()
     (tmp_path / "m/a").write_text("0")
-    cache.folder(tmp_path / "m")
+    DigestCache(tmp_path / "full/cache.json").folder(tmp_path / "m")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["cache.json"]
     cache = DigestCache(tmp_path / "cache.json")
-    (tmp_path / "m/a").write_text("1")
     one = cache.folder(tmp_path / "m")
     assert DigestCache(tmp_path / "cache.json").folder(tmp_path / "m") == one
     (tmp_path / "m/a").write_text("2")
@@ -120,64 +111,44 @@ def test_digest_cache_follows_content(tmp_path):
     assert cache.folder(tmp_path / "m") != one
 
 
-def edited(path: Path, change) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-EDITS = {
-    "summary": lambda m: m["summary"].update(accuracy=1),
-    "seal": lambda m: m.update(seal="0" * 64),
-    "no seal": lambda m: m.pop("seal"),
-    "schema a text": lambda m: m.update(schema="2"),
-    "schema nothing": lambda m: m.update(schema=None),
-    "not a number": lambda m: m["summary"].update(accuracy=float("nan")),
-    "none, as if before there were seals": lambda m: (m.pop("seal"), m.update(schema=1, files={})),
-}
-
-
-@pytest.mark.parametrize("how", EDITS)
-def test_an_edited_manifest_is_not_believed(store, how):
-    path = build(store)
-    edited(path, EDITS[how])
-    with pytest.raises(ArtifactError, match="is a foreign artifact: its manifest "):
-        store.load(path)
+SEALED_AGAIN = [
+    (lambda m: m.pop("inputs"), "inputs: Field required"),
+    (lambda m: m["files"].update({"sub/file.bin": "x"}), "files.sub/file.bin: Input should be a valid"),
+    (lambda m: m["provenance"].update(seconds=-1), "provenance.seconds: Input should be greater"),
+    (lambda m: m["files"].update({"../x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
+    (lambda m: m["files"].update({"/x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
+    (lambda m: m.update(identity={"name": "other"}), "is not that of key"),
+    (lambda m: m.update(key="0" * 12), "is not that of key"),
+    (lambda m: m["summary"].update(accuracy=float("nan")), "Out of range float values are not JSON"),
+]
+EDITED = [
+    (lambda m: m["summary"].update(accuracy=1), "was changed after it was written"),
+    (lambda m: m.update(seal="0" * 64), "was changed after it was written"),
+    (lambda m: m.pop("seal"), "seal: Field required"),
+    (lambda m: m.update(schema="2"), "schema: Input should be 2"),
+]
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda m: m.pop("inputs"), "inputs: Field required"),
-        (lambda m: m["files"].update({"sub/file.bin": "x"}), "files.sub/file.bin: Input should be a valid"),
-        (lambda m: m["provenance"].update(seconds=-1), "provenance.seconds: Input should be greater"),
-        (lambda m: m["summary"].update(active_share=1.5), "summary.active_share: Input should be less"),
-        (lambda m: m["summary"].update(all={"accuracy": 30}), "summary.all.accuracy: Input should be"),
-        (lambda m: m["summary"].update(loss=float("nan")), "Out of range float values are not JSON"),
-        (lambda m: m["files"].update({"../x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
-        (lambda m: m["files"].update({"/x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
-        (lambda m: m.update(identity={"name": "other"}), "its manifest is not that of key"),
-        (lambda m: m.update(key="0" * 12), "its manifest is not that of key"),
-    ],
+    ("change", "reason", "seal"), [*((*e, False) for e in EDITED), *((*e, True) for e in SEALED_AGAIN)]
 )
-def test_a_manifest_that_was_sealed_again_must_have_its_fields(store, change, reason):
+def test_an_edited_manifest_is_not_believed(store, change, reason, seal):
     path = build(store)
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
-    manifest.pop("seal")
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    manifest["seal"] = hashlib.sha256(text.encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError) as caught:
+    if seal:
+        manifest.pop("seal")
+        text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        manifest["seal"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=f"{path} is not a lorapar artifact: its manifest .*{reason}"):
         store.load(path)
-    assert f"{path} is a foreign artifact: its manifest is " in str(caught.value)
-    assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"x"', "[" * 5000, "\xed\xa0\x80"])
+@pytest.mark.parametrize("text", ["", "[]", "null", '"x"', "[" * 5000, "\xed\xa0\x80"])
 def test_what_is_no_manifest_is_not_believed(store, text):
     path = build(store)
-    (path / "manifest.json").write_text(text)
+    (path / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match="is not a lorapar artifact"):
         store.load(path)
 
@@ -210,9 +181,7 @@ def test_a_copied_store_in_which_latest_is_a_folder(store):
     assert store.latest("score", "").path == path.resolve() and (path.parent / "latest.old-1").is_dir()
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "7", '{"a": 1}', '{"a": [1, 2]}', '{"a": ["x", "y", "z", 7]}', "{", "[" * 5000]
-)
+@pytest.mark.parametrize("text", ["[]", '{"a": [1, 2]}', "{", "[" * 5000])
 def test_a_damaged_cache_of_digests_is_no_obstacle(tmp_path, text):
     (tmp_path / "cache.json").write_text(text)
     (tmp_path / "a").write_text("a")

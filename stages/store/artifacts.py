@@ -19,7 +19,7 @@ from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
 from stages.store.digests import canonical_json, fsync, is_hidden, sha256_file
-from stages.store.manifest import SCHEMA, manifest_error, with_checksum
+from stages.store.manifest import manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
 MOVE_AWAY_HINT = "move it away and run the stage again"
@@ -47,26 +47,6 @@ class Artifact:
         is_initial = "init/adapter_config.json" in self.manifest["files"]
         return self.path / ("init" if is_initial else "adapter")
 
-    def integrity_error(self) -> str | None:
-        """Describe the first file that differs from the manifest, or return None.
-
-        Hidden files, such as an editor's, may be added. Every byte of the others is read, because safetensors
-        does not notice a flipped bit.
-        """
-        for name, entry in self.manifest["files"].items():
-            file = self.path / name
-            if not file.is_file():
-                return f"{file} is missing"
-            if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
-                return f"sha256 of {file} differs from its manifest"
-        for file in self.path.rglob("*"):
-            name = file.relative_to(self.path).as_posix()
-            is_folder = file.is_dir() and not file.is_symlink()
-            known = name in self.manifest["files"] or name == MANIFEST
-            if not is_folder and not known and not is_hidden(name):
-                return f"{file} is not in its manifest"
-        return None
-
 
 def make_readable(folder: Path, files: Iterable[Path]) -> None:
     """Give files the folder's read and write permissions: safetensors writes files for their owner only."""
@@ -91,11 +71,9 @@ def _is_artifact(folder: Path) -> bool:
     """True if the folder is where an artifact lies, and has a manifest of lorapar's."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return (manifest["stage"], manifest["key"]) == (folder.parent.name, folder.name)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
-    if not isinstance(manifest, dict) or "files" not in manifest:
-        return False
-    return (manifest.get("stage"), manifest.get("key")) == (folder.parent.name, folder.name)
 
 
 class _Fields(dict[str, Any]):
@@ -137,22 +115,22 @@ class Store:
         file = path / MANIFEST
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda d: _Fields(d, file))
-            schema = dict(manifest)["schema"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ArtifactError(f"{path} is not a lorapar artifact: {error}", MOVE_AWAY_HINT) from None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {schema}, this lorapar reads {SCHEMA}", "rebuild it, or upgrade lorapar"
-            )
-        if reason := manifest_error(manifest, path.name.split(".")[0]):
-            raise ArtifactError(f"{path} is a foreign artifact: {reason}", MOVE_AWAY_HINT)
+            reason = manifest_error(manifest, path.name.split(".")[0])
+        except (OSError, ValueError, RecursionError) as error:
+            reason = str(error)
+        if reason:
+            raise ArtifactError(f"{path} is not a lorapar artifact: {reason}", MOVE_AWAY_HINT)
         return Artifact(path, manifest)
 
     def integrity_error(self, artifact: Artifact) -> str | None:
-        """Return `artifact.integrity_error()`, computed once per store because steps share their inputs."""
+        """What differs from the manifest first, or None; read once, because steps share their inputs.
+
+        Hidden files, such as an editor's, may be added. Every byte of the others is read, because safetensors
+        does not notice a flipped bit.
+        """
         build = (artifact.path, artifact.digest)
         if build not in self._integrity_errors:
-            self._integrity_errors[build] = artifact.integrity_error()
+            self._integrity_errors[build] = next(_differences(artifact), None)
         return self._integrity_errors[build]
 
     def latest(self, stage: str, variant: str) -> Artifact | None:
@@ -243,6 +221,22 @@ class Store:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
+
+
+def _differences(artifact: Artifact) -> Iterator[str]:
+    """How the files of an artifact differ from its manifest."""
+    listed = artifact.manifest["files"]
+    for name, entry in listed.items():
+        file = artifact.path / name
+        if not file.is_file():
+            yield f"{file} is missing"
+        elif file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
+            yield f"sha256 of {file} differs from its manifest"
+    for file in artifact.path.rglob("*"):
+        name = file.relative_to(artifact.path).as_posix()
+        is_folder = file.is_dir() and not file.is_symlink()
+        if not is_folder and name not in {*listed, MANIFEST} and not is_hidden(name):
+            yield f"{file} is not in its manifest"
 
 
 def _unused_name(path: Path) -> Path:

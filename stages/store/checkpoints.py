@@ -57,7 +57,7 @@ class Checkpoints:
             if isinstance(seal, _Seal):
                 if seal.conditions != self._conditions:
                     before, now = (
-                        ", ".join(f"{name} {value}" for name, value in conditions.items())
+                        ", ".join(map(" ".join, conditions.items()))
                         for conditions in (seal.conditions, self._conditions)
                     )
                     raise ConfigError(

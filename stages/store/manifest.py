@@ -13,8 +13,6 @@ from stages.errors import validation_messages
 from stages.store.digests import canonical_json, key_of
 
 SCHEMA = 2
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 CHECKSUM = "seal"
 
@@ -40,35 +38,6 @@ class _Input(_Strict):
     content: str
 
 
-class _Group(BaseModel):
-    """Figures of an evaluation that pages and cards read."""
-
-    model_config = ConfigDict(strict=True)
-    n: Count = 0
-    answers: Count = 0
-    accuracy: Share | None = None
-    tokens: Amount | None = None
-
-
-class _Summary(BaseModel):
-    """Figures that others than their own stage read; each has more of its own."""
-
-    model_config = ConfigDict(strict=True)
-    active: Count = 0
-    elements: Annotated[int, Field(gt=0)] = 1
-    moved: Count = 0
-    steps: Count = 0
-    s1_only: Count = 0
-    s2_only: Count = 0
-    shared: Count = 0
-    none: Count = 0
-    active_share: Share | None = None
-    s1_only_share: Share | None = None
-    s2_only_share: Share | None = None
-    jaccard: Share | None = None
-    all: _Group | None = None
-
-
 class _Provenance(BaseModel):
     """The circumstances of a step that are read; further fields are for people."""
 
@@ -88,7 +57,7 @@ class _Manifest(_Strict):
     variant: str
     identity: dict[str, Any]
     inputs: dict[str, _Input]
-    summary: _Summary
+    summary: dict[str, Any]
     provenance: _Provenance
     files: dict[Annotated[str, AfterValidator(_stays_inside)], _File]
     seal: str
@@ -104,13 +73,12 @@ def manifest_error(manifest: Any, key: str) -> str | None:
     """Return why this is not a valid manifest of `key`, or None if it is."""
     try:
         _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        return f"its manifest is invalid: {validation_messages(error)[0]}"
-    try:
         if manifest["key"] != key or key_of(manifest["identity"]) != key:
             return f"its manifest is not that of key {key}"
         if manifest[CHECKSUM] != _checksum(manifest):
             return "its manifest was changed after it was written"
+    except ValidationError as error:
+        return f"its manifest is invalid: {validation_messages(error)[0]}"
     except ValueError as error:  # NaN, which json reads but lorapar never writes
         return f"its manifest is invalid: {error}"
     return None
