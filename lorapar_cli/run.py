@@ -59,13 +59,12 @@ def command(
             check_for_failures(texts, pending, quietly=True)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
-        position = f"stage {task.number} of {task.tasks}"
-        terminal.say(f"--- {position}, {task.stage.name}: {task.why}")
+        terminal.say(f"--- {task.position}, {task.stage.name}: {task.why}")
         if number := processes(settings, task.steps[0]):
             make_elsewhere([task.stage.name, str(config), *_options(set_, task, quiet)], number)
             store.look_again()
             continue
-        with TerminalProgress(position) as progress:
+        with TerminalProgress(task.position) as progress:
             on_made = (lambda *_: None) if quiet else report
             make(settings, store, task.steps, task.force, progress, on_made)
         if task.stage.name == "eval":
@@ -95,6 +94,6 @@ def _next(settings: Config, requested: Collection[str], arguments: str) -> list[
 
 
 def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:
-    only = [argument for variant in task.variants for argument in ("--only", variant)]
+    only = [argument for step in task.steps for argument in ("--only", step.title)]
     flags = [flag for flag, is_set in (("--force", task.force), ("--quiet", quiet)) if is_set]
     return [*sets(overrides), *only, *flags]

@@ -121,8 +121,9 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
         "classify:train", "classify:demo", "score", "partition:sft", "sft", "eval:sft@demo",
     }  # fmt: skip
     pending = pending_stages(steps, Store(config.root), None, None)
-    todo = {task.stage.name: task.variants for task in pending}
-    assert todo == {"classify": [], "score": [], "partition": ["sft"], "sft": [], "eval": []}
+    todo = {task.stage.name: [step.title for step in task.steps] for task in pending}
+    assert todo.pop("classify") == ["train", "demo"]
+    assert todo == {"score": ["score"], "partition": ["sft"], "sft": ["sft"], "eval": ["sft@demo"]}
     for start, trained in (("sft", {"sft", "rl"}), ("init", {"rl"})):
         alone = resolved(smoke("eval.benchmarks={}", "eval.targets=[base, rl]", f"rl.start_from={start}"))
         assert set(ancestors(plan_steps(alone), None)) & {"sft", "rl"} == trained

@@ -46,14 +46,12 @@ def _step(config: Config, rows: str) -> Planned:
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    from stages.plan import preflight
-
     strategy = texts.config.labelling_strategy(step.variant)
     if strategy == "known":
         yield partial(_check_known_labels, texts, step.variant)
     elif strategy not in UNVOTED:
         yield from _server_checks(texts)
-    yield partial(preflight.check_prompts, texts, step)
+    yield partial(texts.check_prompts, step)
 
 
 def _server_checks(texts: Texts) -> Iterator[Check]:
@@ -126,8 +124,8 @@ STAGE = Stage(
         "labels.jsonl": "One object per row, in the order of the rows: `id`, `prompt`, `response`, `gold`, "
         "`extra` (other fields of the row), `system` (1, 2, or null if undecided) and `votes` (voter → "
         "probability of System 2).",
-        "report.json": "Votes of each voter, its invalid and failed answers, its AUC on known examples, and the "
-        "comparison with known labels. Only where voters label.",
+        "report.json": "Votes of each voter, its invalid and failed answers, its AUC on known examples, and "
+        "the comparison with known labels. Only where voters label.",
     },
     checks=_checks,
     spans=_spans,

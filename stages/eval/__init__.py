@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, WHOLE, BenchmarkSection, Config
 from stages.evaluation.benchmarks import benchmarks
-from stages.pipeline.stage import BENCHMARKS, INITIAL, Check, Planned, Stage
+from stages.pipeline.stage import BENCHMARKS, INITIAL, Planned, Stage
 
 if TYPE_CHECKING:
-    from stages.pipeline.steps import Step
     from stages.plan.lengths import Span
     from stages.plan.texts import Texts
     from stages.plan.work import Work
@@ -51,12 +50,6 @@ def _inputs(benchmark: BenchmarkSection, target: str, name: str) -> tuple[str, .
     if target in TRAINED:
         return (*labels, TRAINED[target])
     return (*labels, INITIAL) if target == "init" else labels
-
-
-def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    from stages.plan import preflight
-
-    yield partial(preflight.check_prompts, texts, step)
 
 
 def _spans(texts: Texts, variant: str) -> Iterator[Span]:
@@ -107,7 +100,7 @@ STAGE = Stage(
         "samples.jsonl": "One object per answer: `id`, `sample`, `system`, `prompt`, `output`, `gold`, "
         "`strict` and `flexible` (the answer in each reading), `correct`, `correct_flexible`, `outcome`.",
     },
-    checks=_checks,
+    checks=lambda texts, step: [partial(texts.check_prompts, step)],
     spans=_spans,
     work=_work,
     version=10,

@@ -5,7 +5,6 @@ Each variant has the elements that one stage trains: `sft` or `rl`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,11 +14,12 @@ from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import number_of
-from stages.pipeline.stage import WEIGHTS, Check, Planned, Stage
+from stages.pipeline.stage import WEIGHTS, Planned, Stage
+from stages.pipeline.stage import Check as Check
 from stages.plan.work import Work
 
 if TYPE_CHECKING:
-    from stages.pipeline.steps import Step
+    from stages.pipeline.steps import Step as Step
     from stages.plan.texts import Texts
 
 
@@ -35,10 +35,6 @@ def _steps(config: Config) -> list[Planned]:
         settings=("partition.protect_theta",) if protect else (),
     )
     return [replace(step, variant=trained) for trained in SYSTEMS]
-
-
-def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    yield partial(_check_density, texts)
 
 
 def _check_density(texts: Texts) -> None:
@@ -65,7 +61,7 @@ STAGE = Stage(
         "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains; a second round of "
         f"SFT trains RL's. All {WEIGHTS}.",
     },
-    checks=_checks,
+    checks=lambda texts, _: [partial(_check_density, texts)],
     work=lambda texts, _: Work(copies=0),
     version=2,
 )

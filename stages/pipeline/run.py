@@ -203,19 +203,17 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Task:
-    """A part of a run: one stage, or those of its steps that come at this point."""
+    """The steps of one stage that a run needs."""
 
-    stage: Stage
     steps: list[Step]
-    variants: list[str]
-    """Titles of these steps; empty if they are all of the stage."""
     states: list[State]
     force: bool
-    number: int
-    """Its position among the tasks of the run, from 1."""
-    tasks: int
-    remaining: list[Step]
-    """The steps of this task and of all later ones, current or not."""
+    position: str
+    """Its place among the tasks of the run."""
+
+    @property
+    def stage(self) -> Stage:
+        return self.steps[0].stage
 
     @property
     def current(self) -> bool:
@@ -236,28 +234,20 @@ def pending_stages(
     The state of a task is read when its turn comes, after earlier tasks are done. `first` is built again.
     ConfigError if there is no stage of that name.
     """
-    for name in (first, last):
-        if name is not None:
-            check_stage_name(steps, name)
+    for name in filter(None, (first, last)):
+        check_stage_name(steps, name)
     names = stage_names(steps)
     if first and last and names.index(first) > names.index(last):
         raise ConfigError(f"--from {first} comes after --to {last}")
-    needed = ancestors(steps, last)
+    needed = list(ancestors(steps, last).values())
     if not needed:
         raise missing_path_error()
-    # A stage can occur twice: after SFT, its adapter is scored again for RL.
-    groups = [
-        (name, list(group)) for name, group in groupby(needed.values(), key=lambda step: step.stage.name)
-    ]
-    begin = 0 if first is None else next((i for i, (name, _) in enumerate(groups) if name == first), None)
+    tasks = [list(group) for _, group in groupby(needed, key=lambda step: step.stage.name)]
+    begin = next((i for i, task in enumerate(tasks) if first in (None, task[0].stage.name)), None)
     if begin is None:
         raise ConfigError(
             f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
         )
-    for number, (name, group) in enumerate(groups[begin:], begin + 1):
-        every = [step for step in steps.values() if step.stage.name == name]
-        variants = [step.title for step in group] if len(group) < len(every) else []
-        # `number` counts from 1 over all groups, those before --from too: groups[number - 1] is this task.
-        remaining = [step for _, later in groups[number - 1 :] for step in later]
-        states = [state(store, step) for step in group]
-        yield Task(group[0].stage, group, variants, states, first == name, number, len(groups), remaining)
+    for number, task in enumerate(tasks[begin:], begin + 1):
+        states = [state(store, step) for step in task]
+        yield Task(task, states, task[0].stage.name == first, f"stage {number} of {len(tasks)}")

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from stages import sandbox as sandboxes
-from stages.config import Config, RlSection, SftSection
+from stages.config import Config, RlSection, ScoreSection, SftSection
 from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
@@ -24,9 +24,8 @@ from stages.models import checks
 from stages.pipeline.stage import TRAIN, Check, section
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.plan.lengths import sampled
-from stages.plan.texts import TRAINING_SAMPLE, Imitating, Texts
-from stages.records import Example, Labelled, read_labels
+from stages.plan.texts import Texts
+from stages.records import Labelled, read_labels
 from stages.runtime import resources
 
 
@@ -71,7 +70,8 @@ def _checks(texts: Texts, steps: list[Step]) -> Iterator[tuple[str, Check]]:
             yield step.name, lambda: texts.base
         if "model" in step.planned.sections:
             yield step.name, partial(checks.check_model, config.model)
-        for check in step.stage.checks(texts, step):
+        of_training = _of_training(config, getattr(config, step.stage.name, None))
+        for check in (*of_training, *step.stage.checks(texts, step)):
             yield step.name, check
     trained = [step for step in steps if "adapter/" in step.stage.files]
     if trained and config.baseline is None:
@@ -82,33 +82,17 @@ def _checks(texts: Texts, steps: list[Step]) -> Iterator[tuple[str, Check]]:
             yield stage, partial(sandboxes.from_settings, section(config, path)[1], lambda text: None)
 
 
-def of_training(config: Config, trainer: SftSection | RlSection | None = None) -> Iterator[Check]:
-    """The checks of every stage that computes gradients. trainer: the section of one that has a trainer."""
+def _of_training(config: Config, stage: object) -> Iterator[Check]:
+    """The checks of a stage that computes gradients. stage: its section."""
     from stages.lora.training.loop import accumulation_steps
 
-    yield partial(checks.check_trainable, config.model)
-    if trainer:
+    if isinstance(stage, ScoreSection | SftSection | RlSection):
+        yield partial(checks.check_trainable, config.model)
+    if isinstance(stage, SftSection | RlSection):
         processes, rl = config.launch.processes, config.rl
-        yield partial(checks.check_training, trainer, processes)
-        samples = config.sft.batch_size if trainer is config.sft else rl.prompts_per_step * rl.num_generations
-        yield partial(accumulation_steps, samples, trainer.per_device_train_batch_size, processes)
-
-
-def check_lengths(texts: Texts, section: Imitating, rows: list[Example]) -> None:
-    """Raise DataError about a row that is too long, or too few rows, for score or sft."""
-    texts.renderer(section, texts.labels).rows(sampled(rows, TRAINING_SAMPLE), texts.config.data)
-
-
-def check_prompts(texts: Texts, step: Step) -> None:
-    """Raise DataError if more prompts of voters or a benchmark than may fail are too long for a server."""
-    for span in step.stage.spans(texts, step.variant):
-        if span.fails:
-            limit = f"{span.limit} tokens ({span.setting.removesuffix(':')})"
-            served = span.setting.startswith("server.")
-            raise DataError(
-                f"{span.name}: {span.longer} of {span.rows} are longer than {limit}",
-                "raise server.max_model_len" if served else "fewer shots, or another model",
-            )
+        yield partial(checks.check_training, stage, processes)
+        samples = rl.prompts_per_step * rl.num_generations if stage is rl else config.sft.batch_size
+        yield partial(accumulation_steps, samples, stage.per_device_train_batch_size, processes)
 
 
 def _check_folder(runs: Path) -> None:

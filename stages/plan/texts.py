@@ -18,6 +18,7 @@ from stages.models.base import headers_only
 from stages.models.load_errors import load_config, max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.stage import TRAIN
+from stages.pipeline.steps import Step
 from stages.plan.lengths import Lengths, Span, sampled
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example, Labelled
@@ -70,6 +71,21 @@ class Texts:
     def renderer(self, section: Imitating, labels: list[Labelled]) -> Renderer:
         """The renderer of the rows of score, sft or rl, whose section this is."""
         return Renderer(self.tokenizer, section.prompt or self.config.prompt, labels)
+
+    def check_lengths(self, section: Imitating, rows: list[Example]) -> None:
+        """Raise DataError about a row that is too long, or too few rows, for score or sft."""
+        self.renderer(section, self.labels).rows(sampled(rows, TRAINING_SAMPLE), self.config.data)
+
+    def check_prompts(self, step: Step) -> None:
+        """Raise DataError if more prompts of voters or a benchmark than may fail are too long."""
+        for span in step.stage.spans(self, step.variant):
+            if span.fails:
+                limit = f"{span.limit} tokens ({span.setting.removesuffix(':')})"
+                served = span.setting.startswith("server.")
+                raise DataError(
+                    f"{span.name}: {span.longer} of {span.rows} are longer than {limit}",
+                    "raise server.max_model_len" if served else "fewer shots, or another model",
+                )
 
     def training_rows(self, stage: Imitating) -> list[Row]:
         """Training rows in the prompt of score, sft or rl."""

@@ -8,11 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline.stage import TRAIN, TRAINED, Check, Planned, Stage, training_inputs
+from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
 from stages.rewards import loading
 
 if TYPE_CHECKING:
-    from stages.pipeline.steps import Step
     from stages.plan.lengths import Span
     from stages.plan.texts import Texts
     from stages.plan.work import Work
@@ -41,14 +40,6 @@ def _steps(config: Config) -> list[Planned]:
             own_process=has_vllm,
         )
     ]
-
-
-def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    from stages.plan import preflight
-
-    rl = texts.config.rl
-    yield from preflight.of_training(texts.config, rl)
-    yield partial(_check_prompts, texts)
 
 
 def _check_prompts(texts: Texts) -> None:
@@ -125,7 +116,7 @@ STAGE = Stage(
     name="rl",
     steps=_steps,
     files=TRAINED,
-    checks=_checks,
+    checks=lambda texts, _: [partial(_check_prompts, texts)],
     spans=_spans,
     work=_work,
     version=9,

@@ -41,10 +41,8 @@ def _steps(config: Config) -> list[Planned]:
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
     from stages.lora.adapter import adapter
-    from stages.plan import preflight
 
     yield lambda: adapter.with_targets(texts.base, texts.config.lora)
-    yield from preflight.of_training(texts.config)
     if "classify:train" in step.inputs:
         yield partial(_check_rows, texts)
     if step.variant == PROTECTED:
@@ -54,17 +52,16 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
 def _check_rows(texts: Texts) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
-    from stages.plan import preflight
     from stages.records import Labelled
 
     config = texts.config
     if not texts.labels:
         every_row = config.sft.model_copy(update={"data": "all"})
         slow = [Labelled(row, 2, {}) for row in texts.rows[TRAIN]]
-        preflight.check_lengths(texts, config.score, examples.trained_by_sft(slow, every_row, config.seed))
+        texts.check_lengths(config.score, examples.trained_by_sft(slow, every_row, config.seed))
         return
     for rows in examples.scored(texts.labels, config.score, config.seed)[0].values():
-        preflight.check_lengths(texts, config.score, rows)
+        texts.check_lengths(config.score, rows)
 
 
 def _check_protected(texts: Texts) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
-from stages.pipeline.stage import TRAIN, TRAINED, Check, Planned, Stage, training_inputs
+from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
@@ -35,18 +34,9 @@ def _steps(config: Config) -> list[Planned]:
     return [first, replace(first, variant=SECOND_SFT.partition(":")[2], inputs=inputs)]
 
 
-def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    from stages.plan import preflight
-
-    sft = texts.config.sft
-    yield from preflight.of_training(texts.config, sft)
-    yield partial(_check_rows, texts, step)
-
-
 def _check_rows(texts: Texts, step: Step) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
-    from stages.plan import preflight
     from stages.records import Labelled
 
     config, labels, sft = texts.config, texts.labels, texts.config.sft
@@ -55,7 +45,7 @@ def _check_rows(texts: Texts, step: Step) -> None:
         labels = [Labelled(row, 2 if step.variant else 1, {}) for row in texts.rows[TRAIN]]
         sft = sft.model_copy(update={"data": "all"})
     variant = step.variant if texts.labels else ""
-    preflight.check_lengths(texts, sft, examples.trained_by_sft(labels, sft, config.seed, variant))
+    texts.check_lengths(sft, examples.trained_by_sft(labels, sft, config.seed, variant))
 
 
 def _work(texts: Texts, variant: str) -> Work | None:
@@ -80,7 +70,7 @@ STAGE = Stage(
     steps=_steps,
     variants_help="sft or system2, its second round",
     files=TRAINED,
-    checks=_checks,
+    checks=lambda texts, step: [partial(_check_rows, texts, step)],
     spans=lambda texts, _: texts.imitated(),
     work=_work,
     version=7,
