@@ -112,8 +112,7 @@ def _rows(
 ) -> tuple[OwnRows, str, list[BenchmarkSection]]:  # fmt: skip
     """What was read, the rows to train on, and benchmarks; `written` gets the files that were not there."""
     from stages.init.data_profile import benchmark_of
-    from stages.init.hold_out import hold_out
-    from stages.init.own_rows import own_rows
+    from stages.init.own_rows import hold_out, own_rows
 
     reading = own_rows(data, folder, columns, written)
     if tests or not holds_out or local_file(DataSection(path=reading.path)) is None:
@@ -139,7 +138,6 @@ def _write_config(
 ) -> None:  # fmt: skip
     from stages.init import config_writer
     from stages.init.data_profile import survey
-    from stages.init.open_questions import open_questions
     from stages.labelling.known import with_known_labels
 
     reading, train, tests = rows
@@ -149,7 +147,7 @@ def _write_config(
     settings = list(config_writer.choices(profile, model, train, tests, labels, _stem(data)))
     if labels:  # says how many rows have none
         with_known_labels(profile.rows.examples, "system", Path(labels))
-    questions = open_questions(profile, tests, labels)
+    questions = config_writer.open_questions(profile, tests, labels)
     _print_reading(reading, data)
     _print_profile(profile)
     print("\nwhat follows for the config, where it differs from the defaults:")
@@ -172,9 +170,8 @@ def _print_reading(reading: OwnRows, file: str) -> None:
 
     if reading.columns:
         print(f"{file}: " + ", ".join(f"{name} is {column}" for name, column in reading.columns.items()))
-    if unread := reading.unread:
-        few = f"a final answer can be read from {unread.having} of {unread.of} rows, too few to use any"
-        terminal.write(f"{few}; not, for example, from: {unread.first}")
+    if reading.unread:
+        terminal.write(reading.unread)
         print(f"({RULE}); a column that has them: --columns gold=COLUMN")
     if reading.golds:
         print(f"final answers, read from {len(reading.golds)} rows ({RULE}); others: --columns gold=COLUMN")
@@ -194,13 +191,5 @@ def _print_profile(profile: DataProfile) -> None:
     print(f"{which}, in the template {profile.section.template}, as the model reads it:")
     for mark, text in zip(("  | ", "  > "), profile.sample, strict=True):
         terminal.write("\n".join(mark + line for line in text.splitlines()))
-    if not profile.imitable:
-        return
-    stops = " or ".join(map(repr, profile.stops))
-    if profile.never_stops:
-        print(
-            f"{len(profile.never_stops)} rows do not end in a stop token ({stops}), so that the model would "
-            f"not learn to stop; the first is {profile.never_stops[0]}"
-        )
-    else:
-        print(f"lines with > are trained; each row ends in a stop token: {stops}")
+    if profile.imitable:
+        print("lines with > are trained")

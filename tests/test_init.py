@@ -11,7 +11,7 @@ import yaml
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
-from stages.init import config_writer, data_profile, hold_out
+from stages.init import config_writer, data_profile, own_rows
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
@@ -55,7 +55,7 @@ def test_numbers_and_lengths(tiny, written):
     assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
     assert "  | <|im_start|>user\n  | 0 + 1?<|im_end|>" in said and "  > #### 1<|im_end|>" in said
-    assert "each row ends in a stop token: '<|im_end|>'" in said
+    assert "lines with > are trained" in said
     assert "which rows measure success" in said and "eval" not in found
     assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=found["data"]["path"]), [])
@@ -108,7 +108,7 @@ def test_a_small_model_gets_the_rates_of_the_demo_and_a_cold_start(written, monk
 def test_answers_without_their_working_say_nothing_about_the_length_of_completions(written):
     found, said = written([{"question": f"{i} + 1?", "answer": i + 1} for i in range(300)])
     assert found["rl"]["max_completion_length"] == 320
-    assert "300 rows have an answer without its working, so 256 is a guess" in said
+    assert "rows show no working, so 256 is a guess" in said
 
 
 def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
@@ -125,7 +125,7 @@ def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
 def test_labels_of_the_rows_are_taken(written):
     found, said = written(rows(290, system=1) + rows(302, system=2)[290:])
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said
-    assert found["rl"]["prompts_per_step"] == 2 and "there are 12 System 2 rows" in said
+    assert found["rl"]["prompts_per_step"] == 2 and "for 4 steps on 12 System 2 rows" in said
     assert "no row is labelled System 2" in written(rows(8, system=1))[1]
     found, said = written(rows(40, system="System 2"))  # words, too
     assert found["classify"]["strategy"] == "known" and "no row is labelled System 1" in said
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_d
         if "test" in file.name:
             file.write_text("{", encoding="utf-8")
 
-    monkeypatch.setattr(hold_out, "write_jsonl", write_rows)
+    monkeypatch.setattr(own_rows, "write_jsonl", write_rows)
     for arguments in (new, ["--example", "paper/table1/qwq"]):
         done = lorapar("init", *arguments)
         assert done.code == 73 and "no space left" in done.err
@@ -248,12 +248,11 @@ def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monke
 
 
 def test_long_rows_get_a_server_with_room(written):
-    """And a text in the field `system`, which is no label, is not passed over."""
     long = rows(40, system="You are a lawyer.")
     for row in long[3:5]:
         row["answer"] = "word " * 3000 + "\n#### 8"
     found, said = written(long)
-    assert "what becomes of the field system of 40 rows" in said and "each row has a field system" not in said
+    assert "each row has a field system" not in said
     assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096
 
 

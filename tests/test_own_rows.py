@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stages.errors import ConfigError, DataError
-from stages.init.own_rows import Unread, final_answer, own_rows
+from stages.init.own_rows import final_answer, own_rows
 from stages.records import read_jsonl
 
 TEXTS = {
@@ -135,7 +135,8 @@ def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
     file = tmp_path / "mixed.csv"
     file.write_text("Prompt,Completion\nOpen?,yes\nHow?,Press the red button twice then wait for it\n")
     own = own_rows(str(file), tmp_path, {}, [])
-    assert own.unread == Unread(1, 2, "Press the red button twice then wait for it") and not own.golds
+    few = "a final answer can be read from 1 of 2 rows, too few to use any; not, for example, from: "
+    assert own.unread == f"{few}Press the red button twice then wait for it" and not own.golds
 
 
 def test_rows_that_are_fine_stay_where_they_are(tmp_path):

@@ -1,4 +1,5 @@
-"""The config that `lorapar init` writes: settings that follow from the profile of the rows, with reasons."""
+"""The config that `lorapar init` writes: settings that follow from the profile of the rows, with reasons, and
+the questions that the rows leave open, for a person to decide."""
 
 from __future__ import annotations
 
@@ -51,22 +52,15 @@ SECOND_SFT = [
     Choice("sft.rounds", 2, "no answer can be verified, so System 2 learns by SFT, too"),
     Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
 ]
-"""SFT in place of RL."""
 RL_ALONE = [
     Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
     Choice("rl.start_from", "init", "SFT has nothing to imitate"),
     Choice("eval.targets", ["base", "rl"], "so no SFT runs"),
 ]
-"""RL without SFT and without scores, both of which read responses."""
 
 
 def choices(
-    profile: DataProfile,
-    model: str,
-    data: str,
-    tests: list[BenchmarkSection],
-    labels: str | None,
-    name: str,
+    profile: DataProfile, model: str, data: str, tests: list[BenchmarkSection], labels: str | None, name: str
 ) -> Iterator[Choice]:
     """Yield the settings that differ from the defaults for these rows.
 
@@ -82,21 +76,11 @@ def choices(
     yield Choice("data.max_length", longest, f"prompt and response: {why}")
     if longest < profile.row.longest:
         yield Choice("data.too_long", "drop", "the longer rows are left out of SFT and score")
-    if profile.section.template == "plain":
-        yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
-    if profile.system2_rows is None and labels is None:
-        yield from _voters(profile)
-    if profile.section.system:
-        yield Choice("prompt.system", profile.section.system, "so that answers can be verified")
-    yield from _modes(profile)
+    yield from _prompt(profile)
     if missing := sorted(set(LoraSection().target_modules) - profile.linear):
         why = f"{', '.join(sorted(profile.linear))}: the model has no {', '.join(missing)}"
         yield Choice("lora.target_modules", ALL_LINEAR, why)
-    if labels:
-        yield Choice("classify.strategy", "known", "no model votes")
-        yield Choice("classify.labels_file", labels)
-    elif profile.system2_rows is not None:
-        yield Choice("classify.strategy", "known", "each row has a field system")
+    yield from _labels(profile, labels)
     rl = list(_rl(profile))
     limits = {choice.name: choice.value for choice in rl}
     yield from [] if profile.imitable else RL_ALONE
@@ -109,16 +93,33 @@ def choices(
     yield from _benchmarks(tests, limits)
 
 
-def _modes(profile: DataProfile) -> Iterator[Choice]:
-    """Two modes: by the switch of the chat template or, where answers can be verified, by a message."""
-    if switch := profile.section.chat_template_kwargs_by_system:
+def _prompt(profile: DataProfile) -> Iterator[Choice]:
+    """Template and messages: two modes by the template's switch or, to verify answers, by a message."""
+    section = profile.section
+    if section.template == "plain":
+        yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
+    if section.system:
+        yield Choice("prompt.system", section.system, "so that answers can be verified")
+    if switch := section.chat_template_kwargs_by_system:
         why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
         yield Choice("prompt.chat_template_kwargs_by_system", switch, why)
-    elif profile.section.system and not profile.unverifiable:
+    elif section.system and not profile.unverifiable:
         why = "the fast mode's message; the other one is the slow mode's, and the base's"
         yield Choice("prompt.by_system", {1: AT_ONCE}, why)
         if profile.imitable:
             yield Choice("sft.system1_targets", "answer", "the fast mode writes no working")
+
+
+def _labels(profile: DataProfile, labels: str | None) -> Iterator[Choice]:
+    """Known labels, or few-shot voters for a base that cannot chat or is too small to play a role."""
+    if labels:
+        yield Choice("classify.strategy", "known", "no model votes")
+        yield Choice("classify.labels_file", labels)
+    elif profile.system2_rows is not None:
+        yield Choice("classify.strategy", "known", "each row has a field system")
+    elif profile.section.template == "plain" or (profile.parameters or ROLE_PLAY) < ROLE_PLAY:
+        why = "the model itself, by worked examples: it has no chat, or is small for playing a role"
+        yield Choice("classify.voters", [{"persona": "steps"}, {"persona": "effort"}], why)
 
 
 def _small(profile: DataProfile) -> Iterator[Choice]:
@@ -132,17 +133,40 @@ def _small(profile: DataProfile) -> Iterator[Choice]:
         yield Choice("rl.learning_rate", 1.5e-4, "the demo's rate")
 
 
-def _voters(profile: DataProfile) -> list[Choice]:
-    """Few-shot questions to a model that cannot chat or is small; by default the base plays a role."""
-    number = profile.parameters
-    if profile.section.template == "plain":
-        why = "it has no chat"
-    elif number is not None and number < ROLE_PLAY:
-        why = f"{number:,} parameters are few for playing a role"
-    else:
-        return []
-    voters = [{"persona": "steps"}, {"persona": "effort"}]
-    return [Choice("classify.voters", voters, f"the model itself, by worked examples: {why}")]
+def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: str | None) -> list[str]:
+    """Questions that neither the rows nor a file of labels answer."""
+    total, without_answer = len(profile.rows.examples), profile.answers["none"]
+    verifiable, imitable, labelled = not profile.unverifiable, profile.imitable, profile.system2_rows
+    thoughtless = profile.thinks and imitable and not profile.thoughts
+    needs_cold_start = imitable and verifiable and not thoughtless and not profile.is_small
+    questions = {
+        "no row has a verifiable answer (a field gold, --columns gold=COLUMN, or #### and the answer at its "
+        "end), so no row is held out, and there is no RL without a reward of your own": not verifiable,
+        f"{without_answer} of {total} rows have no verifiable answer, and RL's reward of correctness needs "
+        "one on each System 2 row: a field gold, or leave them out": verifiable and without_answer > 0,
+        "how the model is told to end in `#### answer`: its chat template takes no system message, and SFT "
+        "alone teaches it": profile.refuses_system,
+        "what is imitated: no row has a response, so RL alone trains, by what the base gets right now and "
+        "then; a few rows with a response allow scores and SFT, too": not imitable,
+        f"what is imitated: {profile.unanswered} of {total} rows have no response; score and SFT leave them "
+        "out, and need some rows of each system with one": imitable and profile.unanswered > 0,
+        "what System 2 learns from: no row is labelled System 2": labelled == 0,
+        "what SFT trains on, and System 1's importance: no row is labelled System 1": labelled == total,
+        "which rows measure success: lorapar init … --test FILE": verifiable and not tests,
+        "who votes: the model itself is cheap and may be weak, a larger one is better (classify.voters: "
+        "[{model: NAME}]). Or bring labels: --labels FILE": labelled is None and labels is None,
+        "how the model thinks: no row has a thought (reasoning_content, or <think>…</think> in the "
+        "response), so SFT on System 2 rows would teach it not to; leave sft.system2_share at 0": thoughtless,
+        "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
+        "answer to System 2; sft.system2_share: 0.3 is a cold start": needs_cold_start,
+        "learning rates, passes over the rows and LoRA's rank: these are a start": True,
+    }
+    trained = {example.conversation for example in profile.rows.examples}
+    for test in tests:
+        items = [item.conversation in trained for item in benchmarks.pick(test.kind).load(test)]
+        counts = f"{sum(items)} of its {len(items)} questions are trained on"
+        questions[f"what {test.path} measures: {counts}"] = any(items)
+    return [question for question, is_open in questions.items() if is_open]
 
 
 def document(chosen: list[Choice], head: list[str], undecided: list[str]) -> str:
@@ -182,31 +206,27 @@ def _limit(lengths: Lengths, positions: int | None) -> tuple[int, str]:
 
 
 def _rl(profile: DataProfile) -> Iterator[Choice]:
-    defaults = RlSection()
+    defaults, number = RlSection(), len(profile.rows.examples)
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
-    default = defaults.max_completion_length
-    if not profile.imitable:
-        response, response_why = default, f"no row has one, so {default} is a guess"
-    elif profile.bare > BARE * len(profile.rows.examples) and response < default:
-        response = default
-        response_why = f"{profile.bare} rows have an answer without its working, so {default} is a guess"
-    if profile.thinks and not profile.thoughts and response < THOUGHT:
-        response, response_why = THOUGHT, f"the rows show no thoughts, so {THOUGHT} for one is a guess"
+    shows_thoughts = profile.thoughts or not profile.thinks
+    shows_working = profile.imitable and profile.bare <= BARE * number
+    guess = THOUGHT if not shows_thoughts else 0 if shows_working else defaults.max_completion_length
+    if response < guess:
+        response, what = guess, "thoughts" if not shows_thoughts else "working"
+        response_why = f"rows show no {what}, so {guess} is a guess"
     completion = -(-round(response * ROOM) // STEP) * STEP
     if profile.positions is not None and prompt + completion > profile.positions:
         completion = max(profile.positions - prompt, profile.positions // 4)
         prompt = profile.positions - completion
         response_why = f"{response_why}, and with its prompt the model reads {profile.positions}"
-    system2, rows_text = profile.system2_rows, f"{profile.system2_rows} System 2 rows"
-    if system2 is None:
-        rows = len(profile.rows.examples)
-        system2, rows_text = rows // 2, f"{rows} rows"
-    largest = system2 // MIN_RL_STEPS
-    if largest < defaults.prompts_per_step:
+    system2 = number // 2 if profile.system2_rows is None else profile.system2_rows
+    if (largest := system2 // MIN_RL_STEPS) < defaults.prompts_per_step:
         # `-` binds before `<<`: the largest power of two that is not above `largest`, and at least 1.
         power_of_two = 1 << max(largest, 1).bit_length() - 1
-        yield Choice("rl.prompts_per_step", power_of_two, f"there are {rows_text}")
+        yield Choice(
+            "rl.prompts_per_step", power_of_two, f"for {MIN_RL_STEPS} steps on {system2} System 2 rows"
+        )
     yield Choice("rl.max_prompt_length", prompt, prompt_why)
     yield Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}")
     if profile.thinks:
@@ -216,48 +236,44 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
 
 
 def _reward(profile: DataProfile) -> tuple[dict[str, float], str]:
-    kinds = set(profile.answers)
-    if kinds == {"tests"}:
+    answers = profile.answers
+    if answers.keys() == {"tests"}:
         return {"code_tests": 1.0}, "each row has a test and its entry_point; they run in the sandbox"
-    if profile.unanswered and kinds & VERIFIED:  # the overlap of words needs a response
-        return {"correctness": 1.0}, "for rows with an answer to compare with"
-    if "none" in kinds or "tests" in kinds:
-        lacking = f"{profile.answers['none'] + profile.answers['tests']} of {profile.answers.total()}"
-        return {"text_overlap": 1.0}, f"{lacking} rows have no answer to compare with"
-    kind = profile.answers.most_common(1)[0][0]
-    return {"correctness": 1.0}, f"each row has an answer, mostly a {kind}"
+    lacking = answers["none"] + answers["tests"]
+    # The overlap of words needs a response.
+    if lacking and not (profile.unanswered and answers.keys() & VERIFIED):
+        return {"text_overlap": 1.0}, f"{lacking} of {answers.total()} rows have no answer to compare with"
+    return {"correctness": 1.0}, f"rows have an answer, mostly a {answers.most_common(1)[0][0]}"
 
 
 def _benchmarks(tests: list[BenchmarkSection], limits: dict[str, Any]) -> Iterator[Choice]:
-    """A benchmark for each test file, by its name or, where that says nothing, by the kind of benchmark."""
+    """A benchmark for each test file, by its name or, where that says nothing, by the kind of benchmark.
+
+    limits: the settings of RL; answers and thoughts may be as long.
+    """
     names: list[str] = []
+    thinking = limits.get("rl.max_thinking_length", 0)
     for test in tests:
         word = _word(str(test.path)).strip("-_")
         numbered = (f"{test.kind}-{number}" for number in count(1))
         candidates = chain([test.kind if word in ("", "train") else word], numbered)
         names.append(next(name for name in candidates if name not in names))
-        yield from _benchmark(names[-1], test, limits)
-
-
-def _benchmark(name: str, test: BenchmarkSection, limits: dict[str, Any]) -> Iterator[Choice]:
-    """A benchmark of this name, with answers and thoughts as long as in RL. limits: the settings of RL."""
-    section, thinking = f"eval.benchmarks.{name}", limits.get("rl.max_thinking_length", 0)
-    yield Choice(f"{section}.kind", test.kind, "which can read its rows")
-    yield Choice(f"{section}.path", str(test.path))
-    if "split" in test.model_fields_set:
-        yield Choice(f"{section}.split", test.split, "not the rows that are trained")
-    if test.duplicates == "first":
-        yield Choice(f"{section}.empty", "drop", "as of the rows that are trained")
-        yield Choice(f"{section}.duplicates", "first")
-    defaults = benchmarks.pick(test.kind).DEFAULTS
-    if defaults.get("shots"):
-        yield Choice(f"{section}.shots", 0, "no rows for worked examples are named")
-    # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
-    if "max_new_tokens" not in defaults or "revision" not in defaults:
-        length = limits["rl.max_completion_length"] - thinking
-        yield Choice(f"{section}.max_new_tokens", length, "as many as in RL")
-        if thinking:
-            yield Choice(f"{section}.max_thinking_tokens", thinking, "then it is closed, as in RL")
+        section, defaults = f"eval.benchmarks.{names[-1]}", benchmarks.pick(test.kind).DEFAULTS
+        yield Choice(f"{section}.kind", test.kind, "which can read its rows")
+        yield Choice(f"{section}.path", str(test.path))
+        if "split" in test.model_fields_set:
+            yield Choice(f"{section}.split", test.split, "not the rows that are trained")
+        if test.duplicates == "first":
+            yield Choice(f"{section}.empty", "drop", "as of the rows that are trained")
+            yield Choice(f"{section}.duplicates", "first")
+        if defaults.get("shots"):
+            yield Choice(f"{section}.shots", 0, "no rows for worked examples are named")
+        # A published benchmark's default fits these rows, too; others have one for their own rows, if any.
+        if "max_new_tokens" not in defaults or "revision" not in defaults:
+            length = limits["rl.max_completion_length"] - thinking
+            yield Choice(f"{section}.max_new_tokens", length, "as many as in RL")
+            if thinking:
+                yield Choice(f"{section}.max_thinking_tokens", thinking, "then it is closed, as in RL")
 
 
 def _word(path: str) -> str:

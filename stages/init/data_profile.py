@@ -56,12 +56,6 @@ class DataProfile:
     """Number of rows with an answer to verify and nothing before it: no response, or the answer alone."""
     system2_rows: int | None
     """Number of System 2 rows, if every row has a label in the field `system`; else None."""
-    ignores_system: int
-    """Number of rows with a text in the field `system` that is no label."""
-    never_stops: list[str]
-    """Ids of rows whose last trained token does not stop an answer."""
-    stops: list[str]
-    """The stop tokens, as texts."""
     sample: tuple[str, str]
     """Prompt and trained text, as the model sees them, of the first row with a response, or of the first."""
     thinks: bool
@@ -116,20 +110,15 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         )
     asks = kinds.keys() <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
     renderer = _renderer(tokenizer, ASKS if asks else None, rows.examples)
-    labels = [example.extra.get("system") for example in rows.examples]
-    systems = [system_of(label) for label in labels]
+    systems = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)
     return DataProfile(
         rows=rows,
         answers=kinds,
-        **_measured(renderer, rows.examples, bool(answered)),
+        **_lengths(renderer, rows.examples, bool(answered)),
         unanswered=len(rows.examples) - len(answered),
         bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=systems.count(2) if None not in systems else None,
-        ignores_system=sum(
-            isinstance(label, str) and system is None for label, system in zip(labels, systems, strict=True)
-        ),
-        stops=[tokenizer.decode([token]) for token in renderer.stop_ids],
         sample=_sample(renderer, (answered or rows.examples)[0]),
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
@@ -148,18 +137,16 @@ def _sample(renderer: Renderer, example: Example) -> tuple[str, str]:
     return decode(row.input_ids[:start]), decode(row.input_ids[start:]) if example.response else ""
 
 
-def _measured(renderer: Renderer, examples: list[Example], imitable: bool) -> dict[str, Any]:
-    """Render each row for what a profile says of its tokens; these take many times the memory of texts."""
-    prompts, responses, lengths, never_stops = [], [], [], []
+def _lengths(renderer: Renderer, examples: list[Example], imitable: bool) -> dict[str, Lengths]:
+    """Lengths in tokens; the tokens, which take many times the memory of texts, do not stay."""
+    prompts, responses, lengths = [], [], []
     for example in examples:
-        row = renderer.row(example)
-        prompts.append(row.labels.count(IGNORED))
-        lengths.append(len(row.labels))
+        labels = renderer.row(example).labels
+        prompts.append(labels.count(IGNORED))
+        lengths.append(len(labels))
         if example.response or not imitable:
             responses.append(lengths[-1] - prompts[-1])
-            never_stops += renderer.rows_without_stop([row])
-    measured = {"prompt": Lengths(prompts), "response": Lengths(responses), "row": Lengths(lengths)}
-    return {**measured, "never_stops": never_stops}
+    return {"prompt": Lengths(prompts), "response": Lengths(responses), "row": Lengths(lengths)}
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, system: str | None, examples: list[Example]) -> Renderer:

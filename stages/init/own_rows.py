@@ -1,18 +1,23 @@
-"""Rows of a person's own file, for `lorapar init`: columns by other names, final answers in short texts."""
+"""Rows of a person's own file, for `lorapar init`: columns by other names, final answers in short texts, and
+a part that is held out to evaluate on."""
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stages import escaping
-from stages.config import SourceSection
+from stages.config import BenchmarkSection, SourceSection
 from stages.data import formats
-from stages.data.rows import local_file, raw_rows
+from stages.data.formats import EmptyRowError
+from stages.data.rows import local_file, raw_rows, read_rows
 from stages.errors import ConfigError, DataError
+from stages.init.data_profile import answer_kind, benchmark_of
 from stages.prompts.answers import extract_letter, is_answer, parse_number
 from stages.records import write_jsonl
 from stages.store.whole_files import whole_files
@@ -35,6 +40,8 @@ CONTEXTS = ("context", "passage", "background", "document")
 """Names of a column with a text that the question is about; it is written above the question."""
 SHARE = 0.8
 """Share of the rows whose answers must be short ones, or none is read from them."""
+ONE_IN, MOST = 5, 300
+"""One question of so many is held out, and no more than so many questions in all."""
 WORDS, FEW = 14, 3
 """Most words of a sentence that holds an answer, and of an answer that is one as a whole."""
 RULE = (
@@ -42,6 +49,7 @@ RULE = (
     "`So 12 are left.` or where it repeats a result, `= 12`; a yes or no at the beginning; a letter; or all "
     "of at most 3 words"
 )
+HINT = "write elsewhere: --out FOLDER/rows.yaml"
 MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _DATE = re.compile(
     r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
@@ -74,16 +82,6 @@ _RESULT = re.compile(rf"=\s*({_NUMBER.pattern})")
 
 
 @dataclass(frozen=True)
-class Unread:
-    """Why no final answers were read: too few rows have one."""
-
-    having: int
-    of: int
-    first: str
-    """The text of the first row that has none."""
-
-
-@dataclass(frozen=True)
 class OwnRows:
     path: str
     """The file to go on with: the person's own, or the one that was written."""
@@ -91,7 +89,8 @@ class OwnRows:
     """Field → column, where they have other names."""
     golds: list[tuple[str, str]] = field(default_factory=list)
     """The texts of rows from which a final answer was read, with it."""
-    unread: Unread | None = None
+    unread: str = ""
+    """Why no final answers were read, although some rows seem to have one."""
 
 
 def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[Path]) -> OwnRows:
@@ -117,7 +116,7 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
         rows[number]["gold"] = gold
     file = folder / f"{Path(path).name.split('.')[0]}-rows.jsonl"
     written += [] if file.exists() else [file]
-    with whole_files([file], "write elsewhere: --out FOLDER/rows.yaml") as (draft,):
+    with whole_files([file], HINT) as (draft,):
         write_jsonl(draft, rows)
     return OwnRows(str(file), names, list(golds.values()), unread)
 
@@ -173,7 +172,7 @@ def _put_context_above(rows: list[dict[str, Any]], context: str, names: Mapping[
     return {question: f"{context} and {names.get(question, question)}"}
 
 
-def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], Unread | None]:
+def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], str]:
     """Row → its response and the final answer in it; none, and why, if fewer than SHARE of the rows have one.
 
     kind: the format of the rows. None are needed where each response is its answer: `read_rows` knows that by
@@ -191,14 +190,15 @@ def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, 
         if example.response and example.gold is None:
             texts[number] = example.prompt, example.response.strip()
     if verifiable or all(is_answer(response) for _, response in texts.values()):
-        return {}, None
+        return {}, ""
     golds = {
         n: (text, gold) for n, (question, text) in texts.items() if (gold := final_answer(text, question))
     }
     if len(golds) >= SHARE * len(texts):
-        return golds, None
+        return golds, ""
     first = next(text for n, (_, text) in texts.items() if n not in golds)
-    return {}, Unread(len(golds), len(texts), first)
+    few = f"a final answer can be read from {len(golds)} of {len(texts)} rows, too few to use any"
+    return {}, f"{few}; not, for example, from: {first}"
 
 
 def final_answer(text: str, question: str = "") -> str | None:
@@ -236,3 +236,41 @@ def _of_sentence(text: str, question: str) -> str | None:
         names_nothing = _BEFORE.search(undated[: numbers[0].start()]) or _ASKS_NUMBER.search(question)
         return number if names_nothing else None
     return text.rstrip(".!") if len(text.split()) <= FEW and not numbers and not dates else None
+
+
+def hold_out(path: str, name: str, written: list[Path]) -> tuple[str, BenchmarkSection | None]:
+    """Write NAME-train.jsonl and NAME-test.jsonl; return the first, and a benchmark of the second.
+
+    The rows of one question stay together, and only questions of which each row has a verifiable answer are
+    held out. If there are none, or no benchmark can read them, it is `path` and None. The same file is split
+    in the same way. OutputError if another file has one of the two names. name: with its folder. written:
+    gets those that were not there.
+    """
+    source = SourceSection(path=path, empty="drop", duplicates="first")
+    examples = read_rows(source).examples  # it raises an error for a bad row
+    unverifiable = {example.conversation for example in examples if answer_kind(example) == "none"}
+    rows = raw_rows(source)
+    kind = formats.detect(path, rows[0][1])
+    questions = {}
+    for number, row in rows:
+        with suppress(EmptyRowError):
+            questions[number] = formats.examples(kind, row)[-1].conversation
+    verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
+    chosen = set(random.Random(0).sample(verifiable, min(MOST, len(verifiable) // ONE_IN)))
+    if not chosen:
+        return path, None
+    train, test = [Path(f"{name}-{part}.jsonl") for part in ("train", "test")]
+    parts: dict[Path, list[dict[str, Any]]] = {train: [], test: []}
+    for number, row in rows:
+        parts[test if questions.get(number) in chosen else train].append(row)
+    written += [file for file in parts if not file.exists()]
+    with whole_files(list(parts), HINT) as drafts:
+        for draft, part in zip(drafts, parts.values(), strict=True):
+            write_jsonl(draft, part)
+    try:
+        return str(train), benchmark_of(str(test))
+    except DataError:  # such as functions with tests that are not in HumanEval's form
+        for file in parts:
+            file.unlink()
+        written[:] = [file for file in written if file.exists()]
+        return path, None
