@@ -58,13 +58,12 @@ def command(
     prefixes = tuple(f"eval:{name}@" for name in targets)
     evaluations = (current_artifact(store, step) for name, step in steps.items() if name.startswith(prefixes))
     evaluated = list(filter(None, evaluations))
+    form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
+    exporting.write(trained, settings, folder, form, evaluated)
     if views:
-        exporting.write_views(trained, settings, folder, evaluated)
         names = ", ".join(f"{mode} ({name})" for mode, name in modes.items())
         terminal.say(f"{folder}: {names}; the command that serves both is in {folder / 'README.md'}")
     else:
-        form: Literal["merged", "adapter"] = "merged" if merged else "adapter"
-        exporting.write(target, trained[target], settings, folder, form, evaluated)
         terminal.say(f"{folder}: {form} of {target} {trained[target].manifest['key']}")
     if push:
         terminal.say(f"pushed to {exporting.push(folder, push)}")

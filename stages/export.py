@@ -17,47 +17,33 @@ from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 
 def write(
-    target: str,
-    artifact: Artifact,
-    config: Config,
-    out: Path,
-    form: Form,
-    evaluated: Sequence[Artifact] = (),
+    trained: dict[str, Artifact], config: Config, out: Path, form: Form, evaluated: Sequence[Artifact] = ()
 ) -> None:
-    """Write the adapter of a target's artifact into `out`, or the merged model with its tokenizer.
+    """Write the adapter of a target into `out`, or the merged model with its tokenizer, with a card.
 
-    Either comes with a README.md. evaluated: the evaluations, for the card. OutputError if `out` exists;
-    ConfigError for a trained prompt, which cannot be merged.
+    trained: the artifact by target. Those of both modes become `fast/`, the adapter of SFT, and `slow/`, that
+    of RL or of SFT's second round; the card says how to serve both. evaluated: the evaluations, for the card.
+    OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged, and for two modes
+    that no server loads as LoRA modules: those of a baseline, and adapters of a 4-bit base.
     """
+    views = len(trained) > 1
     if form == "merged" and config.baseline is not None and config.baseline.trains_prompt:
         raise ConfigError(
             f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
         )
-    with _building(out) as partial:
-        _fill(partial, artifact, config, form)
-        text = card(config, {target: artifact}, form, partial, evaluated)
-        (partial / "README.md").write_text(text, encoding="utf-8")
-
-
-def write_views(
-    trained: dict[str, Artifact], config: Config, out: Path, evaluated: Sequence[Artifact] = ()
-) -> None:
-    """Write `fast/`, the adapter of SFT, and `slow/`, that of RL or of SFT's second round, with a card.
-
-    The card says how to serve both. trained: their artifacts by target. Errors as those of `write`; also
-    ConfigError for a baseline, which no server loads as a LoRA module, and for adapters of a 4-bit base.
-    """
-    if not config.served_by_vllm:
+    if views and not config.served_by_vllm:
         cause = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
         raise ConfigError(
             f"--views are served by vLLM, which cannot serve {cause}",
             "a mode at a time, --target sft, then the slow one, with --merged",
         )
     with _building(out) as partial:
-        for mode, target in config.eval.modes.items():
-            (partial / mode).mkdir()
-            _fill(partial / mode, trained[target], config, "adapter")
-        text = card(config, trained, "adapter", partial, evaluated)
+        modes = {target: mode for mode, target in config.eval.modes.items()}
+        for target, artifact in trained.items():
+            folder = partial / modes[target] if views else partial
+            folder.mkdir(exist_ok=True)
+            _fill(folder, artifact, config, form)
+        text = card(config, trained, form, partial, evaluated)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 

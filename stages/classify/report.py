@@ -1,4 +1,4 @@
-"""Report on the labels: each voter, how well it tells known examples apart, and agreement with known labels."""
+"""Report on the labels: each voter, how well it tells known examples apart, and known labels."""
 
 from __future__ import annotations
 

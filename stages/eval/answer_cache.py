@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from stages.config import BenchmarkSection
 from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
@@ -40,12 +40,6 @@ class CachedAnswer(BaseModel):
     ids: list[TokenId] = []
     complete: bool = True
     shares: list[Annotated[float, Field(ge=0, le=1 + 1e-6)]] = []
-
-    @model_validator(mode="after")
-    def _has_ids_or_shares(self) -> CachedAnswer:
-        if not {"ids", "shares"} & self.model_fields_set:
-            raise ValueError("neither ids nor shares")
-        return self
 
     @property
     def best(self) -> int:
@@ -103,17 +97,9 @@ class AnswerCache:
             [row.example for row in rows], benchmark, renderer
         )
         self._slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
-        self._sampling = sampling = Sampling(
-            benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature
-        )
-        randomness = {"temperature": sampling.temperature}
-        sampling_key = {
-            "longest": sampling.max_new_tokens,
-            "stop": renderer.stop_ids,
-            **({"thought": benchmark.max_thinking_tokens} if benchmark.max_thinking_tokens else {}),
-            **(randomness if sampling.temperature else {}),
-        }
-        key = key_of({**identity, "sampling": sampling_key})
+        self._sampling = Sampling(benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature)
+        limits = {"sampling": asdict(self._sampling), "thought": benchmark.max_thinking_tokens}
+        key = key_of({**identity, **limits})
         self._journal = Journal(folder / f"{key}.jsonl", CachedAnswer)
         self._keys = [key_of({"ids": p.ids, "stop": p.stop, "words": p.words}) for p in self.prompts]
         self.answers: dict[tuple[int, int], CachedAnswer] = {}
@@ -125,13 +111,14 @@ class AnswerCache:
             first_slots: dict[tuple[str, int], tuple[int, int]] = {}
             for i, n in self._slots:  # equal prompts have one key and are answered once
                 first_slots.setdefault((self._keys[i], n), (i, n))
-            keys = [key for key in first_slots if self._regenerate or key not in self._journal]
-            if missing := [first_slots[key] for key in keys]:
+            missing = [
+                slot for key, slot in first_slots.items() if self._regenerate or key not in self._journal
+            ]
+            if missing:
                 started = engine()
                 progress.start(title, len(missing))
                 self._generate(started, missing, progress)
-            journal, keys_of = self._journal, self._keys
-            self.answers = {(i, n): CachedAnswer(**journal[keys_of[i], n]) for i, n in self._slots}
+            self.answers = {(i, n): CachedAnswer(**self._journal[self._keys[i], n]) for i, n in self._slots}
 
     def graded(self, context: Context, progress: Progress) -> list[Sample]:
         """Grade every answer, in the order of rows and samples. Programs run side by side on all cores."""
@@ -183,7 +170,7 @@ class AnswerCache:
                         f"an item could not be answered: {choice.reason}: {choice.detail}",
                         "if it is too long: fewer shots of the benchmark, or another model",
                     )
-                record(choices[k], {"shares": choice.probabilities, "mass": choice.mass})
+                record(choices[k], {"shares": choice.probabilities})
         for slot, ids, complete in self._complete_texts(engine, texts):
             record(slot, {"ids": ids, "complete": complete})
 
@@ -198,7 +185,7 @@ class AnswerCache:
         thinking, begun = self._section.max_thinking_tokens, dict[tuple[int, int], list[int]]()
         if thinking and slots:
             sampling = replace(self._sampling, max_new_tokens=thinking)
-            for k, completion in engine.generate(self._requests(slots), sampling):
+            for k, completion in engine.generate(self._requests(slots, {}), sampling):
                 if completion.complete:
                     yield slots[k], completion.ids, True
                 else:
@@ -217,17 +204,15 @@ class AnswerCache:
         return self.renderer.closing_span(self.prompts[row].text, answer.ids, limit)
 
     def _requests(
-        self, slots: list[tuple[int, int]], begun: Mapping[tuple[int, int], list[int]] | None = None
+        self, slots: list[tuple[int, int]], begun: Mapping[tuple[int, int], list[int]]
     ) -> list[GenerateRequest]:
-        """Requests for answers, or for what follows their beginnings."""
+        """Requests for answers, or for what follows those that have begun."""
         requests = []
         for i, n in slots:
-            beginning = begun[i, n] if begun else []
-            seed = {"question": self._keys[i], "sample": n}
-            seed |= {"after": len(beginning)} if begun else {}
-            requests.append(
-                GenerateRequest(self.prompts[i].ids + beginning, self.prompts[i].stop, seed_of(seed))
-            )
+            prompt, beginning = self.prompts[i], begun.get((i, n), [])
+            after = {"after": len(beginning)} if beginning else {}
+            seed = seed_of({"question": self._keys[i], "sample": n, **after})
+            requests.append(GenerateRequest(prompt.ids + beginning, prompt.stop, seed))
         return requests
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from stages.config import (
     ServerSection,
     system_asked,
 )
-from stages.engines import Engine, EngineSpec
+from stages.engines import EngineSpec
 from stages.eval.answer_cache import AnswerCache
 from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context
@@ -104,9 +104,36 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     a resumed run nor one with other labels, another limit or another grader generates it again. Only
     `context.force` replaces earlier answers.
     """
-    evaluation = Evaluation(context, **sections)
+    evaluation, progress = Evaluation(context, **sections), context.progress
+    settings = evaluation.sandbox
+    sandbox = sandboxes.from_settings(settings, progress.say) if settings else None
     with _adapter(evaluation) as adapter:
-        return _evaluate(evaluation, adapter)
+        cache = evaluation.cache(adapter)
+        spec = EngineSpec(evaluation.eval.engine, evaluation.model, adapter)
+        engine = partial(context.engines.get, spec, evaluation.server, progress.say)
+        cache.complete(engine, evaluation.title, progress)
+        parity = _check_parity(evaluation, adapter, cache)
+    renderer, first = cache.renderer, cache.prompts[0]
+    prompt, tokenizer = renderer.section, renderer.tokenizer
+    samples = cache.graded(Context(prompt.answer_format, prompt.template == "chat", sandbox), progress)
+    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in samples))
+    metrics = compute_metrics(samples, evaluation.kind.GROUPS)
+    record = {
+        "target": evaluation.target,
+        "benchmark": evaluation.asked.model_dump(mode="json"),
+        "engine": evaluation.eval.engine,
+        **metrics,
+        "parity": parity,
+        "sandbox": sandbox and sandbox.name,
+        "first_prompt": first.text,
+        "bos_tokens_in_it": first.ids.count(tokenizer.bos_token_id),
+        "stop": [*(tokenizer.decode([stop]) for stop in renderer.stop_ids), *first.stop],
+        "prompt": renderer.digest(),
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (context.out / "metrics.json").write_text(text, encoding="utf-8")
+    sandbox_name = {"sandbox": sandbox.name} if sandbox else {}
+    return {"kind": evaluation.benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
 @contextmanager
@@ -158,42 +185,6 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
             served = name if name in adapters else first.model.name
             progress = evaluation.context.progress
             answers.complete(lambda served=served: clients()[served], evaluation.title, progress)
-
-
-def _evaluate(evaluation: Evaluation, adapter: Path | None) -> dict[str, Any]:
-    """Answer and grade the benchmark, and write the results; see `run`."""
-    context, cache, settings = evaluation.context, evaluation.cache(adapter), evaluation.sandbox
-    progress, spec = context.progress, EngineSpec(evaluation.eval.engine, evaluation.model, adapter)
-    sandbox = sandboxes.from_settings(settings, progress.say) if settings else None
-
-    def engine() -> Engine:
-        return context.engines.get(spec, evaluation.server, progress.say)
-
-    cache.complete(engine, evaluation.title, progress)
-    parity = _check_parity(evaluation, adapter, cache)
-    renderer, first = cache.renderer, cache.prompts[0]
-    prompt, tokenizer = renderer.section, renderer.tokenizer
-    samples = cache.graded(Context(prompt.answer_format, prompt.template == "chat", sandbox), progress)
-    write_jsonl(context.out / "samples.jsonl", (asdict(sample) for sample in samples))
-    metrics = compute_metrics(samples, evaluation.kind.GROUPS)
-    bos = tokenizer.bos_token_id
-    record = {
-        "target": evaluation.target,
-        "benchmark": evaluation.asked.model_dump(mode="json"),
-        "engine": evaluation.eval.engine,
-        **metrics,
-        "parity": parity,
-        "sandbox": sandbox and sandbox.name,
-        "first_prompt": first.text,
-        "first_prompt_tokens": len(first.ids),
-        "bos_tokens_in_it": first.ids.count(bos) if bos is not None else 0,
-        "stop": [*(tokenizer.decode([stop]) for stop in renderer.stop_ids), *first.stop],
-        "prompt": renderer.digest(),
-    }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    (context.out / "metrics.json").write_text(text, encoding="utf-8")
-    sandbox_name = {"sandbox": sandbox.name} if sandbox else {}
-    return {"kind": evaluation.benchmark.kind, **sandbox_name, **headline(metrics)}
 
 
 def _check_parity(evaluation: Evaluation, adapter: Path | None, cache: AnswerCache) -> dict[str, Any] | None:

@@ -95,7 +95,10 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     null = np.ones(1)  # null[k] = probability that P = k; (1 + sum of magnitudes,)
     for magnitude, number in Counter(abs(unit) for unit in units if unit).items():
         binomial = np.zeros(magnitude * number + 1)
-        binomial[::magnitude] = _fair_binomial(number)
+        ways = [1]  # number over heads, in integers
+        for heads in range(number):
+            ways.append(ways[-1] * (number - heads) // (heads + 1))
+        binomial[::magnitude] = [n / 2**number for n in ways]
         if len(null) > 1:
             from scipy.signal import convolve  # half a second, and most tests have one magnitude alone
 
@@ -104,15 +107,6 @@ def paired_p(scores_a: Sequence[float], scores_b: Sequence[float]) -> float:
     sums = 2 * np.arange(len(null)) - (len(null) - 1)  # S = 2 P - Σ |uᵢ| for each cell of `null`
     # Convolution by FFT has rounding errors, which may lead below 0 or above 1.
     return float(np.clip(null[np.abs(sums) >= abs(sum(units))].sum(), 0, 1))
-
-
-def _fair_binomial(number: int) -> list[float]:
-    """Probabilities of 0, 1, … `number` heads in so many throws of a fair coin: Binomial(number, 1/2)."""
-    probabilities, ways, all_ways = [], 1, 2**number
-    for heads in range(number + 1):
-        probabilities.append(ways / all_ways)
-        ways = ways * (number - heads) // (heads + 1)  # n over h + 1 = (n over h) · (n - h) / (h + 1)
-    return probabilities
 
 
 def p_value(p: float) -> str:

@@ -29,23 +29,17 @@ def cache(tokenizer, folder, rows: list[Labelled], **settings) -> AnswerCache:
     return AnswerCache(rows, section, renderer, {}, folder, regenerate=False)
 
 
-def test_a_choice_is_the_likeliest_word(tokenizer):
-    asked = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
-    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked)[0] == "C"
-
-
-@pytest.mark.parametrize("odd", [{"complete": True}, {"ids": [-1]}, {"shares": [1.5]}])
-def test_a_line_of_a_journal_that_is_no_answer(odd):
-    with pytest.raises(ValidationError):
-        CachedAnswer(**odd)
-
-
-def test_a_line_of_a_journal_that_is_the_answer_to_another_question(tokenizer):
+def test_a_line_of_a_journal_that_is_no_answer_or_to_another_question(tokenizer):
+    for odd in ({"ids": [-1]}, {"shares": [1.5]}):
+        with pytest.raises(ValidationError):
+            CachedAnswer(**odd)
     with pytest.raises(ArtifactError, match="has 3 shares for 2 words"):
         CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, RenderedPrompt("", [], (), (" A", " B")))
 
 
-def test_a_text_ends_at_the_first_stop_text_and_is_whole_there(tokenizer):
+def test_a_choice_is_the_likeliest_word_and_a_text_ends_at_the_first_stop_text(tokenizer):
+    asked = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
+    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked)[0] == "C"
     written = ids(tokenizer, "#### 5\nX\nQ #### 7")
     given = CachedAnswer(ids=written, complete=False).text(tokenizer, RenderedPrompt("", [], ("\nQ", "\nX")))
     assert given == ("#### 5", True, {"tokens": len(written)})
