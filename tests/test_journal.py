@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from stages.errors import ArtifactError, DataError
-from stages.store.journal import SEAL, Journal, _digest
+from stages.store.journal import SEAL, Journal, seal_of
 
 
 class Anything(BaseModel):
@@ -74,7 +74,7 @@ def test_threads_of_one_process_take_turns(tmp_path: Path):
 
 
 def sealed(**row: object) -> str:
-    return json.dumps({**row, SEAL: _digest(row)}) + "\n"
+    return json.dumps({**row, SEAL: seal_of(row)}) + "\n"
 
 
 def test_a_broken_line_is_named_and_the_journal_is_free_again(tmp_path: Path):

@@ -81,7 +81,7 @@ class Journal:
         """Append an answer. After this call a kill cannot lose it, but a power failure still can."""
         self._schema.model_validate(answer)
         row = {"question": question[0], "sample": question[1], **answer}
-        line = (json.dumps({**row, SEAL: _digest(row)}, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps({**row, SEAL: seal_of(row)}, ensure_ascii=False) + "\n").encode()
         # One unbuffered write: a kill leaves a complete line, or an unfinished one that `writing` cuts off.
         if self._file.write(line) < len(line):
             # The disk is full. Remove the half line, so that no later line is appended to it.
@@ -108,7 +108,7 @@ class Journal:
         complete = text[: text.rfind(b"\n") + 1]
         changed = 0
         for number, row in parse_jsonl(complete.split(b"\n"), self.path, self._line_count + 1):
-            if row.pop(SEAL, None) != _digest(row):
+            if row.pop(SEAL, None) != seal_of(row):
                 changed += 1
                 continue
             try:
@@ -127,5 +127,5 @@ class Journal:
         self._inode = status.st_ino
 
 
-def _digest(row: dict[str, Any]) -> str:
+def seal_of(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]

@@ -32,8 +32,7 @@ TEXTS = {
     "a name of a block": "```python " + " " * N,
 }
 GIVEN = {"gold": ["5"], "response": ["one two"], "test": [""], "entry_point": ["f"]}
-REWARDS = ["integer", "strict_format", "soft_format", "tag_count"]
-REWARDS += ["correctness", "number_match", "letter_match", "text_overlap"]
+REWARDS = ["integer", "strict_format", "soft_format", "tag_count", "correctness", "text_overlap"]
 
 
 @pytest.fixture
