@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
 from conftest import make_steps
 
 from stages.config import Config
+from stages.lora.adapter import adapter
+from stages.lora.importance.masks import Masks
+from stages.pipeline.resolve import resolved
+from stages.pipeline.steps import plan_steps
 from stages.store.artifacts import Artifact
 
 
@@ -24,3 +29,21 @@ def untimed(folder: Path) -> list[dict]:
         {k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
         for row in json.loads((folder / "history.json").read_text())
     ]
+
+
+def trained_weights(config: Config, stage: str) -> tuple[dict, dict, dict]:
+    """The weights before and after the stage, and the masks of those that train."""
+    *_, masks, start = plan_steps(resolved(config))[stage].inputs
+    made = artifacts(config, masks, start, stage)
+    before, after = adapter.read(made[start].adapter), adapter.read(made[stage].adapter)
+    active = Masks.load(made[masks].path / "masks.safetensors", masks.partition(":")[2]).active
+    return before, after, {name: adapter.full_mask(name, mask, before[name]) for name, mask in active.items()}
+
+
+def moved_share(config: Config, stage: str) -> float:
+    """The share of the active elements that moved; asserts that frozen ones kept their bits in the files."""
+    before, after, masks = trained_weights(config, stage)
+    for name, old in before.items():
+        assert torch.equal(after[name][~masks[name]], old[~masks[name]]), name
+    moved = sum(int((after[name] != old)[masks[name]].sum()) for name, old in before.items())
+    return moved / sum(int(mask.sum()) for mask in masks.values())
