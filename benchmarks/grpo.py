@@ -25,6 +25,7 @@ from stages.config.rl import RolloutsSection
 from stages.engines import Sampling, continuous_batching
 from stages.lora.adapter import adapter
 from stages.lora.adapter.elements import sparsify
+from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo import building, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
@@ -213,7 +214,8 @@ class Bench:
             rollouts=RolloutsSection(int8=name == INT8),
         )  # fmt: skip
         stops = self.renderer.stop_ids
-        arguments = building._arguments(section, 1, 0, Checkpoints(self.folder, ""), stops)
+        rollouts = vllm_rollouts.arguments(section, base, stops)
+        arguments = building._arguments(section, 1, 0, Checkpoints(self.folder, ""), rollouts)
         arguments.save_strategy = SaveStrategy.NO
         ends = Ends(stops)
         if name == "TRL":
@@ -229,7 +231,7 @@ class Bench:
         self, base: Any, section: RlSection, arguments: Any, batches: Sequence[Batch], ends: Ends
     ) -> Any:
         """As `stages.rl.run` makes it, from random masks."""
-        merged = vllm_rollouts.copy_of(base, section.rollouts, self.section, None)
+        merged = MergedCopy(base)
         model = adapter.initial(base, LoraSection(), seed=0)
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
         rewards = [loading.with_checks("odd", odd)]

@@ -68,12 +68,12 @@ REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.
     ("settings", "found"),
     [
         (
-            ["data.max_length=150", "rl.max_prompt_length=60", "rl.too_long=error",
+            ["data.max_length=150", "rl.max_prompt_length=60",
              "lora.target_modules=[q_proj, query]", "eval.sandbox.backend=refuse",
              "eval.benchmarks.code={kind: humaneval, path: HERE/items.jsonl, label: false}"],
             ["score, rl: lora.target_modules: no query in Llama",
              "score, sft: .* longer than data.max_length 150, such as ",
-             "rl: .* longer than rl.max_prompt_length 60", "eval: .*sandbox.backend is refuse"],
+             r"rl: 0 RL prompts \(64 too long\)", "eval: .*sandbox.backend is refuse"],
         ),
         (
             ["data.max_length=20", "data.too_long=drop", "rl.max_prompt_length=60", "eval.targets=[sft]",
@@ -132,10 +132,6 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
         (weights(lambda w: w[NORM].fill_(torch.nan)), [], f"score, .*{NORM} has values that are no numbers"),
         (None, ["model.attention=flash_attention_2"], "score, sft, rl, eval:.* flash_attention_2 is not"),
         (None, OWN, r"rl: reward bare\(completions\) cannot be called: .* unexpected keyword"),
-        (None, ["partition.strategy=topk", "partition.density=1.5e-4"],
-         "partition:sft, partition:rl: partition.density 0.00015 of 6400 elements is none"),
-        (None, ["partition.strategy=topk_within", "partition.density=2.6e-3"],
-         "partition:sft, partition:rl: partition.density 0.0026 of 384 elements is none"),
         (None, ["lora.r=4294967295"], "rl: runs_dir: .* MiB are free, and .* take 52428800.0"),
         (None, ["classify.voters=[{base_url: http://127.0.0.1:1/v1, model: x}]"],
          "classify:train, classify:demo: base_url http://127.0.0.1:1/v1 cannot be reached"),

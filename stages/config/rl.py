@@ -58,7 +58,7 @@ class RlSection(TrainSection):
     temperature: PositiveFloat = setting(1.0, "Sampling temperature (the paper: 0.9).")
     top_k: NonNegativeInt = advanced(0, "Most likely tokens to sample from (the paper: 50); 0: all.")
     max_prompt_length: PositiveInt = setting(128, "Longest prompt in tokens.")
-    too_long: Literal["error", "drop", "truncate_left"] = advanced("drop")
+    too_long: Literal["drop", "truncate_left"] = advanced("drop")
     """What to do with prompts longer than max_prompt_length; truncate_left keeps their end."""
     max_completion_length: PositiveInt = setting(256, "Longest completion in tokens.")
     max_thinking_length: PositiveInt | None = advanced(None)

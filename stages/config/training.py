@@ -71,7 +71,7 @@ class ScoreSection(Section):
                 yield f"{error}{names}"
 
 
-BY_DENSITY = ("topk", "topk_within", "random_half")
+BY_DENSITY = ("topk", "random_half")
 """Strategies whose number of elements follows from `density`."""
 BY_THETA = ("importance", "random", "random_within")
 """Strategies whose number of elements follows from `theta`."""
@@ -87,7 +87,7 @@ class PartitionSection(Section):
     theta: PositiveShare = setting(0.9, ignored_by=("all", *BY_DENSITY))
     """θ: a system gets its most important elements until they have this share of its importance."""
     density: PositiveShare = advanced(0.5, ignored_by=("all", *BY_THETA))
-    """Share of the elements that topk, topk_within and random_half take."""
+    """Share of the elements that topk and random_half take."""
     alpha: Share = setting(1, "α: share of the shared elements that SFT trains.", ignored_by="partition:rl")
     beta: Share = of_rl(1, "β: share of the shared elements that RL, or a second round of SFT, trains.")
     protect: str | None = unkeyed(None)

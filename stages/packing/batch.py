@@ -93,9 +93,7 @@ class PackedBatch:
             position_ids=tensor([*chain(*positions)])[None],
             targets=tensor([*chain(*targets)])[None],
             prefixes=RaggedIndex.from_lengths(list(map(len, prefixes)), 0, device) if any(prefixes) else None,
-            suffixes=RaggedIndex.from_lengths(
-                [len(suffix.ids) for suffix in suffixes], prefix_tokens, device
-            ),
+            suffixes=RaggedIndex.from_lengths([len(s.ids) for s in suffixes], prefix_tokens, device),
             prefix_of=tensor(prefix_of),
         )
 

@@ -37,13 +37,8 @@ def selected_logprobs(
     return TokenLogprobs(*_SelectedLogprobs.apply(hidden, head.weight, head.bias, targets, temperature))
 
 
-def chunk_logits(device: torch.device) -> int:
-    """Number of logits in one chunk on this device.
-
-    Each chunk reads the whole head, and computes 2 FLOP per token with each of its 2-byte weights: n FLOP per
-    byte with n tokens, and a GPU needs hundreds to be busy. CHUNK_LOGITS would be 2²⁴ / 152,064 = 110 tokens
-    with Qwen2.5's vocabulary.
-    """
+def _chunk_logits(device: torch.device) -> int:
+    # Each chunk reads the whole head: n tokens are n FLOP per byte, of which a GPU needs hundreds to be busy.
     if device.type != "cuda":
         return CHUNK_LOGITS
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -73,7 +68,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         log_probs, entropy = (torch.empty(count, dtype=wide, device=hidden.device) for _ in range(2))
         is_top1 = torch.empty(count, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, chunk_logits(hidden.device) // weight.shape[0])
+        size = max(1, _chunk_logits(hidden.device) // weight.shape[0])
         for start in range(0, count, size):
             chunk = slice(start, start + size)
             # (chunk, vocabulary): z

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,33 +12,21 @@ from stages.packing.support import packed_logprobs, supports_packing
 from stages.prompts.renderer import IGNORED, Row
 
 
-@dataclass
-class Batch:
-    """Right-padded examples: (batch, tokens) each."""
+def answer_losses(model: PreTrainedModel, rows: list[Row], pad: int, device: torch.device) -> Tensor:
+    """Mean negative log-likelihood of each example over its answer tokens: (batch,), at least float32.
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-
-def collate(rows: list[Row], pad: int, device: torch.device) -> Batch:
-    """Pad rows on the right with the token `pad`."""
-    ids, mask = padded([row.input_ids for row in rows], pad, device, "right")
+    pad: token that fills the rows, which the mask leaves out.
+    """
+    ids, mask = padded([row.input_ids for row in rows], pad, device, "right")  # (batch, tokens)
     labels, _ = padded([row.labels for row in rows], IGNORED, device, "right")
-    return Batch(ids, mask, labels)
-
-
-def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of each example over its answer tokens: (batch,), at least float32."""
     # The first column in which any example has a label. It is predicted from the column before it, and logits
     # of columns further left, which belong to prompts, are not computed.
-    first = int((batch.labels != IGNORED).any(0).nonzero()[0])
-    keep = batch.input_ids.shape[1] - first + 1
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
-    ).logits[:, :-1]  # (batch, answer columns, vocabulary): the last token predicts nothing
+    first = int((labels != IGNORED).any(0).nonzero()[0])
+    keep = ids.shape[1] - first + 1
+    # (batch, answer columns, vocabulary): the last token predicts nothing
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep).logits[:, :-1]
     wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-    targets = batch.labels[:, first:]  # (batch, answer columns)
+    targets = labels[:, first:]  # (batch, answer columns)
     losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     counts = (targets != IGNORED).sum(1)
     return losses.view(targets.shape).sum(1) / counts

@@ -172,17 +172,9 @@ def packed_hidden_states(
     # The layout decides what each token sees. transformers passes a mask of four dimensions on as it is,
     # instead of building a causal one for the row.
     unused_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
-    return (
-        _unwrapped(model)
-        .base_model(  # type: ignore[no-any-return]
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=unused_mask,
-            use_cache=False,
-            layout=layout,
-        )
-        .last_hidden_state
-    )
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": unused_mask}
+    output = _unwrapped(model).base_model(**inputs, use_cache=False, layout=layout)
+    return output.last_hidden_state  # type: ignore[no-any-return]
 
 
 def packed_logprobs(model: Any, row: PackedBatch, temperature: float = 1.0) -> TokenLogprobs:

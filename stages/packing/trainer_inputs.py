@@ -25,8 +25,7 @@ from stages.prompts.renderer import IGNORED
 log = logging.getLogger(__name__)
 
 MAX_MASK_CELLS = 2**22
-"""Most cells of the masks of a batch whose prefixes have unequal lengths: 8 MiB in bfloat16, for each head of
-a key head."""
+"""Most cells of masks for prefixes of unequal lengths: 8 MiB in bfloat16, for each head of a key head."""
 
 
 def accept_packed(base: PreTrainedModel) -> None:
@@ -64,8 +63,7 @@ def accept_packed(base: PreTrainedModel) -> None:
 
 def may_share(model: PeftModel) -> bool:
     """Whether completions may share the pass over their prompt; if not, a warning says why."""
-    has_dropout = support.has_active_dropout(model)
-    if has_dropout:
+    if has_dropout := support.has_active_dropout(model):
         log.warning("with dropout each completion is computed with a prompt of its own; see rl.lora_dropout")
     return not has_dropout
 
@@ -96,10 +94,9 @@ def completion_logprobs(
     on the right, as TRL has them. The model must `accept_packed` rows. Returns (rows, completion_length)
     twice, zero behind the end of a completion.
     """
-    prompt_ids, completion_ids = input_ids[:, :-completion_length], input_ids[:, -completion_length:]
     is_completion = attention_mask[:, -completion_length:].bool()
-    prompts = token_lists(prompt_ids, attention_mask[:, :-completion_length])
-    completions = token_lists(completion_ids, is_completion)
+    prompts = token_lists(input_ids[:, :-completion_length], attention_mask[:, :-completion_length])
+    completions = token_lists(input_ids[:, -completion_length:], is_completion)
     batch = PackedBatch.from_groups(prefix_groups(prompts, completions), input_ids.device)
     output = model(packed=batch, temperature=temperature)
     positions = batch.target_positions()

@@ -13,14 +13,7 @@ from stages.config.training import BY_DENSITY
 from stages.errors import UnusableResult
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
-from stages.lora.importance.strategies import (
-    NONE,
-    S1_ONLY,
-    S2_ONLY,
-    SHARED,
-    needed_set,
-    strategies,
-)
+from stages.lora.importance.strategies import needed_set, strategies
 from stages.partition import SYSTEMS
 from stages.pipeline.context import StageContext
 from stages.records import read_json
@@ -48,25 +41,27 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     protected = _protected(context, partition, len(active))
     if not bool((active & ~protected).any()):
         hint = "the protected rows need all that it would train: lower partition.protect_theta"
-        hint = hint if bool(active.any()) else _hint(SYSTEMS[context.variant], partition)
+        if not bool(active.any()):
+            share = "alpha" if SYSTEMS[context.variant] == 1 else "beta"
+            by_density = partition.strategy in BY_DENSITY
+            hint = f"raise partition.{'density' if by_density else f'theta or partition.{share}'}"
         raise UnusableResult(f"no element is active in {context.variant}", hint)
     active &= ~protected
     Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
-    counts = torch.bincount(split.region, minlength=4).tolist()
-    total = len(split.region)
-    union = total - counts[NONE]
+    # In the order of the numbers of regions. Shares are 0 of a system that needs no element.
+    none, s1_only, s2_only, shared = torch.bincount(split.region, minlength=4).tolist()
     return {
-        "elements": total,
-        "s1_only": counts[S1_ONLY],
-        "s2_only": counts[S2_ONLY],
-        "shared": counts[SHARED],
-        "none": counts[NONE],
-        "s1_only_share": _exclusive_share(counts[S1_ONLY], counts[SHARED]),
-        "s2_only_share": _exclusive_share(counts[S2_ONLY], counts[SHARED]),
-        "jaccard": counts[SHARED] / union if union else 0.0,
+        "elements": len(active),
+        "s1_only": s1_only,
+        "s2_only": s2_only,
+        "shared": shared,
+        "none": none,
+        "s1_only_share": s1_only / max(1, s1_only + shared),
+        "s2_only_share": s2_only / max(1, s2_only + shared),
+        "jaccard": shared / max(1, s1_only + s2_only + shared),
         **({"protected": int(protected.sum())} if partition.protect else {}),
         "active": int(active.sum()),
-        "active_share": int(active.sum()) / total,
+        "active_share": int(active.sum()) / len(active),
     }
 
 
@@ -77,15 +72,3 @@ def _protected(context: StageContext, partition: PartitionSection, elements: int
         return torch.zeros(elements, dtype=torch.bool)
     scores = read_importance(artifact.path / "importance.safetensors")[PROTECTED]
     return needed_set(flatten_weights(scores), partition.protect_theta, "the protected rows")
-
-
-def _hint(system: int, partition: PartitionSection) -> str:
-    """The setting to change where no element is active."""
-    if partition.strategy in BY_DENSITY:
-        return "raise partition.density"
-    return f"raise partition.theta or partition.{'alpha' if system == 1 else 'beta'}"
-
-
-def _exclusive_share(exclusive: int, shared: int) -> float:
-    """Share of a system's elements that the other system does not use."""
-    return exclusive / (exclusive + shared) if exclusive + shared else 0.0

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
+from stages.plan.lengths import Span, sampled
+from stages.plan.work import SYSTEM1_SHARE, Work
+from stages.records import Labelled
 from stages.rewards import loading
 
 if TYPE_CHECKING:
-    from stages.plan.lengths import Span
     from stages.plan.texts import Texts
-    from stages.plan.work import Work
-
-log = logging.getLogger(__name__)
 
 
 def _steps(config: Config) -> list[Planned]:
@@ -46,9 +44,7 @@ def _check_prompts(texts: Texts) -> None:
     """Raise the error that RL would raise about its rows; unlabelled ones are all taken as System 2."""
     from stages.lora.grpo import building
     from stages.lora.grpo.prompts import RlPrompts, row_fields
-    from stages.plan.lengths import sampled
     from stages.plan.texts import TRAINING_SAMPLE
-    from stages.records import Labelled
 
     rl, labels = texts.config.rl, texts.labels
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
@@ -69,12 +65,9 @@ def _check_prompts(texts: Texts) -> None:
 
 
 def _spans(texts: Texts, _: str) -> Iterator[Span]:
-    from stages.plan.lengths import Span
-
     rl, number = texts.config.rl, len(texts.rows[TRAIN])
-    yield Span(
-        "prompt of rl", number, texts.rl_prompts, "rl.max_prompt_length", rl.max_prompt_length, rl.too_long
-    )
+    limit = ("rl.max_prompt_length", rl.max_prompt_length)
+    yield Span("prompt of rl", number, texts.rl_prompts, *limit, rl.too_long)
     if texts.imitable:
         limit = ("rl.max_completion_length", rl.max_completion_length)
         yield Span("response", texts.imitable, texts.responses, *limit, "cut")
@@ -87,7 +80,6 @@ def _work(texts: Texts, _: str) -> Work | None:
     reference model or for the log-probabilities at sampling, is a third of both.
     """
     from stages.lora.training.loop import steps_of
-    from stages.plan.work import SYSTEM1_SHARE, Work
 
     rl, number = texts.config.rl, len(texts.rows[TRAIN])
     if texts.config.baseline is not None:
@@ -95,18 +87,17 @@ def _work(texts: Texts, _: str) -> Work | None:
     examples = number if rl.data == "all" else number * (1 - SYSTEM1_SHARE)
     steps = steps_of(int(examples // (rl.prompts_per_step - rl.replay_prompts)), rl)
     if not steps:
-        log.warning("rl: about %d rows do not fill a step: lower rl.prompts_per_step", examples)
         return None
     completions = rl.prompts_per_step * rl.num_generations
+    sampled_completions = steps * completions
     prompt = texts.rl_prompts.within(rl.max_prompt_length)
     response = texts.response_tokens(rl.max_completion_length)
     shared = rl.num_generations if rl.prefix_sharing == "auto" and not rl.lora_dropout else 1
     passes = 1 + bool(rl.beta) / 3
-    sampled = steps * completions
     longest = min(texts.rl_prompts.longest, rl.max_prompt_length)
     return Work(
-        trained=steps * completions * (prompt / shared + response) * passes,
-        read=sampled * prompt / rl.num_generations, written=sampled * response,
+        trained=sampled_completions * (prompt / shared + response) * passes,
+        read=sampled_completions * prompt / rl.num_generations, written=sampled_completions * response,
         batch=rl.per_device_train_batch_size * (longest / shared + rl.max_completion_length),
         slots=min(completions, rl.rollouts.batch_size), length=longest + rl.max_completion_length, copies=2,
     )  # fmt: skip

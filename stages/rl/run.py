@@ -17,8 +17,8 @@ SHOWN = {"reward": "reward", "frac_reward_zero_std": "groups without signal", LE
 
 def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     """Write `adapter/` and `history.json`; returns what was trained and what rewards it earned."""
-    run = building.Grpo(context=context, **sections)
-    rl, trainer, prompts = run.rl, run.build(), run.prompts
+    run = building.Grpo(context=context, section=sections.pop("rl"), **sections)
+    rl, trainer, prompts = run.section, run.build(), run.prompts
     title = f"rl on {prompts.system2_rows} prompts"
     trainer.add_callback(ProgressCallback(context.progress, title, SHOWN, rl.max_zero_signal_steps))
     summary = loop.train(trainer, run)
@@ -35,7 +35,7 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
 
 
 def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
-    """Rewards in the first and last quarter of the steps that sampled completions, and what they cost.
+    """Rewards in the first and last quarter of the steps that sampled completions, and their number.
 
     A reward is None where no reward applied to any completion.
     """
@@ -44,9 +44,7 @@ def _earned(history: list[dict[str, Any]], per_step: int) -> dict[str, Any]:
     quarters = sampled[:quarter], sampled[-quarter:]
     first, last = ([row["reward"] for row in steps if "reward" in row] for steps in quarters)
     return {
-        "equal_reward_steps": sum(row.get("frac_reward_zero_std") == 1 for row in history),
         "reward_first_quarter": fmean(first) if first else None,
         "reward_last_quarter": fmean(last) if last else None,
-        "length_last_quarter": fmean(row[LENGTH] for row in sampled[-quarter:]),
         "completions": per_step * len(sampled),
     }

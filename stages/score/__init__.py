@@ -15,11 +15,12 @@ from stages.config import Config
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
 from stages.pipeline.stage import ADAPTER, TRAIN, WEIGHTS, Check, Planned, Stage
+from stages.plan.work import Work
+from stages.records import Labelled
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.texts import Texts
-    from stages.plan.work import Work
 
 
 def _steps(config: Config) -> list[Planned]:
@@ -52,7 +53,6 @@ def _checks(texts: Texts, step: Step) -> Iterator[Check]:
 def _check_rows(texts: Texts) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
-    from stages.records import Labelled
 
     config = texts.config
     if not texts.labels:
@@ -75,8 +75,6 @@ def _check_protected(texts: Texts) -> None:
 
 def _work(texts: Texts, scored: str) -> Work | None:
     """Gradients of as many examples of either system, each by itself; protected rows may be as long."""
-    from stages.plan.work import Work
-
     score = texts.config.score
     if strategies.has_trait(texts.config.partition.strategy, "unscored") and scored != PROTECTED:
         return Work()

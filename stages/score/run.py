@@ -37,8 +37,8 @@ def run(
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
     Importance is one float32 per element of the trainable part of each LoRA weight, by system. The variant
-    `protected` writes that of the rows in `protect` alone. Returns for each of these the number of examples,
-    their mean loss and the share of the formula's second-order term.
+    `protected` writes that of the rows in `protect` alone. Returns for each of these the number of examples
+    and their mean loss.
     """
     start, base = context.adapter, load_base(model)  # only the protected rows have a start to read
     adapted = adapter.attach(base, lora, start) if start else adapter.initial(base, lora, seed)
@@ -64,12 +64,9 @@ def run(
         hint = "shorten the rows by data.max_length, or set model.load_in_4bit"
         size = BatchSize("score.batch_size", score.batch_size, hint)
         sums = _sums(adapted, rows, size, context, renderer.tokenizer.pad_token_id)
-        scores[group], second_order = _scores(adapted, lora, sums, score)
+        scores[group] = _scores(adapted, lora, sums, score)
         check_importance(flatten_weights(scores[group]), title)
-        summary[name] = {
-            "examples": len(rows), "too_long": long, "mean_loss": sums.loss / sums.examples,
-            "second_order": second_order,
-        }  # fmt: skip
+        summary[name] = {"examples": len(rows), "too_long": long, "mean_loss": sums.loss / sums.examples}
     write_importance(context.out / "importance.safetensors", scores)
     counts = {"without_response": left_out} if left_out else {}
     return {**summary, **counts, "prompt": renderer.digest()}
@@ -89,18 +86,10 @@ def _sums(adapted: PeftModel, rows: list[Row], size: BatchSize, context: StageCo
     return moments(adapted, adapter.lora_layers(adapted), longest_first, size, context.progress.advance, pad)
 
 
-def _scores(
-    adapted: PeftModel, lora: LoraSection, sums: Moments, score: ScoreSection
-) -> tuple[dict[str, Tensor], float]:
-    """The score of each element, and the share of the second-order term: Σ ½Fφ² / (Σ |gφ| + Σ ½Fφ²)."""
-    formula = formula_of(score.scorer, score.scorer_file)
-    scores, first, second = {}, 0.0, 0.0
+def _scores(adapted: PeftModel, lora: LoraSection, sums: Moments, score: ScoreSection) -> dict[str, Tensor]:
+    """The score of each element."""
+    formula, scores = formula_of(score.scorer, score.scorer_file), {}
     for name, layer in adapter.lora_layers(adapted).items():
         of_weight = (layer.weight, sums.gradient[name] / sums.examples, sums.square[name] / sums.examples)
-        value, gradient, square = (
-            adapter.trainable_part(name, tensor, lora).detach().float() for tensor in of_weight
-        )
-        scores[name] = formula(value, gradient, square)
-        first += float((gradient * value).abs().sum())
-        second += float((0.5 * square * value.square()).sum())
-    return scores, second / (first + second) if first + second else 0.0
+        scores[name] = formula(*(adapter.trainable_part(name, x, lora).detach().float() for x in of_weight))
+    return scores

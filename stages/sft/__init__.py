@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from stages.config import SECOND_SFT, Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
+from stages.plan.work import SYSTEM1_SHARE, Work, per_text
+from stages.records import Labelled
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
     from stages.plan.texts import Texts
-    from stages.plan.work import Work
 
 
 def _steps(config: Config) -> list[Planned]:
@@ -37,7 +38,6 @@ def _steps(config: Config) -> list[Planned]:
 def _check_rows(texts: Texts, step: Step) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
-    from stages.records import Labelled
 
     config, labels, sft = texts.config, texts.labels, texts.config.sft
     if not labels:
@@ -51,7 +51,6 @@ def _check_rows(texts: Texts, step: Step) -> None:
 def _work(texts: Texts, variant: str) -> Work | None:
     """Forward and backward passes; without dropout a micro batch computes a common beginning once."""
     from stages.lora.training.loop import steps_of
-    from stages.plan.work import SYSTEM1_SHARE, Work, per_text
 
     sft, number = texts.config.sft, texts.imitable
     if texts.config.baseline is not None or not number:

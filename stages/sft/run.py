@@ -8,7 +8,6 @@ With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
@@ -46,28 +45,16 @@ PINNED: dict[str, Any] = {
 """The other arguments of SFTTrainer on which a result may depend; see `loop.PINNED`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sft(Training):
-    """The sections that the stage reads."""
-
-    data: DataSection
-    sft: SftSection
-
-    @property
-    def section(self) -> SftSection:
-        return self.sft
-
-
-def run(context: StageContext, **sections: Any) -> dict[str, Any]:
+def run(context: StageContext, sft: SftSection, data: DataSection, **sections: Any) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
-    run = Sft(context=context, **sections)
-    labels, renderer, sft = run.labels, run.renderer, run.sft
+    run = Training(context=context, section=sft, **sections)
+    labels, renderer = run.labels, run.renderer
     chosen = examples.trained_by_sft(labels, sft, run.seed, context.variant)
-    rows, too_long = renderer.rows(chosen, run.data)
+    rows, too_long = renderer.rows(chosen, data)
     if endless := renderer.rows_without_stop(rows):
         count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         context.progress.say(f"warning: {count}: the model may not learn to stop")
-    trainer = _trainer(run, rows)
+    trainer = _trainer(run, sft, rows)
     title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
     trainer.add_callback(ProgressCallback(context.progress, title, {"loss": "loss", "learning_rate": "rate"}))
     summary = loop.train(trainer, run)
@@ -76,26 +63,21 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
 
 
-def _trainer(run: Sft, rows: list[Row]) -> SftTrainer:
+def _trainer(run: Training, sft: SftSection, rows: list[Row]) -> SftTrainer:
     """The trainer on these rows, whose base model takes packed ones."""
     from datasets import Dataset
 
-    sft = run.sft
     steps = loop.steps_of(math.ceil(len(rows) / sft.batch_size), sft, stage="sft")
     base = load_base(run.model)
     model = run.attach(base)
-    memory_hint = (
-        f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "
-        "or set sft.gradient_checkpointing"
-    )
     trainer = SftTrainer(
         model=model,
         args=_arguments(sft, steps, run.seed, run.context.checkpoints),
         train_dataset=Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows]),
         processing_class=run.renderer.tokenizer,
         row_ids=lambda: {tuple(row.input_ids): row.id for row in rows},
-        memory_hint=memory_hint,
-        packed=True,
+        memory_hint=f"sft.per_device_train_batch_size from {sft.per_device_train_batch_size}, "
+        "or set sft.gradient_checkpointing",
         share_prefix=not has_active_dropout(model),
     )
     trainer_inputs.accept_packed(base)
@@ -120,23 +102,18 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
 class SftTrainer(ResumableTrainer, SFTTrainer):
     """SFTTrainer with packed rows and exact resume; its overrides stand in the order of a step."""
 
-    def __init__(self, *, packed: bool = True, share_prefix: bool = False, **arguments: Any) -> None:
-        """packed: compute a micro batch as one packed row; the model must `accept_packed` rows.
+    def __init__(self, *, share_prefix: bool, **arguments: Any) -> None:
+        """Train a model that then must `accept_packed` rows.
 
-        share_prefix: compute the beginning that all rows of a micro batch have in common once.
+        share_prefix: compute the beginning that rows of a micro batch have in common once.
         """
         super().__init__(**arguments)
-        self.packed, self.share_prefix = packed, share_prefix
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        prepared = super()._prepare_inputs(inputs)
-        self.window.append(prepared)
-        return prepared
+        self.share_prefix = share_prefix
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # A packed row has no router's loss: a mixture of experts is padded.
-        packable = self.packed and not self.aux_loss_enabled
-        if packable and self._supports_packing(model, inputs["input_ids"], inputs["attention_mask"]):
+        given = inputs["input_ids"], inputs["attention_mask"]
+        if not self.aux_loss_enabled and self._supports_packing(model, *given):
             inputs = trainer_inputs.sft_inputs(inputs, self.share_prefix)
         return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -100,3 +100,6 @@ def test_what_8_bits_sampled_is_weighted_by_the_policy_s_probability(begun, monk
     loss = trainer._compute_loss(model.train(), inputs)
     assert float((gradient(model, loss) - oracle).norm() / oracle.norm()) < 1e-4
     assert inputs["advantages"].dim() == 1, "the batch itself is unchanged"
+    computed = mask.bool() if way == "off" else mask.bool() & (inputs["advantages"] != 0)[:, None]
+    largest = (policy.detach() - inputs["sampling_per_token_logps"])[computed].exp().max()
+    assert trainer._metrics["train"]["sampling/raw_ratio/max"] == [pytest.approx(float(largest), rel=1e-4)]

@@ -82,9 +82,7 @@ def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch):
     ],
 )
 def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stage, said):
-    config = own(
-        "rl.start_from=init",
-    )
+    config = own("rl.start_from=init")
 
     def without_memory(*_):
         raise MemoryError

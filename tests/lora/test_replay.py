@@ -11,8 +11,8 @@ from trl.trainer.utils import RepeatSampler
 
 from stages.errors import DataError, UnusableResult
 from stages.lora.grpo import prompts
-from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
 from stages.lora.grpo.prompts import ReplaySampler
+from stages.lora.grpo.zero_signal import equal_groups, metrics_by_system, total_rewards
 
 REWARDS = """
 def odd(completions, **_):

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from stages.config import ModelSection
 from stages.engines.continuous_batching import generate
-from stages.errors import DataError, UnusableResult
+from stages.errors import UnusableResult
 from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
@@ -60,17 +60,13 @@ def test_a_step_trains_and_what_it_makes_loads_in_plain_peft(ready, odd):
     assert load_adapted(config.model, made.path / "adapter")
 
 
-def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready, renderer, monkeypatch):
+def test_prompts_that_are_too_long_are_dropped_or_cut_on_the_left(ready, renderer, monkeypatch):
     """First the longest are a token too long, then all are. An error names the rows of cut prompts too."""
     slow = [row.example for row in labels_of(ready()) if row.system == 2]
     ids = {example.id: renderer.ids(renderer.prompt(example.prompt)) for example in slow}
     most = max(map(len, ids.values())) - 1
     long = [name for name, found in ids.items() if len(found) > most]
-    limit = f"rl.max_prompt_length={most}"
-    with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {most}:") as caught:
-        make_step(ready(limit, "rl.too_long=error"), "rl")
-    assert all(f"{name} has {most + 1} tokens" in str(caught.value) for name in long)
-    summary = make_step(ready(limit), "rl").manifest["summary"]
+    summary = make_step(ready(f"rl.max_prompt_length={most}"), "rl").manifest["summary"]
     assert (summary["prompts"], summary["dropped_prompts"]) == (len(ids) - len(long), len(long))
 
     seen, usual = [], GRPOTrainer.compute_loss
@@ -78,10 +74,7 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
     monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
-    cut = ready(
-        "rl.max_prompt_length=20",
-        "rl.too_long=truncate_left",
-    )
+    cut = ready("rl.max_prompt_length=20", "rl.too_long=truncate_left")
     with pytest.raises(UnusableResult, match=r"loss is inf in step 1, rows \w+") as caught:
         make_step(cut, "rl")
     assert seen and all(prompt in [found[-20:] for found in ids.values()] for prompt in seen)
@@ -94,7 +87,8 @@ def test_prompts_that_are_too_long_are_refused_dropped_or_cut_on_the_left(ready,
 @pytest.mark.slow
 def test_top_k_reaches_the_sampling(ready, odd):
     """With the likeliest token alone the completions of a group are equal, and so are their rewards."""
-    assert make_step(ready(*odd, "rl.top_k=1"), "rl").manifest["summary"]["equal_reward_steps"] == 1
+    (step,) = history(make_step(ready(*odd, "rl.top_k=1"), "rl"))
+    assert step["frac_reward_zero_std"] == 1
 
 
 def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready, renderer):
@@ -107,14 +101,9 @@ def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready, renderer)
     ]  # none of System 2 is too long
 
     def pool(how: str):
-        limits = [
-            f"rl.max_prompt_length={longest - 1}",
-            f"rl.too_long={how}",
-        ]
+        limits = [f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}"]
         return RlPrompts.from_labels(labels, renderer, ready("rl.system1_share=0.25", *limits).rl, {}, 0)
 
-    with pytest.raises(DataError, match=f"longer than rl.max_prompt_length {longest - 1}"):
-        pool("error")
     dropped, cut = pool("drop"), pool("truncate_left")
     assert dropped.long == cut.long == cut.replayed - dropped.replayed > 0
 

@@ -21,6 +21,7 @@ from stages.config.rl import RlSection, RolloutsSection
 from stages.engines import Sampling
 from stages.errors import ConfigError, OutOfMemoryError
 from stages.lora.adapter import adapter
+from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo import sampler, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.models.base import load_base
@@ -109,7 +110,7 @@ def test_colocated_samples_differ_by_the_seed(monkeypatch):
     trainer, drawn = SimpleNamespace(vllm_generation=SimpleNamespace()), []
     for seed in (3, 3, 7):
         torch.manual_seed(0)
-        vllm_rollouts.install_weights(trainer, None, COLOCATED, seed)
+        vllm_rollouts.install_weights(trainer, None, seed)
         drawn.append(float(torch.rand(1)))
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -149,7 +150,7 @@ def test_8_bits_sample_from_nearly_the_same_model(tiny):
     """Their log-probabilities are the sampler's own, and the copy's weights stay as they are."""
     section = ModelSection(name=str(tiny), dtype="float32")
     base, tokenizer = load_base(section), load_tokenizer(section)
-    copy = vllm_rollouts.copy_of(base, RolloutsSection(), section, None)
+    copy = MergedCopy(base)
     sampling = Sampling(12, (tokenizer.eos_token_id,), 1.3)
     size = BatchSize("rl.rollouts.batch_size", 16, "")
     rollouts = sampler.RolloutSampler(
@@ -185,34 +186,24 @@ def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
         assert base.name_or_path == called
 
 
-GIB = 2**30
-# Parameters, and bytes of a token's keys and values: 2 · layers · key heads · 128 · 2 bytes.
-LLAMA2_7B, QWEN25_7B = (6_738_415_616, 2 * 32 * 32 * 128 * 2), (7_615_616_512, 2 * 28 * 4 * 128 * 2)
-PAPER = RlSection(rollouts=COLOCATED)  # 256 completions of 128 + 256 tokens
-
-
-def test_an_engine_that_does_not_fit_beside_the_base_is_refused():
-    """LLaMA-2-7B on 24 GiB: its 12.6 GiB twice."""
-    with pytest.raises(ConfigError, match=r"11\.4 GiB of the GPU are free, and vLLM needs 12\.6") as caught:
-        vllm_rollouts.colocated_bytes(PAPER, *LLAMA2_7B, 24 * GIB - 2 * LLAMA2_7B[0])
-    assert "rl.rollouts.engine=transformers" in caught.value.hint
-
-
-def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
-    """256 · 384 · 56 KiB are 5.25 GiB, less than half of what is free."""
+@pytest.mark.parametrize(("free", "share"), [(33, (14.185 + 3 + 5.25) / 48), (17, None)])
+def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch, free, share):
+    """Of Qwen2.5-7B: 256 completions of 384 tokens of 56 KiB are 5.25 GiB, less than half of what is free."""
     layers = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
     config = Qwen2Config(**layers, hidden_size=3584)
-    base = SimpleNamespace(num_parameters=lambda: QWEN25_7B[0], config=config)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (33 * GIB, 48 * GIB))
-    made = vllm_rollouts.with_memory_share(PAPER, base).rollouts
-    share = vllm_rollouts.arguments(made, 384, [])["vllm_gpu_memory_utilization"]
-    assert share == pytest.approx((14.185 + 3 + 5.25) / 48, abs=0.001)
-    own = COLOCATED.model_copy(update={"gpu_memory_utilization": 0.2})
-    for given in (PAPER.model_copy(update={"rollouts": own}), RlSection()):
-        assert vllm_rollouts.with_memory_share(given, base) is given
+    base, paper = SimpleNamespace(num_parameters=lambda: 7_615_616_512, config=config), RlSection()
+    assert vllm_rollouts.memory_share(RlSection(rollouts={"gpu_memory_utilization": 0.2}), base) == 0.2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert vllm_rollouts.with_memory_share(PAPER, base).rollouts.gpu_memory_utilization == 0.3
+    assert vllm_rollouts.memory_share(paper, base) == 0.3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 48 * 2**30))
+    if share:
+        assert vllm_rollouts.memory_share(paper, base) == pytest.approx(share, abs=0.001)
+        return
+    said = r"17\.0 GiB of the GPU are free, and vLLM needs 14\.2"
+    with pytest.raises(ConfigError, match=said) as caught:
+        vllm_rollouts.memory_share(paper, base)
+    assert "rl.rollouts.engine=transformers" in caught.value.hint
 
 
 @pytest.mark.vllm

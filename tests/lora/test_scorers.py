@@ -13,7 +13,7 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
-from stages.packing.losses import collate
+from stages.packing.batch import padded
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Row
@@ -98,10 +98,8 @@ def test_sums_over_a_model_of_16_bits_have_32(tiny):
 
 
 def test_padding_is_masked_by_length_and_not_by_its_token():
-    long, short = Row("a", [5, 0, 6, 0], [IGNORED, 0, 6, 0]), Row("b", [0, 0], [IGNORED, 0])
-    batch = collate([long, short], 0, torch.device("cpu"))
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels.tolist() == [long.labels, [IGNORED, 0, IGNORED, IGNORED]]
+    _, mask = padded([[5, 0, 6, 0], [0, 0]], 0, torch.device("cpu"), "right")
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
 class Full:

@@ -150,10 +150,3 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
         assert none and first and second and both
         shares = first / (first + both), second / (second + both), both / (first + second + both)
         assert (told["s1_only_share"], told["s2_only_share"], told["jaccard"]) == pytest.approx(shares)
-
-
-def test_topk_within_takes_the_same_share_of_each_weight():
-    """A quarter of weights of 8 and of 4 elements, though all of the second are larger."""
-    one, two = [1.0, 2, 3, 4, 5, 6, 7, 8, 90, 91, 92, 93], [9.0, 8, 7, 6, 5, 4, 3, 2, 93, 92, 91, 90]
-    region = split(one, two, sizes=[8, 4], strategy="topk_within", density=0.25).region.tolist()
-    assert region == [S2_ONLY, S2_ONLY, 0, 0, 0, 0, S1_ONLY, S1_ONLY, S2_ONLY, 0, 0, S1_ONLY]

@@ -13,7 +13,7 @@ import trl
 
 from stages.config import RlSection, SftSection
 from stages.config.rl import RolloutsSection
-from stages.lora.grpo import building
+from stages.lora.grpo import building, vllm_rollouts
 from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
 
@@ -26,11 +26,11 @@ def given() -> dict[str, set[str]]:
         return lambda **arguments: fields.setdefault(name, set()).update(arguments)
 
     checkpoints = Checkpoints(Path("run/stage/checkpoints/key"), "")
-    colocated = RlSection(rollouts=RolloutsSection(engine="vllm_colocate"))
+    colocated = RlSection(rollouts=RolloutsSection(engine="vllm_colocate", gpu_memory_utilization=0.5))
     with patch.multiple(trl, **{name: keep(name) for name in ("GRPOConfig", "SFTConfig")}):
         sft._arguments(SftSection(), 1, 0, checkpoints)
         for section in (RlSection(), colocated):
-            building._arguments(section, 1, 0, checkpoints, [])
+            building._arguments(section, 1, 0, checkpoints, vllm_rollouts.arguments(section, None, []))
     return fields
 
 

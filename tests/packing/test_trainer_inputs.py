@@ -287,7 +287,7 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
     for number in (None, torch.tensor(50)):
         found = {}
         for way in (True, False):
-            monkeypatch.setattr(trainer, "packed", way)
+            monkeypatch.setattr(trainer, "_supports_packing", lambda *_, way=way: way)
             assert support.supports_packing(model, [5, 6, 7])
             tokens.clear()
             found[way] = sft_step(trainer, model, rows, number)

@@ -24,7 +24,7 @@ FAULTS = {
     "the index of a sparse layer": (
         "stages.lora.adapter.elements", "mask.to(self._dense.device).flatten()", "mask.cpu().flatten()"
     ),
-    "weights of rewards": ("stages.lora.grpo.metrics", "weights.to(rewards.device)", "weights.cpu()"),
+    "weights of rewards": ("stages.lora.grpo.zero_signal", "weights.to(rewards.device)", "weights.cpu()"),
     "targets of a packed batch": (
         "stages.packing.batch", "return torch.tensor(values, device=device)", "return torch.tensor(values)"
     ),

@@ -11,12 +11,10 @@ the scaling alpha / rank is that of rank r.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -220,20 +218,6 @@ def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: floa
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     return model
-
-
-@contextmanager
-def lora_dropout(model: PeftModel, probability: float) -> Iterator[None]:
-    """Context in which the adapter's input has this dropout probability (in training mode)."""
-    dropouts = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer)]
-    originals = [dict(dropout.items()) for dropout in dropouts]  # by adapter name
-    for dropout in dropouts:
-        dropout.update({"default": nn.Dropout(probability) if probability else nn.Identity()})
-    try:
-        yield
-    finally:
-        for dropout, original in zip(dropouts, originals, strict=True):
-            dropout.update(original)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

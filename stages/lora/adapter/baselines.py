@@ -8,14 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import (
-    IA3Config,
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-)
+from peft import IA3Config, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -41,27 +34,20 @@ VIRTUAL_TOKENS = 20
 """Length of the trained prompt or prefix."""
 
 
-def attach(
-    base: PreTrainedModel,
-    baseline: BaselineSection,
-    seed: int,
-    folder: Path | None,
-) -> PeftModel:
+def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: Path | None) -> PeftModel:
     """Put a new adapter, initialised from the seed, on `base`, or the one that `save` wrote into `folder`."""
     torch.manual_seed(seed)
+    if baseline.method == "ia3":
+        config: PeftConfig = IA3Config(task_type="CAUSAL_LM")
+    else:
+        config = PROMPTS[baseline.method](task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
     try:
-        model = with_adapter(base, _config(baseline))
+        model = with_adapter(base, config)
     except ValueError as error:
         raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
     if folder is not None:
         load(model, folder)
     return model  # type: ignore[return-value]
-
-
-def _config(baseline: BaselineSection) -> PeftConfig:
-    if baseline.method == "ia3":
-        return IA3Config(task_type="CAUSAL_LM")
-    return PROMPTS[baseline.method](task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
 
 
 def save(model: PeftModel, folder: Path) -> None:

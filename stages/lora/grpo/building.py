@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stages import sandbox as sandboxes
 from stages.config import RlSection, SandboxSection
 from stages.engines import Sampling
+from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo import int8, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from trl import GRPOConfig
 
-    from stages.lora.adapter.merge import MergedCopy
     from stages.lora.grpo.trainer import GrpoTrainer
     from stages.sandbox import Sandbox
 
@@ -76,22 +76,18 @@ SAME_NAME = (
 class Grpo(Training):
     """The sections of RL, and the trainer of them."""
 
-    rl: RlSection
+    section: RlSection
     sandbox: SandboxSection | None = None
     """None if no reward runs code."""
-
-    @property
-    def section(self) -> RlSection:
-        return self.rl
 
     @cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The rewards by name."""
-        return {name: loading.load(name, self.rl.rewards_file) for name in self.rl.rewards}
+        return {name: loading.load(name, self.section.rewards_file) for name in self.section.rewards}
 
     @cached_property
     def prompts(self) -> RlPrompts:
-        return RlPrompts.from_labels(self.labels, self.renderer, self.rl, self.functions, self.seed)
+        return RlPrompts.from_labels(self.labels, self.renderer, self.section, self.functions, self.seed)
 
     @cached_property
     def backend(self) -> Sandbox | None:
@@ -99,14 +95,19 @@ class Grpo(Training):
         return sandboxes.from_settings(self.sandbox, self.context.progress.say) if self.sandbox else None
 
     def rewards(self) -> list[Callable[..., Any]]:
-        def fixed(name: str) -> dict[str, Any]:  # for the rewards that run code
-            return {"sandbox": self.backend} if loading.needs_sandbox([name], self.rl.rewards_file) else {}
-
-        return [loading.with_checks(name, reward, **fixed(name)) for name, reward in self.functions.items()]
+        """Those functions with checks of what they return; those that run code with the sandbox."""
+        runs_code = {
+            name for name in self.functions if loading.needs_sandbox([name], self.section.rewards_file)
+        }
+        sandbox = {"sandbox": self.backend}
+        return [
+            loading.with_checks(name, reward, **(sandbox if name in runs_code else {}))
+            for name, reward in self.functions.items()
+        ]
 
     def build(self) -> GrpoTrainer:
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""
-        rl, prompts, stop_ids = self.rl, self.prompts, self.renderer.stop_ids
+        rl, prompts, stop_ids = self.section, self.prompts, self.renderer.stop_ids
         steps = optimizer_steps(prompts, rl, stage="rl")
         model, copy = self._model()
         in_int8 = rl.rollouts.int8 and copy is not None and int8.is_supported(copy.model)
@@ -115,15 +116,15 @@ class Grpo(Training):
         sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, top_k=rl.top_k)
         size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
         sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size, in_int8)
-        rl = vllm_rollouts.with_memory_share(rl, model.get_base_model())
-        arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, stop_ids)
+        rollout_arguments = vllm_rollouts.arguments(rl, model.get_base_model(), stop_ids)
+        arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, rollout_arguments)
         limit = None
         if rl.max_thinking_length is not None:
             limit = ThoughtLimit(rl.max_thinking_length, rl.max_completion_length, self.renderer)
         grpo_trainer = trainer_class(arguments.use_vllm)
         trainer = grpo_trainer(rl, prompts, sampler, limit, self.rewards(), arguments)
         if rl.rollouts.engine != "transformers":
-            vllm_rollouts.install_weights(trainer, model, rl.rollouts, self.seed)
+            vllm_rollouts.install_weights(trainer, model, self.seed)
         from_sft = rl.start_from != "init" and self.baseline is None
         if rl.beta and (rl.kl_reference == "base" or (rl.kl_reference == "auto" and not from_sft)):
             model.delete_adapter("ref")  # TRL then uses the model without its adapter as the reference
@@ -134,15 +135,18 @@ class Grpo(Training):
         """The model with the adapter to start from, and the copy that rollouts are sampled from, if any."""
         from transformers import GenerationConfig
 
-        rollouts = self.rl.rollouts
-        check_training(self.rl)
+        rollouts = self.section.rollouts
+        check_training(self.section)
         vllm_rollouts.prepare(rollouts)
         base = load_base(self.model)
         # TRL looks for the stop tokens there, and for all that it is not told; nothing else here reads that
         # file.
         base.generation_config = GenerationConfig(eos_token_id=self.renderer.stop_ids)
         vllm_rollouts.name_revision(base, rollouts, self.model)
-        copy = vllm_rollouts.copy_of(base, rollouts, self.model, self.baseline)
+        # On a CPU sampling from merged weights is several times as fast as through LoRA layers.
+        on_cpu = base.device.type == "cpu" and rollouts.engine == "transformers"
+        can_merge = self.baseline is None and not self.model.load_in_4bit
+        copy = MergedCopy(base) if on_cpu and can_merge else None
         return self.attach(base), copy
 
 
@@ -157,7 +161,7 @@ def optimizer_steps(prompts: RlPrompts, rl: RlSection, stage: str = "") -> int:
 
 
 def _arguments(
-    rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, stops: list[int]
+    rl: RlSection, steps: int, seed: int, checkpoints: Checkpoints, rollouts: dict[str, Any]
 ) -> GRPOConfig:
     from trl import GRPOConfig
 
@@ -170,7 +174,7 @@ def _arguments(
         gradient_accumulation_steps=accumulation_steps,
         steps_per_generation=accumulation_steps,
         reward_weights=list(rl.rewards.values()),
-        **vllm_rollouts.arguments(rl.rollouts, rl.max_prompt_length + rl.max_completion_length, stops),
+        **rollouts,
         log_completions=False,
     )
 
@@ -202,8 +206,5 @@ def _longest_batch(trainer: GrpoTrainer) -> LongestBatch:
         )
         return log_probs.sum()  # type: ignore[no-any-return]
 
-    return LongestBatch(
-        trainer,
-        loss,
-        f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}",
-    )
+    title = f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}"
+    return LongestBatch(trainer, loss, title)

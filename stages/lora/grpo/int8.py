@@ -73,12 +73,3 @@ def linear_layers_in_int8(model: nn.Module, ids: list[int]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def weighted_advantages(advantages: Tensor, policy: Tensor, sampler: Tensor, limit: float) -> Tensor:
-    """Advantages of tokens, (completions, tokens): a completion's, times min(policy / sampler, limit).
-
-    advantages: (completions,). policy, sampler: log-probabilities, (completions, tokens). The weight is never
-    negative, so it is that of the token's loss, clipped or not.
-    """
-    return advantages[:, None] * (policy.detach() - sampler).exp().clamp(max=limit)

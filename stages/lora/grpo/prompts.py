@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from stages.config import RlSection
 from stages.errors import DataError
 from stages.prompts.renderer import Renderer
-from stages.records import Example, Labelled, data_error, examples_of_system, labelled_examples
+from stages.records import Example, Labelled, examples_of_system, labelled_examples
 from stages.rewards import loading
 
 if TYPE_CHECKING:
@@ -139,21 +139,10 @@ def _fitting(
 ) -> tuple[list[dict[str, Any]], int]:
     """The rows to train on, and the number of rows whose prompt is too long.
 
-    `rl.too_long` says whether those are an error, are left out, or are cut, which changes `tokens`.
+    `rl.too_long` says whether those are left out or are cut, which changes `tokens`.
     """
     fitting = [row for row in rows if len(tokens[row["prompt"]]) <= rl.max_prompt_length]
     long = len(rows) - len(fitting)
-    if long and rl.too_long == "error":
-        lengths = {row["id"]: len(tokens[row["prompt"]]) for row in rows}
-        raise data_error(
-            f"longer than rl.max_prompt_length {rl.max_prompt_length}",
-            [
-                f"{name} has {length} tokens"
-                for name, length in sorted(lengths.items(), key=lambda item: -item[1])
-                if length > rl.max_prompt_length
-            ],
-            "raise it, or --set rl.too_long=drop (or truncate_left)",
-        )
     if long:
         log.warning(
             "%d of %d prompts are longer than rl.max_prompt_length %d", long, len(rows), rl.max_prompt_length

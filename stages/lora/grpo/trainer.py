@@ -15,12 +15,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from stages.config import RlSection
-from stages.lora.grpo.int8 import CORRECTION_MAX, weighted_advantages
-from stages.lora.grpo.metrics import equal_groups, metrics_by_system, total_rewards
+from stages.lora.grpo import zero_signal
+from stages.lora.grpo.int8 import CORRECTION_MAX
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
 from stages.lora.grpo.sampler import RolloutSampler
 from stages.lora.grpo.thought_limit import Generated, ThoughtLimit
-from stages.lora.grpo.zero_signal import Selection, metrics_of_computed
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.prompts import thoughts
@@ -35,7 +34,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     BATCH_KEYS = ("prompt_ids", "prompt_mask")
     _buffered_inputs: Any
-    _selection: Selection | None = None
+    _selection: zero_signal.Selection | None = None
     """The completions that the current training pass computes; None if it computes all."""
     _corrected: dict[str, Any] | None = None
     """The inputs of the current training pass if its completions were sampled in 8 bits, else None."""
@@ -78,14 +77,13 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         Groups are ordered by length, except for bnpo, whose loss depends on what shares a micro batch.
         """
         if not self.prefix_sharing or not self.model.training or self.args.loss_type == "bnpo":
-            inputs = super()._prepare_inputs(generation_batch)
-        else:
-            slices = self.args.steps_per_generation
-            if self._step % slices == 0 or self._buffered_inputs is None:
-                batch = self._generate_and_score_completions(generation_batch)
-                batch = trainer_inputs.by_length(batch, self.args.num_generations)
-                self._buffered_inputs = split_tensor_dict(batch, slices)
-            inputs = self._buffered_inputs[self._step % slices]
+            return super()._prepare_inputs(generation_batch)
+        slices = self.args.steps_per_generation
+        if self._step % slices == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            batch = trainer_inputs.by_length(batch, self.args.num_generations)
+            self._buffered_inputs = split_tensor_dict(batch, slices)
+        inputs = self._buffered_inputs[self._step % slices]
         self.window.append(inputs)
         return inputs
 
@@ -146,15 +144,15 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             for prompt, tokens in zip(prompts, completion_ids_list, strict=True)
         ]
         rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
-        totals = total_rewards(rewards, self.reward_weights)
-        self._equal = equal_groups(totals, self.num_generations)
+        totals = zero_signal.total_rewards(rewards, self.reward_weights)
+        self._equal = zero_signal.equal_groups(totals, self.num_generations)
         if self.rl.replay_prompts and self.model.training:
             replayed = self.prompts.replayed_prompts
             is_system1 = torch.tensor([prompt in replayed for prompt in prompts], device=rewards.device)
             lengths = torch.tensor(list(map(len, completion_ids_list)), device=rewards.device)
             is_system1, lengths = self.accelerator.gather([is_system1, lengths])
-            group = self.num_generations
-            for name, value in metrics_by_system(totals, is_system1, lengths.float(), self._equal, group):
+            given = totals, is_system1, lengths.float(), self._equal, self.num_generations
+            for name, value in zero_signal.metrics_by_system(*given):
                 self._metrics["train"][name].append(value)
         return rewards
 
@@ -169,10 +167,10 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         if not self.prefix_sharing or self.beta or self.aux_loss_enabled:
             return super()._compute_loss(model, inputs)
         metrics = self._metrics["train"]
-        self._selection = Selection.from_batch(inputs)
+        self._selection = zero_signal.Selection.from_batch(inputs)
         metrics["completions_skipped"].append(1 - len(self._selection.rows) / len(inputs["advantages"]))
         try:
-            with metrics_of_computed(metrics, self._selection):
+            with zero_signal.metrics_of_computed(metrics, self._selection):
                 return super()._compute_loss(model, inputs)
         finally:
             self._selection = None
@@ -196,10 +194,12 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             passed = *selection.expand(log_probs, entropies), None
         if self._corrected is not None:
             inputs, self._corrected = self._corrected, None
-            sampler = inputs["sampling_per_token_logps"]
-            inputs["advantages"] = weighted_advantages(
-                inputs["advantages"], passed[0], sampler, CORRECTION_MAX
-            )
+            # The policy's probability of each token over the sampler's, (completions, tokens). It is never
+            # negative, so as a factor of the advantage it is that of the loss, clipped or not. Logged uncut.
+            ratios = (passed[0].detach() - inputs["sampling_per_token_logps"]).exp()
+            inputs["advantages"] = inputs["advantages"][:, None] * ratios.clamp(max=CORRECTION_MAX)
+            largest = ratios[inputs["completion_mask"].bool()].max()
+            self._metrics["train"]["sampling/raw_ratio/max"].append(largest.item())
         return passed
 
     def _logprobs(

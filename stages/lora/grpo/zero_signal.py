@@ -1,4 +1,4 @@
-"""Completions without an advantage, which cost only their sampling: training passes skip them.
+"""Groups of equal rewards, and completions without an advantage, which training passes skip.
 
 Each supported loss is Σᵢ fᵢ · Aᵢ / n, plus the KL term if there is one. Without it, a completion with Aᵢ = 0
 adds exactly zero, and the normaliser n counts all completions, skipped ones included.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PASS_METRICS = ("entropy", "tokens_saved")
@@ -65,3 +66,36 @@ def metrics_of_computed(metrics: dict[str, list[float]], selection: Selection) -
         for name in PASS_METRICS:
             metrics.pop(name, None)  # an empty list would be logged as None
         metrics.update(logged)
+
+
+def metrics_by_system(
+    rewards: Tensor, is_system1: Tensor, lengths: Tensor, equal: Tensor, group: int
+) -> Iterator[tuple[str, float]]:
+    """Metrics that TRL logs of all completions, for each system apart.
+
+    rewards, is_system1, lengths: (completions,), of all processes. equal: (groups,), of `equal_groups`.
+    """
+    for name, rows in (("system1", is_system1), ("system2", ~is_system1)):
+        yield f"{name}/reward", rewards[rows].nanmean().item()
+        yield f"{name}/completions/mean_length", lengths[rows].mean().item()
+        yield f"{name}/frac_reward_zero_std", equal[rows[::group]].float().mean().item()
+
+
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """(completions, functions) → (completions,), as TRL adds them up; NaN where no function applies."""
+    total = (rewards * weights.to(rewards.device)).nansum(1)
+    total[rewards.isnan().all(1)] = torch.nan
+    return total
+
+
+def equal_groups(rewards: Tensor, group: int) -> Tensor:
+    """(completions,) → (groups,): True if all completions of a group earned the same, so it has no signal.
+
+    Completions whose reward is NaN do not count, as in TRL.
+    """
+    grouped = rewards.view(-1, group)
+    # NaN becomes ∞ for the minimum and −∞ for the maximum, so it decides neither. min ≥ max then says that
+    # all other rewards are equal. A group of NaN alone has ∞ ≥ −∞, and counts as equal, too.
+    lowest = grouped.nan_to_num(torch.inf).amin(1)
+    highest = grouped.nan_to_num(-torch.inf).amax(1)
+    return lowest >= highest

@@ -16,8 +16,6 @@ from stages.lora.examples import PROTECTED
 from stages.store.artifacts import Artifact
 
 REGION, ACTIVE = "region", "active"
-
-
 PREFIXES: dict[Any, str] = {1: "s1/", 2: "s2/", PROTECTED: f"{PROTECTED}/"}
 """Rows that elements are scored for, a system's or the protected ones → prefix of their tensors' names."""
 

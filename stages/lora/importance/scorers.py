@@ -81,9 +81,9 @@ class Moments:
         def zeros() -> dict[str, Tensor]:
             return {
                 name: torch.zeros_like(
-                    module.weight, dtype=torch.promote_types(module.weight.dtype, torch.float32)
+                    layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32)
                 )
-                for name, module in weights.items()
+                for name, layer in weights.items()
             }
 
         return cls(zeros(), zeros(), 0, 0.0)
@@ -212,7 +212,7 @@ def _batch_moments(
     packed = losses.pack_rows(model, rows, device)
     with _accumulate_gradients(model, weights, sums, packed):
         if packed is None:
-            example_losses = losses.answer_losses(model, losses.collate(rows, pad, device))
+            example_losses = losses.answer_losses(model, rows, pad, device)
         else:
             example_losses = losses.packed_answer_losses(model, packed)
         finite = torch.isfinite(example_losses)  # (examples,)

@@ -42,12 +42,8 @@ class Split:
 
 def top_share(scores: Tensor, share: float) -> Tensor:
     """Select the ⌊share · n⌋ highest of n scores, as a bool mask; see `_descending`."""
-    return _chosen(_descending(scores)[: number_of(share, len(scores))], len(scores))
-
-
-def number_of(share: float, elements: int) -> int:
-    """⌊share · elements⌋"""
-    return int(as_decimal_fraction(share) * elements)
+    size = int(as_decimal_fraction(share) * len(scores))
+    return _chosen(_descending(scores)[:size], len(scores))
 
 
 def _chosen(indices: Tensor | slice, elements: int) -> Tensor:
@@ -145,21 +141,9 @@ def topk(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes:
 
     With scorer grad2 these are the sensitive elements of SPT (arXiv 2303.08566).
     """
-    return topk_within(scores, section, seed, [sum(sizes)])
-
-
-@strategies.add()
-def topk_within(scores: dict[int, Tensor], section: PartitionSection, seed: int, sizes: list[int]) -> Split:
-    """As `topk`, but the `density` of each LoRA weight: no weight gets more elements than its share.
-
-    Beside `topk` it tells whether it matters how many elements a weight has, or which they are.
-    """
-    import torch
-
-    sets = {}
     for system, values in scores.items():
         check_importance(values, f"System {system}")
-        sets[system] = torch.cat([top_share(weight, section.density) for weight in values.split(sizes)])
+    sets = {system: top_share(values, section.density) for system, values in scores.items()}
     return _split(sets, scores, section)
 
 
@@ -208,7 +192,7 @@ def random_half(scores: dict[int, Tensor], section: PartitionSection, seed: int,
     Source: LoRA-SP, arXiv 2403.08822, which freezes a random half.
     """
     elements = sum(sizes)
-    size = number_of(section.density, elements)
+    size = int(as_decimal_fraction(section.density) * elements)
     return _same_in_both_stages(_chosen(order_within([elements], seed)[:size], elements))
 
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import AfterValidator
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _of_a_step(row: dict[str, float]) -> dict[str, float]:
-    if "step" not in row:
-        raise ValueError("no step")
-    return row
-
-
-History = list[Annotated[dict[str, float], AfterValidator(_of_a_step)]]
-SIGNAL, LENGTH = "groups without signal, %", "completion length, tokens"
-OVERVIEW = {
-    "reward": "reward",
-    SIGNAL: "frac_reward_zero_std",
-    LENGTH: "completions/mean_length",
-}
-"""Panels for many trainings of RL at once: title → name of the values in the history."""
-SHARES = {OVERVIEW[SIGNAL]}
-"""Names of values from 0 to 1, which are drawn in per cent."""
+History = list[dict[str, float]]
+NO_SIGNAL = "frac_reward_zero_std"
+"""Name of the values that are shares, and drawn in per cent."""
 
 
 def draw(history: History, path: Path) -> None:
@@ -62,8 +47,8 @@ def history_figure(history: History) -> Figure:
 
 def points(history: History, name: str) -> list[tuple[float, float]]:
     """The steps and values of one curve."""
-    scale = 100 if name in SHARES else 1
-    return [(row["step"], scale * row[name]) for row in history if name in row]
+    scale = 100 if name == NO_SIGNAL else 1
+    return [(row["step"], scale * row[name]) for row in history if name in row and "step" in row]
 
 
 def panels(history: History) -> dict[str, dict[str, str]]:
@@ -81,9 +66,9 @@ def panels(history: History) -> dict[str, dict[str, str]]:
     series_by_title = {
         "loss": {"loss": "loss"},
         "reward": rewards | {label: f"{name}reward" for label, name in systems.items()},
-        SIGNAL: {"groups": OVERVIEW[SIGNAL]},
-        LENGTH: {
-            "mean": OVERVIEW[LENGTH],
+        "groups without signal, %": {"groups": NO_SIGNAL},
+        "completion length, tokens": {
+            "mean": "completions/mean_length",
             "longest": "completions/max_length",
             **{label: f"{name}completions/mean_length" for label, name in systems.items()},
         },

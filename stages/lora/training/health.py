@@ -48,7 +48,9 @@ class ProgressCallback(TrainerCallback):
         equal = equal_rewards(state.log_history)
         if equal == 1:
             log.warning(
-                "all rewards of each group were equal in step %d: the step taught nothing", state.global_step
+                "all rewards of each group were equal in step %d: it taught nothing; if no other step does, "
+                "try sft.system2_share: 0.3, a cold start",
+                state.global_step,
             )
         if equal >= self.patience:
             raise UnusableResult(
@@ -56,15 +58,6 @@ class ProgressCallback(TrainerCallback):
                 f"up to step {state.global_step}: nothing is learned",
                 "raise rl.num_generations or sft.system2_share, or rl.max_zero_signal_steps; to see SFT's "
                 "answers: lorapar eval CONFIG --set 'eval.targets=[sft]'",
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        steps = sum("frac_reward_zero_std" in row for row in state.log_history)
-        if self.patience and steps and equal_rewards(state.log_history) == steps:
-            log.warning(
-                "in none of %d steps did the rewards of a group differ: RL taught nothing; "
-                "sft.system2_share: 0.3 is a cold start",
-                steps,
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

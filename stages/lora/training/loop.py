@@ -66,9 +66,7 @@ PINNED: dict[str, Any] = {
 
 They are pinned, so that no default of the library decides.
 """
-SAME_NAME = (
-    "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing",
-)  # fmt: skip
+SAME_NAME = ("learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "save_steps")
 """Settings that the library has under the same name."""
 
 
@@ -77,9 +75,7 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
     cpu = not torch.cuda.is_available()
     check_training(section)
     # The library's `constant` ignores the warm-up without a warning.
-    scheduler = (
-        "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
-    )
+    scheduler = section.lr_scheduler_type.replace("constant", "constant_with_warmup")
     return PINNED | {
         "output_dir": str(checkpoints.folder),
         **{name: getattr(section, name) for name in SAME_NAME},
@@ -94,7 +90,6 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
         "disable_tqdm": True,
         "report_to": _trackers(section, checkpoints.folder),
         "save_strategy": "steps",
-        "save_steps": section.save_steps,
         "dataloader_pin_memory": not cpu,
         "ddp_find_unused_parameters": False,  # every LoRA layer is in every forward pass
     }

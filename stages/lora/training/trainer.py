@@ -49,11 +49,7 @@ class ResumableTrainer:
     state: Any
 
     def __init__(
-        self,
-        *,
-        row_ids: Callable[[], dict[tuple[int, ...], str]],
-        memory_hint: str,
-        **arguments: Any,
+        self, *, row_ids: Callable[[], dict[tuple[int, ...], str]], memory_hint: str, **arguments: Any
     ) -> None:
         """row_ids: makes the table of token ids → row id; it is called only when a run has failed.
 
@@ -118,6 +114,11 @@ class ResumableTrainer:
     def restore_counters(self) -> None:
         """Set what a trainer counts besides its state, after a checkpoint was loaded."""
         raise NotImplementedError
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        self.window.append(prepared)
+        return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.memory():
