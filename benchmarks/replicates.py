@@ -41,7 +41,7 @@ ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
 BEGIN, END = "<!-- Written by benchmarks/replicates.py from {}-items.json.gz -->\n\n", "\n<!-- end -->"
 MODES = ("fast", "slow", "`auto`")
-TARGETS = ("base", "sft", "rl", "auto")
+TARGETS = ("base", "sft", "rl")
 """What the demo evaluates, in the order of its page."""
 Replicate = dict[str, Any]
 """`system` of each item, for which its generator made it, and the `arms` by name.
