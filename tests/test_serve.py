@@ -79,17 +79,14 @@ def test_openai_s_client_gets_both_modes_until_the_server_ends(monkeypatch):
     assert "the server ended" in str(gone[1].value)
 
 
-@pytest.mark.parametrize(
-    ("options", "spec", "message"),
-    [
-        ([], None, "lorapar serve needs vLLM, which is not installed"),
-        (["--host", "0.0.0.0"], object(), "--host 0.0.0.0 would let anyone ask"),
-        ([], object(), "sft is missing"),
-    ],
-)
-def test_the_command_says_what_is_lacking(smoke_flags, lorapar, monkeypatch, options, spec, message):
+def test_the_command_says_what_is_lacking(smoke_flags, lorapar, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "vllm" else find(name))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    done = lorapar("serve", ROOT / "configs/smoke.yaml", *smoke_flags, *options)
-    assert done.code in (66, 78) and message in done.err and "hint:" in done.err
+    for vllm, message, *options in (
+        (None, "lorapar serve needs vLLM, which is not installed"),
+        (object(), "--host 0.0.0.0 would let anyone ask", "--host", "0.0.0.0"),
+        (object(), "sft is missing"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda n, spec=vllm: spec if n == "vllm" else find(n))
+        done = lorapar("serve", ROOT / "configs/smoke.yaml", *smoke_flags, *options)
+        assert done.code in (66, 78) and message in done.err and "hint:" in done.err

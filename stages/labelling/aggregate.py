@@ -87,8 +87,11 @@ class VoterResult:
     def calibrated(self, id: str) -> float | None:
         """The probability, shifted in log-odds so that the threshold becomes 0.5."""
         value = self.probabilities[id]
+        if value is None:
+            return None
+        value, threshold = (min(max(p, EDGE), 1 - EDGE) for p in (value, self.threshold))
         # sigmoid(log_odds(value) - log_odds(threshold))
-        return None if value is None else 1 / (1 + exp(_log_odds(self.threshold) - _log_odds(value)))
+        return 1 / (1 + exp(log(threshold / (1 - threshold)) - log(value / (1 - value))))
 
     def decided(self, share: float | None) -> VoterResult:
         """Vote 2 above the threshold; or, if the share of System 2 is known, for that share of the examples.
@@ -101,12 +104,6 @@ class VoterResult:
         highest = sorted(valid, key=lambda id: (-valid[id], id))[: round(share * len(valid))]
         threshold = min((valid[id] for id in highest), default=1.0)
         return replace(self, threshold=threshold, system2_ids=set(highest))
-
-
-def _log_odds(probability: float) -> float:
-    """log(p / (1 - p)), finite at 0 and 1."""
-    inside = min(max(probability, EDGE), 1 - EDGE)
-    return log(inside / (1 - inside))
 
 
 def aggregate(

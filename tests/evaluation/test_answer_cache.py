@@ -71,9 +71,6 @@ def test_each_answer_is_graded_against_its_own_item(tokenizer, tmp_path):
     # `tokens` is the length of the answer, whatever the row has by that name.
     lengths = [len(answer.ids) for answer in recorded.values()]
     assert [s.extra for s in found] == [{"part": "a", "tokens": length} for length in lengths]
-
-
-def test_what_could_not_be_graded_is_no_wrong_answer():
     assert _outcome(Grade(None, None, False, False, refused=True), True) == "refused"
     assert _outcome(Grade("7", "7", False, False), True) == "wrong"
 

@@ -29,16 +29,15 @@ def test_wilson_is_scipy_s(correct, n):
     assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-@pytest.mark.parametrize("shares", [[0.25] * 30, [0.5], [0.0], [1.0] * 20, [1 / 3] * 9])
-def test_without_variance_the_interval_is_wilson_s_over_items(shares):
+@pytest.mark.parametrize("shares", [[0.25] * 30, [0.5], [0.0], [1.0] * 20, [1 / 3] * 9, [1.0, 0.0, 1.0]])
+def test_without_variance_and_of_right_or_wrong_the_interval_is_wilson_s_over_items(shares):
     mean = sum(shares) / len(shares)
     low, high = interval(shares)
     assert (low, high) == pytest.approx(wilson(mean * len(shares), len(shares)))
     assert (low == 0) == (mean == 0) and (high == 1) == (mean == 1)
 
 
-def test_items_that_are_simply_right_or_wrong_have_wilson_s_interval_and_others_student_s():
-    assert interval([1.0, 0.0, 1.0, 1.0]) == pytest.approx(wilson(3, 4))
+def test_the_interval_of_other_shares_is_student_s():
     shares = [0.25, 0.5, 0.75, 0.5, 0.25]
     mean = sum(shares) / 5
     assert interval(shares) == pytest.approx(t.interval(0.95, 4, mean, sem(shares)))
@@ -53,9 +52,6 @@ def test_an_item_with_a_refused_answer_counts_neither_way_in_metrics_and_tables(
     (row,) = compared({"base": {"all": samples}})
     assert (row.n, row.accuracy.mean, row.outcomes["refused"]) == (2, 0.25, 1)
     assert (row.accuracy.over_items.low, row.accuracy.over_items.high) == tuple(whole["interval"])
-
-
-def test_without_a_graded_item_there_is_no_accuracy():
     samples = answers({"a": ["refused"]})
     whole = compute_metrics(samples, ("subject",))["all"]
     assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
@@ -64,7 +60,7 @@ def test_without_a_graded_item_there_is_no_accuracy():
     assert row.accuracy is None and row.change is None
 
 
-def test_several_answers_and_groups_of_a_benchmark():
+def test_several_answers_groups_and_lengths():
     outcomes = {"a": ["correct"] * 4, "b": ["correct", *["wrong"] * 3]}
     outcomes |= {"c": ["wrong"] * 4, "d": ["correct"] * 4}
     subject = {"a": "law", "b": "law", "c": "art", "d": "art"}
@@ -73,6 +69,10 @@ def test_several_answers_and_groups_of_a_benchmark():
     whole = compute_metrics([*samples, *more], ("subject",))["all"]
     assert whole["n"] == 5 and whole["pass@1"] == pytest.approx((1 + 1 / 4 + 0 + 1 + 1) / 5)
     assert whole["macro_over_subject"] == pytest.approx(((1 + 1 / 4) / 2 + 2 / 3) / 2)
+    measures = accuracy_metrics(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
+    assert (measures["pass@1"], measures["pass@5"]) == pytest.approx((0.2, 0.5))
+    two = zip(answers({"a": ["wrong"] * 2}), (4, 10), strict=True)
+    assert accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in two])["tokens"] == 7
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_letters_of_mmlu_and_of_a_file(said, strict, flexible):
     assert found.correct is (strict or flexible)
 
 
-def test_systems_have_their_own_items():
+def test_systems_have_their_own_items_and_readings_their_own_accuracy():
     given = answers({"a": ["correct"], "b": ["wrong"], "c": ["wrong"]})
     of_systems = zip(given, (1, 2, 2), strict=True)
     samples = [replace(one, system=system, correct_flexible=True) for one, system in of_systems]
@@ -97,12 +97,10 @@ def test_systems_have_their_own_items():
     assert (shown["system1"], shown["system2"], shown["all"]["n"]) == (1, 0, 3)
     assert "refused" not in shown["all"]
     assert headline(compute_metrics(samples[1:], ()))["all"]["accuracy"] == 0
+    assert (whole["all"]["accuracy"], whole["all"]["accuracy_flexible"]) == (pytest.approx(1 / 3), 1.0)
 
 
-def test_both_readings_have_their_own_accuracy():
-    given = answers({"a": ["wrong"], "b": ["correct"]})
-    found = accuracy_metrics([replace(one, correct_flexible=True) for one in given])
-    assert (found["accuracy"], found["accuracy_flexible"]) == (0.5, 1.0)
+def test_both_readings_of_an_answer():
     guessed = grade_final_answer(Example("a", "Q", "", "18"), "The answer is 18", Context("hash", False))
     assert (guessed.strict, guessed.flexible) == (None, "18")
     assert (guessed.correct, guessed.correct_flexible) == (False, True)
@@ -114,10 +112,3 @@ def test_both_readings_have_their_own_accuracy():
     ):
         guessed = grade_final_answer(Example("a", "Q", "", "B"), said, Context("hash", False), equal)
         assert (guessed.flexible, guessed.correct_flexible) == (flexible, flexible == "B")
-
-
-def test_pass_at_k_and_tokens_by_hand():
-    found = accuracy_metrics(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
-    assert (found["pass@1"], found["pass@5"]) == pytest.approx((0.2, 0.5))
-    two = zip(answers({"a": ["wrong"] * 2}), (4, 10), strict=True)
-    assert accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in two])["tokens"] == 7

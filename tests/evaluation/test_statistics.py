@@ -7,15 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
-from stages.evaluation.statistics import (
-    holm,
-    interval,
-    over_replicates,
-    paired_difference,
-    paired_p,
-    pass_at,
-    wilson,
-)
+from stages.evaluation import statistics
+from stages.evaluation.statistics import interval, over_replicates, paired_difference, paired_p, wilson
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=9), st.integers(6, 7))
@@ -46,18 +39,9 @@ def test_equal_differences_of_shares_are_seen_as_such():
     assert interval([1 / 3, 1 - 2 / 3, 2 / 3 - 1 / 3]) == pytest.approx(wilson(1, 3))
 
 
-@pytest.mark.parametrize(("change", "low", "high"), [(0, -0.3, 0.3), (1, 0.7, 1)])
-def test_differences_without_variance_have_an_interval(change, low, high):
-    before = [0.0] * 10
-    found = paired_difference(before, [b + change for b in before])
-    assert found == (change, pytest.approx(low), pytest.approx(high))
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
-
-
-def test_the_interval_of_a_difference_is_that_of_student_s_t():
+def test_the_interval_of_a_difference_is_that_of_student_s_t_or_by_the_rule_of_three():
+    assert paired_difference([0.0] * 10, [0.0] * 10) == pytest.approx((0, -0.3, 0.3))
+    assert paired_difference([0.0] * 10, [1.0] * 10) == pytest.approx((1, 0.7, 1))
     before, after = [0, 1 / 3, 1, 0, 2 / 3, 1], [1, 2 / 3, 1, 0, 1, 0.5]
     changes = [b - a for a, b in zip(before, after, strict=True)]
     wanted = ttest_1samp(changes, 0).confidence_interval()
@@ -65,7 +49,7 @@ def test_the_interval_of_a_difference_is_that_of_student_s_t():
     assert found == pytest.approx((sum(changes) / 6, wanted.low, wanted.high))
 
 
-def test_the_interval_over_replicates_is_that_of_the_paired_t_test():
+def test_the_interval_over_replicates_is_that_of_the_paired_t_test_and_holm_corrects():
     before, after = [0.51, 0.62, 0.48, 0.55], [0.56, 0.61, 0.58, 0.6]
     test = ttest_rel(after, before)
     interval_over = over_replicates([b - a for a, b in zip(before, after, strict=True)])
@@ -73,6 +57,8 @@ def test_the_interval_over_replicates_is_that_of_the_paired_t_test():
     assert interval_over.p == pytest.approx(test.pvalue)
     for without_variance in ([], [0.1], [0.1, 0.1, 0.4 - 0.3]):
         assert over_replicates(without_variance) is None
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([]) == []
 
 
 @pytest.mark.parametrize("correct", [0, 1, 3, 6])
@@ -80,4 +66,4 @@ def test_the_interval_over_replicates_is_that_of_the_paired_t_test():
 def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(k, correct):
     answers = [True] * correct + [False] * (6 - correct)
     draws = list(combinations(answers, k))
-    assert pass_at(k, 6, correct) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert statistics.pass_at(k, 6, correct) == pytest.approx(sum(map(any, draws)) / len(draws))

@@ -16,14 +16,12 @@ from stages.records import Example, read_labels, write_jsonl
 
 ROWS = [Example(f"id{n}", f"What is {n}?", str(n), str(n), {"system": n % 2 + 1}) for n in range(4)]
 
-
 BY_ID = json.dumps({"id0": 1, "What is 1?": 2.0, "id2": "System 1", "What is 3? ": "system2"})
 LINES = (
     '{"id": "id0", "system": 1}\n{"id": "foreign", "question": "What is 1?", "system": "2"}\n'
     '{"instruction": "id2", "system": 1}\n{"prompt": "What is 3?", "system": 2, "more": 1}\n'
 )
 CELLS = 'id,question,system\nid0,,1\nx,What is 1?,2\n,"id2",System 1\n,"What is 3?\n",2.0\n'
-
 
 EXCELS, LIST = "\ufeffid;system\nid0;1\n", '[{"id": "id0", "system": 1}]'
 
@@ -35,21 +33,20 @@ EXCELS, LIST = "\ufeffid;system\nid0;1\n", '[{"id": "id0", "system": 1}]'
 def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     rows = ROWS if text in (BY_ID, LINES, CELLS) else ROWS[:1]
-    assert [row.system for row in with_known_labels(rows, "system", tmp_path / name)] == [1, 2, 1, 2][
-        : len(rows)
-    ]
+    systems = [row.system for row in with_known_labels(rows, "system", tmp_path / name)]
+    assert systems == [1, 2, 1, 2][: len(rows)]
 
 
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
-    """An instruction with its input is another question than the instruction alone."""
+    """An instruction with its input is another question than the instruction alone.
+
+    A question may lack the choices that reading writes below it.
+    """
     rows = [Example("a", "Translate.\n\ngato", "cat", None), Example("b", "Translate.", "What?", None)]
     lines = [{"instruction": "Translate.", "context": "gato", "system": 2}]
     lines += [{"instruction": None, "id": "b", "system": 1}]  # no text, so it names no row
     write_jsonl(tmp_path / "a.jsonl", lines)
     assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
-
-
-def test_a_question_names_its_row_without_the_choices_that_reading_writes_below_it(tmp_path):
     (tmp_path / "rows.csv").write_text("question,A,B,answer\nWhich?,x,y,B\n")
     (tmp_path / "labels.csv").write_text("question,system\nWhich?,2\n")
     rows = read(DataSection(path=str(tmp_path / "rows.csv")))
@@ -103,14 +100,11 @@ def test_the_stage_takes_known_labels(smoke, tmp_path):
         make_step(with_file, "classify:train")
 
 
-def test_items_of_a_benchmark_may_be_without_labels(smoke):
+def test_a_benchmark_may_bring_its_labels_or_be_without(smoke):
     config = smoke("classify.strategy=known", "classify.known=nothing", "data.limit=24")
-    made = make_step(config, "classify:demo")
-    assert made.manifest["summary"]["undecided"] == 16
-    assert {row.system for row in read_labels(made.path / "labels.jsonl")} == {None}
-
-
-def test_a_benchmark_may_bring_its_labels_where_voters_label_the_training_rows(smoke):
+    artifact = make_step(config, "classify:demo")
+    assert artifact.manifest["summary"]["undecided"] == 16
+    assert {row.system for row in read_labels(artifact.path / "labels.jsonl")} == {None}
     config = smoke("eval.benchmarks.demo.label=known", "classify.known=intended")
     artifact = make_step(config, "classify:demo")
     rows = read_labels(artifact.path / "labels.jsonl")

@@ -39,24 +39,8 @@ def test_a_ballot_shows_the_question_and_the_answer_if_wanted(name, show):
     assert "Answer:" not in str(bare.text)  # nothing is shown of a row without a response
 
 
-@pytest.mark.parametrize(
-    ("answer", "shown"),
-    [("#### First step\nAdd.\n#### 7", "\nAnswer: #### First step Add."), ("#### 7", "")],
-)
-def test_a_heading_is_no_final_answer(answer, shown):
-    text = str(personas.pick("steps")(Example("1", "How many?", answer, "7"), brief()).text)
-    assert text.endswith(f"Question: How many?{shown}\nSteps:")
-
-
 def judged(*systems: int) -> list[Labelled]:
     return [Labelled(Example(f"{i}", f"q{i}", f"a{i}", None), system, {}) for i, system in enumerate(systems)]
-
-
-def test_calibration_needs_labelled_examples_of_each_system():
-    voter = Voter(persona="steps", calibration="held_out")
-    log = SimpleNamespace(title="v", voter=voter, context=brief())
-    with pytest.raises(DataError, match=f"v: {MIN_EXAMPLES} System 1 and 0 System 2 labelled examples"):
-        _calibrate_voter(log, judged(*[1] * MIN_EXAMPLES))
 
 
 def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
@@ -64,6 +48,10 @@ def test_prompts_name_the_target_and_have_worked_examples_with_their_words():
     assert "q0\nAnswer: a0\nSteps: one\n" in text and "q1\nAnswer: a1\nSteps: many\n" in text
     assert "You are LLaMA-2-7B" in str(personas.pick("role_play")(EXAMPLE, brief()).text)
     assert "LLaMA" not in str(personas.pick("judge")(EXAMPLE, brief()).text)
+    # A heading is no final answer.
+    for answer, shown in (("#### First\nAdd.\n#### 7", "\nAnswer: #### First Add."), ("#### 7", "")):
+        text = str(personas.pick("steps")(Example("1", "How many?", answer, "7"), brief()).text)
+        assert text.endswith(f"Question: How many?{shown}\nSteps:")
 
 
 def test_labelled_examples_of_a_user(tmp_path):
@@ -149,7 +137,13 @@ def test_held_out_examples_set_the_threshold_between_the_systems():
     given = [0.80 if row.system == 2 else 0.70 for row in rows]
     calibration = calibrate(rows, given, by_median=True)
     assert (calibration.threshold, calibration.auc, calibration.examples) == (0.75, 1.0, 24)
+    # Hanley and McNeil: 20 twos, 15 of them above all of 10 ones: A = .75, Q1 = .6, Q2 = .642857.
+    area, interval = auc([2] * 15 + [0] * 5 + [1] * 10, [True] * 20 + [False] * 10)
+    assert (area, *interval) == pytest.approx((0.75, 0.573425, 0.926575), abs=1e-5)
     assert calibrate(rows, given, by_median=False).threshold == 0.5
+    journal = SimpleNamespace(title="v", voter=Voter(persona="steps", calibration="held_out"))
+    with pytest.raises(DataError, match=f"v: {MIN_EXAMPLES} System 1 and 0 System 2 labelled examples"):
+        _calibrate_voter(journal, judged(*[1] * MIN_EXAMPLES))
 
 
 @pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
@@ -182,12 +176,6 @@ def test_agreement_with_known_labels():
     assert (compared["n"], compared["undecided"], compared["agreement"]) == (3, 1, pytest.approx(2 / 3))
     assert compared["interval"] == pytest.approx([0.20766, 0.93851], abs=1e-4)  # Wilson's of 2 of 3
     assert compared["auc"]["a"][0] == 1 and compare_with_known(rows, "t", {}) is None
-
-
-def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
-    """20 twos, 15 of them above all of 10 ones: A = .75, Q1 = .6, Q2 = .642857, variance .00811607."""
-    area, interval = auc([2] * 15 + [0] * 5 + [1] * 10, [True] * 20 + [False] * 10)
-    assert (area, *interval) == pytest.approx((0.75, 0.573425, 0.926575), abs=1e-5)
 
 
 def test_only_voters_that_are_all_guessing_are_refused():

@@ -37,7 +37,8 @@ def _example(row: dict[str, Any], _: int) -> Example:
     answer = gold_from_response(response) or response
     if not prompt.strip() or not answer:
         raise EmptyRowError("prompt or answer is empty")
-    kind = row.get("grade") or _kind(answer)
+    guessed = "number" if parse_number(answer) is not None else "letter" if gold_letter(answer) else "text"
+    kind = row.get("grade") or guessed
     if kind not in ("number", "letter", "text"):
         raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
     no_number = kind == "number" and parse_number(answer) is None
@@ -47,12 +48,6 @@ def _example(row: dict[str, Any], _: int) -> Example:
     extra = {name: value for name, value in row.items() if name not in ("prompt", "answer", "grade")}
     gold = gold_letter(answer) if kind == "letter" else answer
     return Example(id_of([prompt, response]), prompt, response, gold, {**extra, "grade": kind})
-
-
-def _kind(answer: str) -> str:
-    if parse_number(answer) is not None:
-        return "number"
-    return "letter" if gold_letter(answer) else "text"
 
 
 def _shots(source: SourceSection) -> list[Example]:

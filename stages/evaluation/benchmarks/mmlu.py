@@ -83,10 +83,12 @@ def _example(row: dict[str, Any], number: int) -> Example:
 
 def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) -> list[RenderedPrompt]:
     """Render each question after the first `shots` worked questions of the same subject."""
-    shots = _shots(section) if section.shots else {}
-    subjects = {example.extra["subject"] for example in examples}
-    missing = {subject for subject in subjects if len(shots.get(subject, [])) < section.shots}
-    if missing:
+    shots: dict[str, list[Example]] = {example.extra["subject"]: [] for example in examples}
+    for shot in load(shots_source(section)) if section.shots else []:
+        of_subject = shots.get(shot.extra["subject"])
+        if of_subject is not None and len(of_subject) < section.shots:
+            of_subject.append(shot)
+    if missing := {subject for subject, worked in shots.items() if len(worked) < section.shots}:
         raise DataError(
             f"fewer than {section.shots} shots for {', '.join(sorted(missing))}",
             "lower shots, or give shots_path",
@@ -97,20 +99,12 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
     prompts = []
     for example in examples:
         subject = example.extra["subject"]
-        turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots.get(subject, [])]
+        turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots[subject]]
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
         text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", example=example)
         prompts.append(RenderedPrompt(text, ids, stop, words if section.mode == "likelihood" else ()))
     return prompts
-
-
-def _shots(section: BenchmarkSection) -> dict[str, list[Example]]:
-    """The first `shots` worked questions of each subject."""
-    by_subject: dict[str, list[Example]] = {}
-    for example in load(shots_source(section)):
-        by_subject.setdefault(example.extra["subject"], []).append(example)
-    return {subject: examples[: section.shots] for subject, examples in by_subject.items()}
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:
