@@ -128,7 +128,7 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
         (add_token, [], r"score, sft, rl, eval:.*: .* writes <\|new\|> as token 259, and .* 259 embeddings"),
         (cut_short, [], "score, .*: cannot load model .*not fully covered"),
         (weights(lambda w: w.update({NORM: w[NORM][:-1]})), [], "score, .* other shapes than its config"),
-        (weights(lambda w: w.pop(NORM)), [], f"score, .* no weights for 1 parameter, such as {NORM}"),
+        (weights(lambda w: w.pop(NORM)), [], f"score, .* no weights for {NORM}"),
         (weights(lambda w: w[NORM].fill_(torch.nan)), [], f"score, .*{NORM} has values that are no numbers"),
         (None, ["model.attention=flash_attention_2"], "score, sft, rl, eval:.* flash_attention_2 is not"),
         (None, OWN, r"rl: reward bare\(completions\) cannot be called: .* unexpected keyword"),

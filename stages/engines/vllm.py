@@ -141,11 +141,12 @@ def _serving(
 
     The server's log is deleted at the end, except after an error. title: names the model to the user.
     """
-    from stages.models.cancellation import rewrite_modules
+    from stages.models.cancellation import rewrite
 
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
-        command = _command(model, server, port, rewrite_modules(modules, Path(folder)))
+        served = {name: rewrite(adapter, Path(folder) / name) for name, adapter in modules.items()}
+        command = _command(model, server, port, served)
         # The server asks for nearly all of a GPU, and this process may still hold some.
         gc.collect()
         resources.release_memory()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from stages.config import ModelSection
@@ -51,7 +51,7 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
     if device().type == "cpu" and isinstance(head := loaded.get_output_embeddings(), nn.Linear):
         # With `logits_to_keep` the head gets a strided slice, and for that torch on CPU copies the
         # vocabulary-sized weight once per example: 31 % of a training step on SmolLM2.
-        head.register_forward_pre_hook(_contiguous)
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     if not model.load_in_4bit:
         loaded = loaded.to(target)
     for module in loaded.modules():
@@ -218,7 +218,3 @@ def _keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 2**28)
-
-
-def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].contiguous(), *inputs[1:])

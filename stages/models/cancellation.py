@@ -17,15 +17,15 @@ from torch import Tensor
 FILE = "adapter_model.safetensors"
 
 
-def rewritten(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return LoRA weights of the same shapes and products BA, whose terms are smaller where they can be.
+def rewrite(folder: Path, out: Path) -> Path:
+    """Write the adapter in `folder` into `out` with smaller weights of the same products, if there are any.
 
-    weights: the tensors of an adapter file, by parameter name. With the rank in two halves, A = [A₁; A₂] and
-    B = [B₁, B₂], the product is B₁A₁ + B₂A₂ = (B₁ + B₂)A₁ + B₂(A₂ − A₁). For a compensated adapter that is
-    (B − B₀)A + B₀(A − A₀): both terms are as small as what training changed. For others the terms would
-    grow, and their weights are returned as they are.
+    Returns `out`, or `folder` if nothing changes. With the rank in two halves, A = [A₁; A₂] and B = [B₁, B₂],
+    the product is B₁A₁ + B₂A₂ = (B₁ + B₂)A₁ + B₂(A₂ − A₁). For a compensated adapter that is
+    (B − B₀)A + B₀(A − A₀): both terms are as small as what training changed. For others the terms would grow.
     """
-    result = dict(weights)
+    weights = load_file(folder / FILE)
+    changed: dict[str, Tensor] = {}
     for name, a in weights.items():
         b = weights.get(name.replace(".lora_A.", ".lora_B."))
         if ".lora_A." not in name or b is None or len(a) % 2:
@@ -35,27 +35,12 @@ def rewritten(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         # Rounding errors are relative to the factors, so these sums bound the products' up to a constant.
         if sum(a.norm() * b.norm() for a, b in after) < sum(a.norm() * b.norm() for a, b in before):
             (a1, b1), (a2, b2) = after
-            result[name] = torch.cat([a1, a2])
-            result[name.replace(".lora_A.", ".lora_B.")] = torch.cat([b1, b2], dim=1)
-    return result
-
-
-def rewrite(folder: Path, out: Path) -> bool:
-    """Write the adapter in `folder` into `out` with rewritten weights; returns False if nothing changes."""
-    weights = load_file(folder / FILE)
-    changed = rewritten(weights)
-    if all(changed[name] is weight for name, weight in weights.items()):
-        return False
+            changed[name] = torch.cat([a1, a2])
+            changed[name.replace(".lora_A.", ".lora_B.")] = torch.cat([b1, b2], dim=1)
+    if not changed:
+        return folder
     if folder != out:
         out.mkdir()
         shutil.copy(folder / "adapter_config.json", out)
-    save_file(changed, out / FILE, metadata={"format": "pt"})
-    return True
-
-
-def rewrite_modules(modules: dict[str, Path], scratch: Path) -> dict[str, Path]:
-    """Rewrite adapters into folders below `scratch`; one that does not change keeps its own folder."""
-    return {
-        name: scratch / name if rewrite(folder, scratch / name) else folder
-        for name, folder in modules.items()
-    }
+    save_file(weights | changed, out / FILE, metadata={"format": "pt"})
+    return out

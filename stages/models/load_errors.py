@@ -46,14 +46,14 @@ def load_errors(subject: str, model: ModelSection) -> Iterator[None]:
             raise
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
             raise
+        reason = first_line(error)
+        if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
+            reason = "its weights have other shapes than its config says"
+        problem = f"cannot load {subject} {model.name}"
         if isinstance(error, OSError | ImportError | ValueError):
             on_hub = isinstance(error, OSError) and not Path(model.name).exists()
-            raise MissingInputError(
-                f"cannot load {subject} {model.name}: {_first_line(error)}", HUB_HINT if on_hub else None
-            ) from None
-        raise DataError(
-            f"cannot load {subject} {model.name}: {type(error).__name__}: {_first_line(error)}", CHANGED
-        ) from None
+            raise MissingInputError(f"{problem}: {reason}", HUB_HINT if on_hub else None) from None
+        raise DataError(f"{problem}: {type(error).__name__}: {reason}", CHANGED) from None
 
 
 def load_config(model: ModelSection) -> Any:
@@ -78,8 +78,8 @@ def check_no_missing_weights(model: ModelSection, missing: Iterable[str]) -> Non
     """Raise DataError if parameters of the model have no weights in its files: they would be random."""
     names = sorted(missing)
     if names:
-        number = "1 parameter" if len(names) == 1 else f"{len(names)} parameters"
-        raise DataError(f"model {model.name} has no weights for {number}, such as {names[0]}", CHANGED)
+        others = f" and {len(names) - 1} others" if names[1:] else ""
+        raise DataError(f"model {model.name} has no weights for {names[0]}{others}", CHANGED)
 
 
 def check_finite(model: ModelSection) -> None:
@@ -93,9 +93,3 @@ def check_finite(model: ModelSection) -> None:
                 row = weight[:1] if len(weight.get_shape()) > 1 else weights.get_tensor(name)
                 if row.is_floating_point() and not row.float().isfinite().all():
                     raise DataError(f"model {model.name}: {name} has values that are no numbers", CHANGED)
-
-
-def _first_line(error: BaseException) -> str:
-    if "ignore_mismatched_sizes" in str(error):  # the library's advice is to take random weights
-        return "its weights have other shapes than its config says"
-    return first_line(error)

@@ -24,8 +24,7 @@ def parameters(model: ModelSection) -> int | None:
     None for a mixture of experts, too.
     """
     config = _config(model)
-    inside = config.get("text_config")
-    config = inside if isinstance(inside, dict) else config
+    config = config.get("text_config") or config
     vocabulary, width, layers = (_number(config, names) for names in NAMES)
     is_mixture = any("experts" in name and number for name, number in config.items())
     if is_mixture or not vocabulary * width * layers:
@@ -54,17 +53,10 @@ def _config(model: ModelSection) -> dict[str, Any]:
     file: Path | str = Path(model.name) / "config.json"
     try:
         if not Path(file).is_file():
-            from huggingface_hub import hf_hub_download, try_to_load_from_cache
+            from huggingface_hub import hf_hub_download
 
             offline_without_network()
-
-            cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-            file = (
-                cached
-                if isinstance(cached, str)
-                else hf_hub_download(model.name, "config.json", revision=model.revision)
-            )
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+            file = hf_hub_download(model.name, "config.json", revision=model.revision)
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except Exception:  # whatever is wrong with the model is said where it is loaded
         return {}
-    return content if isinstance(content, dict) else {}
