@@ -39,6 +39,8 @@ ROLES = {
 """Roles of ShareGPT and of OpenAI's newer chats → those here."""
 THOUGHTS = ("reasoning_content", "thinking")
 """Names of the field, of a row or of a message, with what the model thinks before its response."""
+CONTENT = ("content", "tool_calls", "function_call")
+"""Fields of a message of which one must not be empty."""
 PREFERENCES = {"chosen", "rejected"}
 RESPONSES = {"answer", "output", "completion"}
 VERIFYING = ("gold", "test")
@@ -244,7 +246,9 @@ def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages must be a list of objects with role and content")
-    turns = [_turn(message) for message in (messages[:-1] if _is_null(messages[-1]) else messages)]
+    # Some have an assistant's message without any content at their end.
+    null = messages[-1].get("role") == "assistant" and not any(messages[-1].get(name) for name in CONTENT)
+    turns = [_turn(message) for message in (messages[:-1] if null else messages)]
     head = ""
     if turns and turns[0][0] == "system":
         (_, head), turns = turns[0], turns[1:]
@@ -278,14 +282,6 @@ def _turn(message: dict[str, Any]) -> tuple[str, str]:
     names = (*THOUGHTS, "reasoning")  # the last one is vLLM's
     thought = next((message[name] for name in names if isinstance(message.get(name), str)), "")
     return str(role), thoughts.tagged(thought) + text
-
-
-def _is_null(message: dict[str, Any]) -> bool:
-    """Whether a message is an assistant's without any content."""
-    role = message.get("role", message.get("from"))
-    calls = message.get("tool_calls") or message.get("function_call")
-    unsaid = message.get("content") is None and message.get("value") is None
-    return ROLES.get(str(role), role) == "assistant" and unsaid and not calls
 
 
 def _is_text(part: Any) -> bool:

@@ -21,8 +21,8 @@ from stages.data.files import SUFFIXES, read_file
 from stages.data.formats import EmptyRowError
 from stages.data.hub import resolve_commit
 from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line, sought
-from stages.prompts.answers import gold_from_response, is_answer, matches_gold
-from stages.records import SHOWN_LINES, Example, data_error
+from stages.prompts.answers import is_answer
+from stages.records import Example, data_error
 from stages.runtime.network import offline_without_network
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,6 @@ def read_rows(source: SourceSection) -> Rows:
     examples = drop_duplicates(located, source)
     if all(example.gold is not None or is_answer(example.response) for example in examples):
         examples = [replace(e, gold=e.response.strip()) if e.gold is None else e for e in examples]
-    if differing := [place.rpartition(":")[2] for place, row in located if _contradicts_itself(row)]:
-        shown = ", ".join(differing[:SHOWN_LINES]) + (" …" if len(differing) > SHOWN_LINES else "")
-        message = "%s: %d rows end in another answer after #### than their gold, which counts: lines %s"
-        log.warning(message, where, len(differing), shown)
     if unseen := set().union(*map(_unseen, examples)):
         log.warning(
             "%s: no model sees %s: write what a question needs into it", where, ", ".join(sorted(unseen))
@@ -147,7 +143,6 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     if broken := [
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
-        if not is_encodable(row)
         for name, value in row.items()
         if not is_encodable([name, value])
     ]:
@@ -201,26 +196,15 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _contradicts_itself(example: Example) -> bool:
-    """True if the response of a row with a field gold ends in another answer."""
-    answer = gold_from_response(example.response)
-    return answer is not None and example.gold is not None and not matches_gold(answer, example.gold)
-
-
 def _unseen(example: Example) -> set[str]:
     """Return the fields, PASSAGES or single choices, with a text or texts that are not in the prompt."""
-    names = {name for name in example.extra if name.casefold() in PASSAGES}
-    if formats.choices_of(example.extra):
-        names |= set(filter(formats.CHOICE.fullmatch, example.extra))
-    return {name for name in names if _is_unseen(name, example)}
-
-
-def _is_unseen(name: str, example: Example) -> bool:
-    value = example.extra[name]
-    if isinstance(value, dict):  # letter → text, or the lists `text` and `label`
-        value = value.get("text", list(value.values()))
-    texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and text.strip() not in example.prompt for text in texts)
+    has_choices, unseen = bool(formats.choices_of(example.extra)), set()
+    for name, value in example.extra.items():
+        if name.casefold() in PASSAGES or (has_choices and formats.CHOICE.fullmatch(name)):
+            texts = value if isinstance(value, list) else [value]
+            if any(isinstance(text, str) and text.strip() not in example.prompt for text in texts):
+                unseen.add(name)
+    return unseen
 
 
 def is_encodable(value: Any) -> bool:

@@ -125,12 +125,6 @@ def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path,
     assert shown.prompt == row["question"] and other.prompt == "q" and "no model sees A, B" in caplog.text
 
 
-def test_an_answer_that_contradicts_gold_is_counted(tmp_path, caplog):
-    rows = [{"question": f"q{n}", "answer": f"So\n#### {n}.0", "gold": n // 8 * 8} for n in range(1, 20)]
-    read(source(tmp_path / "rows.jsonl", lines(*rows)))
-    assert "17 rows end in another answer after #### than their gold, which counts: lines 1, 2" in caplog.text
-
-
 def test_not_a_number_is_an_empty_cell(tmp_path):
     row = {"instruction": "Two and two?", "input": float("nan"), "output": "4"}
     (example,) = read(source(tmp_path / "rows.jsonl", lines(row)))
