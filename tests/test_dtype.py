@@ -11,28 +11,11 @@ from stages.models import dtype
 from stages.models.base import load_base
 
 
-@pytest.fixture(scope="session")
-def sixteen(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a checkpoint in bfloat16."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("bfloat16")
-    AutoModelForCausalLM.from_pretrained(tiny, dtype="bfloat16").save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def cpu(monkeypatch: pytest.MonkeyPatch):
-    """A CPU that multiplies bfloat16 natively, or one that does not."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-    def of(native: bool) -> None:
-        dtype._auto.cache_clear()
-        dtype.warn_if_slow.cache_clear()
-        monkeypatch.setattr(dtype, "native_bfloat16", lambda: native)
-
-    yield of
+@pytest.fixture(autouse=True)
+def asked_anew():
+    dtype._auto.cache_clear()
+    dtype.warn_if_slow.cache_clear()
+    yield
     dtype._auto.cache_clear()
     dtype.warn_if_slow.cache_clear()
 
@@ -60,17 +43,17 @@ def told(model: ModelSection, flag: str, **vllm_settings: object) -> str | None:
 
 @pytest.mark.parametrize(("native", "taken"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_checkpoint_s_type_only_where_the_cpu_multiplies_it(
-    cpu, tiny: Path, sixteen: Path, native: bool, taken: str, caplog
+    monkeypatch, tiny: Path, tmp_path: Path, native: bool, taken: str, caplog
 ):
-    cpu(native)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(dtype, "native_bfloat16", lambda: native)
     assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
     for _ in range(2):
-        assert str(load_base(ModelSection(name=str(sixteen), dtype="bfloat16")).dtype) == "torch.bfloat16"
+        assert str(load_base(ModelSection(name=str(tiny), dtype="bfloat16")).dtype) == "torch.bfloat16"
     said = [text for text in caplog.messages if text.startswith("model.dtype bfloat16: this CPU multiplies")]
     assert len(said) == (not native)  # once
-    model = ModelSection(name=str(sixteen))
+    model = changed(tiny, tmp_path, dtype="bfloat16")
     assert dtype.resolve(model) == taken
-    assert str(load_base(model).dtype) == f"torch.{taken}"
     assert told(model, "--dtype") == taken and told(model, "--dtype", dtype="float16") == "float16"
 
 

@@ -34,18 +34,11 @@ def test_every_example_is_copied_with_what_it_refers_to(name):
             assert read_with_extends(copy) == read_with_extends(original)
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [("tables/theta", "sweep --dry-run tables/theta.yaml"), ("demo", "plan demo.yaml")],
-)
-def test_the_next_command_is_said(name, command, lorapar):
-    done = lorapar("init", "--example", name)
-    assert done.code == 0 and done.err.endswith(f"; next: lorapar {command}\n")
-
-
 def test_out_gives_an_example_another_name(lorapar, folder):
-    assert "wrote mine.yaml; next:" in lorapar("init", "--example", "demo", "--out", "mine.yaml").err
+    said = lorapar("init", "--example", "demo", "--out", "mine.yaml").err
+    assert said.endswith("wrote mine.yaml; next: lorapar plan mine.yaml\n")
     assert [path.name for path in folder.iterdir()] == ["mine.yaml"]
+    assert "; next: lorapar sweep --dry-run tables/order" in lorapar("init", "--example", "tables/order").err
     done = lorapar("init", "--example", "tables/theta", "--out", "theta.yaml")
     assert done.code == 73 and "tables/theta refers to other files" in done.err
     assert not (folder / "theta.yaml").exists()
@@ -54,7 +47,6 @@ def test_out_gives_an_example_another_name(lorapar, folder):
 def test_an_unknown_name_is_told_the_nearest(lorapar):
     done = lorapar("init", "--example", "dmo")
     assert done.code == 78 and done.err == "error: no example 'dmo'\n  hint: did you mean demo?\n"
-    assert done.err.replace("dmo", "?") != lorapar("init", "--example", "xyz").err
     assert "their names: lorapar list examples" in lorapar("init", "--example", "xyz").err
     assert "  smoke  " in lorapar("list", "examples").out
 
