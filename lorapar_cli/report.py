@@ -20,7 +20,7 @@ from stages.sweep.table import Table
 
 def command(
     paths: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Table files, or one config.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.html and, of tables, report.md and .csv.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and, of tables, a .csv of each.")],
     base: Base = None,
     only: Rows = None,
     column: Columns = None,
@@ -67,8 +67,7 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
 
     page = out / "report.html"
     files.refuse_others([page])
-    text = run_page.page(settings, requested, f"lorapar run {arguments}", f"lorapar serve {arguments}")
-    files.write({page: text})
+    files.write({page: run_page.page(settings, requested, f"lorapar run {arguments}")})
     terminal.say(str(page))
 
 
@@ -86,8 +85,7 @@ def _report_tables(tables: list[Table], out: Path, options: list[str]) -> None:
 
     page = out / "report.html"
     commands = [(table_results, sweep(table_results.table.path)) for table_results in all_results]
-    texts = {out / "report.md": "\n".join(table_texts.markdown(*pair) for pair in commands)}
-    texts |= {out / f"{each.table.path.stem}.csv": table_texts.csv_text(each) for each in all_results}
+    texts = {out / f"{each.table.path.stem}.csv": table_texts.csv_text(each) for each in all_results}
     files.refuse_others([page, *texts])
     texts[page] = table_page.page(commands)
     files.write(texts)
@@ -95,4 +93,4 @@ def _report_tables(tables: list[Table], out: Path, options: list[str]) -> None:
         values = each.values.values()
         complete = sum(value is not None for value in values)
         terminal.say(f"{each.table.path}: {complete} of {len(values)} values are available")
-    terminal.say(f"{page}, report.md, and a .csv of each table")
+    terminal.say(f"{page}, and a .csv of each table")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from stages import escaping
+from stages.report.page import Grid
 
 WIDEST = 10**4
 NARROWEST = 24
@@ -33,12 +34,14 @@ def table(*columns: str, text: str | None = None) -> Any:
     return rows
 
 
-def show_grid(head: list[str], lines: list[list[str]]) -> None:
-    """Print a table of a report."""
-    rows = table(*head)
-    for line in lines:
+def show_grid(grid: Grid) -> None:
+    """Print a table of a report, with its caption below."""
+    rows = table(*grid.head)
+    for line in grid.rows:
         rows.add_row(*line)
     show(rows)
+    if grid.caption:
+        print(escaping.terminal(grid.caption))
 
 
 def show(rows: Any) -> None:

@@ -18,7 +18,6 @@ from stages.pipeline.state import State, current_artifact
 from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison, voters
-from stages.report.page import Grid
 from stages.store.artifacts import Artifact, Store
 
 NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
@@ -162,11 +161,8 @@ def manifest(committed: Artifact, as_json: bool) -> None:
 
 
 def _voter_report(folder: Path) -> None:
-    for block in voters.blocks(folder):
-        if isinstance(block, Grid):
-            show_grid(block.head, block.rows)
-        else:
-            print(block.text)
+    if grid := voters.grid(folder):
+        show_grid(grid)
 
 
 def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
@@ -194,9 +190,8 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         print(json.dumps(measures, default=asdict))
         return
     for name, of_benchmark in measures.items():
-        grid = comparison.grid(name, of_benchmark)
-        show_grid(grid.head, grid.rows)
-        print(f"{grid.caption}\n")
+        show_grid(comparison.grid(name, of_benchmark))
+        print()
 
 
 def places(store: Store, steps: dict[str, Step]) -> None:

@@ -33,14 +33,6 @@ def markdown(text: str) -> str:
     return _MARKDOWN_START.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", one_line(text)))
 
 
-def markdown_code(text: str) -> str:
-    """Quote a text as code in a line of Markdown: by one backtick more than stand in it in a row."""
-    line = one_line(text)
-    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
-    space = " " if line[:1] in ("`", " ") or line[-1:] == "`" else ""
-    return f"{fence}{space}{line}{space}{fence}"
-
-
 def csv_cell(text: str) -> str:
     """Put an apostrophe before what a spreadsheet would compute."""
     return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) else text

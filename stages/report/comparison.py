@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from stages.config import REGIONS, WHOLE
@@ -16,6 +17,11 @@ from stages.report.page import Grid
 from stages.store.artifacts import Store
 from stages.sweep.values import NothingToShow, Value, accuracy, difference
 
+CAPTION = (
+    "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; p: paired test on the same "
+    "items against the target to the left."
+)
+OF_REGIONS = " Regions alone are tested against the model that they are of."
 Answers = dict[str, dict[str, list[Sample]]]
 """Graded answers by target and group."""
 
@@ -88,14 +94,17 @@ def compared(answers_by_target: Answers) -> Iterator[Measured]:
         for group in (name for name in groups if name in answers):
             measures, shares = accuracy_metrics(answers[group]), _shares(answers[group])
             reference = answers_by_target[against].get(group, []) if against else []
+            change = None
             same_items = {sample.id for sample in reference} == {sample.id for sample in answers[group]}
+            with suppress(NothingToShow):
+                change = difference([_shares(reference)], [shares]) if same_items else None
             yield Measured(
                 target,
                 group,
                 len(shares),
                 accuracy([shares]) if shares else None,
                 against,
-                _difference(_shares(reference), shares) if same_items else None,
+                change,
                 measures["accuracy_flexible"],
                 measures.get("tokens"),
                 measures.get("thought_tokens"),
@@ -106,13 +115,6 @@ def compared(answers_by_target: Answers) -> Iterator[Measured]:
 
 def _shares(samples: list[Sample]) -> dict[str, float]:
     return accuracy_by_item(answers_by_item(samples))
-
-
-def _difference(reference: dict[str, float], shares: dict[str, float]) -> Value | None:
-    try:
-        return difference([reference], [shares])
-    except NothingToShow:
-        return None
 
 
 def grid(benchmark: str, measures: list[Measured]) -> Grid:
@@ -139,24 +141,14 @@ def grid(benchmark: str, measures: list[Measured]) -> Grid:
     for outcome in ("unparsed", "truncated", "refused"):
         if any(counts := [each.outcomes[outcome] for each in overall.values()]):
             rows.append([f"  {outcome}", "", *map(str, counts)])
-    return Grid([benchmark, "n", *overall], rows, _caption(overall))
+    regions = OF_REGIONS if set(overall) & set(REGIONS) else ""
+    return Grid([benchmark, "n", *overall], rows, CAPTION + regions)
 
 
 def _cell(measure: Measured | None) -> str:
     if measure is None or measure.accuracy is None:
         return "–"
     return measure.accuracy.text() + ("" if measure.p is None else f"\n{p_value(measure.p)}")
-
-
-def _caption(overall: dict[str, Measured]) -> str:
-    """Explain the numbers, and name the targets that answered fewer items than another."""
-    text = "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; "
-    text += "p: paired test on the same items against the target to the left."
-    if set(overall) & set(REGIONS):
-        text += " Regions alone are tested against the model that they are of."
-    most = max((each.n for each in overall.values()), default=0)
-    fewer = [f"{name} answered {each.n} of {most} items" for name, each in overall.items() if each.n < most]
-    return f"{text} {', '.join(fewer)}." if fewer else text
 
 
 def percent(share: float | None) -> str:

@@ -9,7 +9,7 @@ import torch
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
 from stages.report import figures
-from stages.report.page import Block, Grid, Picture, Pictures
+from stages.report.page import Block, Grid, Picture
 from stages.store.artifacts import Artifact
 
 DOTS = 2000
@@ -31,7 +31,7 @@ def parts(artifacts: dict[str, Artifact]) -> Iterator[Block]:
     rows = [[t, f"{summary[name]:,}", f"{100 * summary[name] / total:.1f} %"] for name, t in titles.items()]
     yield Grid(["region", "elements", "share"], rows, f"Of {total:,} LoRA elements.")
     if score is not None and (score.path / "importance.safetensors").is_file():
-        yield Pictures([importance_by_system(score, masks, "")])
+        yield importance_by_system(score, masks, "")
 
 
 def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Picture:

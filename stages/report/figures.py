@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import cycle
-from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from stages.config import SYSTEMS
 from stages.store.digests import id_of
@@ -19,8 +18,6 @@ from stages.sweep.values import Value
 
 INK = "#010203"
 """Placeholder for the text colour of the page; no figure uses this colour for anything else."""
-STYLES = ("-", "--", ":", "-.")
-"""Line styles, for figures with more lines than colours."""
 PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
 OWN = {
     "base": PALETTE[5], "init": PALETTE[5],
@@ -55,8 +52,8 @@ def svg(figure: Figure) -> str:
     return re.sub(size, rf"<svg {width} \1\2", text, count=1)
 
 
-def _new(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _new() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.9, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -69,11 +66,6 @@ def colours(names: Iterable[str]) -> list[str]:
     return [colour or next(free) for colour in fixed]
 
 
-def _ends(value: Value) -> list[float]:
-    """Return the ends of a value's interval in per cent; empty if it has none."""
-    return [100 * end for end in (value.interval.low, value.interval.high)] if value.interval else []
-
-
 @rc_context(STYLE)
 def line_plot(
     series: dict[str, list[tuple[float, Value]]],
@@ -81,19 +73,19 @@ def line_plot(
     lines: dict[str, float],
     x: str,
     y: str,
-    width: float = 6.4,
 ) -> Figure:
     """Draw a line for each series, a dashed one for each published series, and `lines` as horizontal lines.
 
     series: name → position on the x axis, and accuracy, of each point. published: series → positions and
-    values, in the colour of the series of that name. width: in inches.
+    values, in the colour of the series of that name.
     """
-    figure, axes = _new(width, 3.6 * width / 6.4)
+    figure, axes = _new()
     names = list(dict.fromkeys([*series, *published]))
     for colour, name in zip(colours(names), names, strict=True):
         points = sorted(series.get(name, []), key=lambda point: (point[0], point[1].mean))
         for at, value in points:
-            if ends := _ends(value):
+            if value.interval:
+                ends = [100 * value.interval.low, 100 * value.interval.high]
                 axes.plot([at, at], ends, color=colour, linewidth=1.4, alpha=0.6)
         if points:
             means = [100 * value.mean for _, value in points]
@@ -116,7 +108,7 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], title: str) -> F
 
     groups: name → first values, second values.
     """
-    figure, axes = _new(4.9, 3.4)
+    figure, axes = _new()
     for (name, (first, second)), colour in zip(groups.items(), colours(groups), strict=True):
         # Rasterized: thousands of dots as SVG elements would take megabytes.
         axes.scatter(first, second, s=3, color=colour, alpha=0.35, linewidths=0, rasterized=True)
@@ -130,43 +122,3 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], title: str) -> F
         axis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-WINDOW = 5
-"""Steps of the moving mean of RL's curves."""
-
-
-def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[float]:
-    """Return for each point the mean of the values in the last `window` steps."""
-    # A step logs at most one value, so the last `window` points hold all values of the last `window` steps.
-    # The condition drops older ones, which are among them where steps logged none.
-    return [
-        fmean(value for at, value in points[max(0, end - window) : end] if at > step - window)
-        for end, (step, _) in enumerate(points, 1)
-    ]
-
-
-@rc_context(STYLE)
-def training_panel(title: str, curves: dict[str, list[tuple[float, float]]], window: int) -> Figure:
-    """Plot moving means of logged values by step over the faint values; the legend is beside the plot.
-
-    curves: label → steps and values, at least one of each. window: steps of the mean; 1: the values alone.
-    """
-    figure, axes = _new(4.9, 2.6)
-    for number, (label, points) in enumerate(curves.items()):
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color=_look(number)["color"], linewidth=0.8, alpha=0.3)
-        axes.plot(steps, _smoothed(points, window), **_look(number), linewidth=1.6, label=label)
-    axes.set(title=title, xlabel="optimizer step")
-    axes.grid(alpha=0.2)
-    axes.ticklabel_format(axis="y", useOffset=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(curves) > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def _look(number: int) -> dict[str, Any]:
-    """Return colour and style of a row's lines; the first 24 rows all differ."""
-    style, colour = divmod(number, len(PALETTE))
-    return {"color": PALETTE[colour], "linestyle": STYLES[style % len(STYLES)]}

@@ -8,7 +8,6 @@ from stages.store.whole_files import whole_files
 
 MARKS = {
     ".html": '<meta name="generator" content="lorapar">',
-    ".md": "<!-- lorapar report -->",
     ".csv": "row,column,paper,mean,items,",
 }
 """What a file of a report has at its start; another one of its name has not."""
@@ -22,8 +21,7 @@ def refuse_others(files: Iterable[Path]) -> None:
 
 
 def write(texts: dict[Path, str]) -> None:
-    """Write each text to its file; Markdown gets its mark here."""
+    """Write each text to its file."""
     with whole_files(list(texts), replace=True) as drafts:
         for draft, text in zip(drafts, texts.values(), strict=True):
-            head = f"{MARKS[draft.suffix]}\n" if draft.suffix == ".md" else ""
-            draft.write_text(head + text, encoding="utf-8")
+            draft.write_text(text, encoding="utf-8")

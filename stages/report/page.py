@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,30 +55,19 @@ class Picture:
     text: str
     """Alternative text, for readers who cannot see the figure."""
     caption: str = ""
+    kind: ClassVar[str] = "figure"
 
 
-@dataclass(frozen=True)
-class Pictures:
-    figures: list[Picture]
-    kind: ClassVar[str] = "figures"
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Figures to see first, side by side."""
-
-    tiles: list[tuple[str, str, str]]
-    """Title, figure and what belongs to it, of each."""
-
-
-Block = Text | Grid | Pictures
+Block = Text | Grid | Picture
+Tiles = list[tuple[str, str, str]]
+"""Figures to see first, side by side: title, figure and what belongs to it, of each."""
 
 
 @dataclass(frozen=True)
 class PageSection:
     id: str
     title: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[Block]
 
 
 def render(title: str, lead: Sequence[str | Tiles], sections: list[PageSection]) -> str:

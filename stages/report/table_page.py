@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from stages.evaluation.statistics import p_value
 from stages.report import elements, figures
 from stages.report import table_texts as texts
-from stages.report.page import Block, Command, PageSection, Picture, Pictures, Text, render
+from stages.report.page import Block, Command, PageSection, Picture, Text, render
 from stages.sweep.file import Plot
-from stages.sweep.results import Over, Results
+from stages.sweep.results import OVER, Results
 from stages.sweep.values import Value
 
 
 def page(tables: list[tuple[Results, str]]) -> str:
     """Render the page. tables: each with the command that makes or completes it."""
     titles = [results.table.file.title for results, _ in tables]
-    verdicts = zip(titles, (_verdict(results) for results, _ in tables), strict=True)
-    lead = [f"{title}. {verdict}" if len(titles) > 1 else verdict for title, verdict in verdicts if verdict]
+    verdicts = [_verdict(results) for results, _ in tables]
+    lead = [f"{title}. {verdict}" for title, verdict in zip(titles, verdicts, strict=True) if verdict]
     title = titles[0] if len(titles) == 1 else "lorapar: tables"
     return render(title, lead, [_section(results, command) for results, command in tables])
 
@@ -30,11 +30,8 @@ def _verdict(results: Results) -> str:
         return ""
     planned = len(results.comparisons)
     sentences = [f"{len(compared)} of {planned} comparisons are complete."] if len(compared) < planned else []
-    scopes: dict[Over, str] = {
-        "over_items": "Over items, with the training seeds as they are",
-        "over_seeds": "Over seeds",
-    }
-    for over, scope in scopes.items():
+    for over in OVER:
+        scope = over.replace("_", " ").capitalize()
         p_values = results.corrected_p(over)
         told_apart = [
             f"{contrast.title} {100 * compared[contrast].mean:+.1f} ({p_value(p)})"
@@ -55,12 +52,10 @@ def _section(results: Results, command: str) -> PageSection:
     blocks.append(texts.grid(results))
     if comparisons := texts.comparison_grid(results):
         blocks.append(comparisons)
-    if choices := texts.choices_note(results):
-        blocks.append(Text(choices, quiet=True))
-    importance = list(_importance(results)) if file.importance else []
-    blocks += [Pictures(row) for row in (_line_plot(results, file.plot), importance) if row]
-    if file.make_data:
-        blocks += [Text("This command writes the data of a seed:", quiet=True), Command(file.make_data)]
+    if file.chosen_on:
+        blocks.append(Text(f"Choices made on items: {file.chosen_on.strip()}", quiet=True))
+    blocks += _line_plot(results, file.plot)
+    blocks += _importance(results) if file.importance else []
     blocks += [Text("This command makes or completes the table:", quiet=True), Command(command)]
     return PageSection(re.sub(r"\W+", "-", results.table.path.stem), file.title, blocks)
 
@@ -92,9 +87,7 @@ def _line_plot(results: Results, plot: Plot | None) -> list[Picture]:
         return []
     svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
     text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
-    over = {"items" if y.over_items else "seeds" for points in series.values() for _, y in points}
-    scopes = " or ".join(sorted(over))
-    return [Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals over {scopes}.")]
+    return [Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals.")]
 
 
 def _importance(results: Results) -> Iterator[Picture]:

@@ -1,11 +1,9 @@
-"""A table of many runs as grids with their legend, as Markdown and as CSV."""
+"""A table of many runs as grids with their legend, and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Iterator
 from dataclasses import astuple
 
 from stages import escaping
@@ -15,43 +13,25 @@ from stages.sweep.file import FLEXIBLE, Column
 from stages.sweep.results import OVER, Results
 from stages.sweep.values import Value
 
-OVER_ITEMS = (
-    "95 % intervals without a name are over items, each averaged over seeds: they say what other items would "
-    "show, with the training seeds as they are."
+NUMBERS = (
+    "Accuracies are in %, by the strict reading, averaged over seeds; differences in points, on the same "
+    "items and seeds. 95 % intervals without a name are over items, with the training seeds as they are; "
+    "others are over seeds, by Student's t. p over items is from an exact permutation test, p over seeds "
+    "from a paired t test. By Holm: corrected for the number of comparisons."
 )
-OVER_SEEDS = (
-    "Intervals over seeds are by Student's t over the means of the seeds: they say what other seeds would "
-    "show."
-)
-TESTED_OVER_ITEMS = (
-    "p over items is from an exact permutation test of their mean (McNemar's where each item is right or "
-    "wrong)."
-)
-
-
-def markdown(results: Results, command: str) -> str:
-    """Write a section: title, notes, tables, what they say, and the command that makes missing cells."""
-    file = results.table.file
-    paragraphs = filter(None, re.split(r"\n\s*\n", file.notes.strip()))
-    grids = filter(None, (grid(results), comparison_grid(results)))
-    parts = [f"## {escaping.markdown(file.title)}", *map(escaping.markdown, paragraphs)]
-    parts += [each.markdown() for each in grids]
-    parts += [escaping.markdown(text) for text in (legend(results), choices_note(results)) if text]
-    return "\n\n".join([*parts, escaping.markdown_code(command)]) + "\n"
 
 
 def grid(results: Results) -> Grid:
     """Return the table of values."""
     table = results.table
-    # The legend has the number of items. If columns differ in it, their heads have it, or else the cells.
     sizes = {
         name: {
             value.n for (_, column), value in results.values.items() if column == name and value and value.n
         }
         for name in table.file.columns
     }
-    differ = len(set().union(*sizes.values())) > 1
-    head = [f"{name}, n {min(n)}" if differ and len(n) == 1 else name for name, n in sizes.items()]
+    # The head has the number of items; if rows differ in it, their cells have it.
+    head = [f"{name}, n {min(n)}" if len(n) == 1 else name for name, n in sizes.items()]
     rows = [
         [row, *(_cell(results, row, name, len(n) > 1) for name, n in sizes.items())] for row in table.rows
     ]
@@ -98,55 +78,21 @@ def comparison_grid(results: Results) -> Grid | None:
 
 
 def legend(results: Results) -> str:
-    """Explain the numbers: seeds, items, intervals and tests."""
-    graded = [value for value in results.values.values() if value is not None and value.n is not None]
-    compared = [value for value in results.comparisons.values() if value is not None]
+    """Explain the numbers: seeds, intervals, tests, and what is not as the columns say."""
     cells = results.table.cells
-    seeds = list(dict.fromkeys(cell.seed for cell in cells))
+    seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
     replicates = len({cell.config.data.path for cell in cells if cell.row == cells[0].row}) > 1
-    sentences = [f"Seeds {', '.join(map(str, seeds))}{', each with data of its own' if replicates else ''}."]
-    if graded:
-        items = sorted({value.n for value in graded if value.n is not None})
-        span = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
-        together = " of all seeds together" if any(value.over_items is None for value in graded) else ""
-        sentences.append(
-            f"Accuracies are in %, over {span} items{together} with strictly parsed answers, averaged over "
-            "seeds."
-        )
-    flexible = sorted({
+    sentences = [f"Seeds {seeds}{', each with data of its own' if replicates else ''}.", NUMBERS]
+    flexible = {
         f"{name} of {cell.row}"
         for cell in cells
         for name, column in cell.columns.items()
         if FLEXIBLE in {term.qualifier for term in column.terms}
-    })  # fmt: skip
-    sentences += [f"Parsed flexibly: {'; '.join(flexible)}."] if flexible else []
-    sentences += _intervals(graded + compared)
-    if any(map(results.corrected_p, OVER)):
-        sentences.append("By Holm: corrected for the number of comparisons by Holm's method.")
-    if results.table.base:
-        sentences.append(
-            f"All rows are of {results.table.base}, in place of the configs that the table names."
-        )
+    }
+    sentences += [f"By the flexible reading: {'; '.join(sorted(flexible))}."] if flexible else []
+    if base := results.table.base:
+        sentences.append(f"All rows are of {base}, in place of the configs that the table names.")
     return " ".join(sentences)
-
-
-def _intervals(values: list[Value]) -> Iterator[str]:
-    """Explain the intervals and tests that these values have."""
-    differences = [value for value in values if value.difference]
-    sentences = (
-        (any(value.over_items for value in values), OVER_ITEMS),
-        (any(value.over_seeds for value in values), OVER_SEEDS),
-        (differences, "Differences are in percentage points, on the same items and seeds."),
-        (any(value.over_items for value in differences), TESTED_OVER_ITEMS),
-        (any(value.over_seeds for value in differences), "p over seeds is from a paired t test."),
-    )
-    return (sentence for holds, sentence in sentences if holds)
-
-
-def choices_note(results: Results) -> str:
-    """Say which settings were chosen on which items, or return an empty text."""
-    text = results.table.file.chosen_on.strip()
-    return f"Choices made on items: {text}" if text else ""
 
 
 def csv_text(results: Results) -> str:

@@ -18,14 +18,11 @@ def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
 
 
 def test_a_voter_without_a_valid_vote(tmp_path):
-    voter = {"system2_share": None, "held_out_auc": None, "held_out_interval": None, "mass_on_words": None}
-    voter |= {"invalid": 3, "failed": {"timeout": 1}, "threshold": 0.5}
-    report = {"voters": {"judge": voter}}
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    (text, grid, *_) = run_page._label_counts(
-        {"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})}
-    )
-    assert text.text == "train: 3 examples." and grid.rows == [["judge", "–%", "3", "1", "0.500", "–", ""]]
+    voter = {"system2_share": None, "held_out_auc": None, "held_out_interval": None}
+    known = {"field": "kind", "agreement": None, "n": 0}
+    (tmp_path / "report.json").write_text(json.dumps({"voters": {"judge": voter}, "known": known}))
+    text, grid = run_page._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
+    assert text.text == "train: 3 examples." and grid.rows == [["judge", "–", "–"]]
 
 
 def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
