@@ -70,10 +70,6 @@ class Evaluation:
     def title(self) -> str:
         return f"eval {self.target} {self.benchmark.kind}"
 
-    def stored_adapter(self) -> Path | None:
-        """The folder of the target's adapter in an artifact; None for the base."""
-        return self.context.adapter
-
     def cache(self, adapter: Path | None) -> AnswerCache:
         """The cache of the target's answers; without labels of the benchmark all items are undecided."""
         context = self.context
@@ -141,7 +137,7 @@ def _adapter(evaluation: Evaluation) -> Iterator[Path | None]:
     """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
     context, target = evaluation.context, evaluation.target
     if target not in REGIONS:
-        yield evaluation.stored_adapter()
+        yield context.adapter
         return
     from stages.eval import ablation
     from stages.lora.importance.masks import Masks
@@ -170,7 +166,7 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
     evaluations = [Evaluation(context, **sections) for context, sections in calls]
     # Should another process's server answer on the same port, it has no model of such a name.
     names = {evaluation.target: f"{evaluation.target}-{os.getpid()}" for evaluation in evaluations}
-    adapters = {names[e.target]: adapter for e in evaluations if (adapter := e.stored_adapter()) is not None}
+    adapters = {names[e.target]: adapter for e in evaluations if (adapter := e.context.adapter) is not None}
     first = evaluations[0]
     with ExitStack() as stack:
 
