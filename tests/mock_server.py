@@ -38,12 +38,6 @@ class Mock:
         self.lock = threading.Lock()
         self.url = ""
 
-    def weighed(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The unconstrained next token: the words weigh 0.004 together."""
-        weights = {"Sure": 0.9, " one": 0.002, "System": 0.004, "": 1e-4, " many": 0.002}
-        alternatives = {text: math.log(weight) for text, weight in weights.items()}
-        return with_logprobs([("Sure", alternatives)], "messages" in body)
-
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         chat = "messages" in body
         text = "\n".join(m["content"] for m in body["messages"]) if chat else str(body["prompt"])
@@ -88,8 +82,6 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             if self.path.endswith("/tokenize"):
                 text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
                 return self._send(200, {"count": len(text.split())})
-            if 20 in (body.get("logprobs"), body.get("top_logprobs")):  # what the words weigh
-                return self._send(200, mock.weighed(body))
             key = json.dumps([body.get("messages") or body.get("prompt")])
             with mock.lock:
                 mock.log.append(key)

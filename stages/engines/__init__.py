@@ -57,8 +57,6 @@ class ChoiceRequest:
     """Most tokens of thinking before the choice; 0 for none."""
     temperature: float = 0.0
     seed: int = 0
-    measure_mass: bool = False
-    """Measure the mass of the words too, even if that takes a separate request."""
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,22 @@ Choices are made by constrained decoding with log-probabilities. The server mask
 before it computes the log-probabilities (vLLM: `structured_outputs.choice`), so the words' probabilities are
 read at the first token in which they differ, and nothing needs parsing. A server that cannot constrain its
 output is asked for one word, and its reply is read strictly; so is the reply of a model that thinks first.
-Retries, back-off and Retry-After are the package's; what a reply must be to count is in `reply_checks`.
+Retries and back-off are the package's; what a reply must be to count is in `reply_checks`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import queue
 import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
-from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
@@ -36,9 +34,12 @@ from stages.engines import (
     Sampling,
 )
 from stages.engines.reply_checks import (
-    ALTERNATIVES,
-    ReplyChoice,
+    UNLIKELY,
+    UNREADABLE,
+    Reply,
+    choice_body,
     choice_probabilities,
+    obeys,
     parse_reply,
     parse_word,
 )
@@ -50,22 +51,14 @@ CONCURRENCY = 64
 """Requests in flight, unless `server.concurrency` or the caller says otherwise."""
 TRIES = 6
 """How often a request is sent; again after a temporary failure, and after a reply that cannot be believed."""
-PAUSE_S = 0.05
-"""Pause after the first reply that cannot be believed; it doubles with each further one."""
+PAUSE_S = 0.05  # after the first reply that cannot be believed; it doubles with each further one
 MAX_WORD_TOKENS, REPLY_TOKENS = 8, 16
 """Room for a word, and for a word with what a model writes around it."""
-TOP_LOGPROBS = 20
-"""The most alternatives that a vLLM server gives per token."""
-KEPT_TEXT = 200
-"""Characters kept from the end of a reply that was read as text; thinking is long."""
-UNLIKELY = ("zebra", "quartz")
-"""Words to choose from that no model would write: a server that replies with one of them can constrain."""
+KEPT_TEXT = 200  # characters from the end of a reply that was read as text; thinking is long
 TOO_LONG = ("context length", "too long", "max_model_len")
 """What servers say of a prompt that does not fit."""
 MIN_KEY, MIN_ID = 7, 20
 """Characters of a key that is secret, and of a reply's id that is unique; Ollama draws one of 999 numbers."""
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-T = TypeVar("T")
 Ask = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -89,7 +82,7 @@ def check_reachable(url: str) -> None:
 
 
 def _uses_proxy(url: str) -> bool:
-    return httpx.URL(url).host not in LOOPBACK
+    return httpx.URL(url).host not in ("127.0.0.1", "::1", "localhost")
 
 
 def max_reply_tokens(request: ChoiceRequest) -> int:
@@ -109,39 +102,32 @@ class Client:
         self._most = server.concurrency or concurrency
         self._answered = 0
         """Replies that were believed, so far."""
-        self._ids: set[str] = set()
-        """Their ids."""
+        self._ids = set[str]()  # of these replies
         self._tokens_needed: dict[tuple[str, ...], int] = {}
         """For the words of a request: the tokens until they differ, learned from earlier replies."""
-        self._can_constrain: dict[str, bool] = {}
-        """For each endpoint: whether the server can constrain its output to given words."""
-        secret = (
-            rf"(?:\\?{re.escape(letter)}|\\u{ord(letter):04x})" for letter in key
-        )  # as JSON may have it
-        self._secret = re.compile("".join(secret) if len(key) >= MIN_KEY else "(?!)", re.IGNORECASE)
+        self._can_constrain: bool | None = None
+        """Whether the server can constrain its output to given words; None if it was not tried."""
+        letters = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in key)  # as JSON may have them
+        self._secret = re.compile("".join(letters) if len(key) >= MIN_KEY else "(?!)", re.IGNORECASE)
 
     def choose_words(self, requests: Iterable[ChoiceRequest]) -> Iterator[tuple[int, ChoiceResult | Failure]]:
-        """Send the first request alone, then the others at the same time.
-
-        So the server computes a shared prefix once, and mistakes show early.
-        """
+        """Send the first request alone: it computes the others' prefix, and shows mistakes early."""
         return self._each(requests, self._choose, at_first=1)
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
         """Complete prompts as token ids, which vLLM returns (`return_token_ids`) and other servers do not."""
+        common = {
+            "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
+            "stop_token_ids": list(sampling.stop_ids), "return_token_ids": True, "add_special_tokens": False,
+            # without top_p and top_k vLLM takes those in generation_config
+            "top_p": 1.0, "top_k": sampling.top_k or -1,
+        }  # fmt: skip
 
         async def ask(client: Any, request: GenerateRequest) -> Completion:
-            body = {
-                "prompt": request.ids, "max_tokens": sampling.max_new_tokens, "seed": request.seed,
-                "temperature": sampling.temperature, "stop": list(request.stop) or None,
-                # without top_p and top_k vLLM takes those in generation_config
-                "top_p": 1.0, "top_k": sampling.top_k or -1,
-                "stop_token_ids": list(sampling.stop_ids), "return_token_ids": True,
-                "add_special_tokens": False,
-            }  # fmt: skip
-            return await self._send(client, body, _completion)
+            body = {"prompt": request.ids, "seed": request.seed, "stop": list(request.stop) or None, **common}
+            return await self._send(client, body, lambda r: Completion(r.token_ids, r.is_complete))
 
         for i, completion in self._each(requests, ask, at_first=self._most):
             if isinstance(completion, Failure):
@@ -173,8 +159,6 @@ class Client:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for client in clients:
-                await client.close()
 
         def run() -> None:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
@@ -241,13 +225,12 @@ class Client:
         text = f"{code} {' '.join(self._secret.sub('***', error.response.text)[:200].split())}"
         if code < 400 or code in (408, 409, 425, 429) or code >= 500:
             return Failure("server_error", text)
-        if code in (400, 413, 422) and any(words in text.lower() for words in TOO_LONG):
-            return Failure("too_long", text)
-        if code in (400, 413, 422) and self._answered:
-            return Failure("refused", text)
+        is_too_long = any(words in text.lower() for words in TOO_LONG)
+        if code in (400, 413, 422) and (is_too_long or self._answered):
+            return Failure("too_long" if is_too_long else "refused", text)
         raise ConfigError(f"{client.base_url} refused: {text}")
 
-    async def _send(self, client: Any, body: dict[str, Any], read: Callable[[ReplyChoice], T]) -> T:
+    async def _send(self, client: Any, body: dict[str, Any], read: Callable[[Reply], Any]) -> Any:
         """Return what `read` makes of the reply, asked for again if it cannot be believed (ValueError)."""
         kind = "messages" if "messages" in body else "prompt"
         endpoint = client.chat.completions if kind == "messages" else client.completions
@@ -262,12 +245,12 @@ class Client:
                 reply = parse_reply(text, self.model, body["max_tokens"])
                 if reply.id in self._ids:
                     raise ValueError(f"an earlier reply had the id {reply.id[:80]}")
-                answer = read(reply.choices[0])
-            except (ValueError, RecursionError) as error:
+                answer = read(reply)
+            except UNREADABLE as error:
                 failed = f"no readable answer: {error}"[:300]
                 await asyncio.sleep(PAUSE_S * 2**attempt)
                 continue
-            self._ids |= {reply.id} if isinstance(reply.id, str) and len(reply.id) >= MIN_ID else set()
+            self._ids |= {reply.id} if len(reply.id) >= MIN_ID else set()
             self._answered += 1
             return answer
         raise ValueError(failed)
@@ -279,93 +262,39 @@ class Client:
         # Each token costs a decode step. So the first request asks for one token, and for one more each time
         # the words agree in all of them; later requests with the same words start at the number it learned.
         while (tokens := self._tokens_needed.get(request.words, 1)) <= MAX_WORD_TOKENS:
-            body = _body(request, tokens, ALTERNATIVES, request.words)
+            body = choice_body(request, tokens, request.words)
             read = partial(choice_probabilities, words=request.words, asked=tokens)
             if probabilities := await self._send(client, body, read):
-                return ChoiceResult(probabilities, await self._mass(client, request))
+                return ChoiceResult(probabilities, -1.0)
             # Never lower: requests run at the same time, and another may have learned a higher number.
             self._tokens_needed[request.words] = max(tokens + 1, self._tokens_needed.get(request.words, 1))
         raise ValueError(f"the words {request.words} do not differ within {MAX_WORD_TOKENS} tokens")
 
     async def _constrains(self, client: Any, request: ChoiceRequest) -> bool:
-        """True if the server obeys a constraint and gives log-probabilities; tried once per endpoint.
+        """True if the server obeys a constraint and gives log-probabilities; tried once.
 
         It takes two failures to conclude that the server cannot, because all votes are then read as text. A
         reply that cannot be believed, or a busy server, is none.
         """
         from openai import BadRequestError, UnprocessableEntityError
 
-        body = _body(request, 1, ALTERNATIVES, UNLIKELY)
-        kind = "chat" if "messages" in body else "text"
-        for _ in range(2):
-            if self._can_constrain.get(kind) is not None:
-                break
-            try:
-                if await self._send(client, body, _obeys):
-                    self._can_constrain[kind] = True
-            except (BadRequestError, UnprocessableEntityError):
-                continue
-        if not self._can_constrain.setdefault(kind, False):
+        for _ in range(2 if self._can_constrain is None else 0):
+            with suppress(BadRequestError, UnprocessableEntityError):
+                if await self._send(client, choice_body(request, 1, UNLIKELY), obeys):
+                    self._can_constrain = True
+                    return True
+        if self._can_constrain is None:
+            self._can_constrain = False
             log.warning("%s gives no log-probabilities of given words: votes are 0 or 1", self.model)
-        return self._can_constrain[kind]
+        return self._can_constrain
 
     async def _choose_by_text(self, client: Any, request: ChoiceRequest) -> ChoiceResult:
         """Read the choice in the text of a reply, after the thinking if there is any."""
-        body = _body(request, request.max_thinking_tokens + REPLY_TOKENS)
+        body = choice_body(request, request.max_thinking_tokens + REPLY_TOKENS)
         if request.temperature:
             body |= {"temperature": request.temperature, "seed": request.seed}
-        text = await self._send(client, body, attrgetter("content"))
+        text = await self._send(client, body, lambda reply: reply.text)
         index = parse_word(text, request.words)
         # The chosen word has probability 1, the others 0.
         probabilities = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
         return ChoiceResult(probabilities, -1.0, text[-KEPT_TEXT:])
-
-    async def _mass(self, client: Any, request: ChoiceRequest) -> float:
-        """Measure the probability that the unconstrained next token begins one of the words.
-
-        Only the TOP_LOGPROBS likeliest tokens count. -1 if not asked, or if the server does not give them.
-        """
-        from openai import BadRequestError
-
-        def read(choice: ReplyChoice) -> float:
-            ((_, likeliest),) = choice.tokens
-            # A lone space begins a word, but any other text as well.
-            begins = [
-                p for text, p in likeliest if text.strip() and any(w.startswith(text) for w in request.words)
-            ]
-            return min(1.0, sum(map(math.exp, begins)))
-
-        try:
-            return (
-                await self._send(client, _body(request, 1, TOP_LOGPROBS), read)
-                if request.measure_mass
-                else -1.0
-            )
-        except (BadRequestError, ValueError):
-            return -1.0
-
-
-def _body(
-    request: ChoiceRequest, tokens: int, alternatives: int = 0, words: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Return a request for so many tokens with so many alternatives of each, constrained to `words`."""
-    body: dict[str, Any] = {"max_tokens": tokens, "temperature": 0}
-    if words:
-        body["structured_outputs"] = {"choice": list(words)}
-    if isinstance(request.text, str) or isinstance(request.text[0], int):
-        return {**body, "prompt": request.text, **({"logprobs": alternatives} if alternatives else {})}
-    logprobs = {"logprobs": True, "top_logprobs": alternatives} if alternatives else {}
-    return {**body, "messages": request.text, **logprobs}
-
-
-def _obeys(choice: ReplyChoice) -> bool:
-    """True if the reply has the log-probabilities of a token that begins one of the UNLIKELY words."""
-    tokens = choice.tokens if choice.logprobs else []
-    token = tokens[0][0].strip() if tokens else ""
-    return bool(token) and any(word.startswith(token) for word in UNLIKELY)
-
-
-def _completion(choice: ReplyChoice) -> Completion:
-    if choice.token_ids is None:
-        raise ValueError("the reply has no token ids")
-    return Completion(choice.token_ids, choice.finish_reason == "stop")

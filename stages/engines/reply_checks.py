@@ -1,7 +1,7 @@
-"""Replies of OpenAI-compatible servers, checked before they are believed.
+"""Replies of OpenAI-compatible servers, checked before they are believed, and the requests for choices.
 
-The fields that are used are validated, all others ignored. A reply that is of another shape, contradicts
-itself or has probabilities that cannot be is a ValueError.
+The fields that are used are checked, all others ignored. A reply that is of another shape, contradicts itself
+or has probabilities that cannot be raises one of `UNREADABLE`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, Field
-
+from stages.engines import ChoiceRequest
 from stages.prompts.thoughts import after_thought
 
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a reply raises that cannot be believed; all but ValueError for another shape."""
 ALTERNATIVES = 5
 """Likeliest tokens whose log-probabilities come with a choice among words."""
 MAX_LOGPROB = 1e-4
@@ -25,95 +28,87 @@ ROUNDING, BITS = 5e-4, 2**-8
 """How far log-probabilities may be off: by three decimals, and as a share by the 8 bits of bfloat16."""
 BROKEN_OFF = ("abort", "error", "cancel", "content_filter", "fail", "incomplete", "timeout", "tool_call")
 """How reasons begin for which servers end an answer before its end, such as `cancelled`."""
-
-LogProb = Annotated[float, Field(le=MAX_LOGPROB, allow_inf_nan=False, strict=True)]
+MAX_ID = 2**31
+UNLIKELY = ("zebra", "quartz")
+"""Words to choose from that no model would write: a server that replies with one of them can constrain."""
 Alternatives = list[tuple[str, float]]
 """Text and log-probability of the likeliest tokens at one place."""
 
 
-class _Part(BaseModel):
-    """A part of a reply, which says of itself that it is none if it has an error or a refusal."""
+@dataclass(frozen=True)
+class Reply:
+    """The parsed reply to a request, which has one choice. Its properties raise one of UNREADABLE."""
 
-    error: None = None
-    refusal: Literal["", None] = None
-
-
-class _Alternative(BaseModel):
-    token: str
-    logprob: LogProb
-
-
-class _Token(BaseModel):
-    token: str
-    top_logprobs: list[_Alternative]
-
-
-class LogProbs(BaseModel):
-    """Log-probabilities: a chat has them in `content`, a completion in two lists of equal length."""
-
-    content: list[_Token] | None = None
-    tokens: list[str] = []
-    top_logprobs: list[dict[str, LogProb]] = []
-
-    def per_token(self) -> list[tuple[str, Alternatives]]:
-        """For each token: its text and its alternatives."""
-        if self.content is not None:
-            return [(t.token, [(a.token, a.logprob) for a in t.top_logprobs]) for t in self.content]
-        return [(t, list(a.items())) for t, a in zip(self.tokens, self.top_logprobs, strict=True)]
-
-
-class _Message(_Part):
-    content: str | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-
-
-class ReplyChoice(_Part):
-    """The only choice of a reply. Reading a property whose fields are missing is a ValueError."""
-
-    index: Annotated[int, Field(ge=0, le=0, strict=True)] = 0
-    finish_reason: str | None = None
-    stop_reason: Any = None
-    message: _Message | None = None
-    delta: None = None
-    text: str | None = None
-    logprobs: LogProbs | None = None
-    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    fields: dict[str, Any]
+    choice: dict[str, Any]
+    message: dict[str, Any]
+    """Empty for a completion."""
+    model: str
+    """The model that was asked."""
+    most_tokens: int
+    """The most tokens that were asked for."""
 
     @property
-    def content(self) -> str:
+    def text(self) -> str:
         """The text of a chat or a completion; empty if thinking used up all tokens."""
-        if self.message is None and self.text is None:
-            raise ValueError("the reply has no text")
-        text = (self.text if self.message is None else self.message.content) or ""
+        text: str = (self.message.get("content") or "") if self.message else self.choice["text"]
         text.encode()  # ValueError for a lone surrogate, which no file could hold
         return text
 
     @property
+    def id(self) -> str:
+        """Its id; empty if it has none."""
+        return str(self.fields.get("id") or "")
+
+    @property
+    def is_complete(self) -> bool:
+        """Terminated by a stop token or text, not by the length limit."""
+        return self.choice.get("finish_reason") == "stop"
+
+    @property
+    def token_ids(self) -> list[int]:
+        ids: list[int] = self.choice["token_ids"]
+        if any(type(number) is not int or not 0 <= number < MAX_ID for number in ids):
+            raise ValueError("it has token ids that are none")
+        return ids
+
+    @property
     def tokens(self) -> list[tuple[str, Alternatives]]:
-        """For each token: its text and alternatives; ValueError unless they write the reply's text."""
-        if self.logprobs is None:
-            raise ValueError("the reply has no log-probabilities")
-        tokens = self.logprobs.per_token()
+        """For each token: its text and alternatives; ValueError unless they can be, and write the text."""
+        given = self.choice["logprobs"]
+        if self.is_chat:
+            tokens = [
+                (t["token"], [(a["token"], a["logprob"]) for a in t["top_logprobs"]])
+                for t in given["content"]
+            ]
+        else:
+            pairs = zip(given["tokens"], given["top_logprobs"], strict=True)
+            tokens = [(token, list(alternatives.items())) for token, alternatives in pairs]
         for token, alternatives in tokens:
             _check_alternatives(token, alternatives)
-        said = "" if self.message is None and self.text is None else "".join(self.content.split())
+        said = "".join(self.text.split()) if self.message or "text" in self.choice else ""
         written = "".join("".join(text for text, _ in tokens).split())
         if not written.startswith(said):
             raise ValueError(f"the text is {said[:40]!r}, and the tokens write {written[:40]!r}")
         return tokens
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether its log-probabilities are those of a chat; a completion's are in two lists."""
+        return self.choice["logprobs"].get("content") is not None
+
 
 def _check_alternatives(token: str, alternatives: Alternatives) -> None:
-    """Raise ValueError unless the alternatives can be the likeliest tokens of one distribution.
-
-    Their probabilities sum to at most one, and the token itself is among them: requests for a choice are
-    greedy, and vLLM always adds the token that it took.
-    """
+    """Raise ValueError unless these can be the likeliest tokens of one distribution, the token among them."""
+    for _, logprob in alternatives:
+        if type(logprob) not in (int, float) or not -math.inf < logprob <= MAX_LOGPROB:
+            raise ValueError(f"{str(logprob)[:40]} is no log-probability")
     total = sum(math.exp(logprob) for _, logprob in alternatives)
     if total > 1 + _rounding(alternatives):
         raise ValueError(f"the alternatives of {token[:40]!r} have a probability of {total:.4g} together")
+    # Requests for a choice are greedy, and vLLM always adds the token that it took.
     taken = max((logprob for text, logprob in alternatives if text == token), default=-math.inf)
-    if alternatives and taken < max(logprob for _, logprob in alternatives) - MAX_BEHIND:
+    if any(logprob > taken + MAX_BEHIND for _, logprob in alternatives):
         raise ValueError(f"{token[:40]!r} was taken, and is not the likeliest of its alternatives")
 
 
@@ -122,32 +117,52 @@ def _rounding(alternatives: Alternatives) -> float:
     return ROUNDING - BITS * sum(math.exp(logprob) * logprob for _, logprob in alternatives)
 
 
-class _Usage(BaseModel):
-    completion_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
+def _is_by_another(reply: Reply) -> bool:
+    # A hub in front of servers may leave the owner out, and a reply to an alias has its dated version.
+    name, short = reply.fields.get("model"), re.escape(reply.model.rpartition("/")[2])
+    return name not in (None, reply.model) and not re.fullmatch(rf"{short}(-\d[\d-]*)?", name)
 
 
-class Reply(_Part):
-    id: Any = None
-    model: str | None = None
-    choices: Annotated[list[ReplyChoice], Field(min_length=1, max_length=1)]
-    object: str = ""
-    status: Any = None
-    usage: _Usage | None = None
+def _is_refused(reply: Reply) -> bool:
+    parts = (reply.fields, reply.choice, reply.message)
+    return any(part.get("error") is not None or part.get("refusal") for part in parts)
+
+
+def _is_broken_off(reply: Reply) -> bool:
+    # A server that shuts down returns what it has of its answers, as vLLM does with `abort`.
+    reasons = [reply.choice.get(name) for name in ("finish_reason", "stop_reason")]
+    reasons += [reply.fields.get(name) for name in ("status", "object")]
+    return any(
+        isinstance(reason, str) and (reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk"))
+        for reason in reasons
+    )
+
+
+def _is_of_other_length(reply: Reply) -> bool:
+    used = (reply.fields.get("usage") or {}).get("completion_tokens")
+    is_possible = used is None or (type(used) is int and 1 <= used <= reply.most_tokens)
+    return not is_possible or len(reply.choice.get("token_ids") or ()) > reply.most_tokens
+
+
+CHECKS: tuple[tuple[Callable[[Reply], object], str], ...] = (
+    (_is_by_another, "another model wrote it"),
+    (_is_refused, "it has an error or a refusal"),
+    (_is_broken_off, "the server broke it off"),
+    (_is_of_other_length, "it has more tokens than were asked for, or none"),
+    (lambda reply: repr(reply.choice.get("index", 0)) != "0", "it is not the first of its choices"),
+    (lambda reply: reply.message.get("tool_calls") or reply.choice.get("delta"), "it is no text"),
+)
+"""What a reply must not be, and how it is called then."""
 
 
 def parse_reply(body: str, model: str, most_tokens: int) -> Reply:
-    """Parse the reply to a request for at most so many tokens of a model; ValueError if it cannot be that."""
-    reply = Reply.model_validate(json.loads(body, object_pairs_hook=_unique))
-    if reply.model is not None and not _names(reply.model, model):
-        raise ValueError(f"the reply is by {reply.model[:80]}, not by {model}")
-    (choice,) = reply.choices
-    for reason in (choice.finish_reason, choice.stop_reason, reply.status, reply.object):
-        # A server that shuts down returns what it has of its answers, as vLLM does with `abort`.
-        if isinstance(reason, str) and (reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk")):
-            raise ValueError(f"the server broke its answer off: {reason[:40]}")
-    used = (reply.usage and reply.usage.completion_tokens) or 0
-    if max(used, len(choice.token_ids or ())) > most_tokens:
-        raise ValueError(f"the reply has {used} tokens, and {most_tokens} were asked for")
+    """Parse the reply to a request for at most so many tokens of a model, or raise one of UNREADABLE."""
+    fields = json.loads(body, object_pairs_hook=_unique)
+    (choice,) = fields["choices"]
+    reply = Reply(fields, choice, choice.get("message") or {}, model, most_tokens)
+    for check, message in CHECKS:
+        if check(reply):
+            raise ValueError(f"{message}: {body[:80]}")
     return reply
 
 
@@ -158,31 +173,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _names(replying: str, model: str) -> bool:
-    """True if a reply by this name may be the model's.
-
-    A hub in front of servers may leave the owner out, and a reply to an alias has its dated version.
-    """
-    short = re.escape(model.rpartition("/")[2])
-    return replying == model or re.fullmatch(rf"{short}(-\d[\d-]*)?", replying) is not None
-
-
-def choice_probabilities(choice: ReplyChoice, words: tuple[str, ...], asked: int) -> tuple[float, ...] | None:
+def choice_probabilities(reply: Reply, words: tuple[str, ...], asked: int) -> tuple[float, ...] | None:
     """Return the words' probabilities relative to each other, or None if the words agree in all tokens.
 
     They are read at the first token at which an alternative fits exactly one word. ValueError if a token
     begins no word, if the probability of a word is missing, or if the reply has fewer tokens than `asked` and
     tells no words apart.
     """
-    is_chat = choice.logprobs is not None and choice.logprobs.content is not None
-    prefix = ""  # the reply's text before the current token
-    for token, alternatives in choice.tokens:
-        is_whole = _lists_all(token, alternatives, is_chat)
+    prefix, tokens = "", reply.tokens  # prefix: the text before the current token
+    for token, alternatives in tokens:
+        shares = [math.exp(logprob) for _, logprob in alternatives]
+        # No other token is possible if there are fewer than were asked for, or one has no probability.
+        is_whole = len(shares) < ALTERNATIVES or 0 in shares
+        # In a completion two tokens of one text, a letter and its byte, are one entry.
+        may_miss_one = not reply.is_chat and any(len(text) == 1 for text, _ in alternatives)
+        if is_whole and sum(shares) < 1 - _rounding(alternatives) and not may_miss_one:
+            raise ValueError(f"alternatives of {token[:40]!r} are missing: the others do not sum to 1")
         fits = [_fitting(prefix + text, words) for text, _ in alternatives]
-        masses = [0.0] * len(words)
-        for indices, (_, logprob) in zip(fits, alternatives, strict=True):
-            if len(indices) == 1:
-                masses[indices[0]] += math.exp(logprob)
+        masses = [
+            sum(share for share, indices in zip(shares, fits, strict=True) if indices == [i])
+            for i in range(len(words))
+        ]
         prefix += token
         fitting = _fitting(prefix, words) if token else []
         if not fitting:
@@ -193,33 +204,35 @@ def choice_probabilities(choice: ReplyChoice, words: tuple[str, ...], asked: int
         if 0 in masses and (is_whole or not all(fits)):
             raise ValueError(f"the reply has no probability of {words[masses.index(0)]!r}")
         # A word behind the likeliest tokens has at most what they leave, and no more than the last of them.
-        listed = [math.exp(logprob) for _, logprob in alternatives]
-        behind = max(0.0, min(1 - sum(listed), *listed))
+        behind = max(0.0, min(1 - sum(shares), *shares))
         masses = [mass or behind for mass in masses]
         return tuple(mass / sum(masses) for mass in masses)
-    if len(choice.tokens) < asked:
-        raise ValueError(f"{len(choice.tokens)} tokens of {asked}, and no word yet")
+    if len(tokens) < asked:
+        raise ValueError(f"{len(tokens)} tokens of {asked}, and no word yet")
     return None
+
+
+def choice_body(request: ChoiceRequest, tokens: int, words: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a request for so many tokens, constrained to `words` and with log-probabilities if given."""
+    is_chat = not isinstance(request.text, str) and not isinstance(request.text[0], int)
+    body: dict[str, Any] = {"messages" if is_chat else "prompt": request.text}
+    body |= {"max_tokens": tokens, "temperature": 0}
+    if words:
+        body["structured_outputs"] = {"choice": list(words)}
+        body |= {"logprobs": True, "top_logprobs": ALTERNATIVES} if is_chat else {"logprobs": ALTERNATIVES}
+    return body
+
+
+def obeys(reply: Reply) -> bool:
+    """True if the reply has the log-probabilities of a token that begins one of the UNLIKELY words."""
+    tokens = reply.tokens if reply.choice.get("logprobs") else []
+    token = tokens[0][0].strip() if tokens else ""
+    return bool(token) and any(word.startswith(token) for word in UNLIKELY)
 
 
 def _fitting(text: str, words: tuple[str, ...]) -> list[int]:
     """The indices of the words that a text begins, or that begin it."""
     return [i for i, word in enumerate(words) if word.startswith(text) or text.startswith(word)]
-
-
-def _lists_all(token: str, alternatives: Alternatives, is_chat: bool) -> bool:
-    """True if no other token is possible: there are fewer than were asked for, or one has no probability.
-
-    ValueError if their probabilities do not sum to one then. In a completion two tokens of one text, a letter
-    and its byte, are one entry, so that the probability of one of them is missing.
-    """
-    probabilities = [math.exp(logprob) for _, logprob in alternatives]
-    if len(alternatives) >= ALTERNATIVES and all(probabilities):
-        return False
-    may_miss_one = not is_chat and any(len(text) == 1 for text, _ in alternatives)
-    if sum(probabilities) < 1 - _rounding(alternatives) and not may_miss_one:
-        raise ValueError(f"alternatives of {token[:40]!r} are missing: the others do not sum to 1")
-    return True
 
 
 def parse_word(text: str, words: tuple[str, ...]) -> int | None:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field
 from stages.config import Voter
 from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure
 from stages.errors import AnswerError
-from stages.labelling.personas import FOR_CALIBRATION
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
@@ -164,10 +163,9 @@ class VoteJournal:
                 yield self._journal[question]
 
     def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
-        """The persona's prompt, with the voter's settings; the calibration examples measure the mass."""
+        """The persona's prompt, with the voter's settings."""
         return replace(
             self.question(example),
-            measure_mass=example.id.startswith(FOR_CALIBRATION),
             max_thinking_tokens=self.voter.thinking.max_tokens if self.voter.thinking else 0,
             temperature=self.voter.temperature,
             seed=seed_of({"question": self._key(example), "seed": self._seed, "sample": sample}),
