@@ -11,7 +11,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Qwen2Conf
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError
 from stages.lora.adapter import adapter
-from stages.lora.adapter.merge import MergedCopy, adapted_weights
+from stages.lora.adapter.merge import MergedCopy, adapted_weights, merged_parameters
 from stages.lora.adapter.shared_cast import SharedCast
 from stages.models import cancellation
 from stages.models.base import load_adapted, load_base
@@ -32,28 +32,23 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=ids).logits.float()
 
 
-@pytest.mark.parametrize("init", ["normal", "pissa", "olora"])
-def test_saved_adapter_in_plain_peft(tiny, tmp_path, init):
+@pytest.mark.parametrize("init", ["normal", "pissa", "olora", "default"])
+def test_an_adapter_starts_as_the_base_leaves_it_as_it_was_and_loads_in_plain_peft(tiny, tmp_path, init):
+    """PEFT subtracts what some inits give from the weights of the base."""
     lora = LoraSection(r=4, lora_alpha=8, init=init)
-    model = adapter.initial(base(tiny), lora, 0)
+    plain, changed = base(tiny), base(tiny)
+    model = adapter.initial(changed, lora, 0)
+    assert init == "normal" or float((logits(model) - logits(plain)).abs().max()) < 1e-5
+    before, after = dict(plain.named_parameters()), base_weights(changed)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     with torch.no_grad():  # as if trained: the first half of a compensated adapter moves
         for name, layer in adapter.lora_layers(model).items():
             adapter.trainable_part(name, layer.weight, lora).add_(0.01)
     adapter.save(model, tmp_path / "a", ModelSection(name=str(tiny)))
-    plain = PeftModel.from_pretrained(base(tiny), str(tmp_path / "a"))
-    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=0)
+    peft = PeftModel.from_pretrained(plain, str(tmp_path / "a"))
+    torch.testing.assert_close(logits(peft), logits(model), rtol=0, atol=0)
     again = adapter.attach(base(tiny), lora, tmp_path / "a")
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora", "default"])
-def test_a_compensated_adapter_starts_as_the_base_and_leaves_it_as_it_was(tiny, init):
-    """PEFT subtracts what some inits give from the weights of the base."""
-    plain, changed = base(tiny), base(tiny)
-    model = adapter.initial(changed, LoraSection(r=4, init=init), 0)
-    assert float((logits(model) - logits(plain)).abs().max()) < 1e-5
-    before, after = dict(plain.named_parameters()), base_weights(changed)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_pissa_trains_as_pissa_on_the_residual(tiny):
@@ -81,6 +76,9 @@ def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny, dtype, boun
     for name, layer in adapted_weights(model).items():  # the sum is rounded, and not its terms
         weight = layer.base_layer.weight.float() + layer.get_delta_weight("default")
         assert torch.equal(merged.get_parameter(name), weight.to(plain.dtype))
+    sent = dict(merged_parameters(model))  # what vLLM gets
+    assert sent.keys() == before.keys()
+    assert all(torch.equal(value, merged.get_parameter(name)) for name, value in sent.items())
     after = base_weights(model.get_base_model())
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -184,15 +182,13 @@ def test_a_small_update_of_a_compensated_adapter_survives_16_bits(tiny, tmp_path
     assert as_served < 0.005 < 0.05 < as_trained
 
 
-@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
-def test_of_a_model_that_reads_images_the_language_model_alone_is_adapted(modules):
+def test_of_a_model_that_reads_images_the_language_model_alone_is_adapted():
     text = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     }  # fmt: skip
     vision = text | {"image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = adapter.initial(Gemma3ForConditionalGeneration(config), LoraSection(target_modules=modules), 0)
-    adapted = adapter.lora_layers(model)
-    assert len(adapted) == 2 * (2 if modules != "all-linear" else 7)
-    assert all("language_model" in name for name in adapted)
+    lora = LoraSection(target_modules="all-linear")
+    adapted = adapter.lora_layers(adapter.initial(Gemma3ForConditionalGeneration(config), lora, 0))
+    assert len(adapted) == 2 * 7 and all("language_model" in name for name in adapted)

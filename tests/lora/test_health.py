@@ -109,15 +109,6 @@ def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
     assert trained() == rehearsed
 
 
-def test_equal_rewards_are_counted_warned_and_stopped(own, caplog):
-    equal = ["rl.start_from=init", "rl.rewards={'integer': 1.0}"]
-    config = own(*equal, "rl.max_steps=6", "rl.max_zero_signal_steps=3")
-    said = "all rewards of each group were equal in 3 steps in a row, up to step 3"
-    with pytest.raises(UnusableResult, match=said):
-        make_step(config, "rl")  # a random model never writes a whole number
-    assert "all rewards of each group were equal in step 1" in caplog.text
-
-
 def test_equal_rewards_in_a_row():
     rows = [{"frac_reward_zero_std": share} for share in (1, 1, 0.5, 1, 1)]
     assert equal_rewards(rows) == equal_rewards(rows[:2]) == 2

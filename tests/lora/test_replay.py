@@ -38,11 +38,6 @@ def with_reward(own, tmp_path):
     return lambda reward, *more: own(*start, f"rl.rewards={{{reward}: 2}}", *more)
 
 
-def systems(config) -> dict[str, int]:
-    """Question → label."""
-    return {row.example.prompt: row.system for row in labels_of(config)}
-
-
 @pytest.mark.parametrize(("first", "last", "per_step", "size"), [(10, 5, 1, 4), (30, 3, 2, 6), (4, 7, 2, 3)])
 def test_the_order_of_mixed_rows(first, last, per_step, size):
     """Each first row once at most, the last rows all before one comes again, each step with its share."""
@@ -72,13 +67,14 @@ def test_too_few_rows_to_replay_are_an_error(with_reward):
         prompts._check_enough(rows[:2], rows, rl, 7)
 
 
-def test_a_step_to_which_no_reward_applies_teaches_nothing_and_stops_nothing(with_reward):
+def test_steps_without_a_signal_are_counted_warned_of_and_stop_a_run(with_reward, caplog):
     made = make_step(with_reward("sometimes"), "rl")
     steps = history(made)
     assert ["reward" in step for step in steps] == [True, False, True]
     assert [step["frac_reward_zero_std"] for step in steps] == [0, 1, 0]
     assert made.manifest["summary"]["completions"] == 3 * 16
-    with pytest.raises(UnusableResult, match="all rewards of each group were equal in 2 steps in a row"):
+    assert "all rewards of each group were equal in step 2: it taught nothing" in caplog.text
+    with pytest.raises(UnusableResult, match="were equal in 2 steps in a row, up to step 2"):
         make_step(with_reward("never", "rl.max_zero_signal_steps=2"), "rl")
 
 
@@ -100,25 +96,17 @@ def test_equal_groups_and_metrics_by_hand():
 
 @pytest.mark.slow
 def test_a_system_message_by_label_reaches_sft_and_rl(begun, monkeypatch):
-    """Each stage's prompts begin as their labels say."""
+    """Each prompt begins as its row's label says."""
     messages = {1: "Be quick.", 2: "Think it over."}
-    config = begun(
-        f"prompt.by_system={json.dumps(messages)}", "rl.system1_share=0.5", "sft.system2_share=1",
-        "rl.max_prompt_length=600",
-    )  # fmt: skip
-    of = systems(config)
-
-    def right(text: str, label: int) -> None:
-        assert messages[label] in text and messages[3 - label] not in text
-
+    rows = ("rl.system1_share=0.5", "sft.system2_share=1", "rl.max_prompt_length=600")
+    config = begun(f"prompt.by_system={json.dumps(messages)}", *rows)
     artifacts(config, "score", "partition", "sft")
+    of = {row.example.prompt: row.system for row in labels_of(config)}
     with monkeypatch.context() as patch:
         trainer, *_ = trainer_of(config, patch, "sft")
     texts = [trainer.processing_class.decode(row) for row in trainer.train_dataset["input_ids"]]
-    for question, label in of.items():
-        right(next(text for text in texts if question in text), label)
-    trainer, *_ = trainer_of(config, monkeypatch)
-    found = [of[question] for question in trainer.train_dataset["question"]]
-    assert set(found) == {1, 2}
-    for prompt, label in zip(trainer.train_dataset["prompt"], found, strict=True):
-        right(prompt, label)
+    texts += list(trainer_of(config, monkeypatch)[0].train_dataset["prompt"])
+    labels = [next(label for question, label in of.items() if question in text) for text in texts]
+    assert set(labels) == {1, 2}
+    for text, label in zip(texts, labels, strict=True):
+        assert messages[label] in text and messages[3 - label] not in text

@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Small, labels_of, make_step, make_steps, trainer_of
-from results import history
+from results import history, moved_share
 from trl import GRPOTrainer
 
-from stages.config import ModelSection
 from stages.engines.continuous_batching import generate
 from stages.errors import UnusableResult
 from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted
 from stages.models.tokenizer import load_tokenizer
-from stages.prompts import thoughts
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
 
@@ -48,16 +46,13 @@ def odd(tmp_path):
 
 
 def test_a_person_s_rewards_get_the_sandbox_and_count_by_their_weights(ready, odd):
-    (step,) = history(make_step(ready(*odd), "rl"))
-    assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 1
-    assert step["reward"] == pytest.approx(2 * step["rewards/odd/mean"] + 0.5)
-
-
-def test_a_step_trains_and_what_it_makes_loads_in_plain_peft(ready, odd):
+    """What they train loads in plain PEFT, and no frozen element moved."""
     config = ready("rl.max_steps=2", "rl.num_train_epochs=9", *odd)
     made = make_step(config, "rl")
-    assert made.manifest["summary"]["moved"] > 0 and made.manifest["summary"]["frozen_drift"] == 0
-    assert load_adapted(config.model, made.path / "adapter")
+    for step in history(made):
+        assert step["rewards/odd/std"] > 0 and step["rewards/given/mean"] == 1
+        assert step["reward"] == pytest.approx(2 * step["rewards/odd/mean"] + 0.5)
+    assert moved_share(config, "rl") > 0 and load_adapted(config.model, made.path / "adapter")
 
 
 def test_prompts_that_are_too_long_are_dropped_or_cut_on_the_left(ready, renderer, monkeypatch):
@@ -91,23 +86,6 @@ def test_top_k_reaches_the_sampling(ready, odd):
     assert step["frac_reward_zero_std"] == 1
 
 
-def test_system_1_prompts_that_are_too_long_go_by_the_same_rule(ready, renderer):
-    rows = labels_of(ready())
-    lengths = [len(renderer.ids(renderer.prompt(row.example.prompt))) for row in rows]
-    longest = max(length for length, row in zip(lengths, rows, strict=True) if row.system == 1)
-    labels = [
-        replace(row, system=1) if length >= longest else row
-        for length, row in zip(lengths, rows, strict=True)
-    ]  # none of System 2 is too long
-
-    def pool(how: str):
-        limits = [f"rl.max_prompt_length={longest - 1}", f"rl.too_long={how}"]
-        return RlPrompts.from_labels(labels, renderer, ready("rl.system1_share=0.25", *limits).rl, {}, 0)
-
-    dropped, cut = pool("drop"), pool("truncate_left")
-    assert dropped.long == cut.long == cut.replayed - dropped.replayed > 0
-
-
 def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
     """A column of one type would fill up objects and turn whole numbers into fractions."""
     values = [{"city": "Paris"}, {"x": 1}, 3, 2.5, "three", ["a"], None, 2**70]
@@ -127,19 +105,6 @@ def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
     loading.with_checks("mine", mine)(completions=["a"] * pool.system2_rows, fields=fields)
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
-
-
-def test_rewards_read_the_thought_that_a_prompt_opens(tiny):
-    """The completion has its end alone; a cut one earns nothing, whatever it says."""
-    tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
-    said = ["2 and 2.</think>\n#### 4", "2 and 2. #### 4", "#### 4"]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
-    prompts = ["bot:<think>\n", "bot:<think>\n", "bot:"]
-    texts = [thoughts.decode(tokenizer, tokens, prompt) for tokens, prompt in zip(ids, prompts, strict=True)]
-    assert texts == [f"<think>\n{said[0]}", f"<think>\n{said[1]}", said[2]]
-    columns = {"gold": ["4"] * 3, "answer_format": ["hash"] * 3}
-    for name, earned in (("correctness", [1, 0, 1]), ("trl.think_format_reward", [1, 0, 0])):
-        assert loading.load(name, None)(completions=texts, **columns) == earned
 
 
 OPENS = (

@@ -1,6 +1,5 @@
-"""Rollouts of the trainer and of vLLM: with an engine of our own in vLLM's place, and the real one on CPU."""
+"""Rollouts of the trainer, and of a real vLLM in its process, on a CPU."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -10,11 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, flags, make_step, make_steps
-from results import history
-from torch import Tensor
+from conftest import ROOT, flags, make_step
 from transformers import Qwen2Config
-from trl.generation import vllm_generation
 
 from stages.config import LoraSection, ModelSection
 from stages.config.rl import RlSection, RolloutsSection
@@ -29,80 +25,6 @@ from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
 
 COLOCATED = RolloutsSection(engine="vllm_colocate")
-
-
-class Engine:
-    """What vLLM is to TRL: a plain model that takes weights by name, and samples from them."""
-
-    def __init__(self, base: torch.nn.Module) -> None:
-        self.model = copy.deepcopy(base)
-        self.syncs: list[dict[str, Tensor]] = []
-        runner = SimpleNamespace(model=self)
-        worker = SimpleNamespace(model_runner=runner)
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
-
-    def load_weights(self, weights):
-        for name, value in weights:
-            if not self.syncs or name in self.syncs[-1]:
-                self.syncs.append({})
-            self.syncs[-1][name] = value.clone()
-            with torch.no_grad():
-                self.model.get_parameter(name).copy_(value)
-
-    def reset_prefix_cache(self): ...
-
-    def generate(self, prompts, sampling_params, **_):
-        self.given = vars(sampling_params)
-        prompts = [p["prompt_token_ids"] if isinstance(p, dict) else p for p in prompts]
-        written = [self._sample(ids, sampling_params.max_tokens) for ids in prompts]
-        return [
-            SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=ids, logprobs=[
-                {token: SimpleNamespace(rank=1, logprob=x)} for token, x in zip(ids, values, strict=True)])])
-            for prompt, (ids, values) in zip(prompts, written, strict=True)
-        ]  # fmt: skip
-
-    @torch.no_grad()
-    def _sample(self, prompt: list[int], number: int) -> tuple[list[int], list[float]]:
-        ids, values = list(prompt), []
-        for _ in range(number):
-            row = torch.tensor([ids], device=self.model.device)
-            scores = torch.log_softmax(self.model(row).logits[0, -1].float(), -1)
-            ids.append(int(torch.multinomial(scores.exp(), 1)))
-            values.append(float(scores[ids[-1]]))
-        return ids[len(prompt) :], values
-
-
-def test_the_base_is_the_same_to_the_bit_and_the_engine_gets_the_merged_model(own, monkeypatch):
-    known = ["classify.strategy=random", "rl.start_from=init"]
-    config = own(*known, "rl.rollouts.engine=vllm_colocate")
-    make_steps(config, "classify:train", "score", "partition")
-    bases, engines = [], []
-
-    def watched(*given):
-        base = load_base(*given)
-        bases.extend([base, copy.deepcopy(base)])
-        return base
-
-    def start(generation):
-        engines.append(Engine(bases[1]))
-        generation.llm = engines[0]
-
-    monkeypatch.setattr("stages.lora.grpo.building.load_base", watched)
-    monkeypatch.setattr(vllm_rollouts, "prepare", lambda *_: None)
-    monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", start)
-    monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
-    artifact = make_step(config, "rl")
-    assert artifact.manifest["summary"]["frozen_drift"] == 0 and artifact.manifest["summary"]["moved"] > 0
-    before = dict(bases[1].named_parameters())
-    after = {n.replace(".base_layer", ""): p for n, p in bases[0].named_parameters() if ".lora_" not in n}
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert engines[0].syncs and all(sync.keys() == before.keys() for sync in engines[0].syncs)
-    changed = [name for name, weight in engines[0].syncs[-1].items() if not torch.equal(weight, before[name])]
-    assert len(changed) == len(adapter.read(artifact.path / "adapter")) // 2
-    assert engines[0].given["stop_token_ids"]
-    steps = history(artifact)
-    ratios = [row["sampling/importance_sampling_ratio/mean"] for row in steps]
-    assert all(abs(ratio - 1) < 0.02 for ratio in ratios) and len(ratios) == 2
 
 
 def test_colocated_samples_differ_by_the_seed(monkeypatch):

@@ -1,19 +1,16 @@
 """Importance, by batched gradients, against plain autograd; and its formulas."""
 
-import json
-
 import pytest
 import torch
-from conftest import make_step, make_steps
+from conftest import make_step
 from guide import blocks
 
 from stages.config import LoraSection, ModelSection
-from stages.errors import ConfigError, OutOfMemoryError, UnusableResult
+from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import read_importance
 from stages.lora.importance.scorers import Moments, moments, scorers
 from stages.models.base import load_base
-from stages.packing.batch import padded
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Row
@@ -97,46 +94,26 @@ def test_sums_over_a_model_of_16_bits_have_32(tiny):
         assert value.dtype == torch.float32 and not torch.equal(value.bfloat16().float(), value)
 
 
-def test_padding_is_masked_by_length_and_not_by_its_token():
-    _, mask = padded([[5, 0, 6, 0], [0, 0]], 0, torch.device("cpu"), "right")
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-
-
-class Full:
-    """Runs out of memory in the backward pass of more than `room` examples, when part of it is done."""
-
-    def __init__(self, model, room: int) -> None:
-        self.room, self.tried = room, []
-        model.base_model.model.model.layers[0].register_forward_hook(self.watch)
-
-    def watch(self, module, inputs, output) -> None:
-        self.tried.append(len(inputs[0]))
-        if len(inputs[0]) > self.room:
-            output.register_hook(self.fail)
-
-    def fail(self, gradient):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
 def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypatch, caplog):
     """Layers above the first have added their gradients when memory runs out."""
     monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
     model, _ = frozen(tiny, torch.float64)
     wanted = scored(model, rows(), size(2))
-    full, counted, halved = Full(model, 2), [], size(16)
-    sums = scored(model, rows(), halved, counted)
-    assert full.tried == [7, 3, 1, 1, 1, 1, 1, 1, 1] and sum(counted) == 7 and halved.now == 1
-    assert caplog.messages == [
-        "out of memory with score.batch_size 7: going on with 3",
-        "out of memory with score.batch_size 3: going on with 1",
-    ]
+
+    def fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def watch(module, inputs, output):
+        if len(inputs[0]) > 2:
+            output.register_hook(fail)
+
+    model.base_model.model.model.layers[0].register_forward_hook(watch)
+    counted: list[int] = []
+    sums = scored(model, rows(), size(16), counted)
+    assert counted == [1] * 7 and len(caplog.messages) == 2
     for name, value in wanted.square.items():
         torch.testing.assert_close(sums.square[name], value)
         torch.testing.assert_close(sums.gradient[name], wanted.gradient[name])
-    full.room = 0
-    with pytest.raises(OutOfMemoryError, match=r"^out of memory with score\.batch_size 1$") as caught:
-        scored(model, rows(), size(2))
-    assert caught.value.hint == "shorten the rows" and caught.value.exit_code == 74
 
 
 def test_formulas():
@@ -161,18 +138,6 @@ def test_a_module_that_runs_twice_is_refused(tiny):
     layers[1] = layers[0]
     with pytest.raises(UnusableResult, match="runs 2 times in a forward pass"):
         scored(model, rows()[:2], size(4))
-
-
-def test_each_system_is_scored_on_its_own_rows(begun, demo_data, tmp_path):
-    lines = (demo_data / "train.jsonl").read_text().splitlines()[:7]
-    labels = {json.loads(line)["question"]: 1 if i < 5 else 2 for i, line in enumerate(lines)}
-    (tmp_path / "labels.json").write_text(json.dumps(labels))
-    config = begun(
-        "classify.strategy=known", f"classify.labels_file={tmp_path / 'labels.json'}", "data.limit=7",
-        "score.examples=5",
-    )  # fmt: skip
-    made = make_steps(config, "classify:train", "score")["score"][0].manifest["summary"]
-    assert (made["system1"]["examples"], made["system2"]["examples"]) == (5, 2)
 
 
 def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):

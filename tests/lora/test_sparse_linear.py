@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import pytest
 import torch
@@ -14,20 +13,11 @@ def layer() -> tuple[nn.Linear, torch.Tensor]:
     return linear, torch.rand(7, 12) < 0.4
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
-        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-    ],
-    ids=["fused", "foreach", "sgd"],
-)
-def test_frozen_elements_stay_to_the_bit_and_active_ones_move(optimizer):
+def test_frozen_elements_stay_to_the_bit_and_active_ones_move():
     linear, mask = layer()
     start = linear.weight.detach().clone()
     packed = SparseLinear(linear, mask)
-    steps = optimizer(packed.parameters())
+    steps = torch.optim.AdamW(packed.parameters(), lr=0.1, weight_decay=0.1, fused=True)
     for _ in range(3):
         packed(torch.randn(5, 12)).square().sum().backward()
         nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
@@ -67,17 +57,6 @@ def test_without_active_elements_there_is_no_parameter():
     packed = SparseLinear(linear, torch.zeros(7, 12, dtype=torch.bool))
     assert list(packed.parameters()) == [] and list(packed.state_dict()) == ["weight"]
     assert torch.equal(packed.weight, linear.weight)
-
-
-def test_copies_and_pickles_are_independent():
-    linear, mask = layer()
-    packed = SparseLinear(linear, mask)
-    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
-        optimizer = torch.optim.SGD(twin.parameters(), lr=1.0)
-        twin(torch.randn(5, 12)).sum().backward()
-        optimizer.step()
-        assert not torch.equal(twin.weight, packed.weight)
-        assert torch.equal(packed.weight, linear.weight)
 
 
 def test_fixed_weights_are_made_once_and_train_again_afterwards():

@@ -21,7 +21,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps, stage_names
 from stages.prompts.renderer import Renderer
-from stages.records import Example, Labelled, labelled_examples, read_labels
+from stages.records import Example, Labelled, labelled_examples
 from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
 
@@ -121,40 +121,22 @@ def test_system_1_may_learn_to_answer_at_once():
         examples.trained_by_sft(labels[1:], section, 0)
 
 
-@pytest.mark.slow
-def test_undecided_rows_are_trained_by_neither_stage(begun):
-    config = begun(
-        "classify.min_agreement=1", "sft.data=all", "rl.data=all", "sft.max_steps=1", "rl.max_steps=1"
-    )
-    for name in ("classify:train", "score", "partition"):
-        made = make_step(config, name)
-        if name == "classify:train":
-            labels = read_labels(made.path / "labels.jsonl")
-    whole = sum(row.system is not None for row in labels)
-    assert 0 < whole < len(labels)
-    assert make_step(config, "sft").manifest["summary"]["rows"] == whole
-    assert make_step(config, "rl").manifest["summary"]["prompts"] == whole
-
-
-def test_all_rows_undecided_is_an_error():
-    rows = [Labelled(Example(str(i), "", "", None), None, {}) for i in range(3)]
-    with pytest.raises(DataError, match="all 3 examples are undecided") as caught:
-        labelled_examples(rows)
+def test_undecided_rows_are_trained_by_neither_stage():
+    rows = [Labelled(Example(str(i), "", "an answer", None), (1, 2, None)[i], {}) for i in range(3)]
+    everything = SftSection(data="all")
+    assert [example.id for example in labelled_examples(rows)] == ["0", "1"]
+    assert [example.id for example in examples.trained_by_sft(rows, everything, 0)] == ["0", "1"]
+    with pytest.raises(DataError, match="all 1 examples are undecided") as caught:
+        labelled_examples(rows[2:])
     assert caught.value.hint == "other voters, or lower classify.min_agreement and classify.quorum"
 
 
-@pytest.mark.parametrize(
-    ("batches", "epochs", "steps"), [(50, 1.1, 55), (25, 2.2, 55), (3, 0.5, 2), (7, 1, 7)]
-)
-def test_steps_are_exact(batches, epochs, steps):
-    assert loop.steps_of(batches, SftSection(num_train_epochs=epochs)) == steps
-
-
-def test_a_limit_that_no_training_reaches_is_said(caplog):
-    assert loop.steps_of(5, SftSection(max_steps=40, num_train_epochs=2), stage="sft") == 10
+def test_steps_are_exact_and_a_limit_that_no_training_reaches_is_said(caplog):
+    for batches, epochs, steps in ((50, 1.1, 55), (25, 2.2, 55), (3, 0.5, 2), (7, 1, 7)):
+        assert loop.steps_of(batches, SftSection(num_train_epochs=epochs)) == steps
+    for limit, steps in ((4, 4), (40, 10)):
+        assert loop.steps_of(5, SftSection(max_steps=limit, num_train_epochs=2), stage="sft") == steps
     said = "sft ends after 10 steps (num_train_epochs 2): max_steps 40 is a limit, and no length as in TRL"
-    assert caplog.messages == [said]
-    assert loop.steps_of(5, SftSection(max_steps=4, num_train_epochs=2), stage="sft") == 4
     assert caplog.messages == [said]
 
 
