@@ -1,9 +1,10 @@
 """Pages: numbers stand where they belong, untrusted texts stay texts, and one run shows all that it has."""
 
+import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 from conftest import ROOT, Small, flags
 
+from lorapar_cli import terminal
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
-from stages.records import Sample
+from stages.records import Sample, write_jsonl
 from stages.report import comparison, figures, files, run_page, table_page, table_texts
 from stages.report.page import Grid, PageSection, Text, render
+from stages.store.artifacts import Artifact
 from stages.sweep.file import Compare, TableFile
 from stages.sweep.results import Artifacts, Results
 from stages.sweep.table import Contrast, Table
@@ -168,17 +171,14 @@ def test_a_browser_shows_pages_on_a_run_and_on_a_table(run, browser, lorapar, tm
         assert seen == theme
 
 
-def sample(item: str, correct: bool, outcome: str | None = None, **other: Any) -> Sample:
-    outcome = outcome or ("correct" if correct else "wrong")
-    return replace(Sample(item, 0, None, "Q", "A", None, "1", "1", correct, correct, outcome, {}), **other)
-
-
 def answered(right: str, **other: Any) -> list[Sample]:
     """Answers to items a, b, c, …: 1 is right."""
-    return [
-        sample(item, mark == "1", system=1 if item == "a" else 2, **other)
-        for item, mark in zip("abcdefgh", right, strict=False)
-    ]
+    samples = []
+    for item, correct in zip("abcdefgh", (mark == "1" for mark in right), strict=False):
+        outcome, system = ("correct" if correct else "wrong"), (1 if item == "a" else 2)
+        answer = Sample(item, 0, system, "Q", "A", None, "1", "1", correct, correct, outcome, {})
+        samples.append(replace(answer, **other))
+    return samples
 
 
 def test_the_numbers_of_a_run_stand_where_they_belong():
@@ -261,3 +261,27 @@ def test_a_comparison_without_a_p_value_counts_in_the_correction():
     for other in (None, Value(0.1, [0.1, 0.1], 100, True, None)):
         incomplete = Results(None, {}, {first: tested, second: other}, Artifacts(), {})
         assert incomplete.corrected_p("over_items") == {first: pytest.approx(0.06)}
+
+
+def test_a_field_of_the_rows_that_is_called_why(tmp_path, capsys):
+    (row,) = answered("1", system=None, extra={"why": "it is so"})
+    write_jsonl(tmp_path / "samples.jsonl", [asdict(row)])
+    terminal.samples(Artifact(tmp_path, {}), wrong=False, limit=1)
+    assert capsys.readouterr().out == "--- a  correct\nQA\n"
+
+
+def test_a_voter_without_a_valid_vote(tmp_path):
+    voter = {"system2_share": None, "held_out_auc": None, "held_out_interval": None}
+    known = {"field": "kind", "agreement": None, "n": 0}
+    (tmp_path / "report.json").write_text(json.dumps({"voters": {"judge": voter}, "known": known}))
+    text, grid = run_page._labels({"classify:train": Artifact(tmp_path, {"summary": {"examples": 3}})})
+    assert text.text == "train: 3 examples." and grid.rows == [["judge", "–", "–"]]
+
+
+def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "samples.jsonl", map(asdict, answered("100")))
+    monkeypatch.setattr(comparison, "current_artifact", lambda store, step: Artifact(tmp_path, {}))
+    found = comparison.measured(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
+    assert {each.group: (each.n, each.accuracy.mean) for each in found} == {
+        "all": (3, 1 / 3), "system 1": (1, 1), "system 2": (2, 0),
+    }  # fmt: skip
