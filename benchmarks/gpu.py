@@ -41,7 +41,6 @@ from stages.models.bundled import fetch
 HERE = Path(__file__).parent
 ROWS = "data/demo/train.jsonl"
 PASSED = r"^.*\d+ passed.*"
-FROZEN = r"frozen_drift: [\d.]+"
 TESTING = ("pytest", "hypothesis", "psutil")
 """Packages without which no test runs."""
 SHAPE = {
@@ -93,8 +92,7 @@ def parts(small: bool) -> list[Part]:
     pairs = ["--pairs", "2" if small else "5", "--dtype", "float32" if small else "bfloat16"]
     group = ["--prompts", "2", "--group", "4", "--micro-batch", "4", "--completion", "4-8"] if small else []
     served = ["classify.voters=[{engine: vllm}]", "eval.engine=vllm", "rl.rollouts.engine=vllm_colocate"]
-    two = ["launch.processes=2"]
-    quick, real = ["-m", "not slow and not vllm"], ["-k", "real_engine"]
+    quick, real, drift = ["-m", "not slow and not vllm"], ["-k", "real_engine"], r"frozen_drift: [\d.]+"
     return [
         Part("doctor", lambda *_: ["-m", "lorapar_cli", "doctor"], facts, 1),
         Part(
@@ -108,8 +106,8 @@ def parts(small: bool) -> list[Part]:
         Part("colocated", tests("lora/test_rollouts", options=real), PASSED, 5, [*TESTING, "vllm"]),
         Part("sft", against_trl("sft", ROWS, *pairs), r"^.*(?:ratio|peak).*", 2),
         Part("rl", against_trl("rl", *pairs, *group), r"^.*(?:ratio|peak).*", 2),
-        Part("pipeline", smoke(*served), FROZEN, 8, ["vllm"]),
-        Part("processes", smoke(*two), FROZEN, 8, gpus=2 if torch.cuda.is_available() else 0),
+        Part("pipeline", smoke(*served), drift, 8, ["vllm"]),
+        Part("processes", smoke("launch.processes=2"), drift, 8, gpus=2 if torch.cuda.is_available() else 0),
     ]
 
 
