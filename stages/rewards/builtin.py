@@ -124,18 +124,14 @@ def tag_count(completions: list[str], answer_format: list[str], **_: Any) -> lis
 @rewards.add()
 def text_overlap(completions: list[str], response: list[str], **_: Any) -> list[float]:
     """ROUGE-1 F1 of the completion against the reference response, for answers that cannot be verified."""
-    pairs = zip(completions, response, strict=True)
-    return [_f1(_words(_reply(text)), _words(reference)) for text, reference in pairs]
+    pairs = [(_words(_reply(text)), _words(right)) for text, right in zip(completions, response, strict=True)]
+    return [2 * (said & right).total() / max(1, said.total() + right.total()) for said, right in pairs]
 
 
 def _words(text: str) -> Counter[str]:
     """Count the words of a text, without case and punctuation."""
     spaced = (c if c == "_" or unicodedata.category(c)[0] in "LNM" else " " for c in text.casefold())
     return Counter(_WORD.findall("".join(spaced)))
-
-
-def _f1(words: Counter[str], reference: Counter[str]) -> float:
-    return 2 * (words & reference).total() / max(1, words.total() + reference.total())
 
 
 @rewards.add()

@@ -99,14 +99,11 @@ def common_fields(rows: list[dict[str, Any]]) -> set[str]:
 def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
     """True if one of these rewards has a parameter `sandbox`; the file is parsed, not run."""
     in_file = functions_in(file, FILE) if file else {}
-
-    def parameters(name: str) -> Iterable[str]:
-        if name in in_file:
-            given = in_file[name].args
-            return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-        return inspect.signature(rewards.pick(name)).parameters
-
-    return any("sandbox" in parameters(name) for name in names)
+    own = [in_file[name].args for name in names if name in in_file]
+    parameters = {given.arg for of in own for given in (*of.posonlyargs, *of.args, *of.kwonlyargs)}
+    for name in set(names) - set(in_file):
+        parameters |= set(inspect.signature(rewards.pick(name)).parameters)
+    return "sandbox" in parameters
 
 
 def with_checks(name: str, function: Reward, **fixed: Any) -> Reward:
@@ -163,21 +160,18 @@ def _error_with_sample(
 ) -> LoraparError:
     """Return an error that names the first sample for which the reward raises, called with it alone."""
     number = len(completions)
-    per_sample = {
-        key: value for key, value in columns.items() if isinstance(value, list) and len(value) == number
-    }
-    for sample in range(number):
-        of_sample = {key: [values[sample]] for key, values in per_sample.items()}
+    lists = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == number}
+    sample = ""
+    for index, text in enumerate(completions):
+        of_sample = {key: values[index : index + 1] for key, values in lists.items()}
         try:
-            call(completions=[completions[sample]], **{**columns, **of_sample})
+            call(completions=[text], **{**columns, **of_sample})
         except Exception:
+            question = f" to {lists['question'][index]!r}" if "question" in lists else ""
+            sample = f"; sample {index + 1} of {number}: {text!r}{question}"
             break
-    else:
-        sample = 0
-    question = f" to {per_sample['question'][sample]!r}" if "question" in per_sample else ""
     return UnusableResult(
-        f"reward {name} raised {type(error).__name__}: {error}; "
-        f"sample {sample + 1} of {number}: {completions[sample]!r}{question}",
+        f"reward {name} raised {type(error).__name__}: {error}{sample}",
         "mend the reward and run the same command; with another rewards_file RL begins anew",
     )
 
