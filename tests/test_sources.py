@@ -145,14 +145,6 @@ def test_an_answer_of_an_own_benchmark_is_graded_by_its_form(tmp_path):
     assert not jsonl.grade(item, "#### 1984 by Aldous Huxley", context).correct
 
 
-def test_the_names_of_alpaca_and_dolly_for_one_field(tmp_path):
-    row = {"instruction": "I", "input": "X", "context": "", "output": "", "response": "R", "level": 3}
-    (example,) = read(tmp_path, row)
-    assert (example.prompt, example.response, example.extra) == ("I\n\nX", "R", {"level": 3})
-    both = {"instruction": "I", "output": "good", "response": "bad"}
-    assert "mean the same, and their values differ" in refused(tmp_path, both)
-
-
 @pytest.mark.parametrize("settings", [{"path": "me/hub-copy", "split": "train"}, {"path": "data.jsonl"}])
 def test_worked_examples_are_not_the_rows_that_are_asked(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ The output depends on the order in which the functions call the random generator
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -84,14 +84,8 @@ Without this rule, 61 to 67 % of one-step test items had their worked answer in 
 """
 
 
-@dataclass(frozen=True)
-class Problem:
-    question: str
-    answer: str
-    """The worked answer; its last line is `#### ` and the final answer."""
-    intended: int
-    """System that the question is made for: 1 or 2."""
-    kind: str
+Item = dict[str, str | int]
+"""A row: question, worked answer (its last line is `#### ` and the final one), intended system, and kind."""
 
 
 @dataclass
@@ -124,11 +118,11 @@ def write(folder: Path, seed: int) -> dict[str, int]:
         for new, split in zip(files, SPLITS, strict=True):
             items = list(_items(rng, split, questions))
             rng.shuffle(items)
-            write_jsonl(new, map(asdict, items))
+            write_jsonl(new, items)
     return {split: sum(numbers.values()) for split, numbers in SPLITS.items()}
 
 
-def _items(rng: random.Random, split: str, questions: set[str]) -> Iterator[Problem]:
+def _items(rng: random.Random, split: str, questions: set[str]) -> Iterator[Item]:
     """Yield the items of one split; their questions are added to `questions`, and none there is repeated."""
     makers = {"recall": partial(_recall, rng), "reading": partial(_reading, rng)}
     makers |= {kind: partial(_chain, rng, kind) for kind in STEPS}
@@ -136,28 +130,29 @@ def _items(rng: random.Random, split: str, questions: set[str]) -> Iterator[Prob
         written = 0
         while written < number:
             item = makers[kind]()
-            is_unseen = zlib.crc32(item.answer.encode()) % UNSEEN_EVERY == 0
+            is_unseen = zlib.crc32(str(item["answer"]).encode()) % UNSEEN_EVERY == 0
             in_place = kind == "recall" or is_unseen == (split == "test")
-            if in_place and item.question not in questions:
-                questions.add(item.question)
+            if in_place and item["question"] not in questions:
+                questions.add(str(item["question"]))
                 written += 1
                 yield item
 
 
 def _item(
     rng: random.Random, sentences: list[str], worked: str, gold: str, intended: int, kind: str, asides: int
-) -> Problem:
+) -> Item:
     leading = [rng.choice(ASIDES).format(n=rng.randint(4, 12)) for _ in range(asides)]
-    return Problem(" ".join(leading + sentences), f"{worked}\n#### {gold}", intended, kind)
+    question, answer = " ".join(leading + sentences), f"{worked}\n#### {gold}"
+    return {"question": question, "answer": answer, "intended": intended, "kind": kind}
 
 
-def _recall(rng: random.Random) -> Problem:
+def _recall(rng: random.Random) -> Item:
     """Ask for a fact."""
     question, sentence, gold = rng.choice(FACTS)
     return _item(rng, [question], sentence, gold, 1, "recall", rng.randint(0, 2))
 
 
-def _reading(rng: random.Random) -> Problem:
+def _reading(rng: random.Random) -> Item:
     """Ask for one of three numbers in the text."""
     name, thing, box = rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES)
     colours, counts = rng.sample(COLOURS, 3), rng.sample(range(2, 20), 3)
@@ -169,7 +164,7 @@ def _reading(rng: random.Random) -> Problem:
     return _item(rng, [story, question], worked, str(counts[target]), 1, "reading", rng.randint(0, 2))
 
 
-def _chain(rng: random.Random, kind: str) -> Problem:
+def _chain(rng: random.Random, kind: str) -> Item:
     """Ask for the result of some operations on one quantity."""
     steps = STEPS[kind]
     story = _Story(rng.choice(NAMES), rng.choice(THINGS), 0, [], [])
@@ -180,12 +175,7 @@ def _chain(rng: random.Random, kind: str) -> Problem:
         story.value = rng.randint(3, 15)
         story.sentences.append(f"{story.name} has {story.value} {story.thing}.")
     while len(story.operations) < steps:
-        choices = [_gain]
-        if story.value > 2:
-            choices.append(_loss)
-        if story.value <= 12:
-            choices.append(_times)
-        rng.choice(choices)(rng, story)
+        _change(rng, story)
     when = rng.choice(["now", "in the end", "then", "after that"])
     question = f"How many {story.thing} does {story.name} have {when}?"
     # Questions of one step are shorter: more asides make their lengths those of longer chains.
@@ -195,22 +185,19 @@ def _chain(rng: random.Random, kind: str) -> Problem:
     return _item(rng, [*story.sentences, question], worked, str(story.value), intended, kind, asides)
 
 
-def _gain(rng: random.Random, story: _Story) -> None:
-    n = rng.randint(2, 9)
-    texts = [
-        "{name} finds {n} more.",
-        "{name} gets another {n} from a friend.",
-        "{name} buys another {n} {thing}.",
-    ]
-    story.apply("+", n, rng.choice(texts).format(name=story.name, n=n, thing=story.thing))
-
-
-def _loss(rng: random.Random, story: _Story) -> None:
-    n = rng.randint(1, min(9, story.value - 1))
-    texts = ["{name} gives {n} to a sister.", "{name} loses {n} of them.", "{name} sells {n} of the {thing}."]
-    story.apply("-", n, rng.choice(texts).format(name=story.name, n=n, thing=story.thing))
-
-
-def _times(rng: random.Random, story: _Story) -> None:
-    n = rng.randint(2, 3)
-    story.apply("*", n, f"The next day {story.name} has {n} times as many.")
+def _change(rng: random.Random, story: _Story) -> None:
+    """Add to the quantity, take from it, or multiply it, where the numbers stay small."""
+    signs = ["+", *(["-"] if story.value > 2 else []), *(["*"] if story.value <= 12 else [])]
+    sign = rng.choice(signs)
+    texts = {
+        "+": ["{name} finds {n} more.", "{name} gets another {n} from a friend.",
+              "{name} buys another {n} {thing}."],
+        "-": ["{name} gives {n} to a sister.", "{name} loses {n} of them.",
+              "{name} sells {n} of the {thing}."],
+    }  # fmt: skip
+    if sign == "*":
+        n, text = rng.randint(2, 3), "The next day {name} has {n} times as many."
+    else:
+        n = rng.randint(2, 9) if sign == "+" else rng.randint(1, min(9, story.value - 1))
+        text = rng.choice(texts[sign])
+    story.apply(sign, n, text.format(name=story.name, n=n, thing=story.thing))

@@ -148,8 +148,6 @@ def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: 
         "alone teaches it": profile.refuses_system,
         "what is imitated: no row has a response, so RL alone trains, by what the base gets right now and "
         "then; a few rows with a response allow scores and SFT, too": not imitable,
-        f"what is imitated: {profile.unanswered} of {total} rows have no response; score and SFT leave them "
-        "out, and need some rows of each system with one": imitable and profile.unanswered > 0,
         "what System 2 learns from: no row is labelled System 2": labelled == 0,
         "what SFT trains on, and System 1's importance: no row is labelled System 1": labelled == total,
         "which rows measure success: lorapar init … --test FILE": verifiable and not tests,

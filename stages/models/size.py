@@ -9,13 +9,6 @@ from typing import Any
 from stages.config import ModelSection
 from stages.runtime.network import offline_without_network
 
-NAMES = (
-    ("vocab_size",),
-    ("hidden_size", "n_embd", "d_model"),
-    ("num_hidden_layers", "n_layer", "num_layers"),
-)
-"""Names that architectures give to vocabulary, width and depth."""
-
 
 def parameters(model: ModelSection) -> int | None:
     """Estimate a model's parameters from its width, depth and vocabulary; None if its config does not say.
@@ -25,11 +18,12 @@ def parameters(model: ModelSection) -> int | None:
     """
     config = _config(model)
     config = config.get("text_config") or config
-    vocabulary, width, layers = (_number(config, names) for names in NAMES)
+    vocabulary, width = _number(config, "vocab_size"), _number(config, "hidden_size", "n_embd", "d_model")
+    layers = _number(config, "num_hidden_layers", "n_layer", "num_layers")
     is_mixture = any("experts" in name and number for name, number in config.items())
     if is_mixture or not vocabulary * width * layers:
         return None
-    inner = _number(config, ("intermediate_size",)) or 4 * width
+    inner = _number(config, "intermediate_size") or 4 * width
     return vocabulary * width + layers * (4 * width**2 + 3 * width * inner)
 
 
@@ -43,8 +37,8 @@ def kv_cache_bytes(config: Any, itemsize: int) -> int:
     return int(2 * config.num_hidden_layers * heads * width * itemsize)
 
 
-def _number(config: dict[str, Any], names: tuple[str, ...]) -> int:
-    """The first of these that is a whole number; 0 if there is none."""
+def _number(config: dict[str, Any], *names: str) -> int:
+    """The first whole number under one of these names, of which architectures have several; else 0."""
     return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
 
 

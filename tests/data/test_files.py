@@ -41,6 +41,7 @@ READ = {
     "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
     "parts.jsonl": lines({"messages": [{"role": "user", "content": [TEXT]}, GPT], "context": "c"}),
+    "beside.jsonl": lines({"instruction": "Two and two?", "completion": "2 + 2 = 4.", "gold": 4}),
     "labelled.jsonl": lines({"prompt": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
 }
 TOOL = {"role": "tool", "content": "c"}
@@ -62,6 +63,10 @@ REFUSED = {
     "pairs.jsonl": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "pairs.jsonl: preference pairs"),
     "tools.jsonl": (lines({"messages": [*chat("a", "b"), TOOL]}), "messages: tool calls are not supported"),
     "image.jsonl": (lines({"messages": [*chat("a"), IMAGE]}), "content must be text"),
+    "differ.jsonl": (
+        lines({"instruction": "I", "output": "good", "response": "bad"}),
+        "mean the same, and their values differ",
+    ),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
     "turns.jsonl": (lines({"messages": chat("a") * 2}), "expected user and assistant in turns"),
     "null.jsonl": (lines({"messages": [{**IMAGE, "content": None}]}), "prompt or response is empty"),
@@ -191,8 +196,6 @@ def test_empty_cells_are_empty_rows(tmp_path):
     table = source(tmp_path / "a.csv", text, empty="drop")
     assert [(e.prompt, e.extra) for e in read(table)] == [("q1", {"note": None})]
     assert read_rows(table).empty == 2
-    text = lines({"question": "q", "answer": None}, {"question": "q1", "answer": "a"})
-    assert [e.prompt for e in read(source(tmp_path / "a.jsonl", text, empty="drop"))] == ["q1"]
 
 
 def test_numbers_of_a_table_are_numbers(tmp_path):
@@ -207,9 +210,3 @@ def test_an_empty_answer_of_a_conversation_leaves_the_others(tmp_path):
     text = lines({"messages": chat("q1", "a1", "q2", "", "q3", "a3")})
     found = read(source(tmp_path / "a.jsonl", text, format="messages_all", empty="drop"))
     assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]
-
-
-def test_beside_a_gold_an_instruction_may_have_its_response_by_any_usual_name(tmp_path):
-    row = {"instruction": "Two and two?", "completion": "2 + 2 = 4.", "gold": 4}
-    (example,) = read(source(tmp_path / "rows.jsonl", lines(row)))
-    assert (example.response, example.gold, example.extra) == ("2 + 2 = 4.", "4", {})

@@ -12,7 +12,6 @@ from stages.prompts.answers import (
     parse_number,
     rewrite,
 )
-from stages.rewards.builtin import correctness, soft_format
 
 
 @pytest.mark.parametrize(
@@ -127,14 +126,6 @@ def test_the_coefficient_of_a_term_is_no_number(term):
     assert read.strict == term
     if term in ("13x", "1.5x", "3π"):  # apart from its variable it is read as a number
         assert read.flexible == term
-
-
-def test_only_four_hashes_begin_an_answer():
-    """As in gold answers: a line of five is a heading, for reward, benchmark and rows alike."""
-    for text in ("It is 4 + 1.\n##### 5", "## 5"):
-        assert extract(text, "hash").strict is None and gold_from_response(text) is None
-        assert correctness([text], ["5"], ["hash"]) == soft_format([text], ["hash"]) == [0.0]
-    assert correctness(["It is 4 + 1.\n#### 5"], ["5"], ["hash"]) == [1.0]
 
 
 # As written, and its value.

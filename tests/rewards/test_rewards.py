@@ -55,6 +55,7 @@ def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones()
         ("strict_format", "hash", "2\n#### 4\nmore", 0), ("tag_count", "hash", "2\n#### 4\nmore", 1),
         ("strict_format", "hash", "<think>I will write #### 18 at the end. But wait", 0),
         ("soft_format", "hash", "<think>I will write #### 18 at the end. But wait", 0),
+        ("soft_format", "hash", "So\n##### 7", 0), ("correctness", "hash", "So\n##### 7", 0),
         ("strict_format", "xml", f"<think>Hm.</think>\n\n{XML}", 1),
     ],
 )  # fmt: skip
