@@ -81,11 +81,11 @@ def _report_tables(tables: list[Table], out: Path, options: list[str]) -> None:
     if not any(table_results.any_there for table_results in all_results):
         hint = sweep(*(table.path for table in tables))
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
-    from stages.report import files, table_page, table_texts
+    from stages.report import files, table_page
 
     page = out / "report.html"
     commands = [(table_results, sweep(table_results.table.path)) for table_results in all_results]
-    texts = {out / f"{each.table.path.stem}.csv": table_texts.csv_text(each) for each in all_results}
+    texts = {out / f"{each.table.path.stem}.csv": table_page.csv_text(each) for each in all_results}
     files.refuse_others([page, *texts])
     texts[page] = table_page.page(commands)
     files.write(texts)

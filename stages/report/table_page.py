@@ -1,17 +1,27 @@
-"""The page of one or several tables of many runs."""
+"""The page of one or several tables of many runs, its grids with their legend, and tables as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Iterator
+from dataclasses import astuple
 
-from stages.evaluation.statistics import p_value
+from stages import escaping
+from stages.evaluation.statistics import Interval, p_value
 from stages.report import elements, figures
-from stages.report import table_texts as texts
-from stages.report.page import Block, Command, PageSection, Picture, Text, render
-from stages.sweep.file import Plot
+from stages.report.page import Block, Command, Grid, PageSection, Picture, Text, render
+from stages.sweep.file import FLEXIBLE, Column, Plot
 from stages.sweep.results import OVER, Results
 from stages.sweep.values import Value
+
+NUMBERS = (
+    "Accuracies are in %, by the strict reading, averaged over seeds; differences in points, on the same "
+    "items and seeds. 95 % intervals without a name are over items, with the training seeds as they are; "
+    "others are over seeds, by Student's t. p over items is from an exact permutation test, p over seeds "
+    "from a paired t test. By Holm: corrected for the number of comparisons."
+)
 
 
 def page(tables: list[tuple[Results, str]]) -> str:
@@ -49,8 +59,8 @@ def _verdict(results: Results) -> str:
 def _section(results: Results, command: str) -> PageSection:
     file = results.table.file
     blocks: list[Block] = [Text(file.notes.strip())] if file.notes else []
-    blocks.append(texts.grid(results))
-    if comparisons := texts.comparison_grid(results):
+    blocks.append(grid(results))
+    if comparisons := comparison_grid(results):
         blocks.append(comparisons)
     if file.chosen_on:
         blocks.append(Text(f"Choices made on items: {file.chosen_on.strip()}", quiet=True))
@@ -99,3 +109,103 @@ def _importance(results: Results) -> Iterator[Picture]:
             continue
         drawn.add(cell.row)
         yield elements.importance_by_system(score, masks, cell.row)
+
+
+def grid(results: Results) -> Grid:
+    """Return the table of values."""
+    table = results.table
+    sizes = {
+        name: {
+            value.n for (_, column), value in results.values.items() if column == name and value and value.n
+        }
+        for name in table.file.columns
+    }
+    # The head has the number of items; if rows differ in it, their cells have it.
+    head = [f"{name}, n {min(n)}" if len(n) == 1 else name for name, n in sizes.items()]
+    rows = [
+        [row, *(_cell(results, row, name, len(n) > 1) for name, n in sizes.items())] for row in table.rows
+    ]
+    return Grid(["", *head], rows, legend(results))
+
+
+def _cell(results: Results, row: str, name: str, with_n: bool) -> str:
+    if (row, name) not in results.values:
+        return "–"
+    value = results.values[row, name]
+    published = results.table.file.paper.get(row, {}).get(name)
+    paper = "" if published is None else f" (paper: {published:g})"
+    if value is None:
+        seeds = results.missing[row, name]
+        some_there = {cell.seed for cell in results.table.cells} - set(seeds)
+        return "missing" + (f" (seed {', '.join(map(str, seeds))})" if some_there else "") + paper
+    first, *others = value.text().split("\n")
+    items = f", n {value.n}" if with_n and value.n is not None else ""
+    return "\n".join([first + items + paper, *others])
+
+
+def comparison_grid(results: Results) -> Grid | None:
+    """Return the table of comparisons, in percentage points, with the intervals that any of them has.
+
+    None if nothing is compared, also because --only leaves out the row that others are compared with.
+    """
+    if not results.comparisons:
+        return None
+    compared = list(filter(None, results.comparisons.values()))
+    scopes = [over for over in OVER if any(getattr(value, over) for value in compared)]
+    corrected = {over: results.corrected_p(over) for over in scopes}
+    head = ["comparison", "points", *(over.replace("_", " ") for over in scopes)]
+    rows = []
+    for contrast, value in results.comparisons.items():
+        cells = ["missing", *[""] * len(scopes)]
+        if value is not None:
+            cells = [value.number(value.mean)]
+            for over in scopes:
+                interval: Interval | None = getattr(value, over)
+                by_holm = corrected[over].get(contrast)
+                cells.append(value.ends(interval) + (f"\nby Holm: {p_value(by_holm)}" if by_holm else ""))
+        rows.append([contrast.title, *cells])
+    return Grid(head, rows)
+
+
+def legend(results: Results) -> str:
+    """Explain the numbers: seeds, intervals, tests, and what is not as the columns say."""
+    cells = results.table.cells
+    seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
+    replicates = len({cell.config.data.path for cell in cells if cell.row == cells[0].row}) > 1
+    sentences = [f"Seeds {seeds}{', each with data of its own' if replicates else ''}.", NUMBERS]
+    flexible = {
+        f"{name} of {cell.row}"
+        for cell in cells
+        for name, column in cell.columns.items()
+        if FLEXIBLE in {term.qualifier for term in column.terms}
+    }
+    sentences += [f"By the flexible reading: {'; '.join(sorted(flexible))}."] if flexible else []
+    if base := results.table.base:
+        sentences.append(f"All rows are of {base}, in place of the configs that the table names.")
+    return " ".join(sentences)
+
+
+def csv_text(results: Results) -> str:
+    """Write one line per value and per comparison; accuracies, also published ones, are in [0, 1]."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    intervals = [f"{scope}_{end}" for scope in OVER for end in ("low", "high", "p")]
+    writer.writerow(["row", "column", "paper", "mean", "items", "seeds", "of_seeds", *intervals])
+    for (row, name), value in results.values.items():
+        published = results.table.file.paper.get(row, {}).get(name)
+        if published is not None and Column.from_text(results.table.file.columns[name]).graded:
+            published = round(published / 100, 6)
+        writer.writerow([*map(escaping.csv_cell, (row, name)), published, *_csv_numbers(value)])
+    for contrast, value in results.comparisons.items():
+        names = contrast.row, f"{contrast.on}, minus {contrast.against!r}"
+        writer.writerow([*map(escaping.csv_cell, names), None, *_csv_numbers(value)])
+    return out.getvalue()
+
+
+def _csv_numbers(value: Value | None) -> list[float | str | None]:
+    """Return the mean, its numbers and its intervals; the cells of numbers that do not exist are empty."""
+    if value is None:
+        return []
+    intervals = (astuple(interval) if (interval := getattr(value, over)) else [None] * 3 for over in OVER)
+    of_seeds = " ".join(f"{mean:.6g}" for mean in value.of_seeds)
+    return [value.mean, value.n, len(value.of_seeds), of_seeds, *(end for ends in intervals for end in ends)]

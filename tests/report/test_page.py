@@ -16,7 +16,7 @@ from lorapar_cli import terminal
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, figures, files, run_page, table_page, table_texts
+from stages.report import comparison, figures, files, run_page, table_page
 from stages.report.page import Grid, PageSection, Text, render
 from stages.store.artifacts import Artifact
 from stages.sweep.file import Compare, TableFile
@@ -235,17 +235,17 @@ def results_of(p_values: dict[str, tuple[float, float | None]], rows: str) -> Re
 
 def test_the_numbers_of_a_table_stand_where_they_belong():
     results = results_of({"B": (0.03, 0.01), "C": (0.04, None)}, "ABC")
-    assert table_texts.grid(results).rows[:2] == [
+    assert table_page.grid(results).rows[:2] == [
         ["A", "27.6 [20.0, 36.0] (paper: 27.6)\nseeds [26.0, 29.0]"], ["B", "–"]
     ]  # fmt: skip
-    grid = table_texts.comparison_grid(results)
+    grid = table_page.comparison_grid(results)
     assert grid.head == ["comparison", "points", "over items", "over seeds"]
     assert grid.rows == [
         ["RL: 'B' minus 'A'", "+10.0", "[+5.0, +15.0], p = .03\nby Holm: p = .06",
          "[+4.0, +16.0], p = .01\nby Holm: p = .02"],
         ["RL: 'C' minus 'A'", "+10.0", "[+5.0, +15.0], p = .04\nby Holm: p = .06", ""],
     ]  # fmt: skip
-    assert table_texts.grid(results).head == ["", "RL, n 100"]
+    assert table_page.grid(results).head == ["", "RL, n 100"]
     page = table_page.page([(results, "lorapar sweep t.yaml")])
     assert "Over items, no difference is told apart" in page
     assert (

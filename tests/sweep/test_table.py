@@ -18,7 +18,7 @@ from stages.data.demo import write
 from stages.errors import ConfigError
 from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
-from stages.report import table_page, table_texts
+from stages.report import table_page
 from stages.store.digests import sha256_file
 from stages.sweep import graph
 from stages.sweep.file import read
@@ -100,7 +100,7 @@ def test_another_base_takes_the_place_of_all_configs(small):
     }
     graph_of_all = graph.build_graph(planned.cells)
     assert len(graph_of_all) == len(graph.build_graph(planned.cells_of("GSM8K")))  # each artifact once
-    assert f"All rows are of {base}" in table_texts.legend(results(planned))
+    assert f"All rows are of {base}" in table_page.legend(results(planned))
 
 
 def test_a_table_over_another(small, tmp_path):
@@ -339,9 +339,9 @@ def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
     assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
     assert astuple(half.over_seeds) == pytest.approx(OF_HALVES, abs=1e-4)
-    said = table_texts.legend(found)
+    said = table_page.legend(found)
     assert said.startswith("Seeds 1, 2, each with data of its own.")
-    assert table_texts.comparison_grid(found).head == ["comparison", "points", "over seeds"]
+    assert table_page.comparison_grid(found).head == ["comparison", "points", "over seeds"]
     one = results(table(replicates, seeds=[1])).values["θ .9", "SFT"]
     assert one.over_items is not None and one.over_seeds is None
 
