@@ -1,6 +1,5 @@
 """A file as people have it, `lorapar init` on it: its columns, the final answers, and a part held out."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import yaml
 
 from stages.errors import ConfigError, DataError
 from stages.init.own_rows import final_answer, own_rows
-from stages.records import read_jsonl
+from stages.records import read_jsonl, write_jsonl
 
 TEXTS = {
     # numbers, with units and currency
@@ -98,10 +97,8 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
 
 def test_the_last_answer_of_a_chat_is_read_like_any_other(tmp_path):
     chat = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "There are 3 lamps."}]
-    file = tmp_path / "chat.jsonl"
-    file.write_text(json.dumps({"conversations": chat}) + "\n", encoding="utf-8")
-    own = own_rows(str(file), tmp_path, {}, [])
-    assert own.golds == [("There are 3 lamps.", "3")]
+    write_jsonl(tmp_path / "chat.jsonl", [{"conversations": chat}])
+    own = own_rows(str(tmp_path / "chat.jsonl"), tmp_path, {}, [])
     assert [row for _, row in read_jsonl(Path(own.path))] == [{"conversations": chat, "gold": "3"}]
 
 
@@ -150,7 +147,7 @@ def test_rows_that_are_fine_stay_where_they_are(tmp_path):
         "chat.jsonl": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     }
     for name, row in rows.items():
-        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+        write_jsonl(tmp_path / name, [row])
         assert own_rows(str(tmp_path / name), tmp_path, {}, []).path == str(tmp_path / name)
 
 
