@@ -57,9 +57,7 @@ def set_up() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    resources.let_waiting_threads_sleep()
-    resources.limit_threads()
-    resources.keep_few_kernels()
+    resources.tame_libraries()
     if not sys.stderr.isatty():  # each update of a progress bar would be a line of the log
         for name in terminal.NO_PROGRESS_BARS:
             os.environ.setdefault(name, "1")

@@ -31,7 +31,6 @@ class Mock:
         self, fault: Fault | None = None, constrains: bool = True, weights: str = "", say: str | None = None
     ) -> None:
         self.fault, self.constrains, self.weights, self.say = fault, constrains, weights, say
-        self.models: list[dict[str, Any]] | None = [{"id": "judge", "max_model_len": 4096}]
         self.log: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: dict[str, str] = {}
@@ -67,6 +66,23 @@ def with_logprobs(steps: list[tuple[str, dict[str, float]]], chat: bool) -> dict
     return {"choices": [{"logprobs": {"content": content}}]}
 
 
+OF_REPLIES: list[dict[str, Any]] = [
+    *({"model": name} for name in ("other", "m-large", "M", 7)),
+    {"error": {}}, {"refusal": "no"}, {"status": "failed"}, {"object": "chat.completion.chunk"},
+    {"object": "error"}, *({"usage": {"completion_tokens": number}} for number in (0, 99)),
+]  # fmt: skip
+"""Fields that say of a reply that it is none, beside a choice that can be read."""
+OF_CHOICES: list[dict[str, Any]] = [
+    *({"index": index} for index in (1, False, 0.0, None)),
+    *({"finish_reason": reason} for reason in ("abort", "ERROR", "cancelled", "content_filter")),
+    {"stop_reason": "error"}, {"error": "overloaded"}, {"refusal": "no"}, {"logprobs": None},
+    {"message": None, "delta": {"content": "A"}}, {"message": {"content": "A", "refusal": "no"}},
+    *({"message": {"content": text}} for text in ("B", "Syst\u0435m1", "\ud800")),
+    {"message": {"tool_calls": [{}]}}, {"token_ids": [*range(99)]},
+]  # fmt: skip
+"""The same of a choice."""
+
+
 @contextmanager
 def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
     """Run it in this process; `mock.url` is its base URL."""
@@ -75,13 +91,10 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(404 if mock.models is None else 200, {"data": mock.models})
+            self._send(200, {"data": []})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path.endswith("/tokenize"):
-                text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
-                return self._send(200, {"count": len(text.split())})
             key = json.dumps([body.get("messages") or body.get("prompt")])
             with mock.lock:
                 mock.log.append(key)
@@ -113,13 +126,6 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             elif kind == "twice":
                 self._send(200, whole)
                 self._send(200, whole)
-            elif kind == "drip":
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(whole)))
-                self.end_headers()
-                for at in range(len(whole)):
-                    self.wfile.write(whole[at : at + 1])
-                    time.sleep(detail)
             return True
 
         def _send(self, code: int, body: Any, headers: dict[str, Any] | None = None) -> None:

@@ -170,7 +170,6 @@ def test_voters_at_several_servers_run_side_by_side(config):
         return lambda n, path, body: (at[name].append(time.monotonic()), time.sleep(0.05))[1]
 
     with serve(Mock(slow("a"))) as one, serve(Mock(slow("b"), weights="b")) as two:
-        two.models = [{"id": "jury"}]
         voters = [
             {"model": model, "base_url": m.url, "persona": "judge", "name": n}
             for n, m, model in (("a", one, "judge"), ("b", two, "jury"))

@@ -29,39 +29,29 @@ def _affine_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def let_waiting_threads_sleep() -> None:
-    """Make OpenMP threads go to sleep soon while they wait; call it before torch is loaded.
+THREADS = "LORAPAR_THREADS"
+"""Environment variable with the value of OMP_NUM_THREADS that `tame_libraries` chose."""
 
-    By default each thread spins for milliseconds at every barrier. If other processes compute, too, it then
-    occupies the core that the thread it waits for needs, and an SFT step takes many times as long. Child
-    processes inherit the setting. Variables that the user has set are left alone.
+
+def tame_libraries() -> None:
+    """Set variables that torch's libraries read when they are loaded; those that the user has set stay.
+
+    Threads that wait go to sleep soon. By default each spins for milliseconds at every barrier; if other
+    processes compute, too, it then occupies the core that the thread it waits for needs, and an SFT step
+    takes many times as long. Torch starts as many threads as a container's quota has cores, not one for each
+    core of the machine. Child processes inherit this.
+
+    oneDNN keeps the kernels of 64 shapes, and not of 1,024. Batches of each step have shapes of their own,
+    and what their kernels hold stays until the process ends, which makes all stages of a run: after RL of the
+    demo 1,079 MiB were in use (6 steps), now 785 (12 steps; 2026-11-30). The second variable is of torch's
+    own cache of them.
     """
     if not set(_OPENMP).union(["OMP_WAIT_POLICY"]) & os.environ.keys():
         os.environ.update(_OPENMP)
-
-
-def keep_few_kernels() -> None:
-    """Let oneDNN keep the kernels of 64 shapes, and not of 1,024; call it before torch is loaded.
-
-    Batches of each step have shapes of their own, and what their kernels hold stays until the process ends,
-    which makes all stages of a run: after RL of the demo 1,079 MiB were in use (6 steps), now 785 (12 steps;
-    2026-11-30). The second variable is of torch's own cache of them. What a user has set is left alone.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
-
-
-THREADS = "LORAPAR_THREADS"
-"""Environment variable with the value of OMP_NUM_THREADS that `limit_threads` chose."""
-
-
-def limit_threads() -> None:
-    """Let torch start as many threads as a container's quota has cores; call it before torch is loaded.
-
-    By default it starts one for each core of the machine. A variable that the user has set is left alone.
-    """
     if usable_cores() < _affine_cores() and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(usable_cores())
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def release_memory() -> None:

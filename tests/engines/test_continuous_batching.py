@@ -140,14 +140,7 @@ def test_a_seed_is_an_answer_whatever_else_is_asked(model, tokenizer):
 LOGITS = torch.tensor([0.3, -1.2, 1.5, float("-inf"), 0.0, -0.4])
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(1, (), temperature=1.5, top_k=4),
-        Sampling(1, (), temperature=1.0, top_k=99),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("sampling", [Sampling(1, (), 1.5, 4), Sampling(1, (), 1.0, 99)], ids=str)
 def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
     number = 20_000
     draws = torch.rand(number, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import wait_for
-from mock_server import Mock, probability, serve, with_logprobs
+from mock_server import OF_CHOICES, OF_REPLIES, Mock, probability, serve, with_logprobs
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineSpec, Failure, GenerateRequest, Sampling, openai, vllm
@@ -207,22 +207,13 @@ def alternatives(*likeliest: tuple[str, object]) -> dict:
 
 
 ODD = [
-    *(REPLY | {"model": name} for name in ("other", "m-large", "M", 7)),
     *(REPLY | {"choices": choices} for choices in (None, [], [None], [CHOICE, CHOICE])),
-    REPLY | {"error": {}}, REPLY | {"refusal": "no"}, REPLY | {"status": "failed"},
-    REPLY | {"object": "chat.completion.chunk"}, REPLY | {"object": "error"},
-    *(REPLY | {"usage": {"completion_tokens": number}} for number in (0, 7)),
+    *(REPLY | change for change in OF_REPLIES), *(REPLY | {"choices": [CHOICE | c]} for c in OF_CHOICES),
     *(
-        REPLY | {"choices": [CHOICE | change]}
-        for change in (
-            *({"index": index} for index in (1, False, 0.0, None)),
-            *({"finish_reason": reason} for reason in ("abort", "ERROR", "cancelled", "content_filter")),
-            {"stop_reason": "error"}, {"error": "overloaded"}, {"refusal": "no"}, {"logprobs": None},
-            {"message": None, "delta": {"content": "A"}}, {"message": {"content": "A", "refusal": "no"}},
-            *({"message": {"content": text}} for text in ("B", "\ud800")), {"message": {"tool_calls": [{}]}},
-            *(alternatives(("A", value)) for value in (math.nan, math.inf, 9e-4, None, "-0.1", False)),
-            alternatives(("A", 0.0), ("B", 0.0)), alternatives(("A", -2.0), ("B", -0.2)),
-            {"token_ids": [1, 2]},
+        REPLY | {"choices": [CHOICE | alternatives(*likeliest)]}
+        for likeliest in (
+            *([("A", value)] for value in (math.nan, math.inf, 9e-4, None, "-0.1", False)),
+            [("A", 0.0), ("B", 0.0)], [("A", -2.0), ("B", -0.2)],
         )
     ),
 ]  # fmt: skip

@@ -34,7 +34,6 @@ INVALID = "api_server.py: error: argument --dtype: invalid choice: 'x'"
         ),
         ([ULIMIT, "INFO Errors: none"], "no error in its log"),
     ],
-    ids=["arguments", "cause of the engine", "validation", "none"],
 )
 def test_the_last_error_is_the_cause(tmp_path, lines, error):
     (tmp_path / "log").write_text("\n".join(lines))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_steps
-from mock_server import Mock, serve, with_logprobs
+from mock_server import OF_CHOICES, OF_REPLIES, Mock, serve, with_logprobs
 from tally import FULL
 
 from stages.engines import openai
@@ -36,16 +36,9 @@ def impossible(rng: random.Random) -> str:
 def contradiction(rng: random.Random) -> str:
     """A vote of its own, in a reply that says that it is none."""
     (choice,) = chosen(*(SURE if rng.random() < 0.5 else SURE[::-1]))
-    choice |= rng.choice([
-        {"finish_reason": rng.choice(["ABORT", "cancelled", "content_filter", "error"])},
-        {"message": {"refusal": "no"}}, {"message": {"content": "Syst\u0435m1"}},
-        {"message": {"tool_calls": [{}]}}, {"index": 0.0}, {"error": "no"}, {"stop_reason": "error"}, {},
-    ])  # fmt: skip
-    beside = rng.choice([
-        {"error": {}}, {"usage": {"completion_tokens": rng.choice([0, 99])}}, {"object": "error"},
-        {"model": "other"}, {"status": "failed"},
-    ])  # fmt: skip
-    return json.dumps({"choices": [choice], **(beside if len(choice) == 1 else {})})
+    of_choice = rng.choice([*OF_CHOICES, {}])
+    beside = {} if of_choice else rng.choice(OF_REPLIES)
+    return json.dumps({"choices": [choice | of_choice], **beside})
 
 
 def chosen(one: object, two: object) -> list[dict[str, object]]:
