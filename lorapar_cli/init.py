@@ -64,7 +64,7 @@ def command(
         from stages.init import examples
 
         paths = examples.write(example, out)
-        kind = "sweep --dry-run" if examples.is_table(example) else "plan"
+        kind = "sweep --dry-run" if example.startswith("tables/") else "plan"
         next_command = f"lorapar {kind} {escaping.shell(str(paths[0]))}"
         return terminal.say(f"wrote {', '.join(map(str, paths))}; next: {next_command}")
     if data is None or model is None:

@@ -145,7 +145,7 @@ def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: 
         f"{without_answer} of {total} rows have no verifiable answer, and RL's reward of correctness needs "
         "one on each System 2 row: a field gold, or leave them out": verifiable and without_answer > 0,
         "how the model is told to end in `#### answer`: its chat template takes no system message, and SFT "
-        "alone teaches it": profile.refuses_system,
+        "alone teaches it": profile.answers.keys() <= VERIFIED and not profile.section.system,
         "what is imitated: no row has a response, so RL alone trains, by what the base gets right now and "
         "then; a few rows with a response allow scores and SFT, too": not imitable,
         "what System 2 learns from: no row is labelled System 2": labelled == 0,

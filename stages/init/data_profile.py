@@ -64,8 +64,6 @@ class DataProfile:
     """Number of rows with a thought."""
     section: PromptSection
     """The prompt settings with which the rows were rendered."""
-    refuses_system: bool
-    """True if the chat template takes no system message."""
     positions: int | None
     """Number of tokens that the model can read, if its config says."""
     parameters: int | None
@@ -123,7 +121,6 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,
-        refuses_system=asks and renderer.section.system is None,
         positions=getattr(base.config, "max_position_embeddings", None),
         parameters=parameters(model),
         linear=linear_modules(base),

@@ -52,10 +52,6 @@ def write(name: str, out: Path | None) -> list[Path]:
     return list(texts)
 
 
-def is_table(name: str) -> bool:
-    return "columns" in read_yaml(_source(name), name)
-
-
 def _source(name: str) -> Path:
     return FOLDER / f"{name}.yaml"
 
