@@ -16,10 +16,7 @@ from stages.pipeline.steps import plan_steps
 
 METHODS = ["ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]]
-COMMON = [
-    "eval.targets=[base,sft,rl]",
-    "sft.num_train_epochs=9",
-]  # fmt: skip
+COMMON = ["eval.targets=[base,sft,rl]", "sft.num_train_epochs=9"]
 
 
 def chosen(begun, method: str, *more: str):
