@@ -86,8 +86,8 @@ def _csv(path: Path, delimiter: str) -> Rows:
                 cells = zip(names, values, strict=True)
                 rows.append((reader.line_num, {name: _cell(name, text) for name, text in cells if name}))
             else:
-                found = f"{len(values)} fields, and the first line names {len(names)}"
-                bad.append(f"{path}:{reader.line_num}: {found}")
+                problem = f"{len(values)} fields, and the first line names {len(names)}"
+                bad.append(f"{path}:{reader.line_num}: {problem}")
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from None
     if bad:

@@ -211,8 +211,8 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
     shows_working = profile.imitable and profile.bare <= BARE * number
     guess = THOUGHT if not shows_thoughts else 0 if shows_working else defaults.max_completion_length
     if response < guess:
-        response, what = guess, "thoughts" if not shows_thoughts else "working"
-        response_why = f"rows show no {what}, so {guess} is a guess"
+        response, lacking = guess, "thoughts" if not shows_thoughts else "working"
+        response_why = f"rows show no {lacking}, so {guess} is a guess"
     completion = -(-round(response * ROOM) // STEP) * STEP
     if profile.positions is not None and prompt + completion > profile.positions:
         completion = max(profile.positions - prompt, profile.positions // 4)
