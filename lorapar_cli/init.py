@@ -110,7 +110,7 @@ def _rows(
     data: str, folder: Path, tests: list[str], columns: dict[str, str], holds_out: bool,
     written: list[Path],
 ) -> tuple[OwnRows, str, list[BenchmarkSection]]:  # fmt: skip
-    """The reading of the rows, those to train on, and benchmarks; `written` gets the files that were not there."""
+    """The reading of the rows, those to train on, and benchmarks; `written` gets the new files."""
     from stages.init.data_profile import benchmark_of
     from stages.init.own_rows import hold_out, own_rows
 
