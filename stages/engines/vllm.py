@@ -143,7 +143,9 @@ def _serving(
     """
     from stages.models.cancellation import rewrite
 
-    port = _free_port()
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = int(probe.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="lorapar-adapters-") as folder:
         served = {name: rewrite(adapter, Path(folder) / name) for name, adapter in modules.items()}
         command = _command(model, server, port, served)
@@ -168,12 +170,6 @@ def _serving(
             log.close()
             if not failed:
                 os.unlink(log.name)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:

@@ -19,7 +19,20 @@ def in_background(calls: Iterable[Callable[[], None]], stop: threading.Event) ->
     here. A call that waits for a server cannot check it: after `GRACE_S` seconds it is left to end with the
     process.
     """
-    futures = [_start_thread(call, stop) for call in calls]
+    futures: list[Future[None]] = []
+
+    def work(call: Callable[[], None], future: Future[None]) -> None:
+        try:
+            call()
+            future.set_result(None)
+        except BaseException as error:
+            stop.set()
+            future.set_exception(error)
+
+    for call in calls:
+        futures.append(Future())
+        # A daemon thread: at exit Python waits for the threads of a ThreadPoolExecutor.
+        threading.Thread(target=work, args=(call, futures[-1]), daemon=True).start()
     try:
         yield
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -28,19 +41,3 @@ def in_background(calls: Iterable[Callable[[], None]], stop: threading.Event) ->
         stop.set()
         wait(futures, GRACE_S)
         raise
-
-
-def _start_thread(call: Callable[[], None], stop: threading.Event) -> Future[None]:
-    future: Future[None] = Future()
-
-    def work() -> None:
-        try:
-            call()
-            future.set_result(None)
-        except BaseException as error:
-            stop.set()
-            future.set_exception(error)
-
-    # A daemon thread: at exit Python waits for the threads of a ThreadPoolExecutor.
-    threading.Thread(target=work, daemon=True).start()
-    return future
