@@ -4,33 +4,20 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-import typer
-
 from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Overrides, plan_of
+from lorapar_cli.options import ConfigPath, Overrides, argument, plan_of, trained
 from stages.config import TRAINED
-from stages.data.rows import missing_path_error
-from stages.pipeline.state import require_current
-from stages.store.artifacts import Store
+
+Question = Annotated[str | None, argument("None: it asks for one after the other.", "QUESTION")]
 
 
-def command(
-    config: ConfigPath,
-    question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="None: it asks for one after the other.")
-    ] = None,
-    set_: Overrides = None,
-) -> None:
-    settings, steps = plan_of(config, set_)
-    needed = [TRAINED[target] for target in settings.eval.modes.values()]
-    if not set(needed) <= set(steps):
-        raise missing_path_error()
-    store = Store(settings.root)
-    inputs = {name: require_current(store, steps[name], steps[needed[-1]]) for name in needed}
+def command(config: ConfigPath, question: Question = None, set_: Overrides = None) -> None:
+    settings, steps, store = plan_of(config, set_)
+    artifacts = trained(store, steps, list(settings.eval.modes.values()))
     from stages.ask import TrainedModel
 
     terminal.say(f"loading {settings.model.name}")
-    model = TrainedModel(settings, inputs)
+    model = TrainedModel(settings, {TRAINED[target]: artifact for target, artifact in artifacts.items()})
     for text in [question] if question is not None else _typed():
         for answer in model.answers(text):
             cut = "" if answer.complete else f", cut off at {model.limit}"
@@ -40,9 +27,8 @@ def command(
 
 def _typed() -> Iterator[str]:
     """Yield the lines that a person types, or that another program writes, until their end."""
-    is_person = sys.stdin.isatty()
     while True:
-        if is_person:
+        if sys.stdin.isatty():
             print("question (Ctrl-D ends): ", end="", flush=True)
         if not (line := sys.stdin.readline()):
             return

@@ -8,8 +8,6 @@ from lorapar_cli.options import flag
 from stages.config.listing import annotated, json_schema
 
 
-def command(
-    schema: Annotated[bool, flag("--schema", help="Print the JSON schema of a config instead.")] = False,
-) -> None:
+def command(schema: Annotated[bool, flag("--schema", "Print the JSON schema of a config.")] = False) -> None:
     text = json.dumps(json_schema(), indent=1, ensure_ascii=False) if schema else "\n".join(annotated())
     sys.stdout.write(text + "\n")

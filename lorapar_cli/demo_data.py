@@ -3,19 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lorapar_cli import terminal
+from lorapar_cli.options import argument, value
 from stages.config.fields import MAX_INT
 from stages.store.artifacts import refuse_store
 
+Folder = Annotated[Path, argument("Folder for train.jsonl and test.jsonl.", "DIR")]
+Seed = Annotated[int, value("Random seed; the same seed gives the same files.", min=0, max=MAX_INT)]
 
-def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for train.jsonl and test.jsonl.")],
-    seed: Annotated[
-        int, typer.Option(help="Random seed; the same seed gives the same files.", min=0, max=MAX_INT)
-    ] = 0,
-) -> None:
+
+def command(folder: Folder, seed: Seed = 0) -> None:
     from stages.data.demo import write
 
     refuse_store(folder)

@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import typer
@@ -17,7 +17,12 @@ Finding = tuple[str, str, bool | None]
 
 
 def command() -> None:
-    raise typer.Exit(0 if _show(examine()) else 1)
+    """Print each finding as it comes, and end with 1 if one is bad."""
+    complete = True
+    for name, text, good in examine():
+        print(f"{ {None: ' ', True: '+', False: '-'}[good] } {name:<20} {text}", flush=True)
+        complete &= good is not False
+    raise typer.Exit(0 if complete else 1)
 
 
 def examine() -> Iterator[Finding]:
@@ -55,17 +60,5 @@ def _device() -> Finding:
         return "device", f"{cards}, driver {gpu.driver_version()}, CUDA {torch.version.cuda}", None
     if reason := gpu.unusable_reason():
         return "device", f"torch cannot use the NVIDIA GPU: {reason}; {gpu.MEND}", False
-    return (
-        "device",
-        f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        None,
-    )
-
-
-def _show(findings: Iterable[Finding]) -> bool:
-    """Print each finding as it comes. Return True if none is bad."""
-    complete = True
-    for name, text, good in findings:
-        print(f"{ {None: ' ', True: '+', False: '-'}[good] } {name:<20} {text}", flush=True)
-        complete &= good is not False
-    return complete
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "device", f"CPU, {torch.get_num_threads()} threads, {capability}", None

@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lorapar_cli import terminal
+from lorapar_cli.options import argument, value
 from stages.store.artifacts import refuse_store
+
+MODELS = Path("models")
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="smollm2-135m-q4, or tiny-random for smoke tests.")],
-    models: Annotated[Path, typer.Option(help="Folder in which the model's folder is created.")] = Path(
-        "models"
-    ),
+    name: Annotated[str, argument("smollm2-135m-q4, or tiny-random for smoke tests.")],
+    models: Annotated[Path, value("Folder in which the model's folder is created.")] = MODELS,
 ) -> None:
     from stages.models import bundled
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from lorapar_cli import terminal
+from lorapar_cli.options import argument, value
 from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.data.rows import local_file
@@ -22,51 +21,41 @@ if TYPE_CHECKING:
     from stages.init.own_rows import OwnRows
 
 
-DATA = "Training rows: a file, or the hub id of a data set without subsets."
 SHOWN = 5
 """Final answers that are shown with their texts."""
+Data = Annotated[
+    str | None, argument("Training rows: a file, or the hub id of a data set without subsets.", "DATA")
+]
+Model = Annotated[str | None, value("Base model: a folder or a hub id.", "NAME")]
+Out = Annotated[Path | None, value("The config; by default the name of the rows, or of the example.", "FILE")]
+Labels = Annotated[str | None, value("Labels of your own: id or question, and system, 1 or 2.", "FILE")]
+Tests = Annotated[list[str] | None, value("Rows to evaluate on, or a hub id; repeatable.", "FILE", "--test")]
 COLUMNS = "Columns with other names than those of usual formats, such as question=Prompt,answer=Completion."
+Columns = Annotated[str | None, value(COLUMNS, "FIELD=COLUMN,…")]
 HOLD_OUT = (
     "Without --test, evaluate on a fifth of the questions of a file, at most 300, and train on the rest."
 )
-EXAMPLE = (
-    "Without rows: copy a config or table that comes with lorapar, such as demo. Their names: lorapar list "
-    "examples."
-)
+HoldOut = Annotated[bool, value(HOLD_OUT, None, "--hold-out/--no-hold-out")]
+EXAMPLE = "Without rows: copy a config or table that comes with lorapar. Their names: lorapar list examples."
+Example = Annotated[str | None, value(EXAMPLE, "NAME")]
 
 
 def command(
-    data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA)] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Base model: a folder or a hub id.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The config; by default the name of the rows, or of the example."),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Labels of your own: id or question, and system, 1 or 2."),
-    ] = None,
-    tests: Annotated[
-        list[str] | None,
-        typer.Option("--test", metavar="FILE", help="Rows to evaluate on, or a hub id; repeatable."),
-    ] = None,
-    columns: Annotated[str | None, typer.Option(metavar="FIELD=COLUMN,…", help=COLUMNS)] = None,
-    holds_out: Annotated[bool, typer.Option("--hold-out/--no-hold-out", help=HOLD_OUT)] = True,
-    example: Annotated[str | None, typer.Option(metavar="NAME", help=EXAMPLE)] = None,
+    data: Data = None,
+    model: Model = None,
+    out: Out = None,
+    labels: Labels = None,
+    tests: Tests = None,
+    columns: Columns = None,
+    holds_out: HoldOut = True,
+    example: Example = None,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
         if data or model or labels or tests or columns:
             problem = f"--example {example} takes no rows and no model"
             raise ConfigError(problem, "only --out may stand beside it")
-        from stages.init import examples
-
-        paths = examples.write(example, out)
-        kind = "sweep --dry-run" if example.startswith("tables/") else "plan"
-        next_command = f"lorapar {kind} {escaping.shell(str(paths[0]))}"
-        return terminal.say(f"wrote {', '.join(map(str, paths))}; next: {next_command}")
+        return _copy_example(example, out)
     if data is None or model is None:
         raise ConfigError(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
@@ -83,7 +72,17 @@ def command(
             file.unlink(missing_ok=True)
         raise
     names = ", ".join(map(str, [path, *written]))
-    terminal.say(f"wrote {names}; next: lorapar plan {escaping.shell(str(path))}")
+    terminal.say(
+        f"wrote {names}, with the reason for each setting; next: lorapar plan {escaping.shell(str(path))}"
+    )
+
+
+def _copy_example(name: str, out: Path | None) -> None:
+    from stages.init import examples
+
+    paths = examples.write(name, out)
+    kind = "sweep --dry-run" if name.startswith("tables/") else "plan"
+    terminal.say(f"wrote {', '.join(map(str, paths))}; next: lorapar {kind} {escaping.shell(str(paths[0]))}")
 
 
 def _check_paths(data: str, path: Path, labels: str | None) -> None:
@@ -148,12 +147,8 @@ def _write_config(
     if labels:  # says how many rows have none
         with_known_labels(profile.rows.examples, "system", Path(labels))
     questions = config_writer.open_questions(profile, tests, labels)
-    _print_reading(reading, data)
-    _print_profile(profile)
-    print("\nwhat follows for the config, where it differs from the defaults:")
-    for choice in settings:
-        terminal.write(f"  {choice.name}: {choice.value}" + (f"  ({choice.why})" if choice.why else ""))
-    print("\nwhat the rows do not say:")
+    _print_rows(reading, data, profile)
+    print("what the rows do not say:")
     for question in questions:
         terminal.write(f"  {question}")
     head = [
@@ -164,8 +159,8 @@ def _write_config(
     plan_steps(resolved(load(path, [])))
 
 
-def _print_reading(reading: OwnRows, file: str) -> None:
-    """Say what was read into the rows of a file."""
+def _print_rows(reading: OwnRows, file: str, profile: DataProfile) -> None:
+    """Print what was read from the rows of a file, and what of it is not as it should be."""
     from stages.init.own_rows import RULE
 
     if reading.columns:
@@ -177,19 +172,8 @@ def _print_reading(reading: OwnRows, file: str) -> None:
         print(f"final answers, read from {len(reading.golds)} rows ({RULE}); others: --columns gold=COLUMN")
         for text, gold in reading.golds[:SHOWN]:
             terminal.write(f"  {text} → {gold}")
-
-
-def _print_profile(profile: DataProfile) -> None:
     rows = profile.rows
     counts = {"empty": rows.empty, "repeated": rows.repeated}
     left_out = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
     print(f"{len(rows.examples)} rows: {rows.format}" + (f"; left out: {left_out}" if left_out else ""))
     print("answers: " + ", ".join(f"{kind} {number}" for kind, number in profile.answers.most_common()))
-    longest = f"tokens: prompts have at most {profile.prompt.longest}"
-    print(longest + (f", responses {profile.response.longest}" if profile.imitable else ""))
-    which = "the first row with a response" if profile.imitable and profile.unanswered else "the first row"
-    print(f"{which}, in the template {profile.section.template}, as the model reads it:")
-    for mark, text in zip(("  | ", "  > "), profile.sample, strict=True):
-        terminal.write("\n".join(mark + line for line in text.splitlines()))
-    if profile.imitable:
-        print("lines with > are trained")

@@ -2,24 +2,21 @@
 
 from typing import Annotated
 
-import typer
-
-from lorapar_cli import terminal
+from lorapar_cli.options import argument
 from stages.errors import ConfigError
 
+KINDS = "scorers, strategies, rewards, benchmarks, engines, personas or examples; all by default."
 
-def command(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="scorers, strategies, rewards, benchmarks, engines, personas or examples; all by default."
-        ),
-    ] = None,
-) -> None:
+
+def command(kind: Annotated[str | None, argument(KINDS)] = None) -> None:
     choices = kinds()
     if kind is not None and kind not in choices:
         raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(choices)}")
-    terminal.choices({kind: choices[kind]} if kind else choices)
+    for name in [kind] if kind else choices:
+        print(name)
+        width = max(14, *map(len, choices[name]))
+        for choice, text in choices[name].items():
+            print(f"  {choice:<{width}} {text}")
 
 
 def kinds() -> dict[str, dict[str, str]]:

@@ -7,31 +7,28 @@ import typer
 
 from lorapar_cli import terminal
 from stages import ORDER, escaping
-from stages.config import Config
-from stages.data.rows import local_file
+from stages.config import TRAINED, Config
+from stages.data.rows import local_file, missing_path_error
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.stage import all_stages
+from stages.pipeline.state import require_current
 from stages.pipeline.steps import Step, plan_steps
 from stages.runtime import gpu
+from stages.store.artifacts import Artifact, Store
 
 
-def flag(*names: str, **settings: Any) -> Any:
+def flag(name: str, text: str, **settings: Any) -> Any:
     """Return a typer.Option without a value; typer's help would show `<bool>` as if it took one."""
-    return typer.Option(*names, metavar="", **settings)
+    return typer.Option(name, metavar="", help=text, **settings)
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; lorapar init writes one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")
-]
-Force = Annotated[bool, flag("--force", help="Build again even if current; the old artifact is set aside.")]
-Unsafe = Annotated[
-    bool,
-    flag(
-        "--unsafe-no-sandbox",
-        help="Run model-written code without a sandbox; this is recorded in the result.",
-    ),
-]
+def value(text: str, metavar: str | None = None, *names: str, **settings: Any) -> Any:
+    """Return a typer.Option with a value. text: its help."""
+    return typer.Option(*names, metavar=metavar, help=text, **settings)
+
+
+def argument(text: str, metavar: str | None = None) -> Any:
+    return typer.Argument(metavar=metavar, help=text)
 
 
 def _quiet(is_quiet: bool) -> bool:
@@ -39,30 +36,18 @@ def _quiet(is_quiet: bool) -> bool:
     return is_quiet
 
 
-Quiet = Annotated[
-    bool, flag("--quiet", callback=_quiet, help="Print only errors, and at the end the results.")
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--only",
-        metavar="NAME",
-        help="Only this variant; repeatable. "
-        + " ".join(f"{s.name}: {s.variants_help}." for s in all_stages() if s.variants_help),
-    ),
-]
-Json = Annotated[
+_VARIANTS = " ".join(f"{s.name}: {s.variants_help}." for s in all_stages() if s.variants_help)
+ConfigPath = Annotated[Path, argument("YAML file; lorapar init writes one.", "CONFIG")]
+Overrides = Annotated[list[str] | None, value("Override a setting; repeatable.", "KEY=VALUE", "--set")]
+Force = Annotated[bool, flag("--force", "Build again even if current; the old artifact is set aside.")]
+Unsafe = Annotated[
     bool,
-    flag(
-        "--json",
-        help="Print JSON: one object per artifact or sample, or one in all for status, plan and results.",
-    ),
+    flag("--unsafe-no-sandbox", "Run model-written code without a sandbox; this is recorded in the result."),
 ]
-
-LastStage = Annotated[
-    str | None,
-    typer.Option("--to", metavar="STAGE", help=f"Last stage: {', '.join(ORDER[:-1])} or {ORDER[-1]}."),
-]
+Quiet = Annotated[bool, flag("--quiet", "Print only errors, and at the end the results.", callback=_quiet)]
+Only = Annotated[list[str] | None, value(f"Only this variant; repeatable. {_VARIANTS}", "NAME", "--only")]
+Json = Annotated[bool, flag("--json", "Print JSON: one object per artifact or sample, or one in all.")]
+LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STAGE", "--to")]
 
 
 SANDBOXED = tuple(n for n, field in Config.model_fields.items() if hasattr(field.default, "sandbox"))
@@ -82,18 +67,23 @@ typed_config = ""
 """The config and overrides of this command, as they were typed; empty before they are known."""
 
 
-def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step]]:
+def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, Step], Store]:
+    """Return the config that was typed, its steps by name, and the store of their artifacts."""
     global typed_config
-    typed_config = typed(path, overrides)
+    typed_config = " ".join(map(escaping.shell, [str(path), *sets(overrides)]))
     config = load(path, overrides)
     if config.data.path is not None:
         local_file(config.data)  # a wrong name is told at once; to ask the hub for a model takes long
     config = resolved(config)
     if config.model.device == "cpu":
         gpu.hide()
-    return config, plan_steps(config)
+    return config, plan_steps(config), Store(config.root)
 
 
-def typed(config: Path, overrides: list[str] | None) -> str:
-    """Return the config and its overrides as they are typed after a command."""
-    return " ".join(map(escaping.shell, [str(config), *sets(overrides)]))
+def trained(store: Store, steps: dict[str, Step], targets: list[str]) -> dict[str, Artifact]:
+    """Map each target to the artifact that trained it. MissingInputError if one is not current."""
+    names = {target: TRAINED[target] for target in targets}
+    if not set(names.values()) <= set(steps):
+        raise missing_path_error()
+    last = steps[names[targets[-1]]]
+    return {target: require_current(store, steps[name], last) for target, name in names.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from lorapar_cli.options import ConfigPath, Json, LastStage, Overrides, flag, plan_of, typed
-from lorapar_cli.tables import show, table
-from lorapar_cli.terminal import duration, gib, say
+from lorapar_cli import options
+from lorapar_cli.options import ConfigPath, LastStage, Overrides, flag, plan_of
+from lorapar_cli.terminal import duration, gib, say, table
 from stages.config import Config
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors, check_stage_name
@@ -19,28 +18,18 @@ from stages.store.artifacts import Store
 if TYPE_CHECKING:
     from stages.plan.texts import Texts
 
-Check = Annotated[
-    bool,
-    flag("--check", help="Measure nothing and print nothing, unless something is certain to stop the run."),
-]
+Check = Annotated[bool, flag("--check", "Only look for what is certain to stop the run; measure nothing.")]
 
 
-def command(
-    config: ConfigPath,
-    set_: Overrides = None,
-    check: Check = False,
-    last: LastStage = None,
-    as_json: Json = False,
-) -> None:
+def command(config: ConfigPath, set_: Overrides = None, check: Check = False, last: LastStage = None) -> None:
     """Say what a run would do, and what each step will take here, from some seconds of measuring.
 
     What does not fit into the memory, and texts that are too long, are named. What is certain to stop the run
     is an error, all of it at once.
     """
-    settings, steps = plan_of(config, set_)
+    settings, steps, store = plan_of(config, set_)
     if last is not None:
         check_stage_name(steps, last)
-    store = Store(settings.root)
     states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
     texts = texts_of(settings, store)
@@ -49,16 +38,13 @@ def command(
     if check:
         return
     predicted = estimate(texts, pending) if pending else Estimate({}, [])
-    if as_json:
-        print(json.dumps(_as_json(states, predicted)))
-        return
     _print_all(states, predicted)
     remedies = memory_remedies(pending, predicted)
     for name, remedy in remedies.items():
         print(f"{name} does not fit: {remedy}")
     if pending:
         first = "change that, and lorapar plan" if remedies else "lorapar run"
-        say(f"next: {first} {typed(config, set_)}{f' --to {last}' if last else ''}")
+        say(f"next: {first} {options.typed_config}{f' --to {last}' if last else ''}")
 
 
 def texts_of(settings: Config, store: Store) -> Texts:
@@ -87,13 +73,12 @@ def check_for_failures(texts: Texts, pending: list[Step], quietly: bool = False)
 
 def _print_all(states: dict[str, str], predicted: Estimate) -> None:
     """Print the state and cost of each step, what is too long, and the total."""
-    rows = table("step", "state", "takes about", "memory")
-    rows.columns[1].justify = "left"
+    rows = []
     for name, current in states.items():
         cost = predicted.costs.get(name)
         time = "" if cost is None else "not known" if cost.seconds is None else duration(cost.seconds)
-        rows.add_row(name, current, time, gib(cost.mib) if cost and cost.mib else "")
-    show(rows)
+        rows.append([name, current, time, gib(cost.mib) if cost and cost.mib else ""])
+    table(["step", "state", "takes about", "memory"], rows, to_left=("state",))
     for span in predicted.spans:
         if span.longer:
             of = f"{span.longer} of {len(span.lengths.ordered)} are longer than {span.setting} {span.limit}"
@@ -109,20 +94,3 @@ def _about(predicted: Estimate) -> str:
         return "how long it takes is not known"
     unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
     return f"about {duration(sum(predicted.seconds))}{unknown}"
-
-
-def _as_json(states: dict[str, str], predicted: Estimate) -> dict[str, Any]:
-    steps: dict[str, Any] = {}
-    for name, current in states.items():
-        cost = predicted.costs.get(name)
-        steps[name] = {
-            "state": current,
-            "seconds": cost and cost.seconds,
-            "mib": cost and cost.mib,
-        }
-    tokens = {
-        span.name: {"rows": span.rows, "sample": len(span.lengths.ordered), **span.lengths.summary()}
-        | {"limit": span.limit, "longer": span.longer}
-        for span in predicted.spans
-    }
-    return {"steps": steps, "tokens": tokens, "memory_mib": predicted.room}

@@ -1,11 +1,8 @@
 """`lorapar run`: makes whatever is missing or stale, stage by stage, in this process."""
 
-from collections.abc import Collection
 from typing import Annotated
 
-import typer
-
-from lorapar_cli import terminal
+from lorapar_cli import options, terminal
 from lorapar_cli.options import (
     SANDBOXED,
     ConfigPath,
@@ -15,37 +12,30 @@ from lorapar_cli.options import (
     Unsafe,
     plan_of,
     sets,
-    typed,
+    value,
     without_sandbox,
 )
 from lorapar_cli.plan import check_for_failures, texts_of
 from lorapar_cli.progress import TerminalProgress
 from lorapar_cli.stage import make, make_elsewhere, processes, report
-from stages.config import TRAINED, Config
 from stages.pipeline.run import Task, pending_stages
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
-from stages.store.artifacts import Store
+
+FROM = "First stage, made again even if it is current. If a later one fails, go on without --from."
 
 
 def command(
     config: ConfigPath,
     set_: Overrides = None,
-    first: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="STAGE",
-            help="First stage, made again even if it is current. If a later one fails, go on without --from.",
-        ),
-    ] = None,
+    first: Annotated[str | None, value(FROM, "STAGE", "--from")] = None,
     last: LastStage = None,
     unsafe: Unsafe = False,
     quiet: Quiet = False,
 ) -> None:
     set_ = [*(set_ or []), *without_sandbox(unsafe, *SANDBOXED)]
-    settings, steps = plan_of(config, set_)
-    store, requested = Store(settings.root), ancestors(steps, last)
+    settings, steps, store = plan_of(config, set_)
+    requested = ancestors(steps, last)
     made: set[str] = set()
     must_check, texts = True, None
     for task in pending_stages(steps, store, first, last):
@@ -73,24 +63,8 @@ def command(
         terminal.nothing_to_do()
     if "eval" not in made:
         terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
-    terminal.places(store, requested)
     if last is None:
-        commands = _next(settings, requested, typed(config, set_))
-        terminal.say(
-            "\n  ".join(["next, any of:", *commands] if len(commands) > 1 else [f"next: {commands[0]}"])
-        )
-
-
-def _next(settings: Config, requested: Collection[str], arguments: str) -> list[str]:
-    """The commands that use what a run has made. requested: the names of its steps."""
-    report = f"lorapar report {arguments} --out report"
-    trained = [target for target, step in TRAINED.items() if step in requested]
-    if not trained:
-        return [report]
-    modes = settings.eval.modes.values()
-    target = "" if settings.eval.modes["slow"] in trained else f" --target {trained[-1]}"
-    views = "  # --views: both modes" if set(modes) <= set(trained) and settings.served_by_vllm else ""
-    return [report, f"lorapar ask {arguments}", f"lorapar export {arguments} DIR{target}{views}"]
+        terminal.say(f"next: lorapar report {options.typed_config} --out report")
 
 
 def _options(overrides: list[str], task: Task, quiet: bool) -> list[str]:

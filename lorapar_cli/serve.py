@@ -6,48 +6,33 @@ import ipaddress
 import os
 from typing import Annotated
 
-import typer
-
 from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Overrides, plan_of
+from lorapar_cli.options import ConfigPath, Overrides, plan_of, trained, value
 from lorapar_cli.progress import TerminalProgress
-from stages.config import TRAINED
-from stages.data.rows import missing_path_error
 from stages.errors import ConfigError
 from stages.pipeline.resolve import INSTALL_VLLM
-from stages.pipeline.state import require_current
-from stages.store.artifacts import Store
 
 EXAMPLE = """\
 curl -i {address}/chat/completions{key} -H 'Content-Type: application/json' \\
   -d '{{"model": "slow", "messages": [{{"role": "user", "content": "What is 3 + 4?"}}]}}'"""
 KEY_ENV = "VLLM_API_KEY"
+Host = Annotated[str, value(f"Address to listen on; to let other machines in, set a key in {KEY_ENV}.")]
+Port = Annotated[int, value("Port to listen on.", min=1, max=65535)]
 
 
-def command(
-    config: ConfigPath,
-    host: Annotated[
-        str, typer.Option(help=f"Address to listen on; to let other machines in, set a key in {KEY_ENV}.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-    set_: Overrides = None,
-) -> None:
-    settings, steps = plan_of(config, set_)
+def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set_: Overrides = None) -> None:
+    settings, steps, store = plan_of(config, set_)
     if not importlib.util.find_spec("vllm"):
         raise ConfigError("lorapar serve needs vLLM, which is not installed", INSTALL_VLLM)
     from stages import serve
     from stages.engines import vllm
 
     modes = serve.modes_of(settings)
-    needed = {mode: TRAINED[target] for mode, target in settings.eval.modes.items()}
-    if not set(needed.values()) <= set(steps):
-        raise missing_path_error()
     key = os.environ.get(KEY_ENV, "")
     if not key and not _is_this_machine(host):
         raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
-    store = Store(settings.root)
-    slow = steps[needed["slow"]]
-    adapters = {mode: require_current(store, steps[name], slow).adapter for mode, name in needed.items()}
+    artifacts = trained(store, steps, list(settings.eval.modes.values()))
+    adapters = {mode: artifacts[target].adapter for mode, target in settings.eval.modes.items()}
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.bind(host, port) as bound,

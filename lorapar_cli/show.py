@@ -2,51 +2,43 @@
 
 from typing import Annotated
 
-import typer
-
-from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Json, Overrides, flag, plan_of, typed
-from stages.errors import ConfigError, MissingInputError
+from lorapar_cli import options, terminal
+from lorapar_cli.options import ConfigPath, Json, Overrides, argument, flag, plan_of, value
+from stages.errors import ConfigError
 from stages.pipeline.state import current_artifact, require_current, state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
+Stage = Annotated[str | None, argument("A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")]
+Samples = Annotated[bool, flag("--samples", "Show graded answers of an evaluation (eval:TARGET).")]
+Wrong = Annotated[bool, flag("--wrong", "Show only answers that are not correct.")]
+By = Annotated[str | None, value("Split results by this field of the test rows; system if left out.")]
+Limit = Annotated[int | None, value("How many answers; 5 if left out.", min=1)]
+
 
 def command(
     config: ConfigPath,
-    stage: Annotated[
-        str | None, typer.Argument(help="A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")
-    ] = None,
+    stage: Stage = None,
     set_: Overrides = None,
-    samples: Annotated[
-        bool,
-        flag(
-            "--samples",
-            help="Show graded answers of an evaluation (eval:TARGET); --wrong and --limit imply it.",
-        ),
-    ] = False,
-    wrong: Annotated[bool, flag("--wrong", help="Show only samples that are not correct.")] = False,
-    by: Annotated[
-        str | None, typer.Option(help="Split the results by this field of the test rows; system if left out.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="How many samples; 5 if left out.")] = None,
+    samples: Samples = False,
+    wrong: Wrong = False,
+    by: By = None,
+    limit: Limit = None,
     as_json: Json = False,
 ) -> None:
     """Show an artifact's manifest, graded samples, or the table of results."""
-    settings, steps = plan_of(config, set_)
-    store = Store(settings.root)
+    _, steps, store = plan_of(config, set_)
     evaluations = [step for step in steps.values() if step.stage.name == "eval"]
     samples |= wrong or limit is not None
     if samples and (stage is None or not stage.startswith("eval")):
         names = ", ".join(step.name for step in evaluations)
         raise ConfigError("--samples, --wrong and --limit go with an evaluation", f"choose from: {names}")
     if stage is None:
-        _show_results(store, evaluations, by, as_json, typed(config, set_))
+        _show_results(store, evaluations, by, as_json)
         return
     if by is not None:
-        raise ConfigError(
-            "--by goes with the results of all evaluations", f"lorapar show {typed(config, set_)} --by {by}"
-        )
+        hint = f"lorapar show {options.typed_config} --by {by}"
+        raise ConfigError("--by goes with the results of all evaluations", hint)
     named = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
     if not named:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
@@ -61,21 +53,13 @@ def command(
             terminal.manifest(artifact, as_json)
 
 
-def _show_results(store: Store, evaluations: list[Step], by: str | None, as_json: bool, config: str) -> None:
-    """Print the table of results. config: with its overrides, as they are typed."""
+def _show_results(store: Store, evaluations: list[Step], by: str | None, as_json: bool) -> None:
     if not evaluations:
         raise ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
-    if not any(current_artifact(store, step) for step in evaluations):
-        first = state(store, evaluations[0])
-        if first.state == "damaged":
-            require_current(store, evaluations[0])
-        raise MissingInputError(
-            f"no evaluation is current: {evaluations[0].name} is {first.state} ({first.why})",
-            f"lorapar run {config}",
-        )
+    absent = [step for step in evaluations if not current_artifact(store, step)]
+    if len(absent) == len(evaluations):
+        require_current(store, absent[0])
     terminal.results(store, evaluations, by or "system", as_json)
-    absent = [step.name for step in evaluations if not current_artifact(store, step)]
     if absent:
-        terminal.say(f"not shown, as not current: {', '.join(absent)}; lorapar status {config} says why")
-    if not as_json:
-        terminal.say(f"a page on this run: lorapar report {config} --out report")
+        names = ", ".join(step.name for step in absent)
+        terminal.say(f"not shown, as not current: {names}; lorapar status {options.typed_config} says why")

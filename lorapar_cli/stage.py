@@ -66,20 +66,20 @@ def command_of(stage: Stage) -> Callable[..., None]:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        settings, steps = plan_of(config, set_)
+        settings, steps, store = plan_of(config, set_)
         selected = [s for s in steps.values() if s.stage is stage]
         if not selected and settings.data.path and settings.baseline:
             raise ConfigError(f"a baseline has no stage {stage.name}", "lorapar sft CONFIG")
         if not selected:
             raise missing_path_error()
-        make_alone(settings, _variants(selected, only), force, as_json)
+        make_alone(settings, store, _variants(selected, only), force, as_json)
 
     return command
 
 
-def make_alone(settings: Config, steps: list[Step], force: bool, as_json: bool) -> None:
+def make_alone(settings: Config, store: Store, steps: list[Step], force: bool, as_json: bool) -> None:
     """Make steps of one stage for its command."""
-    store, number = Store(settings.root), processes(settings, steps[0])
+    number = processes(settings, steps[0])
     if number > 1 and (force or not all(current_artifact(store, step) for step in steps)):
         return make_elsewhere(sys.argv[1:], number)
     if not ranks.is_main():

@@ -11,13 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorapar_cli.tables import show, show_grid, table
 from stages import escaping
 from stages.errors import LoraparError
-from stages.pipeline.state import State, current_artifact
 from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison, voters
+from stages.report.page import Grid
 from stages.store.artifacts import Artifact, Store
 
 NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
@@ -76,6 +75,26 @@ def write(text: str) -> None:
     print(escaping.terminal(text))
 
 
+def table(head: list[str], lines: list[list[str]], to_left: tuple[str, ...] = ()) -> None:
+    """Print a table. Its first column and those of `to_left` are left-aligned, the others right-aligned."""
+    from rich.cells import cell_len
+
+    rows = [[escaping.terminal(cell) for cell in cells] for cells in (head, *lines)]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        spaces = [" " * (width - cell_len(cell)) for width, cell in zip(widths, cells, strict=True)]
+        is_left = [i == 0 or name in to_left for i, name in enumerate(head)]
+        padded = zip(cells, spaces, is_left, strict=True)
+        print("  ".join(cell + space if left else space + cell for cell, space, left in padded).rstrip())
+
+
+def show_grid(grid: Grid) -> None:
+    """Print a table of a report, with its caption below."""
+    table(grid.head, grid.rows)
+    if grid.caption:
+        print(escaping.terminal(grid.caption))
+
+
 def nothing_to_do() -> None:
     say("nothing to do: every artifact is current")
 
@@ -122,17 +141,6 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return "–".join(_short(v) for v in value)
     return str(value)
-
-
-def status(states: dict[str, State], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({name: {"state": s.state, "why": s.why} for name, s in states.items()}))
-        return
-    rows = table("step", "state", "why", text="why")
-    rows.columns[1].justify = "left"
-    for name, s in states.items():
-        rows.add_row(name, s.state, s.why)
-    show(rows)
 
 
 def gib(mib: float) -> str:
@@ -192,21 +200,3 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
     for name, of_benchmark in measures.items():
         show_grid(comparison.grid(name, of_benchmark))
         print()
-
-
-def places(store: Store, steps: dict[str, Step]) -> None:
-    """Print the folder of each current artifact, with its share of active elements."""
-    rows = table("artifact", "active elements", "where", text="where")
-    for name, step in steps.items():
-        if artifact := current_artifact(store, step):
-            share = artifact.manifest["summary"].get("active_share")
-            rows.add_row(name, "" if share is None else f"{share:.1%}", str(artifact.path))
-    show(rows)
-
-
-def choices(kinds: dict[str, dict[str, str]]) -> None:
-    for kind, names in kinds.items():
-        print(kind)
-        width = max(14, *map(len, names))
-        for name, text in names.items():
-            print(f"  {name:<{width}} {text}")

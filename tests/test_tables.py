@@ -1,45 +1,16 @@
-"""Tables at a terminal, and in files and pipes: whole in both."""
+"""Tables at a terminal, and in files and pipes."""
 
-import io
+from lorapar_cli import terminal
 
-import pytest
-
-from lorapar_cli.tables import show, table
-
-WHY = (
-    "sft.learning_rate was 0.01, now 0.003, sft.num_train_epochs was 1.0, now 2.0, "
-    "sft.batch_size was 8, now [16]"
-)
+WHY = "sft.learning_rate was 0.01, now 0.003, sft.num_train_epochs was 1.0, now 2.0, sft.batch_size was 8"
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def drawn():
-    found = table("step", "state", "why", text="why")
-    found.add_row("eval:sft@demo", "stale", WHY)
-    return found
-
-
-def test_a_file_gets_whole_lines(drawn, capsys, monkeypatch):
+def test_columns_stand_below_their_heads_and_nothing_is_cut_or_obeyed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    show(drawn)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split(maxsplit=2) == ["eval:sft@demo", "stale", WHY]
-    assert lines[0] == lines[0].rstrip()
-
-
-@pytest.mark.parametrize("columns", [200, 80, 50, 20])
-def test_a_terminal_folds_the_text_alone(drawn, monkeypatch, columns):
-    for name, value in {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm"}.items():
-        monkeypatch.setenv(name, value)
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
-    show(drawn)
-    first, *rest = terminal.getvalue().splitlines()[1:]
-    assert first.startswith("eval:sft@demo  stale  sft.learning_rate was")
-    assert max(map(len, [first, *rest])) <= max(columns, 50)
-    assert " ".join(" ".join([first, *rest]).split()[2:]) == WHY
+    rows = [["eval:sft@demo", "stale", "7", WHY], ["漢字", "current", "12", "\x1b[31m"]]
+    terminal.table(["step", "state", "n", "why"], rows, to_left=("state", "why"))
+    assert capsys.readouterr().out.splitlines() == [
+        "step           state     n  why",
+        f"eval:sft@demo  stale     7  {WHY}",
+        "漢字           current  12  \\x1b[31m",
+    ]

@@ -1,4 +1,4 @@
-"""Profile of a file of rows for a model: format, answers, lengths in tokens, and a row as it is trained."""
+"""Profile of a file of rows for a model: format, answers, and lengths in tokens."""
 
 from __future__ import annotations
 
@@ -56,8 +56,6 @@ class DataProfile:
     """Number of rows with an answer to verify and nothing before it: no response, or the answer alone."""
     system2_rows: int | None
     """Number of System 2 rows, if every row has a label in the field `system`; else None."""
-    sample: tuple[str, str]
-    """Prompt and trained text, as the model sees them, of the first row with a response, or of the first."""
     thinks: bool
     """True if the model thinks before it answers, in one mode at least."""
     thoughts: int
@@ -117,7 +115,6 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         unanswered=len(rows.examples) - len(answered),
         bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
         system2_rows=systems.count(2) if None not in systems else None,
-        sample=_sample(renderer, (answered or rows.examples)[0]),
         thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=renderer.section,
@@ -125,13 +122,6 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         parameters=parameters(model),
         linear=linear_modules(base),
     )
-
-
-def _sample(renderer: Renderer, example: Example) -> tuple[str, str]:
-    """Prompt and trained text of a row, as the model sees them."""
-    row, decode = renderer.row(example), renderer.tokenizer.decode
-    start = row.labels.count(IGNORED)
-    return decode(row.input_ids[:start]), decode(row.input_ids[start:]) if example.response else ""
 
 
 def _lengths(renderer: Renderer, examples: list[Example], imitable: bool) -> dict[str, Lengths]:

@@ -210,8 +210,8 @@ def is_table(path: Path) -> bool:
         return True
 
 
-def read(path: Path, max_cells: int = MAX_CELLS) -> TableFile:
-    """Read and check a table file of at most `max_cells` rows. Like a config, it may extend another one."""
+def read(path: Path) -> TableFile:
+    """Read and check a table file of at most MAX_CELLS rows. Like a config, it may extend another one."""
     if not path.is_file():
         raise MissingInputError(f"no table file {path}", "an example: lorapar init --example tables/theta")
     if not is_table(path):
@@ -220,20 +220,18 @@ def read(path: Path, max_cells: int = MAX_CELLS) -> TableFile:
         file = TableFile.model_validate(read_with_extends(path, _resolve_bases))
     except ValidationError as error:
         raise mistakes_error(path, validation_messages(error)) from None
-    check_size(path, len(file.rows), 1, max_cells)
+    check_size(path, len(file.rows), 1)
     if mistakes := list(file.mistakes()):
         raise mistakes_error(path, mistakes)
     return file
 
 
-def check_size(path: Path, rows: int, seeds: int, max_cells: int) -> None:
-    """Raise ConfigError if so many rows with so many seeds are more than `max_cells` cells."""
-    if rows * seeds > max_cells:
+def check_size(path: Path, rows: int, seeds: int) -> None:
+    """Raise ConfigError if so many rows with so many seeds are more than MAX_CELLS cells."""
+    if rows * seeds > MAX_CELLS:
         cells = f"{rows:,} rows" + (f" with {seeds:,} seeds" if seeds > 1 else "")
-        raise ConfigError(
-            f"{path}: {cells} are more than {max_cells:,} cells",
-            f"to plan them all: --max-cells {rows * seeds}",
-        )
+        problem = f"{path}: {cells} are more than {MAX_CELLS:,} cells"
+        raise ConfigError(problem, "some of them: --only ROW, --seeds N")
 
 
 def _resolve_bases(path: Path, table: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,18 +73,3 @@ def _command(cell: Cell, step: Step) -> list[str]:
         return [*command, "--set", f"eval.targets=[{target}]", "--benchmark", benchmark]
     others = [other for other in cell.steps.values() if other.stage is step.stage]
     return [*command, "--only", step.title] if len(others) > 1 else command
-
-
-def measured(nodes: dict[ArtifactId, Node]) -> dict[str, float]:
-    """Map each stage to the mean seconds that its existing artifacts in these runs took."""
-    seconds: dict[str, list[float]] = {}
-    for root in {Path(artifact[0]) for artifact in nodes}:
-        for path in root.glob("*/*/manifest.json"):
-            try:
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-                if path.parent.name != manifest["key"]:
-                    continue  # the `latest` link, or an older artifact that was set aside
-                seconds.setdefault(manifest["stage"], []).append(float(manifest["provenance"]["seconds"]))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # a damaged manifest
-    return {stage: statistics.fmean(values) for stage, values in seconds.items()}

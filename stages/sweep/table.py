@@ -15,7 +15,7 @@ from stages.config.yaml import on_one_line
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
-from stages.sweep.file import MAX_CELLS, ROW_KEYS, SEED, Column, TableFile, check_size, mistakes_error, read
+from stages.sweep.file import ROW_KEYS, SEED, Column, TableFile, check_size, mistakes_error, read
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,13 @@ def table(
     seeds: list[int] | None = None,
     overrides: list[str] | None = None,
     columns: list[str] | None = None,
-    max_cells: int = MAX_CELLS,
 ) -> Table:
     """Plan the cells of a table file. One ConfigError lists everything that is wrong with them.
 
     base: replaces every config that the file names. only: names of rows, or patterns such as `QKV*`.
-    overrides: additional `key=value` settings. columns: names or patterns, as for rows. max_cells:
-    ConfigError for more.
+    overrides: additional `key=value` settings. columns: names or patterns, as for rows.
     """
-    file = read(path, max_cells)
+    file = read(path)
     if columns:
         file = file.select_columns(_matching(path, "column", columns, list(file.columns)))
     if any(text.partition("=")[0].strip() == "seed" for text in overrides or ()):
@@ -95,7 +93,7 @@ def table(
     settings = file.rows
     rows = _matching(path, "row", only, list(settings)) if only else list(settings)
     numbers = seeds or file.seeds
-    check_size(path, len(rows), len(numbers), max_cells)
+    check_size(path, len(rows), len(numbers))
     if repeated := [seed for seed, times in Counter(numbers).items() if times > 1]:
         raise ConfigError(f"{path}: seed {repeated[0]} is named twice, and gives the same run")
     errors: dict[str, dict[str, None]] = {}

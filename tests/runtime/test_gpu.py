@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import typer
 from conftest import ROOT, flags
 
 from lorapar_cli import doctor
@@ -44,8 +45,11 @@ def test_the_reason_is_torch_s_own(old_driver, monkeypatch, tmp_path):
     assert gpu.unusable_reason() is None
 
 
-def test_doctor_names_it_and_fails(old_driver, capsys):
-    assert not doctor._show([doctor._device()])
+def test_doctor_names_it_and_fails(old_driver, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor._device()])
+    with pytest.raises(typer.Exit) as caught:
+        doctor.command()
+    assert caught.value.exit_code == 1
     said = f"- device               torch cannot use the NVIDIA GPU: {TOO_OLD}; update"
     assert said in capsys.readouterr().out
 

@@ -54,15 +54,6 @@ def test_two_missing_files_are_missing_files(tmp_path, lorapar):
     assert done.code == 66 and "no file" in done.err and not (tmp_path / "out").exists()
 
 
-def test_the_time_is_that_of_so_many_at_a_time(two, capfd):
-    nodes = {
-        ("r", "sft", str(n)): SimpleNamespace(stage="sft", current=False, cells=[("t", "row", n)])
-        for n in range(4)
-    }
-    sweep._announce([None] * 4, nodes, {"sft": 3600}, 2)
-    assert "together about 2.0 h, 2 at a time" in capfd.readouterr().err
-
-
 def test_devices_are_those_that_are_visible(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert sweep._slots(3, None) == [None] * 3 and sweep._slots(None, "0+1,2 + 3") == ["0,1", "2,3"]
