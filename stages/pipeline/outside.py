@@ -34,7 +34,7 @@ SCALE = {
 
 
 def digests(config: Config, names: Iterable[str]) -> dict[str, Any]:
-    """What identifies each of these, computed once."""
+    """The identity of each of these, computed once."""
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
     parts = {name: name.partition(":") for name in names}
     return {name: READERS[kind](config, place, cache) for name, (kind, _, place) in parts.items()}

@@ -110,7 +110,7 @@ def _spans(texts: Any, steps: list[Step]) -> list[Span]:
 
 
 class _Measured:
-    """What tokens cost on this process's device: to train on, to read, and to write."""
+    """Cost of tokens on this process's device: to train on, to read, and to write."""
 
     def __init__(self, texts: Any) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""What a step computes, counted in tokens: a stage's part of the estimate."""
+"""The work of a step, counted in tokens: a stage's part of the estimate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

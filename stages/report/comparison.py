@@ -28,7 +28,7 @@ Answers = dict[str, dict[str, list[Sample]]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a target answered to the items of a group."""
+    """Answers of a target to the items of a group."""
 
     target: str
     group: str

@@ -123,7 +123,7 @@ class Store:
         return Artifact(path, manifest)
 
     def integrity_error(self, artifact: Artifact) -> str | None:
-        """What differs from the manifest first, or None; read once, because steps share their inputs.
+        """The first difference from the manifest, or None; read once, because steps share their inputs.
 
         Hidden files, such as an editor's, may be added. Every byte of the others is read, because safetensors
         does not notice a flipped bit.
@@ -224,7 +224,7 @@ class Store:
 
 
 def _differences(artifact: Artifact) -> Iterator[str]:
-    """How the files of an artifact differ from its manifest."""
+    """Differences between the files of an artifact and its manifest."""
     listed = artifact.manifest["files"]
     for name, entry in listed.items():
         file = artifact.path / name

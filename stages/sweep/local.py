@@ -105,7 +105,7 @@ def run(
 
 
 def _outcome(job: Job, node: Node, log: Path, say: Callable[[str], None]) -> Outcome:
-    """How a job ended: a step is done if its artifact is there, whatever its process says."""
+    """Outcome of a job that ended: a step is done if its artifact is there, whatever its process says."""
     try:
         code = job.result()
     except Exception as error:  # of the worker's process, or of the cluster

@@ -20,8 +20,8 @@ MAX_REQUEUES = 20
 HINT = "--slurm KEY=VALUE takes the parameters of submitit's AutoExecutor, such as slurm_partition=gpu"
 
 
-class Command:
-    """What a job runs: one `lorapar` command. At its time limit the job is queued again, and resumes."""
+class StepCommand:
+    """The work of a job: one `lorapar` command. At its time limit the job is queued again, and resumes."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.arguments, self.log = arguments, log
@@ -33,10 +33,10 @@ class Command:
             return Guarded(command, **options).finish()
 
     def checkpoint(self) -> Any:
-        """What the job runs when it is queued again; submitit asks in its handler of the signal."""
+        """The work of the job when it is queued again; submitit asks in its handler of the signal."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(Command(self.arguments, self.log))
+        return DelayedSubmission(StepCommand(self.arguments, self.log))
 
 
 def _ignore_job_signals() -> None:
@@ -84,7 +84,7 @@ class Cluster:
                 parameters[name.partition(".")[2]] = value
         try:
             self.executor.update_parameters(**parameters)
-            self.jobs.append(self.executor.submit(Command(node.command, log)))
+            self.jobs.append(self.executor.submit(StepCommand(node.command, log)))
         except (AssertionError, NameError, TypeError, ValueError) as error:
             raise ConfigError(f"--slurm: {error}", HINT) from None
         except (FailedJobError, FailedSubmissionError) as error:

@@ -92,7 +92,7 @@ def test_who_stops_a_sweep_stops_its_steps(chain, cluster, tmp_path, jobs):
 
 
 def test_a_job_at_its_time_limit_runs_the_same_again(tmp_path):
-    call = slurm.Command(["sft", "a.yaml"], tmp_path / "log")
+    call = slurm.StepCommand(["sft", "a.yaml"], tmp_path / "log")
     again = call.checkpoint().function
     assert (again.arguments, again.log) == (call.arguments, call.log)
 
