@@ -31,7 +31,6 @@ from stages.runtime import network
         (OSError(errno.ENOSPC, "x", "runs/a"), 73, "cannot write runs/a: no space left on device"),
         (PermissionError(errno.EACCES, "x", "a"), 73, "cannot open a: permission denied"),
         (SafetensorError("I/O error: … (os error 28)"), 73, "cannot write: no space left"),
-        (RuntimeError("[enforce fail] No space left on device"), 73, "cannot write: no space left"),
         (FileNotFoundError(errno.ENOENT, "x", "a"), 66, "no file a"),
         (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 74, "the machine ran out of memory"),
@@ -43,23 +42,14 @@ def test_errors_of_the_system_have_a_sentence_and_a_code(error, code, told):
     assert found.exit_code == code and str(found).startswith(told)
 
 
-def test_an_unforeseen_error_is_called_a_defect_and_leaves_its_trace():
-    try:
-        {}["key"]
-    except KeyError as error:
-        found = to_user_error(error)
-    assert (found.exit_code, str(found)) == (70, "this is a defect of lorapar: KeyError: 'key'")
-    trace = Path(re.search(r"report it with (\S+\.txt)", found.hint)[1])
-    written = trace.read_text(encoding="utf-8")
-    assert "KeyError: 'key'" in written and "test_errors" in written
-    trace.unlink()
-
-
-def test_the_command_shows_no_trace(lorapar, monkeypatch):
+def test_an_unforeseen_error_is_called_a_defect_and_leaves_its_trace(lorapar, monkeypatch):
     monkeypatch.setattr("lorapar_cli.options.load", Mock(side_effect=ValueError("odd")))
     done = lorapar("status", "configs/smoke.yaml")
     assert done.code == 70 and done.err.startswith("error: this is a defect of lorapar: ValueError: odd")
-    assert "Traceback" not in done.err and "hint: please report it with" in done.err
+    assert "Traceback" not in done.err
+    trace = Path(re.search(r"hint: please report it with (\S+\.txt)", done.err)[1])
+    assert "Traceback" in trace.read_text(encoding="utf-8")
+    trace.unlink()
 
 
 def test_an_error_after_a_swallowed_signal_ends_as_the_signal_does(lorapar, monkeypatch):
@@ -102,21 +92,10 @@ def section(folder: Path) -> ModelSection:
     return ModelSection(name=str(folder), dtype="float32")
 
 
-def edited(folder: Path, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda m: (m / "config.json").write_text("{"),
-        lambda m: edited(m, model_type="unheard_of"),
-    ],
-)  # fmt: skip
-def test_a_damaged_model_is_named(copy, harm):
-    harm(copy)
-    with pytest.raises(LoraparError, match=f"cannot load model {copy}|model {copy} has no weights"):
+@pytest.mark.parametrize("text", ["{", '{"model_type": "unheard_of"}'])
+def test_a_damaged_model_is_named(copy, text):
+    (copy / "config.json").write_text(text)
+    with pytest.raises(LoraparError, match=f"cannot load model {copy}"):
         load_base(section(copy))
 
 
@@ -144,7 +123,6 @@ def test_a_tokenizer_without_eos(copy):
         ("{{ 1/0 }}", "ZeroDivisionError: division by zero"),
         ("{% for", "unexpected .end of template"),
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ],
 )
 def test_a_template_is_a_program_that_may_fail(copy, template, told):
@@ -170,35 +148,25 @@ def test_a_mistyped_path_is_named(name, told, tmp_path, monkeypatch):
     assert caught.value.hint
 
 
-def test_a_package_that_is_missing_is_no_fault_of_the_hub():
-    with (
-        pytest.raises(MissingInputError) as caught,
-        load_errors("the tokenizer of", ModelSection(name="owner/model")),
-    ):
-        raise ImportError("it needs the package sentencepiece")
-    assert "needs the package sentencepiece" in str(caught.value) and caught.value.hint is None
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")])
-def test_what_the_machine_lacks_is_no_fault_of_the_model(error, tiny):
-    with pytest.raises(type(error)), load_errors("model", section(tiny)):
-        raise error
+def test_what_the_machine_lacks_is_no_fault_of_the_model_nor_a_missing_package_of_the_hub(tiny):
+    for error in (MemoryError(), RuntimeError("can't allocate memory"), OSError(28, "full")):
+        with pytest.raises(type(error)), load_errors("model", section(tiny)):
+            raise error
+    with pytest.raises(MissingInputError, match="needs x") as caught, load_errors("x", section(tiny)):
+        raise ImportError("needs x")
+    assert caught.value.hint is None
 
 
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
     from huggingface_hub import constants
 
-    asked = []
     monkeypatch.setattr(network, "getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(network.socket, "getaddrinfo", lambda host, _: asked.append(host))
+    lookup = Mock()
+    monkeypatch.setattr(network.socket, "getaddrinfo", lookup)
     network.offline_without_network.__wrapped__()
-    assert asked == ["huggingface.co"] and not constants.HF_HUB_OFFLINE
-
-    def unknown(host, _):
-        raise OSError(f"no {host}")
-
-    monkeypatch.setattr(network.socket, "getaddrinfo", unknown)
+    assert lookup.call_args.args[0] == "huggingface.co" and not constants.HF_HUB_OFFLINE
+    lookup.side_effect = OSError("no host")
     network.offline_without_network.__wrapped__()
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"

@@ -13,6 +13,7 @@ from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import pending_stages
 from stages.pipeline.stage import all_stages, section
 from stages.pipeline.steps import ancestors, plan_steps
+from stages.records import write_jsonl
 from stages.store.artifacts import Store
 
 
@@ -20,8 +21,8 @@ from stages.store.artifacts import Store
 def no_hub(monkeypatch):
     """Data and models that are not here have a name and no digest."""
     outside = "stages.pipeline.outside"
-    monkeypatch.setattr(f"{outside}.of_model", lambda model, cache: f"{model.name} {model.revision}")
-    monkeypatch.setattr(f"{outside}.of_source", lambda source, cache: f"{source.path} {source.revision}")
+    monkeypatch.setattr(f"{outside}.of_model", lambda model, cache: model.revision)
+    monkeypatch.setattr(f"{outside}.of_source", lambda source, cache: source.revision)
 
 
 def keys(config: Config) -> dict[str, str]:
@@ -52,6 +53,7 @@ ALL = {
         ("rl.sandbox.seconds=9", set()),
         ("eval.sandbox.seconds=9", set()),
         ("server.vllm={dtype: float16}", set()),  # nothing is served by it
+        ("eval.untrained_items=5", {"eval:base@demo", "eval:init@demo"}),
         ("sft.learning_rate=0.5", {"sft", "rl", "eval:sft@demo", "eval:rl@demo"}),
         ("eval.benchmarks.demo.max_new_tokens=9", {name for name in ALL if name.startswith("eval")}),
     ],
@@ -65,26 +67,16 @@ def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change
 @pytest.mark.parametrize(
     ("strategy", "unread", "read"),
     [
-        ("known", ["classify.seed=3", "classify.rule=weighted", "classify.voters=[{}]"], "known=x"),
-        ("random", ["classify.known=x", "classify.quorum=1"], "seed=1"),
+        ("classify.strategy=known", "classify.voters=[{}]", "classify.known=x"),
+        ("classify.strategy=random", "classify.quorum=1", "classify.seed=1"),
+        ("partition.strategy=all", "partition.theta=.5", "partition.strategy=random"),
+        ("partition.strategy=topk", "partition.theta=.5", "partition.density=.3"),
+        ("partition.strategy=importance", "partition.density=.3", "partition.theta=.5"),
     ],
 )
-def test_labels_that_no_voter_gives_are_keyed_without_voters(smoke, strategy, unread, read):
-    def key(*more: str) -> str:
-        return keys(smoke(f"classify.strategy={strategy}", *more))["sft"]
-
-    assert {key(change) for change in unread} == {key()} != {key(f"classify.{read}")}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "unread", "read"),
-    [("all", "theta=.5", None), ("topk", "theta=.5", "density=.3"), ("importance", "density=.3", "theta=.5")],
-)
 def test_a_strategy_is_keyed_by_what_it_reads(smoke, strategy, unread, read):
-    def key(*change: str) -> str:
-        return keys(smoke(f"partition.strategy={strategy}", *(f"partition.{one}" for one in change)))["sft"]
-
-    assert key(unread) == key() and (read is None or key(read) != key())
+    same, other, key = (keys(smoke(strategy, *change))["sft"] for change in ([unread], [read], []))
+    assert same == key != other
 
 
 @needs_vllm
@@ -134,14 +126,6 @@ def test_only_ancestors_of_what_is_asked_for_are_made(smoke):
     }  # fmt: skip
 
 
-def test_another_run_of_the_store_asks_no_vote_and_no_answer_again(smoke, monkeypatch):
-    small = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base]", "score.examples=4")
-    make_steps(smoke(*small), "classify", "eval")
-    monkeypatch.setattr("stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded"))
-    made = make_steps(smoke(*small, "run=another"), "classify", "eval")
-    assert all(now for _, now in made.values())
-
-
 @pytest.mark.parametrize("stage", ["votes", pytest.param("answers", marks=pytest.mark.slow)])
 def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage):
     """The same checkpoint under `auto`, on a CPU that multiplies bfloat16 and on one that does not."""
@@ -158,30 +142,20 @@ def test_votes_and_answers_of_another_type_are_others(smoke, monkeypatch, stage)
     assert len(found[1]) == 2 * len(found[0]) > 0
 
 
-def test_untrained_models_may_answer_fewer_items(smoke):
-    labels = ("eval.benchmarks.demo.label=known", "classify.known=intended")
-    whole, fewer = smoke(*labels), smoke(*labels, "eval.untrained_items=5")
-    make_step(fewer, "classify:demo")
-    assert make_step(fewer, "eval:base@demo").manifest["summary"]["all"]["n"] == 5
-    one, two = keys(whole), keys(fewer)
-    assert {name for name in one if one[name] != two[name]} == {"eval:base@demo", "eval:init@demo"}
-
-
-def test_untrained_models_may_get_worked_examples(smoke, tmp_path):
-    def first_prompt(config):
-        metrics = make_step(config, "eval:base@demo").path / "metrics.json"
-        return json.loads(metrics.read_text())["first_prompt"]
-
+def test_untrained_models_may_answer_fewer_items_and_get_worked_examples(smoke, tmp_path):
     shots = tmp_path / "shots.jsonl"
-    worked = (
-        {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in (70, 80)
-    )
-    shots.write_text("".join(json.dumps(row) + "\n" for row in worked))
-    few = ("eval.benchmarks.demo.limit=2", "eval.benchmarks.demo.label=false", "eval.targets=[base, sft]")
-    without = smoke(*few)
-    with_two = smoke(*few, "eval.untrained_shots=2", f"eval.benchmarks.demo.shots_path={shots}")
-    before, after = first_prompt(without), first_prompt(with_two)
-    assert [text in after for text in ("70 + 1 = 71", "80 + 1 = 81")] == [True, True]
-    assert "70 + 1" not in before
-    one, two = keys(without), keys(with_two)
-    assert {name for name in one if one[name] != two[name]} == {"eval:base@demo"}
+    write_jsonl(shots, ({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in (70, 80)))
+    few = ("eval.benchmarks.demo.limit=6", "eval.benchmarks.demo.label=false", "eval.targets=[base, sft]")
+    more = ("eval.untrained_shots=2", "eval.untrained_items=2", f"eval.benchmarks.demo.shots_path={shots}")
+    metrics = []
+    for config in (smoke(*few), smoke(*few, *more)):
+        file = make_step(config, "eval:base@demo").path / "metrics.json"
+        metrics.append(json.loads(file.read_text()))
+    assert [of["all"]["n"] for of in metrics] == [6, 2]
+    prompts = [of["first_prompt"] for of in metrics]
+    assert [[text in prompt for text in ("#### 71", "#### 81")] for prompt in prompts] == [
+        [False] * 2,
+        [True] * 2,
+    ]
+    before, after = keys(smoke(*few)), keys(smoke(*few, *more))
+    assert {name for name in before if before[name] != after[name]} == {"eval:base@demo"}

@@ -20,7 +20,7 @@ from stages.lora.importance.masks import Masks
 from stages.pipeline.resolve import resolved
 from stages.pipeline.state import state
 from stages.pipeline.steps import plan_steps
-from stages.records import read_jsonl, read_labels
+from stages.records import read_jsonl, read_labels, write_jsonl
 from stages.store.artifacts import Store
 from stages.store.journal import SEAL, seal_of
 
@@ -43,10 +43,6 @@ def copied(finished, tiny, demo_data, tmp_path):
     return Small(tiny, demo_data, tmp_path)
 
 
-def test_every_step_is_made_once_whatever_the_batch_size_of_inference(copied):
-    assert not any(now for _, now in make_steps(copied("score.batch_size=2", "server.batch_size=4")).values())
-
-
 @pytest.mark.parametrize(("stage", "before"), [("sft", "score"), ("rl", "sft")])
 def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     """Read back from disk, with weight decay 0.1 and a KL term: not one bit of a frozen element differs."""
@@ -63,30 +59,25 @@ def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     assert whole[stage].manifest["summary"]["frozen_drift"] == 0
 
 
-def test_a_stale_input_is_an_error_with_the_command(copied):
-    with pytest.raises(
-        MissingInputError, match=r"partition:sft is stale \(partition.theta was 0.9, now 0.8\)"
-    ) as caught:
-        make_steps(copied("partition.theta=0.8"), "sft")
-    assert caught.value.hint == "lorapar run CONFIG --to sft"
-
-
-def test_a_rebuild_with_the_same_content_leaves_the_rest_current(copied):
-    config = copied()
+def test_what_is_current_stays_and_a_stale_input_is_an_error_with_the_command(copied):
+    """Whatever the batch size of inference, and after a rebuild with the same content."""
+    config = copied("score.batch_size=2", "server.batch_size=4")
     made = make_steps(config, "classify:train", "partition", force=True)
     assert made["classify:train"][1] and made["partition:rl"][1]
     assert not any(now for _, now in make_steps(config).values())
+    stale = r"partition:sft is stale \(partition.theta was 0.9, now 0.8\)"
+    with pytest.raises(MissingInputError, match=stale) as caught:
+        make_steps(copied("partition.theta=0.8"), "sft")
+    assert caught.value.hint == "lorapar run CONFIG --to sft"
 
 
 def test_a_rebuilt_input_makes_what_follows_stale(copied):
     config = copied()
     for journal in journals(config, "votes"):  # votes are not deterministic: these came out otherwise
-        rows = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+        rows = [{**row, "system2": 1 - row["system2"]} for _, row in read_jsonl(journal)]
         for row in rows:
-            del row[SEAL]
-            row["system2"] = 1 - row["system2"]
-        lines = [json.dumps({**row, SEAL: seal_of(row)}) for row in rows]
-        journal.write_text("\n".join([*lines, ""]), encoding="utf-8")
+            row[SEAL] = seal_of({name: value for name, value in row.items() if name != SEAL})
+        write_jsonl(journal, rows)
     assert make_steps(config, "classify:train", force=True)["classify:train"][1]
     states = {n: state(Store(config.root), s) for n, s in plan_steps(resolved(config)).items()}
     for name in ("score", "partition:rl"):
@@ -189,11 +180,11 @@ def test_answers_of_an_evaluation_are_journalled(copied):
 
 
 def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatch):
-    """Other labels, another limit: no model is loaded to answer again."""
-    config = copied("eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12")
+    """Another run, other labels, another limit: no model is loaded to vote or answer again."""
+    other = ("run=another", "eval.benchmarks.demo.label=false", "eval.benchmarks.demo.limit=12")
     monkeypatch.setattr("stages.engines.in_process.load_merged", lambda *_: pytest.fail("a model was loaded"))
-    made = make_steps(config, "eval:base@demo", "eval:init@demo")
-    assert all(now for _, now in made.values())
+    made = make_steps(copied(*other), "classify", "eval:base@demo")
+    assert len(made) == 2 and all(now for _, now in made.values())
 
 
 @pytest.mark.parametrize("change", ["lora.r=2", "eval.benchmarks.demo.max_new_tokens=9"])
