@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from statistics import mean
 
@@ -10,7 +9,7 @@ import jsonschema
 import pytest
 import reference
 import yaml
-from conftest import CONFIGS, ROOT, TABLES, Small, labels_of, make_steps, paths
+from conftest import CONFIGS, ROOT, TABLES, Small, make_steps
 from guide import PAGES, README, anchors, blocks, commands, own_reward, sentences
 
 from stages.config import Config
@@ -18,7 +17,6 @@ from stages.config.listing import json_schema, setting_names
 from stages.pipeline.resolve import load
 from stages.pipeline.stage import all_stages
 from stages.pipeline.stage import stage as described
-from stages.records import write_jsonl
 from stages.sweep.file import TableFile
 
 
@@ -69,42 +67,6 @@ def test_yaml_of_the_guide_is_valid(block, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"model": {"name": "model"}, **settings}), encoding="utf-8")
     load(path, [])
-
-
-@pytest.mark.slow
-def test_old_rows_are_replayed_and_protected(tiny, demo_data, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    lines = (demo_data / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    old = [json.loads(line) for line in lines[60:80]]
-    old[0]["answer"] = "Not a number."
-    write_jsonl(Path("old-train.jsonl"), old)
-    Path("rows-train.jsonl").write_text("\n".join(lines[:24]) + "\n", encoding="utf-8")
-    [join] = [block.text for block in blocks("sh") if "> both.jsonl" in block.text]
-    subprocess.run(join, shell=True, check=True)
-    keep = {"extends": str(ROOT / "configs/smoke.yaml"), "partition": {"protect": "old-train.jsonl"}}
-    Path("keep.yaml").write_text(yaml.safe_dump(keep), encoding="utf-8")
-    [replay] = [block.text for block in blocks("yaml") if block.title == "replay.yaml"]
-    Path("replay.yaml").write_text(replay, encoding="utf-8")
-    here = [text for text in paths(tiny, demo_data, tmp_path) if not text.startswith("data.path")]
-    config = load(
-        Path("replay.yaml"),
-        [
-            *here,
-            "score.examples=4",
-        ],
-    )
-
-    steps = make_steps(config, "classify", "score", "partition", "sft", "rl")
-    made = {name: artifact for name, (artifact, _) in steps.items()}
-    questions = {row["question"] for row in old}
-    assert all((row.system == 1) == (row.example.prompt in questions) for row in labels_of(config))
-    assert made["sft"].manifest["summary"]["rows"] == 24 + 20
-    summary = made["rl"].manifest["summary"]
-    assert [summary[f"{kind}prompts"] for kind in ("", "replayed_", "unrewardable_")] == [24, 19, 1]
-    history = json.loads((made["rl"].path / "history.json").read_text(encoding="utf-8"))
-    assert all("system1/reward" in step for step in history)
-    for stage in ("sft", "rl"):
-        assert made[f"partition:{stage}"].manifest["summary"]["protected"] > 0
 
 
 def test_settings_named_in_the_guide_exist() -> None:
