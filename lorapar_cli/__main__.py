@@ -5,14 +5,10 @@ import sys
 
 def main() -> None:
     try:
-        if sys.argv[1:] in ([], ["--help"], ["-h"]):
-            from lorapar_cli.commands import usage
+        if sys.argv[1:] in ([], ["--help"], ["-h"], ["--version"]):
+            from lorapar_cli import commands
 
-            print(usage())
-        elif sys.argv[1:] == ["--version"]:
-            from lorapar_cli.versions import own_version
-
-            print(own_version())
+            print(commands.own_version() if sys.argv[1:] == ["--version"] else commands.usage())
         else:
             from lorapar_cli.app import main as run
 

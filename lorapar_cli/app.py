@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import typer
 
@@ -28,12 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _name in COMMANDS:  # each has a module of its name with a function `command`, but for most stages
-    _module = _name.replace("-", "_")
-    if _name in ORDER and not (Path(__file__).parent / f"{_module}.py").exists():
+for _name in COMMANDS:  # each has a module of its name with a function `command`, but for the stages
+    if _name in ORDER:
         _command = command_of(stage(_name))
     else:
-        _command = importlib.import_module(f"lorapar_cli.{_module}").command
+        _command = importlib.import_module(f"lorapar_cli.{_name.replace('-', '_')}").command
     app.command(_name, help=COMMANDS[_name])(_command)
 
 

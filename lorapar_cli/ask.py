@@ -1,7 +1,6 @@
 """`lorapar ask`: a question to both modes of a trained model, in this process."""
 
 import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 from lorapar_cli import terminal
@@ -18,19 +17,10 @@ def command(config: ConfigPath, question: Question = None, set_: Overrides = Non
 
     terminal.say(f"loading {settings.model.name}")
     model = TrainedModel(settings, {TRAINED[target]: artifact for target, artifact in artifacts.items()})
-    for text in [question] if question is not None else _typed():
-        for answer in model.answers(text):
+    if question is None:
+        terminal.say("a question in each line; Ctrl-D ends")
+    for text in sys.stdin if question is None else [question]:
+        for answer in model.answers(text.strip()):
             cut = "" if answer.complete else f", cut off at {model.limit}"
             terminal.write(f"{answer.mode} ({answer.tokens} tokens{cut}, {answer.seconds:.1f} s)")
             terminal.write("\n".join(f"  {line}" for line in answer.text.splitlines()))
-
-
-def _typed() -> Iterator[str]:
-    """Yield the lines that a person types, or that another program writes, until their end."""
-    while True:
-        if sys.stdin.isatty():
-            print("question (Ctrl-D ends): ", end="", flush=True)
-        if not (line := sys.stdin.readline()):
-            return
-        if line.strip():
-            yield line.strip()

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from lorapar_cli.versions import own_version
+from lorapar_cli.commands import own_version
 from stages.errors import first_line
 from stages.runtime import gpu, resources
 
@@ -34,8 +34,7 @@ def examine() -> Iterator[Finding]:
         try:
             yield package, version(package), True
         except PackageNotFoundError:
-            needless = package == "vllm"  # voters then run in process
-            yield package, "not installed", None if needless else False
+            yield package, "not installed", None if package == "vllm" else False  # voters run in process
     try:
         yield _device()
     except (ImportError, OSError) as error:  # a library of CUDA that is missing, or half an installation

@@ -50,12 +50,10 @@ Json = Annotated[bool, flag("--json", "Print JSON: one object per artifact or sa
 LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STAGE", "--to")]
 
 
-SANDBOXED = tuple(n for n, field in Config.model_fields.items() if hasattr(field.default, "sandbox"))
-"""The sections of stages that may run code in a sandbox."""
-
-
-def without_sandbox(unsafe: bool, *stages: str) -> list[str]:
-    return [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in stages if unsafe]
+def with_unsafe(overrides: list[str] | None, unsafe: bool) -> list[str]:
+    """The overrides, with those of --unsafe-no-sandbox for the stages that may run code in a sandbox."""
+    bare = [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in ("rl", "eval") if unsafe]
+    return [*(overrides or ()), *bare]
 
 
 def sets(overrides: list[str] | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Annotated
 
 from lorapar_cli import options
@@ -34,7 +33,7 @@ def command(config: ConfigPath, set_: Overrides = None, check: Check = False, la
     pending = [steps[name] for name, current in states.items() if current != "current"]
     texts = texts_of(settings, store)
     if pending:
-        check_for_failures(texts, pending, quietly=check)
+        check_for_failures(texts, pending)
     if check:
         return
     predicted = estimate(texts, pending) if pending else Estimate({}, [])
@@ -54,21 +53,11 @@ def texts_of(settings: Config, store: Store) -> Texts:
     return Texts(settings, store)
 
 
-def check_for_failures(texts: Texts, pending: list[Step], quietly: bool = False) -> None:
-    """Raise DataError with everything that is certain to stop one of these steps.
-
-    quietly: the stages themselves will tell what else there is to say of the rows.
-    """
+def check_for_failures(texts: Texts, pending: list[Step]) -> None:
+    """Raise DataError with everything that is certain to stop one of these steps."""
     with libraries.hide_packages(*libraries.UNUSED):
         from stages.plan import preflight
-
-    logger = logging.getLogger("stages")
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR if quietly else level)
-        preflight.require_no_problem(texts, pending)
-    finally:
-        logger.setLevel(level)
+    preflight.require_no_problem(texts, pending)
 
 
 def _print_all(states: dict[str, str], predicted: Estimate) -> None:
@@ -84,13 +73,8 @@ def _print_all(states: dict[str, str], predicted: Estimate) -> None:
             of = f"{span.longer} of {len(span.lengths.ordered)} are longer than {span.setting} {span.limit}"
             print(f"{span.name}: {of} ({span.beyond}); the longest has {span.lengths.longest} tokens")
     if predicted.costs:
-        print(f"{_about(predicted)}; half as much or twice as much would be no surprise")
+        unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
+        total = f"about {duration(sum(predicted.seconds))}{unknown}"
+        print(f"{total}; half as much or twice as much would be no surprise")
     if predicted.room is not None:
         print(f"there are {gib(predicted.room)} of memory")
-
-
-def _about(predicted: Estimate) -> str:
-    if not predicted.seconds:
-        return "how long it takes is not known"
-    unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
-    return f"about {duration(sum(predicted.seconds))}{unknown}"

@@ -2,13 +2,11 @@
 
 import asyncio
 import importlib.util
-import ipaddress
 import os
 from typing import Annotated
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of, trained, value
-from lorapar_cli.progress import TerminalProgress
 from stages.errors import ConfigError
 from stages.pipeline.resolve import INSTALL_VLLM
 
@@ -29,14 +27,14 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
 
     modes = serve.modes_of(settings)
     key = os.environ.get(KEY_ENV, "")
-    if not key and not _is_this_machine(host):
+    if not key and host not in ("localhost", "127.0.0.1", "::1"):
         raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
     artifacts = trained(store, steps, list(settings.eval.modes.values()))
     adapters = {mode: artifacts[target].adapter for mode, target in settings.eval.modes.items()}
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.bind(host, port) as bound,
-        TerminalProgress() as progress,
+        terminal.TerminalProgress() as progress,
         vllm.open_modules(settings.model, adapters, settings.server, progress.say) as clients,
     ):
         client = clients[next(iter(modes))]
@@ -49,10 +47,3 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
 
         app = serve.application(client.urls[0], client.key, modes, key)
         asyncio.run(serve.run(app, bound, client.exit_error, ready))
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

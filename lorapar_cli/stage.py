@@ -1,14 +1,20 @@
-"""`lorapar STAGE`: makes the artifacts of one stage. `run` and `sweep` make their steps in the same way."""
+"""`lorapar STAGE`: makes the artifacts of one stage.
+
+`run` and workers of `sweep` make their steps in the same way.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Quiet, plan_of
-from lorapar_cli.progress import TerminalProgress
+from lorapar_cli import options, terminal
+from lorapar_cli.errors import report_failure
+from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Quiet, Unsafe, plan_of
+from lorapar_cli.process import set_up
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
@@ -17,22 +23,18 @@ from stages.pipeline.run import calls_of_pending, give_memory_back, run_step
 from stages.pipeline.stage import Stage
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.runtime import libraries, process_guard, ranks
-from stages.store.artifacts import Artifact, Store
-
-OnMade = Callable[[Step, Artifact, bool], None]
-"""Called after each step, with its artifact and whether it was made now."""
+from stages.runtime import gpu, libraries, process_guard, ranks
+from stages.store.artifacts import Store
 
 
 def make(
-    settings: Config,
-    store: Store,
-    steps: list[Step],
-    force: bool,
-    progress: TerminalProgress,
-    on_made: OnMade,
-) -> None:
-    """Make steps of one stage in turn. An engine is kept for the next step as long as it fits."""
+    settings: Config, store: Store, steps: list[Step], force: bool,
+    progress: terminal.TerminalProgress, on_made: Callable[..., None],
+) -> None:  # fmt: skip
+    """Make steps of one stage in turn. An engine is kept for the next step as long as it fits.
+
+    on_made: called after each step, with its artifact and whether it was made now.
+    """
     with EngineCache() as engines:
         if not force:
             _answer_together(settings, store, steps, progress, engines)
@@ -44,7 +46,11 @@ def make(
 
 
 def _answer_together(
-    settings: Config, store: Store, steps: list[Step], progress: TerminalProgress, engines: EngineCache
+    settings: Config,
+    store: Store,
+    steps: list[Step],
+    progress: terminal.TerminalProgress,
+    engines: EngineCache,
 ) -> None:
     """Let targets that one server can serve be answered by one, if there are several."""
     sharing = [step for step in steps if step.planned.answers_together]
@@ -56,36 +62,41 @@ def _answer_together(
 
 
 def command_of(stage: Stage) -> Callable[..., None]:
-    """The command of a stage that has none of its own."""
+    """The command that makes the artifacts of one stage."""
 
     def command(
-        config: ConfigPath,
-        set_: Overrides = None,
-        only: Only = None,
-        force: Force = False,
-        quiet: Quiet = False,
-        as_json: Json = False,
-    ) -> None:
-        settings, steps, store = plan_of(config, set_)
-        selected = [s for s in steps.values() if s.stage is stage]
-        if not selected and settings.data.path and settings.baseline:
+        config: ConfigPath, set_: Overrides = None, only: Only = None, unsafe: Unsafe = False,
+        force: Force = False, quiet: Quiet = False, as_json: Json = False,
+    ) -> None:  # fmt: skip
+        settings, steps, store = plan_of(config, options.with_unsafe(set_, unsafe))
+        variants = {s.title: s for s in steps.values() if s.stage is stage}
+        if not variants and stage.name == "eval":
+            hint = "set eval.benchmarks; without data.path, also eval.targets=[base]"
+            raise ConfigError("nothing to evaluate", hint)
+        if not variants and settings.data.path and settings.baseline:
             raise ConfigError(f"a baseline has no stage {stage.name}", "lorapar sft CONFIG")
-        if not selected:
+        if not variants:
             raise missing_path_error()
-        make_alone(settings, store, _variants(selected, only), force, as_json)
+        if unknown := set(only or ()) - set(variants):
+            hint = f"choose from: {', '.join(variants)}"
+            raise ConfigError(f"--only {min(unknown)}: no such variant", hint)
+        selected = [step for title, step in variants.items() if not only or title in only]
+        _make_alone(settings, store, selected, force, as_json)
+        if stage.name == "eval" and not as_json:
+            terminal.results(store, selected)
 
     return command
 
 
-def make_alone(settings: Config, store: Store, steps: list[Step], force: bool, as_json: bool) -> None:
+def _make_alone(settings: Config, store: Store, steps: list[Step], force: bool, as_json: bool) -> None:
     """Make steps of one stage for its command."""
     number = processes(settings, steps[0])
     if number > 1 and (force or not all(current_artifact(store, step) for step in steps)):
         return make_elsewhere(sys.argv[1:], number)
     if not ranks.is_main():
         terminal.set_quiet(True)
-    with TerminalProgress() as progress:
-        make(settings, store, steps, force, progress, partial(report, as_json=as_json))
+    with terminal.TerminalProgress() as progress:
+        make(settings, store, steps, force, progress, partial(terminal.artifact, as_json=as_json))
 
 
 def processes(settings: Config, step: Step) -> int:
@@ -111,16 +122,37 @@ def make_elsewhere(arguments: list[str], number: int) -> None:
         raise SystemExit(code)
 
 
-def report(step: Step, artifact: Artifact, created: bool, as_json: bool = False) -> None:
-    if ranks.is_main():
-        terminal.artifact(step.name, artifact, created, as_json)
+def begin_worker(device: str | None) -> None:
+    """Set up a process of `sweep` that makes one step after the other.
+
+    device: the GPUs that it may use; None leaves them as they are.
+    """
+    process_guard.end_with_parent()
+    os.setsid()  # an interrupt at the terminal reaches the sweep, which ends its workers
+    if device is not None:
+        os.environ[gpu.VISIBLE] = device
+    set_up()
 
 
-def _variants(steps: list[Step], only: list[str] | None) -> list[Step]:
-    """Select the steps whose variants are named by --only; all without it."""
-    variants = [step.title for step in steps]
-    if unknown := set(only or ()) - set(variants):
-        raise ConfigError(
-            f"--only {sorted(unknown)[0]}: no such variant", f"choose from: {', '.join(variants)}"
-        )
-    return [step for step in steps if not only or step.title in only]
+def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
+    """Make one step, and return the exit code that its command would have.
+
+    command: the arguments of `lorapar` that make it, for steps that need processes of their own. log: the
+    file that gets all output.
+    """
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    options.typed_config = " ".join(command[1:])
+    sys.argv[1:] = command  # what the manifest says
+    try:
+        if number := processes(config, step):
+            make_elsewhere(command, number)
+        else:
+            with terminal.TerminalProgress() as progress:
+                make(config, Store(config.root), [step], False, progress, terminal.artifact)
+    except Exception as problem:
+        return report_failure(problem)
+    finally:
+        sys.stdout.flush()
+    return 0

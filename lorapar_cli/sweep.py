@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lorapar_cli import terminal, worker
+from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, Quiet, argument, flag, value
+from lorapar_cli.stage import begin_worker, make_step
 from stages import escaping
 from stages.config.yaml import parse_yaml
 from stages.errors import ConfigError, LoraparError
@@ -55,7 +56,7 @@ def command(
     announce = terminal.conclude if dry_run else terminal.say
     announce(f"{len(cells)} cells share {len(nodes)} steps, {pending} of them to do")
     if not dry_run:
-        executor: Executor = Workers(slots, worker.begin, worker.make_step)
+        executor: Executor = Workers(slots, begin_worker, make_step)
         if slurm:
             executor = Cluster(logs / "jobs", _parameters(slurm), jobs or MAX_JOBS)
         outcomes = run(nodes, executor, logs, terminal.say)

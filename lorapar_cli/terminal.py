@@ -1,4 +1,4 @@
-"""Terminal output: messages, errors, tables."""
+"""Terminal output: messages, errors, tables, and the progress of a stage."""
 
 import functools
 import json
@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from stages import escaping
 from stages.errors import LoraparError
@@ -17,10 +18,13 @@ from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison, voters
 from stages.report.page import Grid
+from stages.runtime import ranks
 from stages.store.artifacts import Artifact, Store
 
 NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 """Environment variables by which libraries draw no progress bars."""
+LOG_EVERY_S = 10
+"""Seconds between two lines of a log on one task."""
 _quiet = False
 
 
@@ -88,11 +92,11 @@ def table(head: list[str], lines: list[list[str]], to_left: tuple[str, ...] = ()
         print("  ".join(cell + space if left else space + cell for cell, space, left in padded).rstrip())
 
 
-def show_grid(grid: Grid) -> None:
+def _show_grid(grid: Grid) -> None:
     """Print a table of a report, with its caption below."""
     table(grid.head, grid.rows)
     if grid.caption:
-        print(escaping.terminal(grid.caption))
+        write(grid.caption)
 
 
 def nothing_to_do() -> None:
@@ -107,13 +111,15 @@ def error(problem: LoraparError, config: str = "") -> None:
         conclude(f"  hint: {hint}")
 
 
-def artifact(name: str, committed: Artifact, created: bool, as_json: bool) -> None:
+def artifact(step: Step, committed: Artifact, created: bool, as_json: bool = False) -> None:
     """Report a step's artifact. created: false if it was current already."""
     summary, path = committed.manifest["summary"], committed.path
-    if as_json:
-        print(json.dumps({"step": name, "path": str(path), "made": created, "summary": summary}))
+    if not ranks.is_main():
         return
-    conclude(f"{name}: {path}" + (f" in {_cost(committed)}" if created else " is current"))
+    if as_json:
+        print(json.dumps({"step": step.name, "path": str(path), "made": created, "summary": summary}))
+        return
+    conclude(f"{step.name}: {path}" + (f" in {_cost(committed)}" if created else " is current"))
     if created and not _quiet:
         for line in _facts(summary):
             say(f"  {line}")
@@ -170,7 +176,7 @@ def manifest(committed: Artifact, as_json: bool) -> None:
 
 def _voter_report(folder: Path) -> None:
     if grid := voters.grid(folder):
-        show_grid(grid)
+        _show_grid(grid)
 
 
 def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
@@ -198,5 +204,66 @@ def results(store: Store, steps: list[Step], by: str = "system", as_json: bool =
         print(json.dumps(measures, default=asdict))
         return
     for name, of_benchmark in measures.items():
-        show_grid(comparison.grid(name, of_benchmark))
+        _show_grid(comparison.grid(name, of_benchmark))
         print()
+
+
+class TerminalProgress:
+    """Progress of the steps of one stage, as a context: a bar on a terminal, else lines of a log."""
+
+    def __init__(self, title: str = "") -> None:
+        """title: of the stage, with its position in the run."""
+        self.title, self._task, self._done, self._note = title, "", 0, ""
+        self._total: int | None = None
+        self._begun = self._logged = 0.0
+        self._bar: Any = None
+        self._row: Any = None
+
+    def __enter__(self) -> Self:
+        if interactive():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console(), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done()
+        if self._bar:
+            self._bar.stop()
+
+    def start(self, task: str, total: int | None = None) -> None:
+        self.done()
+        self._task, self._total, self._done, self._note = task, total, 0, ""
+        self._begun = self._logged = time.monotonic()
+        if self._bar:
+            self._row = self._bar.add_task(f"{self.title} {task}".strip(), total=total, note="")
+        elif not total:
+            say(task)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done, self._note = self._done + n, note
+        if self._row is not None:
+            self._bar.update(self._row, advance=n, note=note)
+        elif self._task and self._total and time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._log()
+
+    def say(self, text: str) -> None:
+        say(text)
+
+    def done(self) -> None:
+        """End the task. A log gets a last line on it."""
+        if self._row is not None:
+            self._bar.remove_task(self._row)
+            self._row = None
+        elif self._task and self._total:
+            self._log()
+        self._task = ""
+
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        count = f"{self._done}/{self._total} in {duration(self._logged - self._begun)}"
+        say("  ".join(filter(None, (self._task, count, self._note))))

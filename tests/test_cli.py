@@ -166,15 +166,14 @@ def test_results_that_are_not_there(lorapar, config):
 
 
 def test_bare_programs_run_in_rl_too(lorapar, config, monkeypatch):
-    """`eval` has RL made as it is."""
     seen = []
-    for name in ("run", "eval"):
+    for name in ("run", "stage"):
         planned = f"lorapar_cli.{name}.plan_of"
         monkeypatch.setattr(planned, lambda path, sets: seen.append(sets) or (None, {}, None))
     lorapar("run", "c.yaml", "--unsafe-no-sandbox")
     lorapar("eval", "c.yaml", "--unsafe-no-sandbox", "--set", "seed=1")
     bare = "sandbox.backend=unsafe-no-sandbox"
-    assert seen == [[f"rl.{bare}", f"eval.{bare}"], ["seed=1", f"eval.{bare}"]]
+    assert seen == [[f"rl.{bare}", f"eval.{bare}"], ["seed=1", f"rl.{bare}", f"eval.{bare}"]]
 
 
 def test_an_error_that_cannot_be_printed_has_its_code():

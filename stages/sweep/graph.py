@@ -69,7 +69,7 @@ def _command(cell: Cell, step: Step) -> list[str]:
     sets = [argument for text in (*cell.overrides, *engines) for argument in ("--set", text)]
     command = [step.stage.name, str(cell.base), *sets]
     if step.stage.name == "eval":
-        target, _, benchmark = step.variant.partition("@")
-        return [*command, "--set", f"eval.targets=[{target}]", "--benchmark", benchmark]
+        target = step.variant.partition("@")[0]
+        return [*command, "--set", f"eval.targets=[{target}]", "--only", step.variant]
     others = [other for other in cell.steps.values() if other.stage is step.stage]
     return [*command, "--only", step.title] if len(others) > 1 else command
