@@ -78,7 +78,9 @@ TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_the_tables_of_the_project_are_sound_and_can_be_made_on_the_demo(path, tiny, demo_data):
-    data = [f"data.path={demo_data / 'train.jsonl'}", f"eval.benchmarks.demo.path={demo_data / 'test.jsonl'}"]
+    benchmark = "eval.benchmarks.demo"
+    files = {"data.path": "train", f"{benchmark}.path": "test", f"{benchmark}.shots_path": "train"}
+    data = [f"{name}={demo_data / file}.jsonl" for name, file in files.items()]
     overrides = [f"model.name={tiny}", *data]
     planned = table(path, base=ROOT / "configs/demo.yaml", overrides=overrides, seeds=[1])
     assert all(cell.columns for cell in planned.cells)
