@@ -52,7 +52,8 @@ LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STA
 
 def with_unsafe(overrides: list[str] | None, unsafe: bool) -> list[str]:
     """The overrides, with those of --unsafe-no-sandbox for the stages that may run code in a sandbox."""
-    bare = [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in ("rl", "eval") if unsafe]
+    sandboxed = [n for n, field in Config.model_fields.items() if hasattr(field.default, "sandbox")]
+    bare = [f"{stage}.sandbox.backend=unsafe-no-sandbox" for stage in sandboxed if unsafe]
     return [*(overrides or ()), *bare]
 
 
