@@ -75,7 +75,6 @@ def test_a_program_that_reads_its_own_answers_ends_nothing_but_itself(each):
         ("import os\ndef add(a, b):\n    os._exit(0)\n", "crashed"),
         ("def add(a, b):\n    print('x' * 2**22)\n    return a + b\n", "flooded"),
         ("from unittest.mock import ANY\ndef add(a, b):\n    return ANY\n", "suspicious"),
-        ("class I(int): pass\ndef add(a, b):\n    return I(3)\n", "suspicious"),
         (f"import asyncio\nasync def one(): return 1\n{ADD}asyncio.run(one())", "passed"),
         (f"print('fine')\n{ADD}if __name__ == '__main__':\n    1 / 0\n", "passed"),
     ],
@@ -95,7 +94,6 @@ ODD = {
     "lone surrogate, raised": "def add(a, b): raise ValueError('\\ud800')\n",
     "lone surrogate, on load": "raise ValueError('\\ud800')\n",
     "many digits": "def add(a, b): return 10 ** 5000\n",
-    "many digits, raised": "def add(a, b): raise ValueError(10 ** 5000)\n",
     **{f"channel {text[:9]!r}": CHANNEL.format(text) for text in (
         b'{"value": 3}\n', b"[" * 9999 + b"\n", b"1" * 5000 + b"\n", b"\xff\xff\n", b"null\n", b"{}\n",
         b'{"verdict": "passed", "why": ""}\n', b'{"raised": 7}\n', b'{"raised": ["E", "\\ud800"]}\n',
@@ -313,10 +311,8 @@ def test_filters(arch, machine):
 LEFT_BEHIND = {
     "sleeping": "",
     "without a parent-death signal": "libc.prctl(1, 0, 0, 0, 0)",
-    "without it, raw": "libc.syscall(157 if os.uname().machine == 'x86_64' else 167, 1, 0, 0, 0, 0)",
     "ignoring signals": "for n in {*range(1, 65)} - {9, 19, 32, 33}: signal.signal(n, signal.SIG_IGN)",
     "in a session of its own": "os.setsid()",
-    "as another user": "os.setuid(65534)",
     "in a child": "os.fork() and os._exit(0)",
     "in a thread": "threading.Thread(target=time.sleep, args=(600,)).start()\nlibc.syscall(60, 0)",
     "as another program": "os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(600)'])",
