@@ -45,5 +45,5 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
             header = f' -H "Authorization: Bearer ${KEY_ENV}"' if key else ""
             terminal.say(EXAMPLE.format(address=address, key=header))
 
-        app = serve.application(client.urls[0], client.key, modes, key)
+        app = serve.application(client.url, client.key, modes, key)
         asyncio.run(serve.run(app, bound, client.exit_error, ready))

@@ -26,7 +26,7 @@ QUICK = {"concurrency": 8, "timeout_s": 1}
 
 
 def config_in(folder: Path, tiny: Path):
-    """A function from the mock's URL (or several) to a config with one remote voter and ROWS rows."""
+    """A function from the mock's URL to a config with one remote voter and ROWS rows."""
     rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "config.yaml").write_text(
@@ -34,8 +34,8 @@ def config_in(folder: Path, tiny: Path):
         f"data: {{path: {folder}/rows.jsonl}}, server: {json.dumps(QUICK)}, eval: {{targets: [base]}}}}\n"
     )
 
-    def make(*urls: str, **classify):
-        voter = {"model": "judge", "base_url": list(urls), "persona": "role_play"}
+    def make(url: str, **classify):
+        voter = {"model": "judge", "base_url": url, "persona": "role_play"}
         section = {"voters": [voter], "accept_weak": True, **classify}
         return load(folder / "config.yaml", [f"classify={json.dumps(section)}"])
 

@@ -62,8 +62,8 @@ def _server_checks(texts: Texts) -> Iterator[Check]:
     config, votes = texts.config, texts.store.root.parent / "votes"
     for voter in config.classify.voters:
         pattern = journal_path(votes, voter.voting_model(config.model).title, voter.persona, "*").name
-        if not any(votes.glob(pattern)):  # else the votes may all be there
-            yield from (partial(check_reachable, url) for url in voter.urls)
+        if voter.base_url and not any(votes.glob(pattern)):  # else the votes may all be there
+            yield partial(check_reachable, voter.base_url)
 
 
 def _check_known_labels(texts: Texts, variant: str) -> None:
@@ -104,7 +104,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     config, rows, voters = texts.config, texts.rows[variant], texts.config.classify.voters
     if config.labelling_strategy(variant) in UNVOTED or not rows:
         return Work(copies=0)
-    if config.model.load_in_4bit or any(v.model or v.urls or v.thinking for v in voters):
+    if config.model.load_in_4bit or any(v.model or v.base_url or v.thinking for v in voters):
         return None  # other models vote (the base itself in 16 bits), or think at unknown length
     first = variant == TRAIN
     examples = len(rows) + (len(held_out(config.classify.held_out)) if first else 0)

@@ -114,15 +114,15 @@ def _journals(model: ModelSection, classify: ClassifySection, context: StageCont
             )
         question = question_of(voter, model.title, classify.show_answer)
         # A model's precision changes its votes. It is known for models that run here, not for remote servers.
-        if not voter.urls:
+        if not voter.base_url:
             identity = f"{identity} {answer_dtype(voter_model, voter.engine)}"
         folder, title = context.journals / "votes", voter_model.title
         journal = VoteJournal(voter, name, title, identity, question, classify.seed, folder)
         for earlier in journals.values():
-            if journal.path == earlier.path and voter.urls != earlier.voter.urls:
+            if journal.path == earlier.path and voter.base_url != earlier.voter.base_url:
                 raise ConfigError(
                     f"classify.voters: {earlier.title} and {name} have one model and persona, but other URLs",
-                    "if it is one model, give one voter both: base_url: [URL, URL]; else rename one of them",
+                    "rename one of the models",
                 )
         journals[name] = journal
     return list(journals.values())
@@ -151,7 +151,7 @@ def _collect_votes(
 
     for journal in sorted(journals, key=model_of):
         if missing[journal.title]:
-            lanes.setdefault(str(journal.voter.urls or journal.voter.devices or ""), []).append(journal)
+            lanes.setdefault(str(journal.voter.base_url or journal.voter.devices or ""), []).append(journal)
     for journal in journals:
         if not missing[journal.title]:
             progress.say(f"{journal.title}: all votes are in its journal")
@@ -161,8 +161,8 @@ def _collect_votes(
         for journal in lane:
             # No variable for the engine: it would keep the engine in memory while the next one is loaded.
             voter = journal.voter
-            served = voter.voting_model(model), None, voter.urls, voter.api_key_env, voter.vllm, voter.devices
-            spec = EngineSpec(voter.engine, *served)
+            access = voter.base_url, voter.api_key_env, voter.vllm, voter.devices
+            spec = EngineSpec(voter.engine, voter.voting_model(model), None, *access)
             votes = journal.ask(engines.get(spec, server, progress.say), progress.say)
             if begun.acquire(blocking=False):
                 progress.start("votes", sum(missing.values()))

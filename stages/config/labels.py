@@ -34,8 +34,7 @@ class Voter(Section):
     revision: str = advanced_unkeyed("main", "Branch, tag or commit of a voting model on the hub.")
     engine: Engine = setting("auto")
     """auto: openai with base_url; else vllm, or in process if there is no GPU and the model is small."""
-    base_url: str | list[str] | None = unkeyed(None)
-    """Address of an OpenAI-compatible server (…/v1), or of several with the same model."""
+    base_url: str | None = unkeyed(None, "Address of an OpenAI-compatible server (…/v1).")
     api_key_env: str = unkeyed("OPENAI_API_KEY", "Environment variable with the API key for base_url.")
     persona: Persona = setting("role_play", "Prompt and label words, one of `lorapar list personas`.")
     words: tuple[str, str] | None = advanced(None)
@@ -57,11 +56,6 @@ class Voter(Section):
     vllm: Annotated[dict[str, Any], JsonValue] = advanced_unkeyed({})
     """Further arguments of its vLLM server, e.g. {quantization: fp8}."""
 
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """Addresses of the voter's servers; empty for a model that runs here."""
-        return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
-
     def voting_model(self, model: ModelSection) -> ModelSection:
         """Return the model that votes: the voter's own, or else the base `model` without load_in_4bit."""
         if self.model:
@@ -69,8 +63,8 @@ class Voter(Section):
         return model.model_copy(update={"load_in_4bit": False})
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        for url in self.urls:
-            check_url("base_url", url)
+        if self.base_url:
+            check_url("base_url", self.base_url)
         if self.engine == "openai" and not self.base_url:
             yield "engine openai needs base_url"
         if self.base_url and self.engine not in ("openai", "auto"):

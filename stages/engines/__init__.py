@@ -36,8 +36,8 @@ class EngineSpec:
     model: ModelSection
     """For engine openai, `model.name` is the name under which the server serves it."""
     adapter: Path | None = None
-    urls: tuple[str, ...] = ()
-    """Base URLs of servers that are already running."""
+    url: str | None = None
+    """Base URL of a server that is already running."""
     api_key_env: str = ""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Extra arguments of its vLLM server; they override `server.vllm`."""

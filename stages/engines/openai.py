@@ -1,4 +1,4 @@
-"""Answers and choices from running OpenAI-compatible servers, by the client of the package `openai`.
+"""Answers and choices from a running OpenAI-compatible server, by the client of the package `openai`.
 
 Choices are made by constrained decoding with log-probabilities. The server masks everything but the words
 before it computes the log-probabilities (vLLM: `structured_outputs.choice`), so the words' probabilities are
@@ -67,8 +67,8 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
     key = os.environ.get(spec.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the key in {spec.api_key_env} has characters that no key has", "type it again")
-    say(f"asking {spec.model.name} at {', '.join(spec.urls)}")
-    yield Client(spec.urls, key, server, spec.model.name)
+    say(f"asking {spec.model.name} at {spec.url}")
+    yield Client(spec.url or "", key, server, spec.model.name)
 
 
 def check_reachable(url: str) -> None:
@@ -91,20 +91,18 @@ def max_reply_tokens(request: ChoiceRequest) -> int:
 
 
 class Client:
-    """One model on one server or several. ServerError if they do not answer, ConfigError if they refuse."""
+    """One model on a server. ServerError if it does not answer, ConfigError if it refuses."""
 
     def __init__(
-        self, urls: tuple[str, ...], key: str, server: ServerSection, model: str,
+        self, url: str, key: str, server: ServerSection, model: str,
         exit_error: Callable[[], ServerError | None] = lambda: None, concurrency: int = CONCURRENCY,
     ) -> None:  # fmt: skip
         """exit_error: why the server has ended, if it has."""
-        self.urls, self.key, self.server, self.model, self.exit_error = urls, key, server, model, exit_error
+        self.url, self.key, self.server, self.model, self.exit_error = url, key, server, model, exit_error
         self._most = server.concurrency or concurrency
         self._answered = 0
         """Replies that were believed, so far."""
         self._ids = set[str]()  # of these replies
-        self._tokens_needed: dict[tuple[str, ...], int] = {}
-        """For the words of a request: the tokens until they differ, learned from earlier replies."""
         self._can_constrain: bool | None = None
         """Whether the server can constrain its output to given words; None if it was not tried."""
         letters = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in key)  # as JSON may have them
@@ -141,12 +139,12 @@ class Client:
         requests, because a signal's exception would be lost in a task; it ends when this generator is left.
         """
         outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        clients, tasks = [self._connect(url) for url in self.urls], set[Any]()
+        client, tasks = self._connect(), set[Any]()
         loop, stopped = asyncio.new_event_loop(), asyncio.Event()
 
         async def answer(i: int, item: Any) -> None:
             try:
-                outcomes.put((i, await self._attempt(clients, i, ask, item)))
+                outcomes.put((i, await self._attempt(client, ask, item)))
             except Exception as error:
                 outcomes.put((i, error))
 
@@ -184,42 +182,42 @@ class Client:
             if thread.is_alive():
                 thread.join()
 
-    def _connect(self, url: str) -> Any:
+    def _connect(self) -> Any:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         # One connection per request: on one kept alive, a reply sent twice would answer the next request.
         return AsyncOpenAI(
-            base_url=url, api_key=self.key or "none", timeout=self.server.timeout_s, max_retries=TRIES - 1,
-            http_client=DefaultAsyncHttpxClient(trust_env=_uses_proxy(url), follow_redirects=False),
+            base_url=self.url, api_key=self.key or "none",
+            timeout=self.server.timeout_s, max_retries=TRIES - 1,
+            http_client=DefaultAsyncHttpxClient(trust_env=_uses_proxy(self.url), follow_redirects=False),
             default_headers={"Connection": "close"},
         )  # fmt: skip
 
-    async def _attempt(self, clients: list[Any], i: int, ask: Ask, item: Any) -> Any:
-        """Ask a server, and the others in turn if it does not answer; a Failure if only this item failed."""
+    async def _attempt(self, client: Any, ask: Ask, item: Any) -> Any:
+        """Ask the server; a Failure if only this item failed."""
         import openai
 
-        answered, turn = self._answered, i % len(clients)
-        for client in [*clients[turn:], *clients[:turn]]:
-            try:
-                # The package limits each read, which a server that sends byte by byte never exceeds.
-                async with asyncio.timeout(TRIES * self.server.timeout_s):
-                    return await ask(client, item)
-            except openai.APIStatusError as error:
-                return self._refused(client, error)
-            except (openai.APITimeoutError, TimeoutError):
-                failure = Failure("timeout", f"no answer in {self.server.timeout_s:g} s")
-            except openai.APIConnectionError as error:
-                failure = Failure("transport", self._secret.sub("***", f"{error.__cause__ or error}"))
-            except ValueError as error:
-                return Failure("unreadable", " ".join(str(error).split()))
+        answered = self._answered
+        try:
+            # The package limits each read, which a server that sends byte by byte never exceeds.
+            async with asyncio.timeout(TRIES * self.server.timeout_s):
+                return await ask(client, item)
+        except openai.APIStatusError as error:
+            return self._refused(error)
+        except (openai.APITimeoutError, TimeoutError):
+            failure = Failure("timeout", f"no answer in {self.server.timeout_s:g} s")
+        except openai.APIConnectionError as error:
+            failure = Failure("transport", self._secret.sub("***", f"{error.__cause__ or error}"))
+        except ValueError as error:
+            return Failure("unreadable", " ".join(str(error).split()))
         if self._answered > answered:
             return failure
         raise self.exit_error() or ServerError(
-            f"{', '.join(self.urls)} does not answer: {failure.detail}",
+            f"{self.url} does not answer: {failure.detail}",
             "run the same command again; the answers so far are kept",
         )
 
-    def _refused(self, client: Any, error: Any) -> Failure:
+    def _refused(self, error: Any) -> Failure:
         """Return the failure that a status stands for; ConfigError if every request would meet it."""
         code = error.status_code
         text = f"{code} {' '.join(self._secret.sub('***', error.response.text)[:200].split())}"
@@ -228,7 +226,7 @@ class Client:
         is_too_long = any(words in text.lower() for words in TOO_LONG)
         if code in (400, 413, 422) and (is_too_long or self._answered):
             return Failure("too_long" if is_too_long else "refused", text)
-        raise ConfigError(f"{client.base_url} refused: {text}")
+        raise ConfigError(f"{self.url} refused: {text}")
 
     async def _send(self, client: Any, body: dict[str, Any], read: Callable[[Reply], Any]) -> Any:
         """Return what `read` makes of the reply, asked for again if it cannot be believed (ValueError)."""
@@ -259,16 +257,9 @@ class Client:
         """Make one choice, by constrained decoding if the server can, else by reading its reply."""
         if request.max_thinking_tokens or not await self._constrains(client, request):
             return await self._choose_by_text(client, request)
-        # Each token costs a decode step. So the first request asks for one token, and for one more each time
-        # the words agree in all of them; later requests with the same words start at the number it learned.
-        while (tokens := self._tokens_needed.get(request.words, 1)) <= MAX_WORD_TOKENS:
-            body = choice_body(request, tokens, request.words)
-            read = partial(choice_probabilities, words=request.words, asked=tokens)
-            if probabilities := await self._send(client, body, read):
-                return ChoiceResult(probabilities, -1.0)
-            # Never lower: requests run at the same time, and another may have learned a higher number.
-            self._tokens_needed[request.words] = max(tokens + 1, self._tokens_needed.get(request.words, 1))
-        raise ValueError(f"the words {request.words} do not differ within {MAX_WORD_TOKENS} tokens")
+        body = choice_body(request, MAX_WORD_TOKENS, request.words)
+        read = partial(choice_probabilities, words=request.words)
+        return ChoiceResult(await self._send(client, body, read), -1.0)
 
     async def _constrains(self, client: Any, request: ChoiceRequest) -> bool:
         """True if the server obeys a constraint and gives log-probabilities; tried once.

@@ -173,15 +173,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def choice_probabilities(reply: Reply, words: tuple[str, ...], asked: int) -> tuple[float, ...] | None:
-    """Return the words' probabilities relative to each other, or None if the words agree in all tokens.
+def choice_probabilities(reply: Reply, words: tuple[str, ...]) -> tuple[float, ...]:
+    """Return the words' probabilities relative to each other.
 
     They are read at the first token at which an alternative fits exactly one word. ValueError if a token
-    begins no word, if the probability of a word is missing, or if the reply has fewer tokens than `asked` and
-    tells no words apart.
+    begins no word, if the probability of a word is missing, or if the reply tells no words apart.
     """
-    prefix, tokens = "", reply.tokens  # prefix: the text before the current token
-    for token, alternatives in tokens:
+    prefix = ""  # the text before the current token
+    for token, alternatives in reply.tokens:
         shares = [math.exp(logprob) for _, logprob in alternatives]
         # No other token is possible if there are fewer than were asked for, or one has no probability.
         is_whole = len(shares) < ALTERNATIVES or 0 in shares
@@ -207,9 +206,7 @@ def choice_probabilities(reply: Reply, words: tuple[str, ...], asked: int) -> tu
         behind = max(0.0, min(1 - sum(shares), *shares))
         masses = [mass or behind for mass in masses]
         return tuple(mass / sum(masses) for mass in masses)
-    if len(tokens) < asked:
-        raise ValueError(f"{len(tokens)} tokens of {asked}, and no word yet")
-    return None
+    raise ValueError(f"{prefix[:40]!r} tells none of {words} from the others")
 
 
 def choice_body(request: ChoiceRequest, tokens: int, words: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _serving(
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
             most = IN_FLIGHT if _have_gpu() else CONCURRENCY
-            yield lambda name: Client((url,), key, server, name, exit_error, most)
+            yield lambda name: Client(url, key, server, name, exit_error, most)
             failed = False
         finally:
             guard.end()

@@ -47,7 +47,7 @@ def _of_base(config: Config, _: str, cache: DigestCache) -> str:
 def _of_voter(config: Config, number: str, cache: DigestCache) -> str:
     """The name of a remote model, else the digest of its weights, with settings that change its answers."""
     voter = config.classify.voters[int(number)]
-    if voter.urls:
+    if voter.base_url:
         assert voter.model is not None
         return voter.model
     model = voter.voting_model(config.model)

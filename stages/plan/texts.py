@@ -137,7 +137,7 @@ class Texts:
         return self._ballots[name]
 
     def _requests(self, voter: Voter, name: str) -> list[ChoiceRequest]:
-        if voter.model or voter.urls:  # it has its own tokenizer
+        if voter.model or voter.base_url:  # it has its own tokenizer
             return []
         question = question_of(voter, self.config.model.title, self.config.classify.show_answer)
         ballots = [question(example) for example in sampled(self.rows[name], PROMPT_SAMPLE)]
