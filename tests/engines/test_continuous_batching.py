@@ -64,7 +64,6 @@ PROMPTS = {
     "one beginning": random(12, 9, 20, 8, 8, 15, shared=7),
     "equal": random(6, 11) * 3,
     "a beginning of another": [ids[:n] for ids in random(14, shared=14) for n in (3, 14, 8, 1, 3)],
-    "alone": random(5),
 }
 
 
@@ -87,7 +86,7 @@ def test_what_a_model_s_own_file_says_of_sampling_changes_nothing(model, tokeniz
     assert model.generation_config is own
 
 
-def test_an_answer_ends_at_its_stop_token_or_incomplete_at_its_length(model, tokenizer):
+def test_an_answer_ends_at_its_stop_token_or_text_or_incomplete_at_its_length(model, tokenizer):
     prompts = PROMPTS["different"]
     whole = answers(model, tokenizer, prompts, Sampling(16, ()))
     assert all(len(answer.ids) == 16 and not answer.complete for answer in whole)
@@ -95,20 +94,12 @@ def test_an_answer_ends_at_its_stop_token_or_incomplete_at_its_length(model, tok
     for answer, cut in zip(whole, answers(model, tokenizer, prompts, Sampling(16, (stop,))), strict=True):
         at = answer.ids.index(stop) + 1 if stop in answer.ids else None
         assert cut.ids == answer.ids[:at] and cut.complete == (at is not None)
-    last = whole[0].ids[-1]
-    at = whole[0].ids.index(last) + 1
-    (cut,) = answers(model, tokenizer, prompts[:1], Sampling(at, (last,)))
-    assert cut.complete and len(cut.ids) == at, "ended by its last possible token"
-
-
-def test_an_answer_ends_with_its_stop_text(model, tokenizer):
-    prompts = PROMPTS["different"]
-    whole = answers(model, tokenizer, prompts, Sampling(16, ()))
+    # A stop text of two whole characters ends it, too.
     prompt, ids, at = next(
         (prompt, answer.ids, at)
         for prompt, answer in zip(prompts, whole, strict=True)
         for at in range(15)
-        if all(35 < token < 128 for token in answer.ids[at : at + 2])  # two whole characters
+        if all(35 < token < 128 for token in answer.ids[at : at + 2])
     )
     text = tokenizer.decode(ids[at : at + 2])
     (cut,) = answers(model, tokenizer, [prompt], Sampling(16, ()), stops=("never said", text))
@@ -127,10 +118,6 @@ def test_a_seed_is_an_answer_whatever_else_is_asked(model, tokenizer):
         assert answers(model, tokenizer, prompts, sampling, seeds=seeds, slots=slots) == whole
     assert torch.equal(torch.random.get_rng_state(), state), "no number is drawn from the global state"
     assert len({tuple(answer.ids) for answer in whole}) == len(prompts), "equal prompts with other seeds"
-    others = answers(model, tokenizer, prompts, sampling, seeds=[seed + 1 for seed in seeds])
-    assert all(a.ids != b.ids for a, b in zip(whole, others, strict=True))
-    same = answers(model, tokenizer, [prompts[0]] * 3, sampling, seeds=[5, 5, 6])
-    assert same[0] == same[1] != same[2]
     ends = StopConditions(sampling, tokenizer)
     padded = continuous_batching._generate_padded(model, ends, prompts, seeds)
     assert padded == whole, "the same where prompts are padded"
@@ -140,14 +127,11 @@ def test_a_seed_is_an_answer_whatever_else_is_asked(model, tokenizer):
 LOGITS = torch.tensor([0.3, -1.2, 1.5, float("-inf"), 0.0, -0.4])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1, (), 1.5, 4), Sampling(1, (), 1.0, 99)], ids=str)
-def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
-    number = 20_000
+def test_draws_follow_the_distribution_of_the_library_s_warpers():
+    number, sampling = 20_000, Sampling(1, (), 1.5, 4)
     draws = torch.rand(number, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logits = TemperatureLogitsWarper(sampling.temperature)(None, LOGITS[None])
-    if sampling.top_k:
-        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
-    wanted = logits.softmax(-1)[0]
+    wanted = TopKLogitsWarper(sampling.top_k)(None, logits).softmax(-1)[0]
     tokens, logprobs = sample_tokens(LOGITS.expand(number, -1), sampling, draws)
     assert torch.allclose(logprobs.exp(), wanted[tokens])
     found = torch.bincount(tokens, minlength=6)
@@ -159,12 +143,9 @@ def test_draws_follow_the_distribution_of_the_library_s_warpers(sampling):
 
 def test_the_first_and_the_last_draw_are_tokens_that_can_be():
     plain = Sampling(1, (), temperature=1.0)
-    for dead in ([0], [5], [0, 1, 4, 5]):
-        logits = torch.randn(6, generator=torch.Generator().manual_seed(0))
-        logits[dead] = float("-inf")
-        alive = [i for i in range(6) if i not in dead]
-        draws = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
-        assert sample_tokens(logits.expand(2, -1), plain, draws)[0].tolist() == [alive[0], alive[-1]]
+    logits = torch.tensor([float("-inf"), 0.2, -1.0, 0.7, float("-inf")])
+    draws = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
+    assert sample_tokens(logits.expand(2, -1), plain, draws)[0].tolist() == [1, 3]
     # Behind sums that are 1 in float32.
     logits, draws = torch.tensor([[0.0, 0.0, 0.0, -18.0]]), torch.tensor([1 - 1e-10], dtype=torch.float64)
     assert sample_tokens(logits, plain, draws)[0].tolist() == [3]
@@ -215,6 +196,3 @@ def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplo
     assert answers(model, tokenizer, prompts, sampling, slots=3) == wanted
     assert [rows for rows, _ in batches] == [3, 3] and not calls
     assert "MistralForCausalLM computes every sequence by itself" in caplog.text
-    hot, seeds = Sampling(6, (9,), temperature=1.2, top_k=50), list(range(len(prompts)))
-    together = answers(model, tokenizer, prompts, hot, seeds=seeds)
-    assert answers(model, tokenizer, prompts, hot, seeds=seeds, slots=1) == together

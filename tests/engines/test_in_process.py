@@ -1,14 +1,13 @@
 """The in-process engine: shared prompt beginnings, stop texts, and choices among several words."""
 
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
-from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, in_process
+from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling
 from stages.engines.in_process import PADDED_BATCH, InProcess, batch_sizes, choice_ids, word_tokens
 from stages.errors import ConfigError, UnusableResult
 from stages.models.base import load_base
@@ -70,7 +69,7 @@ def test_a_batch_has_so_many_tokens_at_most(monkeypatch):
     assert list(batch_sizes([[n] * 50 + [i] for n in (1, 2) for i in range(5)])) == [2, 2, 1, 2, 2, 1]
 
 
-def test_a_thought_comes_before_the_choice(engine, monkeypatch):
+def test_a_thought_comes_before_the_choice(engine):
     """The choice is that after prompt, thought and its end; the same thought gives the same choice."""
     ids = [40, 9, 60, 70]
     ((_, answer),) = engine.generate([GenerateRequest(ids)], Sampling(6, (engine.tokenizer.eos_token_id,)))
@@ -82,11 +81,6 @@ def test_a_thought_comes_before_the_choice(engine, monkeypatch):
     plain, written, with_thought, again = (choices[i].probabilities for i in range(4))
     assert with_thought == pytest.approx(written, abs=1e-6) and with_thought == pytest.approx(again, abs=1e-6)
     assert plain != pytest.approx(with_thought, abs=1e-6)
-    written, usual = [], in_process.generate
-    monkeypatch.setattr(in_process, "generate", lambda *given: written.extend(given[2]) or usual(*given))
-    made = engine.choose_words([replace(asked[2], text=[40, 9, 60 + i]) for i in range(40)])
-    next(made)
-    assert len(written) < 40 and len(list(made)) == 39, "the first chooses before all have thought"
 
 
 def test_what_gives_no_choice(engine, monkeypatch):
@@ -120,7 +114,6 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     prompts = [[40 + i, 9, 60 + i] for i in range(PADDED_BATCH)]
     found = dict(engine.choose_words([ChoiceRequest(ids, ("A", "B")) for ids in prompts]))
-    # By 16 bits, though the head gives 32.
     assert support.supports_packing(model, prompts[0]) != bool(config)
     weight = model.get_output_embeddings().weight
     assert given[-1].dtype == weight.dtype == torch.bfloat16
@@ -134,7 +127,6 @@ def test_choices_of_a_16_bit_model_are_by_a_float32_head(tiny, config):
         assert found[i].mass == pytest.approx(float(row.sum()), rel=1e-6)
         assert found[i].probabilities == pytest.approx((row / row.sum()).tolist(), abs=1e-6)
     assert model(input_ids=torch.tensor([[40, 9]])).logits.dtype == torch.bfloat16
-    assert config or len({choice.probabilities for choice in found.values()}) == len(prompts)
 
 
 def test_a_word_behind_a_text_has_the_tokens_that_it_has_there():

@@ -60,11 +60,10 @@ def test_a_completion_is_its_token_ids_and_top_k_is_always_said():
     assert completion.ids == [5] and completion.complete and [body["top_k"] for body in mock.bodies] == [-1]
 
 
-def refusal(code: int):
-    return lambda n, path, body: ("status", (code, {}, "unknown")) if "structured_outputs" in body else None
+REFUSES = lambda n, path, body: "structured_outputs" in body and ("status", (400, {}, "unknown"))  # noqa: E731
 
 
-@pytest.mark.parametrize("fault", [None, refusal(400)], ids=["ignores", "400"])
+@pytest.mark.parametrize("fault", [None, REFUSES], ids=["ignores", "400"])
 def test_a_server_that_does_not_constrain_is_read(fault):
     (choice,) = ask(Mock(fault, constrains=False), CHAT)
     assert choice.probabilities == ((0.0, 1.0) if probability(CHAT.text[0]["content"]) > 0.5 else (1.0, 0.0))
@@ -75,12 +74,10 @@ def test_a_server_that_does_not_constrain_is_read(fault):
     "faults",
     [
         [("body", {"choices": [{"message": {"content": "zebra"}, "logprobs": None}]})],
-        [("status", (400, {}, "unknown"))],
-        [("body", "{"), ("body", {"choices": []}), ("body", "[" * 5000)],
-        [("status", (429, {}, "busy")), ("status", (503, {}, "starting"))] * 2,
+        [("body", "{"), ("status", (429, {}, "busy"))],
         [None, ("body", with_logprobs([("Sure", {"Sure": -0.1})], chat=True))],
     ],
-    ids=["without log-probabilities", "400", "unreadable", "busy", "another word"],
+    ids=["without log-probabilities", "unreadable, busy", "another word"],
 )
 def test_an_odd_reply_does_not_change_how_all_are_asked(faults):
     """Votes would be read from words, and kept beside those that are probabilities."""
@@ -134,9 +131,7 @@ def test_a_key_with_a_letter_that_no_key_has_is_not_shown(monkeypatch):
 
 def test_a_key_for_servers_is_not_handed_to_our_own(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    monkeypatch.setenv("VLLM_OTHER", "kept")
-    variables = vllm._environment(None, "its own")
-    assert variables["VLLM_API_KEY"] == "its own" and variables["VLLM_OTHER"] == "kept"
+    assert vllm._environment(None, "its own")["VLLM_API_KEY"] == "its own"
 
 
 @pytest.mark.filterwarnings("error")
@@ -168,10 +163,9 @@ def test_a_signal_at_any_moment_ends_what_is_asked():
 @pytest.mark.parametrize(
     ("text", "index"),
     [
-        ("system 2.", 1), ("**System2**", 1), ("Final answer: System 2", 1),
-        ("It needs several steps.\n\nSystem2\n", 1), ("System1\nBecause it is recall.", 0),
-        ("<think>System1 or System2</think>System2", 1), ("<think>System2 is", None), ("", None),
-        ("System1\nSystem2", None), ("System12", None), ("1", None), ('{"system": "System2"}', None),
+        ("**Final answer: System 2.**", 1), ("System1\nBecause it is recall.", 0),
+        ("<think>System1 or System2</think>System2", 1), ("<think>System2 is", None),
+        ("System1\nSystem2", None), ("System12", None),
     ],
 )  # fmt: skip
 def test_a_word_is_read_strictly(text, index):
@@ -218,9 +212,8 @@ def test_an_odd_reply_is_none(reply):
 
 def test_what_is_no_odd_reply_is_read():
     whole = json.dumps(REPLY)
-    for name in ("m", "owner/m"):
-        reply = parse_reply(whole.replace('"m"', '"m-2024-08-06"'), name, 1)
-        assert reply.text == "A" and reply.tokens == [("A", [("A", -0.1)])]
+    reply = parse_reply(whole.replace('"m"', '"m-2024-08-06"'), "owner/m", 1)
+    assert reply.text == "A" and reply.tokens == [("A", [("A", -0.1)])]
     with pytest.raises(ValueError, match="a field stands twice"):
         parse_reply(whole.replace('"model": "m"', '"model": "m", "model": "m"'), "m", 1)
 
@@ -234,17 +227,12 @@ def test_a_reply_that_was_seen_before_is_refused():
         assert getattr(answers[1], "reason", None) == reason
 
 
-BEHIND = [("A", 0.7), ("A", 0.1), ("A.", 0.1), ("A!", 0.05), ("A?", 0.03)]
-
-
 @pytest.mark.parametrize(
     ("likeliest", "expected"),
     [
         ([("A", 0.7), ("B", 0.3)], (0.7, 0.3)),
-        ([("A", 1.0), ("B", 1e-9), ("!", 0.0)], (1.0, 1e-9)),
         ([("A", 0.03), ("B", 0.01), *((text, 0.02) for text in "xyz")], (0.75, 0.25)),  # no constraint
-        (BEHIND, (0.98, 0.02)),  # B has what is left
-        ([("A", 1.0)], None),
+        ([("A", 0.7), ("A", 0.1), ("A.", 0.1), ("A!", 0.05), ("A?", 0.03)], (0.98, 0.02)),  # B: what is left
         ([("A", 0.7)], None),
         ([("A", 1.0), ("B", 0.0), ("!", 0.0)], None),  # masked, though the constraint allows it
         ([("A", 0.7), ("Β", 0.3)], None),  # a Greek letter

@@ -3,13 +3,10 @@
 It votes as the model in this process does, and nothing of it is left behind.
 """
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +14,6 @@ import httpx
 import psutil
 import pytest
 import torch
-import trl
 from conftest import HAS_VLLM, ROOT, alive, flags, free_port, make_steps, servers, wait_for
 
 from stages.config import LoraSection, ModelSection, ServerSection
@@ -25,7 +21,6 @@ from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateReque
 from stages.errors import ServerError
 from stages.lora.adapter import adapter
 from stages.models.base import load_base
-from stages.models.tokenizer import load_tokenizer
 from stages.records import read_samples
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")]
@@ -99,21 +94,6 @@ def test_votes_agree_with_the_model_in_process(tiny, tmp_path, monkeypatch, how,
     assert servers() == []
 
 
-def test_a_killed_parent_leaves_no_server(tiny):
-    code = (
-        "import sys\nfrom stages.engines import EngineSpec, vllm\nfrom stages.config import *\n"
-        "served = EngineSpec('vllm', ModelSection(name=sys.argv[1]))\n"
-        "with vllm.open_engine(served, ServerSection(), lambda t: print(t, flush=True)) as c:\n"
-        "    import time; time.sleep(100)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, str(tiny)], stdout=subprocess.PIPE, text=True)
-    assert "starting" in child.stdout.readline()
-    time.sleep(5)
-    assert servers()
-    os.kill(child.pid, signal.SIGKILL)
-    assert wait_for(lambda: not servers(), 20)
-
-
 def test_a_server_that_cannot_start_says_why(tmp_path):
     spec = EngineSpec("vllm", ModelSection(name=str(tmp_path), dtype="float32"))
     ended = pytest.raises(ServerError, match="the vLLM server ended with code 1")
@@ -122,60 +102,13 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     assert "its log is" in caught.value.hint
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_after_its_server_was_killed(tiny, tmp_path):
-    """It ends when so many votes are in the journal; the same command asks only for the others."""
-    rows = [
-        {"question": f"Question {i}: {'how many, ' * (i % 9)}and why?", "answer": f"{i}"} for i in range(1200)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "runs_dir": str(tmp_path / "runs"), "model": {"name": str(tiny), "dtype": "float32"},
-        "data": {"path": str(tmp_path / "rows.jsonl")}, "server": {"concurrency": 16},
-        "eval": {"targets": ["base"]},
-        "classify": {"accept_weak": True, "voters": [{"engine": "vllm", "persona": "judge"}]},
-    }  # fmt: skip
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "lorapar_cli", "classify", str(tmp_path / "c.json")]
-
-    def lines() -> list[bytes]:
-        found = list((tmp_path / "runs/votes").glob("*.jsonl"))
-        return found[0].read_bytes().splitlines() if found else []
-
-    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while len(lines()) < 500:
-        assert child.poll() is None, child.stderr.read()
-        time.sleep(0.01)
-    server = next(line.split()[1] for line in servers() if "VLLM::" not in line)
-    os.kill(int(server), signal.SIGKILL)
-    said = child.communicate(timeout=120)[1]
-    assert child.returncode == ServerError.exit_code, said
-    kept = lines()
-    assert wait_for(lambda: not servers(), 20)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert lines()[: len(kept) - 1] == kept[:-1]
-    ballots = [json.loads(line)["question"] for line in lines()]
-    assert len(ballots) == len(set(ballots)) == 1200 + 32
-    assert servers() == []
-
-
-def test_serve_offers_both_modes_and_ends_with_its_server(begun, tiny, tmp_path):
-    """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed.
-
-    The model thinks in the slow mode, by the switch of its chat template.
-    """
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
-    template = Path(trl.__file__).parent / "chat_templates/qwen3.jinja"
-    shutil.copy(template, model / "chat_template.jinja")
-    switch = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
-    modes = f"prompt.chat_template_kwargs_by_system={json.dumps(switch)}"
-    thinking = [f"model.name={model}", modes, "eval.targets=[sft, rl]"]
-    thinking += ["classify.strategy=known", "classify.known=intended"]
-    make_steps(begun(*thinking))
+def test_serve_offers_both_modes_and_ends_with_its_server(begun):
+    """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed."""
+    settings = ["eval.targets=[sft, rl]", "classify.strategy=known", "classify.known=intended"]
+    make_steps(begun(*settings))
     port = free_port()
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
-    command += flags(*begun.home, *thinking)
+    command += flags(*begun.home, *settings)
     with ExitStack() as stack:
         child = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
         stack.callback(child.kill)
@@ -187,15 +120,10 @@ def test_serve_offers_both_modes_and_ends_with_its_server(begun, tiny, tmp_path)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=120) as client:
             names = [model["id"] for model in client.get("/models").json()["data"]]
             chat = {"max_tokens": 4, "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
-            lengths = {}
-            for mode in ("fast", "slow"):
-                usage = client.post("/chat/completions", json={"model": mode, **chat}).json()["usage"]
-                assert usage["completion_tokens"] == 4
-                lengths[mode] = usage["prompt_tokens"]
+            usage = client.post("/chat/completions", json={"model": "fast", **chat}).json()["usage"]
             stream = client.post("/chat/completions", json={"model": "slow", "stream": True, **chat})
         assert names == ["fast", "slow"], said
-        empty = load_tokenizer(ModelSection(name=str(model)))("<think>\n\n</think>\n\n")["input_ids"]
-        assert lengths["fast"] - lengths["slow"] == len(empty)
+        assert usage["completion_tokens"] == 4
         assert stream.text.count("data: ") > 4 and stream.text.rstrip().endswith("data: [DONE]")
         own = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
         [server] = own & {
