@@ -5,7 +5,7 @@ from typing import Annotated
 
 from lorapar_cli import options, terminal
 from lorapar_cli.options import Overrides, argument, plan_of, sets, value
-from lorapar_cli.sweep import Base, Columns, Rows, Seeds, load_tables
+from lorapar_cli.sweep import Base, Rows, Seeds, load_tables
 from stages import escaping
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import current_artifact
@@ -21,7 +21,6 @@ def command(
     out: Annotated[Path, value("Folder for report.html and, of tables, a .csv of each.")],
     base: Base = None,
     only: Rows = None,
-    column: Columns = None,
     seeds: Seeds = None,
     set_: Overrides = None,
 ) -> None:
@@ -30,17 +29,17 @@ def command(
             f"no file {missing[0]}", "name table files, or one config; examples: lorapar list examples"
         )
     refuse_store(out)
-    typed = {"--only": only, "--base": base and [str(base)], "--column": column, "--seeds": seeds and [seeds]}
+    typed = {"--only": only, "--base": base and [str(base)], "--seeds": seeds and [seeds]}
     arguments = [part for name, texts in typed.items() for text in texts or () for part in (name, text)]
     if is_table(paths[0]):
         if len({path.stem for path in paths}) < len(paths):
             raise ConfigError("two tables have the same name, and would be written to the same files")
-        tables = load_tables(paths, seeds, base=base, only=only, columns=column, overrides=set_)
+        tables = load_tables(paths, seeds, base=base, only=only, overrides=set_)
         _report_tables(tables, out, [*arguments, *sets(set_)])
     elif len(paths) > 1 or arguments:
         raise ConfigError(
             f"{paths[0]} is not a table",
-            "name tables, or one config without --base, --only, --column and --seeds",
+            "name tables, or one config without --base, --only and --seeds",
         )
     else:
         _report_run(paths[0], out, set_)

@@ -20,11 +20,11 @@ from stages.sweep.table import Table
 from stages.sweep.table import table as load_table
 
 MAX_JOBS = 1024
-MATCHING = "Only this {0}, or {0}s that match this pattern; repeatable."
 TablePaths = Annotated[list[Path], argument("YAML files; lorapar init --example copies one.", "TABLE…")]
 Base = Annotated[Path | None, value("Use this config instead of the table's own.", "CONFIG")]
-Rows = Annotated[list[str] | None, value(MATCHING.format("row"), "ROW", "--only")]
-Columns = Annotated[list[str] | None, value(MATCHING.format("column"), "COLUMN", "--column")]
+Rows = Annotated[
+    list[str] | None, value("Only this row, or rows that match this pattern; repeatable.", "ROW", "--only")
+]
 Seeds = Annotated[str | None, value("Use these seeds instead of the table's, comma-separated.", "N,N")]
 Jobs = Annotated[int | None, value("Steps at a time on this machine.", min=1, max=MAX_JOBS)]
 Devices = Annotated[
@@ -39,7 +39,6 @@ def command(
     paths: TablePaths,
     base: Base = None,
     only: Rows = None,
-    column: Columns = None,
     seeds: Seeds = None,
     set_: Overrides = None,
     jobs: Jobs = None,
@@ -48,7 +47,7 @@ def command(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    tables = load_tables(paths, seeds, base=base, only=only, columns=column, overrides=set_)
+    tables = load_tables(paths, seeds, base=base, only=only, overrides=set_)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
     slots, logs = _slots(jobs, devices), Path(cells[0].config.runs_dir) / "sweeps"

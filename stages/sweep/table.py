@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from stages.config import Config
 from stages.config.yaml import on_one_line
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
-from stages.sweep.file import ROW_KEYS, SEED, Column, TableFile, check_size, mistakes_error, read
+from stages.sweep.file import SEED, Column, Row, TableFile, mistakes_error, read
+
+MAX_CELLS = 1000
+"""Largest number of cells: planning one takes some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -78,41 +80,40 @@ def table(
     only: list[str] | None = None,
     seeds: list[int] | None = None,
     overrides: list[str] | None = None,
-    columns: list[str] | None = None,
 ) -> Table:
     """Plan the cells of a table file. One ConfigError lists everything that is wrong with them.
 
     base: replaces every config that the file names. only: names of rows, or patterns such as `QKV*`.
-    overrides: additional `key=value` settings. columns: names or patterns, as for rows.
+    overrides: additional `key=value` settings.
     """
     file = read(path)
-    if columns:
-        file = file.select_columns(_matching(path, "column", columns, list(file.columns)))
     if any(text.partition("=")[0].strip() == "seed" for text in overrides or ()):
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
-    settings = file.rows
-    rows = _matching(path, "row", only, list(settings)) if only else list(settings)
+    rows = _matching(path, only, list(file.rows)) if only else list(file.rows)
     numbers = seeds or file.seeds
-    check_size(path, len(rows), len(numbers))
+    if (cells := len(rows) * len(numbers)) > MAX_CELLS:
+        raise ConfigError(f"{path}: {cells:,} cells are more than {MAX_CELLS:,}", "--only ROW, --seeds N")
     if repeated := [seed for seed, times in Counter(numbers).items() if times > 1]:
         raise ConfigError(f"{path}: seed {repeated[0]} is named twice, and gives the same run")
     errors: dict[str, dict[str, None]] = {}
     hints: dict[str, None] = {}
-    cells = []
+    planned = []
     for seed, row in itertools.product(numbers, rows):
         try:
-            cells.append(_cell(path, file, row, settings[row], seed, base, overrides or []))
+            planned.append(_cell(path, file, row, seed, base, overrides or []))
         except LoraparError as error:
             errors.setdefault(str(error), {})[repr(row)] = None
             if isinstance(error, MissingInputError):
                 makes = "no data file" in str(error)
                 hints[error.hint or (file.make_data.replace(SEED, str(seed)) if makes else "")] = None
     mistakes = [f"row {', '.join(names)}: {error}" for error, names in errors.items()]
-    mistakes += _unused_columns(file, cells) if not only or not any(cell.columns for cell in cells) else []
-    mistakes += _incomparable(file, cells) if base is None and not columns else []
+    mistakes += (
+        _unused_columns(file, planned) if not only or not any(cell.columns for cell in planned) else []
+    )
+    mistakes += _incomparable(file, planned) if base is None else []
     if mistakes:
         raise mistakes_error(path, mistakes, "; ".join(filter(None, hints)) or None)
-    return Table(path, file, cells, base)
+    return Table(path, file, planned, base)
 
 
 def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
@@ -126,62 +127,54 @@ def _incomparable(file: TableFile, cells: list[Cell]) -> list[str]:
     return [f"compare names row {row!r}, which has no value in column {column!r}" for row, column in pairs]
 
 
-def _matching(path: Path, kind: str, patterns: list[str], names: list[str]) -> list[str]:
+def _matching(path: Path, patterns: list[str], names: list[str]) -> list[str]:
     """Return the names that a pattern equals or matches; ConfigError if a pattern matches none."""
     chosen = set()
     for pattern in patterns:
         matched = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
         if not matched:
-            raise ConfigError(f"{path}: no {kind} {pattern!r}", f"choose from: {', '.join(names)}")
+            raise ConfigError(f"{path}: no row {pattern!r}", f"choose from: {', '.join(names)}")
         chosen |= matched
     return [name for name in names if name in chosen]
 
 
-def _cell(
-    path: Path,
-    file: TableFile,
-    row: str,
-    settings: dict[str, Any],
-    seed: int,
-    base: Path | None,
-    overrides: list[str],
-) -> Cell:
-    """Plan one cell, of a row with these settings.
+def _cell(path: Path, file: TableFile, name: str, seed: int, base: Path | None, overrides: list[str]) -> Cell:
+    """Plan one cell, of the row of this name.
 
     Config file: `--base`, else the row's `base`, else the table's. Settings, of which later ones win: config
     file, table's `set`, row, seed, `--set`. The seed replaces SEED in them.
     """
-    config_path = base or Path(settings.get("base", file.base))
-    if "seed" in {**file.set, **settings}:
+    row = file.rows[name]
+    config_path = base or Path(row.base or file.base)
+    if "seed" in {**file.set, **row.settings}:
         raise ConfigError("seed is set by the table's seeds, not by a setting of its own")
-    row_settings = {name: value for name, value in settings.items() if name not in ROW_KEYS}
-    merged = {**file.set, **row_settings, "seed": seed}
-    if sections := [name for name, value in merged.items() if isinstance(value, dict) and "." not in name]:
+    merged = {**file.set, **row.settings, "seed": seed}
+    if sections := [key for key, value in merged.items() if isinstance(value, dict) and "." not in key]:
         raise ConfigError(f"{sections[0]} is a section: name its settings one by one, as {sections[0]}.NAME")
-    texts = (*(f"{name}={on_one_line(value)}" for name, value in merged.items()), *overrides)
+    texts = (*(f"{key}={on_one_line(value)}" for key, value in merged.items()), *overrides)
     sets = tuple(text.replace(SEED, str(seed)) for text in texts)
     config = resolved(load(config_path, list(sets)))
     steps = plan_steps(config)
-    columns = _columns(file, settings.get("columns", {}), config, steps, base is not None)
-    return Cell(str(path), row, seed, config_path, sets, config, steps, columns)
+    columns = _columns(file, row, config, steps, base is not None)
+    return Cell(str(path), name, seed, config_path, sets, config, steps, columns)
 
 
 def _columns(
-    file: TableFile, row_columns: dict[str, str | None], config: Config, steps: dict[str, Step], rebased: bool
+    file: TableFile, row: Row, config: Config, steps: dict[str, Step], rebased: bool
 ) -> dict[str, Column]:
     """Return the columns of a cell: the table's, overridden by the row's, as far as the steps produce them.
 
-    row_columns: null removes the table's column; a column that only the row names must be produced. rebased:
-    the config is the base of the command line, whose benchmark may have another name.
+    row: null removes the table's column; a column that the row names must be produced. rebased: the config is
+    the base of the command line, whose benchmark may have another name.
     """
-    if unknown := row_columns.keys() - file.columns.keys():
+    if unknown := row.columns.keys() - file.columns.keys():
         raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
-    texts = {**file.columns, **row_columns}
+    texts = {**file.columns, **row.columns}
     columns = {name: Column.from_text(text) for name, text in texts.items() if text is not None}
     if rebased:
         columns = {name: _rebased(column, config) for name, column in columns.items()}
     produced = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
-    if missing := [name for name in row_columns if name in columns and name not in produced]:
+    if missing := [name for name in row.columns if name in columns and name not in produced]:
         raise ConfigError(
             f"its own column {missing[0]!r} shows {texts[missing[0]]}, which its config does not produce"
         )

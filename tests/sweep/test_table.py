@@ -23,7 +23,7 @@ from stages.store.digests import sha256_file
 from stages.sweep import graph
 from stages.sweep.file import read
 from stages.sweep.results import results
-from stages.sweep.table import Contrast, Table, table
+from stages.sweep.table import Contrast, table
 
 FILE = """
 title: A small table
@@ -131,32 +131,10 @@ def test_rows_are_chosen_by_name_or_pattern(small):
     for choice, said in (
         ({"only": ["θ 7"]}, "no row 'θ 7'"),
         ({"seeds": [2, 2, 3]}, "seed 2 is named twice, and gives the same run"),
-        ({"columns": ["DPO"]}, "no column 'DPO'"),
         ({"overrides": ["seed=5"]}, "--set seed: a table has seeds of its own"),
-        # Though a chosen row may lack columns that others have.
-        ({"only": ["θ .5"], "columns": ["SFT"], "overrides": ["eval.targets=[base]"]},
-         "no row has sft@demo; evaluations: base@demo"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             table(small, **choice)
-
-
-def test_columns_are_chosen_by_name_or_pattern_and_nothing_else_is_made(small):
-    def chosen(*columns: str) -> tuple[Table, list[str], set[str]]:
-        planned = table(small, columns=list(columns), seeds=[1])
-        stages = {node.stage for node in graph.build_graph(planned.cells).values()}
-        return planned, [compare.on for compare in planned.file.compare], stages
-
-    planned, compared, stages = chosen("SFT*", "active")
-    assert list(planned.file.columns) == ["SFT", "SFT, System 2", "active"] and compared == ["SFT"]
-    assert stages == {"classify", "score", "partition", "sft", "eval"}
-    planned, compared, _ = chosen("RL", "gain")
-    assert compared == ["RL"] and planned.rows == ["θ .9", "θ .5", "β 0"]
-    _, compared, stages = chosen("active")
-    assert compared == [] and stages <= {"classify", "score", "partition"}
-    own = changed(small, (ROW, '"β 0": {columns: {RL: base@demo, gain: null}}'))
-    planned = table(own, columns=["RL"], seeds=[1])
-    assert [cell.columns["RL"].step for cell in planned.cells] == ["eval:rl@demo"] * 2 + ["eval:base@demo"]
 
 
 def test_all_mistakes_are_said_at_once(small):
@@ -188,8 +166,8 @@ REFUSED = [
     ("no row has partition.active_share; steps: classify:train, classify:demo, score, partition:sft, ",
      "partition:sft.active_share", "partition.active_share"),
     (UNLIKE, GAIN, f"{GAIN} - base@demo"),
-    ("row 'θ .5': base must be a path, got 3", THETA_5, '"θ .5": {base: 3}'),
-    ("row 'θ .5': columns must map names to what they show, or", THETA_5, '"θ .5": {columns: {RL: 3}}'),
+    ("rows.θ .5.base: Input should be a valid string", THETA_5, '"θ .5": {base: 3}'),
+    ("rows.θ .5.columns.RL: Input should be a valid string", THETA_5, '"θ .5": {columns: {RL: 3}}'),
     ("'DPO' is not a column", THETA_5, '"θ .5": {columns: {DPO: base@demo}}'),
     ("its own column 'RL' shows init@demo, which its config does not produce",
      THETA_5, '"θ .5": {columns: {RL: init@demo}}'),
@@ -353,8 +331,6 @@ def test_planned_comparisons_are_those_that_are_named(small, by_hand):
     assert list(found.comparisons) == [first, second, third]
     assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
     assert table(path, only=["β 0", "θ .5"]).contrasts == [first]
-    # Where no planned column is chosen, the first one is compared.
-    assert table(path, columns=["SFT, System 2"]).contrasts[0] == Contrast("β 0", "θ .5", "SFT, System 2")
 
 
 def test_a_row_may_lack_a_column_and_be_made_alone(small):
@@ -414,7 +390,7 @@ def test_too_many_cells_are_refused_before_they_are_made(small, tmp_path):
     content = {"title": "x", "base": "base.yaml", "rows": rows, "columns": {"a": "sft@demo"}}
     path = tmp_path / "many.yaml"
     path.write_text(json.dumps(content), encoding="utf-8")
-    for file, seeds, said in ((path, [1], "1,001 rows"), (small, range(99_000), "3 rows with 99,000 seeds")):
-        with pytest.raises(ConfigError, match=f"{said} are more than 1,000 cells") as caught:
+    for file, seeds, said in ((path, [1], "1,001"), (small, range(99_000), "297,000")):
+        with pytest.raises(ConfigError, match=f"{said} cells are more than 1,000") as caught:
             table(file, seeds=list(seeds))
         assert "--only" in caught.value.hint
