@@ -31,6 +31,7 @@ from stages.runtime import network
         (OSError(errno.ENOSPC, "x", "runs/a"), 73, "cannot write runs/a: no space left on device"),
         (PermissionError(errno.EACCES, "x", "a"), 73, "cannot open a: permission denied"),
         (SafetensorError("I/O error: … (os error 28)"), 73, "cannot write: no space left"),
+        (RuntimeError("[enforce fail] No space left on device"), 73, "cannot write: no space left"),
         (FileNotFoundError(errno.ENOENT, "x", "a"), 66, "no file a"),
         (OSError(errno.EIO, "x", "a"), 73, "cannot use a: input/output error"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 74, "the machine ran out of memory"),

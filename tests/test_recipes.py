@@ -64,13 +64,12 @@ import json, sys
 from lorapar_cli.__main__ import main
 for command in json.load(sys.stdin):
     sys.argv[1:] = command
-    code = 0
     try:
         main()
+        code = 0
     except SystemExit as end:
         code = end.code or 0
-    print(f"exit {code}", flush=True)
-    print("\\0", end="", flush=True)
+    print(f"exit {code}\\n\\0", end="", flush=True)
 """
 
 
@@ -80,9 +79,8 @@ def lorapar(source):
 
     def run(*commands: tuple[object, ...]) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", PROGRAM],
-            cwd=source, env=os.environ | {"PYTHONPATH": str(source)},
-            input=json.dumps([[str(argument) for argument in command] for command in commands]),
+            [sys.executable, "-P", "-c", PROGRAM], cwd=source, env=os.environ | {"PYTHONPATH": str(source)},
+            input=json.dumps(commands, default=str),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         return done.stdout.split("\0")[:-1]
@@ -94,8 +92,7 @@ def add(file: Path, text: str, after: str = "") -> None:
     """Write a text at the end of a file, or behind another text in it."""
     old = file.read_text(encoding="utf-8") if file.exists() else ""
     assert after in old
-    new = old.replace(after, after + text, 1) if after else old + text
-    file.write_text(new, encoding="utf-8")
+    file.write_text(old.replace(after, after + text, 1) if after else old + text, encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -134,47 +131,34 @@ def test_a_stage_is_a_folder_and_a_name(source, lorapar, smoke_flags, labelled, 
     assert "count " in make.stdout
 
 
+FUNCTION = """
+
+@{registry}.add()
+def {name}({parameters}):
+    \"\"\"Mine.\"\"\"
+    return {value}
+"""
 FUNCTIONS = {
-    "lora/importance/scorers.py": """
-
-@scorers.add()
-def my_scorer(value, gradient, fisher):
-    \"\"\"|φ|\"\"\"
-    return value.abs()
-""",
-    "lora/importance/strategies.py": """
-
-@strategies.add()
-def my_strategy(scores, section, seed, sizes):
-    \"\"\"As importance.\"\"\"
-    return strategies.pick("importance")(scores, section, seed, sizes)
-""",
-    "labelling/personas.py": """
-
-@personas.add()
-def my_persona(example, context):
-    \"\"\"As question.\"\"\"
-    return personas.pick("judge")(example, context)
-""",
-    "rewards/builtin.py": """
-
-@rewards.add()
-def my_reward(completions, **_):
-    \"\"\"1 for each.\"\"\"
-    return [1.0 for _ in completions]
-""",
-}
-MODULES = {
-    "evaluation/benchmarks/my_benchmark.py": (
-        '"""My items."""\n\nfrom stages.evaluation.benchmarks.jsonl import *\n'
+    "lora/importance/scorers.py": ("scorers", "my_scorer", "value, gradient, fisher", "value.abs()"),
+    "lora/importance/strategies.py": (
+        "strategies", "my_strategy", "scores, section, seed, sizes",
+        'strategies.pick("importance")(scores, section, seed, sizes)',
     ),
-    "engines/my_engine.py": '"""My engine."""\n\nfrom stages.engines.in_process import open_engine\n',
+    "labelling/personas.py": ("personas", "my_persona", "example, context", 'personas.pick("judge")(example, context)'),
+    "rewards/builtin.py": ("rewards", "my_reward", "completions, **_", "[1.0 for _ in completions]"),
+}  # fmt: skip
+MODULES = {
+    "evaluation/benchmarks/my_benchmark.py": '"""Mine."""\n\nfrom stages.evaluation.benchmarks.jsonl import *\n',
+    "engines/my_engine.py": '"""Mine."""\n\nfrom stages.engines.in_process import open_engine\n',
 }
 
 
 def test_scorers_and_others_are_a_function_or_a_file_and_a_name(source, lorapar, tiny):
-    for name, text in (FUNCTIONS | MODULES).items():
-        add(source / "stages" / name, text.replace('\\"', '"'))
+    for file, parts in FUNCTIONS.items():
+        fields = dict(zip(("registry", "name", "parameters", "value"), parts, strict=True))
+        add(source / "stages" / file, FUNCTION.format(**fields))
+    for file, text in MODULES.items():
+        add(source / "stages" / file, text)
     add(source / "stages/config/training.py", '"my_strategy", ', after="BY_THETA = (")
     add(source / "stages/evaluation/benchmarks/__init__.py", '"my_benchmark", ', after="BUILT_IN = (")
     add(
