@@ -11,33 +11,27 @@ from stages.records import read_jsonl, write_jsonl
 
 TEXTS = {
     # numbers, with units and currency
-    "The total is $166.": "$166", "$28": "$28", "It costs €1,299.00 per year": "€1,299.00",
-    "We ship to 27 countries.": "27", "Your refund takes 5 days.": "5", "Discount: 15%": "15%", "-4": "-4",
+    "The total is $166.": "$166", "It costs €1,299.00 per year": "€1,299.00", "3,50 €": "3,50 €",
+    "We ship to 27 countries.": "27", "Discount: 15%": "15%", "-4": "-4",
     "Roughly 3 business days": None,  # no number before it is named, and the question does not ask for one
     "Order 4521 has left the warehouse.": None, "Between 3 and 5 days.": None,
     # yes and no, and letters
-    "yes": "yes", "No.": "No", "Yes, within 30 days of the purchase.": "yes",
-    "No-one is in on Sundays.": None,
+    "No.": "No", "Yes, within 30 days of the purchase.": "yes", "No-one is in on Sundays.": None,
     "Nothing is due before the end of next month, as far as we know.": None,
     "B": "B", "(c) Lisbon": "C", "D. None of these": "D",
     # dates
-    "2024-03-12": "2024-03-12", "12 March 2024": "12 March 2024",
-    "It arrives on March 12, 2024.": "March 12, 2024", "The shop opens at 9:30 am.": "9:30 am",
-    "17:45": "17:45", "3,50 €": "3,50 €", "The lease ends on 31.12.2025.": "31.12.2025",
+    "2024-03-12": "2024-03-12", "12 March 2024": "12 March 2024", "The shop opens at 9:30 am.": "9:30 am",
+    "It arrives on March 12, 2024.": "March 12, 2024", "The lease ends on 31.12.2025.": "31.12.2025",
     # words
-    "Paris": "Paris", "New York City.": "New York City", "": None,
-    "Please reset your password in the settings.": None, "First multiply.\nThen add: 12.": None,
+    "New York City.": "New York City", "": None, "First multiply.\nThen add: 12.": None,
     # the end of a longer text
     "We ship 17*2=34 lamps. 22 come back, so 34-22=12. The total is 12 lamps.": "12",
-    "There are 3 boxes of 4 pens.\n3 * 4 = 12\nSo Tom has 3 * 4 = 12 pens.": "12",
     "He pays 20 and gets 2 back. Hence it costs $18.": "$18",
     "60 + 16 = $76 together. Order 12 costs $76.": None,
     "2 mats cost 2 * 30 = $60, so with shipping 60 + 16 = $76. The order costs $76.": "$76",
     "2 mats cost 2 * 30 = $60. Greta owes $120.": None,
     "France borders Spain, and its largest city lies on the Seine. The answer is Paris.": "Paris",
-    "Standard shipping takes 5 days and costs nothing. It is free for orders above $50 in summer.": None,
     "Take 5 of the 12 boxes to the store, and so on. So 5 or 7 boxes are left.": None,
-    "Open the settings of the account and look for the switch. That makes it work again.": None,
 }  # fmt: skip
 
 
@@ -53,16 +47,8 @@ FILES = {
                      "Lima N'Djamena"),
     "spaces.csv": (" Question , Answer \nIs it open?,yes\nIs it free?,no\n", None),
     "support.tsv": ("Query\tReply\nWhat is the total?\tThe total is $166.\nThe fee?\tIt is $5.\n", "$166 $5"),
-    "excel.csv": ("Instruction;Output\nHow many seats?;We have 12 seats.\nHow old?;40\n", "12 40"),
-    "usual.csv": ("prompt,completion\nWhat is 2 + 2?,It is 4.\nWhat is 3 + 3?,That makes 6.\n", "4 6"),
     "dates.csv": ("problem,solution\nWhen?,It starts on 2024-03-12.\nUntil?,2 May 2025\n",
                   "2024-03-12 2 May 2025"),
-    "labels.csv": ("text,label\nHow was it? Great.,positive\nHow was it? Bad.,negative\n",
-                   "positive negative"),
-    "worked.csv": (
-        "ID,Prompt,Completion\n1,Is it open?,Yes\n2,How many?,We ship 34. 22 come back. So 34-22=12.\n",
-        "Yes 12",
-    ),
     "last_words.csv": ("User Question,Model Answer\nHow many?,It is 4.\nHow old?,He is 5.\n", "4 5"),
     "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", None),
     "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", None),
@@ -86,8 +72,7 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
         return
     rows = [row for _, row in read_jsonl(Path(own.path))]
     assert written == [Path(own.path)] and len(rows) == text.count("\n") - (not name.endswith("jsonl"))
-    asked = "prompt" if name == "usual.csv" else "question"
-    assert all(row[asked] and row.get("answer", row.get("completion")) for row in rows)
+    assert all(row["question"] and row["answer"] for row in rows)
     assert " ".join(gold for _, gold in own.golds) == (golds or "")
     if name in ("golds.csv", "worked_answers.csv"):
         assert [{field: str(value) for field, value in row.items()} for row in rows] == [WORKED]
@@ -108,10 +93,6 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
     with pytest.raises(DataError, match="which column asks, and which answers. It has id, Frage") as caught:
         own_rows(str(file), tmp_path, {}, [])
     assert caught.value.hint == "--columns question=NAME,answer=NAME"
-    (tmp_path / "two.csv").write_text("Frage,Die Antwort\nWie viel?,12\n", encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        own_rows(str(tmp_path / "two.csv"), tmp_path, {}, [])
-    assert caught.value.hint == "--columns question=Frage,answer='Die Antwort'"
     with pytest.raises(ConfigError, match="--columns question=frag: no such column") as caught:
         own_rows(str(file), tmp_path, {"question": "frag"}, [])
     assert caught.value.hint.endswith("id, Frage, Antwort, Lösung")
@@ -120,12 +101,6 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
         {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
     ]
     assert not own.golds, "the person has said it"
-    english = tmp_path / "english.csv"
-    english.write_text("Ticket,Prompt,Completion\n1,How many?,Many of 12\n", encoding="utf-8")
-    own = own_rows(str(english), tmp_path, {"gold": "completion"}, [])
-    assert [row for _, row in read_jsonl(Path(own.path))] == [
-        {"Ticket": "1", "question": "How many?", "gold": "Many of 12"}
-    ]
 
 
 def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
@@ -137,14 +112,11 @@ def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
 
 
 def test_rows_that_are_fine_stay_where_they_are(tmp_path):
-    long = " ".join(["word"] * 20)
     rows = {
-        "worked.jsonl": {"question": "1 + 1?", "answer": "It is\n#### 2"},
         "bare.jsonl": {"question": "1 + 1?", "answer": "2"},
-        "long.jsonl": {"prompt": "Tell me.", "completion": long},
+        "long.jsonl": {"prompt": "Tell me.", "completion": " ".join(["word"] * 20)},
         "gold.jsonl": {"question": "1 + 1?", "gold": "2"},
         "dolly.jsonl": {"instruction": "Sum up.", "context": "Long.", "response": "yes"},
-        "chat.jsonl": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     }
     for name, row in rows.items():
         write_jsonl(tmp_path / name, [row])
@@ -171,6 +143,6 @@ def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lor
     config = yaml.safe_load(Path("sales.yaml").read_text(encoding="utf-8"))
     assert config["run"] == "sales" and config["data"]["path"] == "sales-train.jsonl"
     assert config["eval"]["benchmarks"]["sales-test"]["path"] == "sales-test.jsonl"
-    done = lorapar("init", "sales.csv", "--model", tiny, "--out", "whole.yaml", "--no-hold-out")
+    lorapar("init", "sales.csv", "--model", tiny, "--out", "whole.yaml", "--no-hold-out")
     whole = yaml.safe_load(Path("whole.yaml").read_text(encoding="utf-8"))
     assert whole["data"]["path"] == "sales-rows.jsonl" and "eval" not in whole

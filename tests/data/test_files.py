@@ -35,14 +35,11 @@ READ = {
     "rows.csv": 'question,answer\r\n"Two and two?","2 + 2 = 4.\n#### 4"\r\n',
     "rows.tsv": 'question\tanswer\nTwo and two?\t"2 + 2 = 4.\n#### 4"\n',
     "alpaca.json": json.dumps([{"instruction": "Two and two?", "input": "", "output": "#### 4"}]),
-    "dolly.jsonl": lines({"instruction": "Two and two?", "context": "", "response": "#### 4", "kind": "x"}),
     "sharegpt.json": json.dumps([{"conversations": [HUMAN, GPT]}]),
     "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
-    "number.csv": "question,answer,gold\nTwo and two?,four,4\n",
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
     "parts.jsonl": lines({"messages": [{"role": "user", "content": [TEXT]}, GPT], "context": "c"}),
     "beside.jsonl": lines({"instruction": "Two and two?", "completion": "2 + 2 = 4.", "gold": 4}),
-    "labelled.jsonl": lines({"prompt": "Two and two?", "response": "2 + 2 = 4.", "gold": "4"}),
 }
 TOOL = {"role": "tool", "content": "c"}
 IMAGE = {"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}
@@ -54,19 +51,12 @@ REFUSED = {
     "short.csv": ("question,answer\na\nb\n", "short.csv:2: 1 fields, and the first line names 2 (line 3 as "),
     "twice.csv": ("question,question\na,b\n", "twice.csv: two columns are called 'question'"),
     "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
-    "wide.csv": ("question,answer\na,b\n".encode("utf-16"), "wide.csv is UTF-16, and must be UTF-8"),
     "wide.jsonl": (lines(PAIR).encode("utf-16-le"), "wide.jsonl is UTF-16LE, and must be UTF-8"),
-    "index.csv": (
-        "question,A,B,C,answer\nq,x,y,z,2\n",
-        "index.csv:2: answer 2 is none of the choices A, B, C",
-    ),
+    "index.csv": ("question,A,B,C,answer\nq,x,y,z,2\n", "csv:2: answer 2 is none of the choices A, B, C"),
     "pairs.jsonl": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "pairs.jsonl: preference pairs"),
     "tools.jsonl": (lines({"messages": [*chat("a", "b"), TOOL]}), "messages: tool calls are not supported"),
     "image.jsonl": (lines({"messages": [*chat("a"), IMAGE]}), "content must be text"),
-    "differ.jsonl": (
-        lines({"instruction": "I", "output": "good", "response": "bad"}),
-        "mean the same, and their values differ",
-    ),
+    "differ.jsonl": (lines({"instruction": "I", "output": "good", "response": "bad"}), "their values differ"),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
     "turns.jsonl": (lines({"messages": chat("a") * 2}), "expected user and assistant in turns"),
     "null.jsonl": (lines({"messages": [{**IMAGE, "content": None}]}), "prompt or response is empty"),
@@ -95,14 +85,11 @@ def test_parquet(tmp_path):
         assert (example.prompt, example.gold) == (PAIR["question"], "4")
 
 
-@pytest.mark.parametrize(("answer", "text"), [(2.5, "2.5"), (False, "false"), (0, "0")])
-def test_an_answer_that_is_no_text_can_be_verified_as_it_stands(tmp_path, answer, text):
-    (example,) = read(source(tmp_path / "rows.jsonl", lines({"question": "Q", "answer": answer})))
-    assert example.response == example.gold == text
-
-
 def test_where_no_response_has_more_than_its_answer_texts_can_be_verified(tmp_path):
-    """In JSON as in a table; beside one that has more, a text is a text."""
+    """In JSON as in a table; beside one that has more, a text is a text. What is no text always can."""
+    rows = [{"question": f"{answer}?", "answer": answer} for answer in (2.5, False, 0)]
+    found = read(source(tmp_path / "rows.jsonl", lines(*rows)))
+    assert [e.response for e in found] == [e.gold for e in found] == ["2.5", "false", "0"]
     answers = ["3", "3%", "3/7", "yes", "\\boxed{3}", "1,200", "(B)", "5 km"]
     for more, golds in (([], answers), (["So it is 3."], [None] * 9)):
         rows = [{"question": f"q{n}", "answer": answer} for n, answer in enumerate([*answers, *more])]
@@ -128,16 +115,6 @@ def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path,
     (shown,) = read(source(tmp_path / "shown.jsonl", lines(row)))
     (other,) = read(source(tmp_path / "a.csv", "question,A,B,answer\nq,x,y,neither x nor y\n"))
     assert shown.prompt == row["question"] and other.prompt == "q" and "no model sees A, B" in caplog.text
-
-
-def test_not_a_number_is_an_empty_cell(tmp_path):
-    row = {"instruction": "Two and two?", "input": float("nan"), "output": "4"}
-    (example,) = read(source(tmp_path / "rows.jsonl", lines(row)))
-    assert example.prompt == "Two and two?"
-    empty = source(
-        tmp_path / "empty.jsonl", lines({"question": "Q", "answer": float("nan")}, PAIR), empty="drop"
-    )
-    assert [e.prompt for e in read(empty)] == [PAIR["question"]]
 
 
 def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
@@ -178,6 +155,10 @@ def test_conversations(tmp_path, tiny):
     alone = read(source(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")})))
     assert alone[0].id != last.id  # another question, by what was said before
 
+    chats = {"messages": chat("q1", "a1", "q2", "", "q3", "a3")}  # an empty answer leaves the others
+    found = read(source(tmp_path / "a.jsonl", lines(chats), format="messages_all", empty="drop"))
+    assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]
+
 
 def test_a_conversation_is_rendered_and_shown_to_voters(tmp_path, tiny):
     row = {"messages": chat("One?", "1", "Two?", "#### 2")}
@@ -191,22 +172,16 @@ def test_a_conversation_is_rendered_and_shown_to_voters(tmp_path, tiny):
     assert "User: One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
 
 
-def test_empty_cells_are_empty_rows(tmp_path):
+def test_cells_of_a_table(tmp_path):
+    """An empty one is an empty field, as NaN is; one that looks like a number is a number."""
     text = "question,answer,note\nq0,,x\nq1,a1,\n,a2,\n"
     table = source(tmp_path / "a.csv", text, empty="drop")
     assert [(e.prompt, e.extra) for e in read(table)] == [("q1", {"note": None})]
     assert read_rows(table).empty == 2
-
-
-def test_numbers_of_a_table_are_numbers(tmp_path):
+    nan = lines({"question": "Q", "answer": float("nan")}, PAIR)
+    assert [e.prompt for e in read(source(tmp_path / "a.jsonl", nan, empty="drop"))] == [PAIR["question"]]
     cells = ["42", "-1.5", "007", "1,200", "a word"]
     text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
     found = read(source(tmp_path / "a.csv", text))
     golds = ["42", "-1.5", None, None, None]
     assert [(e.response, e.gold) for e in found] == list(zip(cells, golds, strict=True))
-
-
-def test_an_empty_answer_of_a_conversation_leaves_the_others(tmp_path):
-    text = lines({"messages": chat("q1", "a1", "q2", "", "q3", "a3")})
-    found = read(source(tmp_path / "a.jsonl", text, format="messages_all", empty="drop"))
-    assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]

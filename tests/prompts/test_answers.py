@@ -4,39 +4,26 @@ from fractions import Fraction
 
 import pytest
 
-from stages.prompts.answers import (
-    equals_gold,
-    extract,
-    extract_letter,
-    gold_from_response,
-    parse_number,
-    rewrite,
-)
+from stages.prompts import answers
+from stages.prompts.answers import equals_gold, extract, gold_from_response, parse_number, rewrite
 
 
 @pytest.mark.parametrize(
     ("text", "style", "strict", "flexible"),
     [
-        ("2 + 2 = 4\n#### 4", "hash", "4", "4"),
-        ("#### 3\n#### 4", "hash", "4", "4"),
-        ("#### 1,200.", "hash", "1,200", "1,200"),
-        ("so it is 1,200 dollars", "hash", None, "1,200"),
-        ("The answer is Paris.", "hash", None, "Paris"),
-        ("", "hash", None, None),
-        ("<reasoning>\nx\n</reasoning>\n<answer>\n12\n</answer>", "xml", "12", "12"),
+        ("#### 3\n#### 4", "hash", "4", "4"), ("#### 1,200.", "hash", "1,200", "1,200"),
+        ("so it is 1,200 dollars", "hash", None, "1,200"), ("The answer is Paris.", "hash", None, "Paris"),
+        ("", "hash", None, None), ("#### 5", "xml", None, "5"),
         ("<answer>1</answer><answer>2</answer>", "xml", "2", "2"),
-        ("#### 5", "xml", None, "5"),
         # A thought is no answer.
         ("<think>Maybe #### 5? No: 2 + 4 is 6.</think> The answer is 6.", "hash", None, "6"),
         ("Maybe 5?</think>\n#### 6", "hash", "6", "6"),  # the prompt had opened it
         ("<think>I will write #### 18 at the end. But wait", "hash", None, None),
-        ("<think>It is\n</think>\n#### 4\n</think> 6", "hash", None, "6"),
         # The flexible reading begins at the answer that was found.
-        ("#### Answer: 18\n\n####", "hash", "Answer: 18", "18"),
         ("#### Answer: 18\n#### \nDone", "hash", "Answer: 18", "18"),
         ("#### Answer\nThere are 18 eggs. That is the Answer.", "hash", "Answer", "18"),
     ],
-)
+)  # fmt: skip
 def test_extraction(text, style, strict, flexible):
     found = extract(text, style)
     assert (found.strict, found.flexible) == (strict, flexible)
@@ -47,20 +34,16 @@ def test_extraction(text, style, strict, flexible):
     [
         ("1200", "1,200", True), ("$12.00", "12", True), ("12.5", "12", False), (None, "12", False),
         ("paris.", "Paris", True), ("Lyon", "Paris", False), ("twelve", "12", False), ("0.5", "1/2", True),
-        ("4 June", "4 July", False), ("7 weeks", "7 days", False), ("12 m", "12 km", False),
-        ("5 inches", "5 inch", True), ("2 boxes", "2 box", True), ("3 cities", "3 city", True),
-        ("5 ms", "5 m", False), ("+5", "5", True), ("\\boxed{18}", "18", True), ("18", "$\\boxed{18}$", True),
-        ("\\(18\\)", "18", True), ('"18"', "18", True), ("3/4", "\\frac{3}{4}", True),
-        ("+3x", "3", False), ("--5", "-5", False),
-        ("7", "7 days", True), ("7 days a week", "7 days", True), ("1 day", "1 days", True),
-        ("5 m²", "5 m", False), ("5%", "5", True), ("5 percent", "5%", True), ("$5", "5 dollars", True),
-        ("5 million", "5", False), ("3½", "3", False), ("5 million", "5,000,000", True), ("1,2", "12", False),
+        ("4 June", "4 July", False), ("7 weeks", "7 days", False), ("5 inches", "5 inch", True),
+        ("2 boxes", "2 box", True), ("3 cities", "3 city", True), ("5 ms", "5 m", False), ("+5", "5", True),
+        ("18", "$\\boxed{18}$", True), ("\\(18\\)", "18", True), ('"18"', "18", True), ("--5", "-5", False),
+        ("+3x", "3", False), ("7", "7 days", True), ("7 days a week", "7 days", True), ("5%", "5", True),
+        ("5 percent", "5%", True), ("$5", "5 dollars", True), ("5 million", "5,000,000", True),
+        ("5 million", "5", False), ("3½", "3", False), ("1,2", "12", False), ("1,2", "1.2", False),
         ("3,50 €", "3.5", True), ("1.200,50 €", "1200.5", True), ("2,5 kg", "2.5 kg", True),
-        ("1,2", "1.2", False),
-        ("34", "(3,4)", False), ("(3,4)", "(3,4)", True), ("3/4", "\\dfrac{3}{4}", True),
+        ("34", "(3,4)", False), ("(3,4)", "(3,4)", True), ("3/4", "\\dfrac{3}{4}", True), ("3!", "3", False),
         ("是。", "是", True), ("“Paris”", "Paris", True), ("-x", "x", False), ("C#", "C", False),
-        ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False),
-        ("5 trillion", "5", False), ("3!", "3", False), ("5 days!", "5", True), ("-1 1/2", "-3/2", True),
+        ("5.0 km/h", "5 km/h", True), ("12", "$12/hour", True), ("3/x", "3", False), ("5 days!", "5", True),
     ],
 )  # fmt: skip
 def test_equality(answer, gold, right):
@@ -81,8 +64,7 @@ def test_a_heading_is_no_answer(response):
 
 def test_targets_are_rewritten():
     response = "3 * 4 = 12.\n#### 12"
-    assert gold_from_response(response) == "12"
-    assert rewrite(response, "12", "hash") == response
+    assert rewrite(response, gold_from_response(response), "hash") == response
     assert rewrite(response, "12", "xml") == "<reasoning>\n3 * 4 = 12.\n</reasoning>\n<answer>\n12\n</answer>"
     assert rewrite("free text", None, "xml") == "free text"
     assert gold_from_response("So it is 5. #### 5.\n\n") == "5"
@@ -100,40 +82,35 @@ def test_targets_are_rewritten():
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("The answer is B because option A is wrong.", "B"),
         ("The correct answer is C. Option A is too small, option D is too large.", "C"),
         ("The answer is A. No, the answer is B.", "B"), ("Option A is too small, so option C", "C"),
-        ("Answer: I think it is B.", "B"), ("The answer is I believe B", "B"),
-        ("The answer is A good one", None), ("The answer is A because B is wrong.", "A"),
-        ("The correct answer is: B) Paris. C) London is wrong.", "B"),
-        ("The answer is: B, since C is too large", "B"), ("**Answer:** B. Not C.", "B"),
+        ("Answer: I think it is B.", "B"), ("The answer is A good one", None),
+        ("The answer is A because B is wrong.", "A"), ("**Answer:** B. Not C.", "B"),
         ("Probably B, but I\u2019m not sure", "B"), ("<think>The answer is A, or B?</think> C", "C"),
         ("<think>The answer is A", None), ("The answer is (c)", "C"), ("The answer is a dog", None),
-        (r"The answer is: $\boxed{D}$. Not A", "D"), ("**B. Vitamin C**", "B"),
-        ("**(B)** Hepatitis A", "B"), ("B (Vitamin C)", "B"), ("B \u2013 Vitamin C", "B"),
-        ("A (small) dog, so C", "A"), ("A*B is C", "C"), ("* B has C", "C"), ("A-level, so D", "D"),
+        (r"The answer is: $\boxed{D}$. Not A", "D"), ("**(B)** Hepatitis A", "B"), ("B (Vitamin C)", "B"),
+        ("B \u2013 Vitamin C", "B"), ("A (small) dog, so C", "A"), ("* B has C", "C"), ("A-level, so D", "D"),
     ],
 )  # fmt: skip
 def test_the_choice_that_is_said_to_be_right(text, named):
-    assert extract_letter(text) == named
+    assert answers.extract_letter(text) == named
 
 
-@pytest.mark.parametrize("term", ["3 x", "13x", "1.5x", "3π", "3sqrt(2)", "**3x**", "$3x"])
+@pytest.mark.parametrize("term", ["3 x", "13x", "3π", "3sqrt(2)", "**3x**", "$3x"])
 def test_the_coefficient_of_a_term_is_no_number(term):
     assert parse_number(term) is None
     assert not equals_gold(term, "3") and not equals_gold(term, "13") and equals_gold(term, term)
     read = extract(f"It is {term}.\n#### {term}", "hash")
     assert read.strict == term
-    if term in ("13x", "1.5x", "3π"):  # apart from its variable it is read as a number
+    if term in ("13x", "3π"):  # apart from its variable it is read as a number
         assert read.flexible == term
 
 
 # As written, and its value.
 WRITTEN = [
-    ("0", 0), ("007", 7), ("12,345,678", 12345678), ("-3", -3), ("−3", -3), ("–3", -3), ("－3", -3),
-    (".5", "0.5"), ("12.00", 12), ("-0.75", "-0.75"), ("$1,200.50", "1200.5"), ("-$5", -5), ("$-5", -5),
-    ("−$5", -5), ("€40", 40), ("£1,000", 1000), ("\\$7", 7), ("3/4", "3/4"), ("10/5", 2), ("-3/4", "-3/4"),
-    ("1 1/2", "3/2"), ("-1 1/2", "-3/2"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
+    ("0", 0), ("007", 7), ("12,345,678", 12345678), ("-3", -3), ("−3", -3), ("－3", -3), (".5", "0.5"),
+    ("12.00", 12), ("$1,200.50", "1200.5"), ("-$5", -5), ("$-5", -5), ("€40", 40), ("\\$7", 7), ("10/5", 2),
+    ("-3/4", "-3/4"), ("-1 1/2", "-3/2"), ("1,000/4", 250), ("12345678901234567890", 12345678901234567890),
 ]  # fmt: skip
 
 
@@ -148,22 +125,18 @@ def test_numbers_in_their_places(place):
 
 # Text, and what the strict and the flexible reading make of it as a number.
 ODD = [
-    ("#### 5 thousand", 5000, 5000), ("#### 5k", 5000, 5000), ("#### $1.5K.", 1500, 1500), ("#### 5 K", 5, 5),
-    ("#### 5 km/h", 5, 5), ("#### 3/x", None, 3), ("#### 5m", 5, 5), ("#### 5μm", 5, 5),
-    ("#### 5 a day", 5, 5), ("#### 12 dollars per day", 12, 12), ("#### 12 %", 12, 12), ("#### 12.", 12, 12),
-    ("#### **12**", 12, 12), ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### 12kg", 12, 12),
-    ("#### 3 hours 20 minutes", None, 20), ("#### 2 + 2", None, 2), ("#### x = 4", None, 4),
-    ("#### twelve", None, None), ("####", None, None), ("#### 3/0", None, None), ("#### 1 2", None, 2),
-    ("#### 4-", None, 4), ("### 5", None, 5), ("##### 5", None, 5), ("#### 5\n#### ", 5, 5),
-    ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5),
-    ("(4)-2", None, 2), ("8 - 3 = 5", None, 5), ("a total of 1,200, at least", None, 1200),
-    ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12), ("**Answer: 12**", None, 12),
-    ("There are none.", None, None), ("x=-4", None, -4), ("it is -4 degrees", None, -4), ("10/2=5", None, 5),
+    ("#### 5k", 5000, 5000), ("#### $1.5K.", 1500, 1500), ("#### 5 K", 5, 5), ("#### 3/x", None, 3),
+    ("#### 5 km/h", 5, 5), ("#### 5μm", 5, 5), ("#### 5 a day", 5, 5), ("#### 12 %", 12, 12),
+    ("#### **12**", 12, 12), ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### x = 4", None, 4),
+    ("#### 3 hours 20 minutes", None, 20), ("#### twelve", None, None), ("####", None, None),
+    ("#### 3/0", None, None), ("#### 4-", None, 4), ("### 5", None, 5), ("##### 5", None, 5),
+    ("#### 5\n#### ", 5, 5), ("#### 5 #### 6", None, 6), ("it takes 3-5 days", None, 5), ("(4)-2", None, 2),
+    ("a total of 1,200, at least", None, 1200), ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12),
+    ("**Answer: 12**", None, 12), ("There are none.", None, None), ("x=-4", None, -4), ("10/2=5", None, 5),
     ("the ratio 3/4", None, Fraction(3, 4)), ("#### -\n7", None, 7), ("#### 1.5e3", None, 3),
-    ("12:30", None, 30), ("USD 40", None, 40), ("#### USD 40", 40, 40), ("$ 40", None, 40),
-    ("#### $ 40", 40, 40), ("So.\n#### Final Answer:\n**18**", None, 18), ("#### Answer: 18", None, 18),
-    ("#### Conclusion\nJanet makes $18 a day.", None, 18), ("#### $\\boxed{18}$", 18, 18),
-    ("#### 3½", None, 3), ("#### 3 and a half", None, 3), ("#### 1,2", None, 2), ("#### 5 million", 5e6, 5e6),
+    ("12:30", None, 30), ("#### USD 40", 40, 40), ("$ 40", None, 40),
+    ("So.\n#### Final Answer:\n**18**", None, 18), ("#### Conclusion\nJanet makes $18 a day.", None, 18),
+    ("#### $\\boxed{18}$", 18, 18), ("#### 3 and a half", None, 3), ("#### 5 million", 5e6, 5e6),
     ("#### 2 dozen eggs", 24, 24), ("it is 5 hundred thousand", None, 500), ("#### 1,00,000", 1e5, 1e5),
 ]  # fmt: skip
 

@@ -29,8 +29,8 @@ WITHOUT_END = {"glm4moe"}
 """Templates that write nothing after the last answer."""
 OWN_THOUGHT = {"deepseek_r1_distill", "deepseekv3"}
 """Templates that open a thought in the prompt, and leave it out of conversations."""
-EMPTY = {"nemotron_3_5_lightning": "</think>", "nemotron_3_nano": "\n</think>\n"}
-EMPTY |= {"nemotron_3_super": "\n</think>\n", "nemotron_3_ultra": "</think>"}
+EMPTY = {"nemotron_3_5_lightning": "</think>", "nemotron_3_nano": "\n</think>\n",
+         "nemotron_3_super": "\n</think>\n", "nemotron_3_ultra": "</think>"}  # fmt: skip
 """Templates that open a thought in one way in the prompt and in another in conversations → how one ends."""
 QUESTION, ANSWER, THOUGHT = "2 + 2?", "It is 4.\n#### 4", "Two and two."
 
@@ -102,7 +102,6 @@ ASKED = (
     [
         # The prompt says that there is no thought, and conversations do not.
         ("", "<think>\n\n</think>\n\n", "Hm.", "It is 4.\n#### 4<|im_end|>"),
-        ("", "</think>", "Hm.", "It is 4.\n#### 4<|im_end|>"),
         # It opens one, in a line of its own or not, or in the tags of other models.
         ("", "<think>", "Hm.", "Hm.</think>It is 4.\n#### 4<|im_end|>"),
         ("", "<|START_THINKING|>", "", "<|END_THINKING|>It is 4.\n#### 4<|im_end|>"),
@@ -144,9 +143,8 @@ def test_another_way_to_write_answers_is_refused(tokenizer):
         Renderer(tokenizer, PromptSection())
     assert "prompt.template=plain" in caught.value.hint
     tokenizer.chat_template = tokenizer.chat_template.replace("bot: ", "assistant: ")
-    assert (
-        written_by(Renderer(tokenizer, PromptSection()), Example("", "?", "Yes.", None)) == "Yes.<|im_end|>"
-    )
+    renderer = Renderer(tokenizer, PromptSection())
+    assert written_by(renderer, Example("", "?", "Yes.", None)) == "Yes.<|im_end|>"
 
 
 def test_a_switch_for_each_system(tokenizer):
@@ -166,25 +164,13 @@ def test_a_switch_for_each_system(tokenizer):
         Renderer(tokenizer, PromptSection(chat_template_kwargs={"enable_thnking": False}))
 
 
-CUT = [
-    *(f"{tag}so 2+2 is 5? #### 5\nno. keep" for tag in thoughts.TAGS),
-    *(f"#### 4 {tag} or 5? #### 5" for tag in thoughts.TAGS),
-    *(f"{tag}a{closing}#### 4\n{tag}or is it 5?" for tag, closing in thoughts.TAGS.items()),
-]
-
-
-@pytest.mark.parametrize("text", CUT)
-def test_a_cut_thought_is_no_answer(text):
-    for style in ("hash", "xml"):
-        answer = extract(text, style)
-        assert (answer.strict, answer.flexible) == (None, None)
-
-
 @pytest.mark.parametrize(("tag", "closing"), thoughts.TAGS.items())
 def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing):
     """Also where the prompt opens it, and where its tags are special tokens, which texts are without."""
     answer = f"{closing}\n#### 4"
     assert extract(f"{tag} 5? #### 5 {answer}", "hash").strict == "4"
+    for cut_text in (f"{tag}5? #### 5\nno.", f"#### 4 {tag} or 5? #### 5", f"{tag}a{answer}\n{tag}or 5?"):
+        assert extract(cut_text, "hash").flexible is None and extract(cut_text, "xml").flexible is None
     assert thoughts.split(f"{tag}\n5?\n{answer}") == ("5?", "#### 4")
     assert thoughts.split(f"{tag}\n5? #### 5") == ("", f"{tag}\n5? #### 5")
     for special in (False, True):

@@ -3,6 +3,7 @@ import math
 import re
 import reprlib
 from fractions import Fraction
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -49,13 +50,11 @@ def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones()
         ("soft_format", "xml", XML.replace("\n", ""), 1.0),
         ("tag_count", "xml", XML + "\nand so on", 1 - 0.002 * 10),
         ("tag_count", "xml", XML.replace("<reasoning>\n", ""), 0.75),
-        ("strict_format", "hash", "#### 4", 1), ("tag_count", "hash", "#### 4", 1),
         ("strict_format", "hash", "There are # 3\n#### 3", 1), ("strict_format", "hash", "a #### 3", 0),
         ("strict_format", "hash", "#### 3\nmore\n#### 4", 0), ("tag_count", "hash", "#### 3\nm\n#### 4", 0),
         ("strict_format", "hash", "2\n#### 4\nmore", 0), ("tag_count", "hash", "2\n#### 4\nmore", 1),
-        ("strict_format", "hash", "<think>I will write #### 18 at the end. But wait", 0),
         ("soft_format", "hash", "<think>I will write #### 18 at the end. But wait", 0),
-        ("soft_format", "hash", "So\n##### 7", 0), ("correctness", "hash", "So\n##### 7", 0),
+        ("soft_format", "hash", "So\n##### 7", 0),
         ("strict_format", "xml", f"<think>Hm.</think>\n\n{XML}", 1),
     ],
 )  # fmt: skip
@@ -67,8 +66,7 @@ def test_partial_answers(name, style, text, value):
     ("text", "wanted", "value"),
     [
         ("The cat sat.", "the cat sat", 1), ("the cat", "the cat sat", 0.8), ("a dog", "the cat sat", 0),
-        ("", "the cat sat", 0), ("the the the the the cat sat", "the cat sat", 0.6),
-        ("<think>Five words are not these.</think> Paris", "Paris", 1),
+        ("", "the cat sat", 0), ("<think>Five words are not these.</think> Paris", "Paris", 1),
         # Without spaces each character is a word.
         ("今天北京的天气很好适合散步", "今天北京的天气很好，适合出门散步。", 26 / 28),
         ("हिन्दी भाषा", "हिन्दी", 2 / 3), ("don't stop", "do not stop", 1 / 3),
@@ -83,16 +81,14 @@ TEST = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidat
 
 def test_code_is_run_in_the_sandbox():
     texts = [
-        "Here:\n```python\ndef square(x):\n    return x * x\n```\nThat is it.",
         "```python\ndef square(x):\n    return x + x\n```",
         "no code",
         "```bash\npip install x\n```\nThen:\n```python3\ndef square(x):\n    return x * x\n```\nDone.",
-        "1. So:\n   ```PYTHON\n   def square(x):\n       return x * x\n   ```\n2. Done.",
         "```text\n4 is 2 * 2\n```\nHence ```python\ndef square(x):\n    return x * x```\nwith ```x``` in it.",
     ]
     box = Sandbox("unsafe-no-sandbox", Limits(20, 512))  # which of them does not matter here
-    given = {"test": [TEST] * 6, "entry_point": ["square"] * 6, "sandbox": box}
-    assert rewards.pick("code_tests")(completions=texts, **given) == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    given = {"test": [TEST] * 4, "entry_point": ["square"] * 4, "sandbox": box}
+    assert rewards.pick("code_tests")(completions=texts, **given) == [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -115,11 +111,9 @@ DOC = f'def f():\n    """Doc\n    {F}\n    f()\n    {F}\n    """\n'
     ("text", "program"),
     [
         (f"{F}python\n{DOC}{F}\nDone", DOC),
-        (f"{F}python\ndef f():\n    return '{F}'\n{F}\nDone", f"def f():\n    return '{F}'\n"),
         (f"The name is {F}f{F}\n{F}python\ndef f(): pass\n{F}\nDone", "def f(): pass\n"),
         (f"{F}python\ndef f(): pass{F}\nDone\n{F}\nother\n{F}", "def f(): pass"),
         (f"1. Like this:\n   {F}py\n   def f(): pass\n   {F}\n2. Done", "def f(): pass\n"),
-        (f"1. {F}python\n   def f():\n       pass\n   {F}\n", "def f():\n    pass\n"),
     ],
 )  # fmt: skip
 def test_a_code_block_ends_at_its_own_fence(text, program):
@@ -127,13 +121,10 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 
 def test_columns_are_what_a_reward_must_be_given():
-    def needs(name):
-        return loading.required_fields(loading.load(name, None))
-
-    assert needs("correctness") == ["gold", "answer_format"]
-    assert needs("code_tests") == ["test", "entry_point"]
-    assert needs("text_overlap") == ["response"]
-    assert needs("trl.think_format_reward") == []
+    names = ("correctness", "code_tests", "text_overlap", "trl.think_format_reward")
+    assert [loading.required_fields(loading.load(name, None)) for name in names] == [
+        ["gold", "answer_format"], ["test", "entry_point"], ["response"], [],
+    ]  # fmt: skip
     trl = loading.load("trl.think_format_reward", None)
     assert trl(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]  # plain text, not conversations
     row = {"gold": "5", "level": 3, "prompt": "Q", "tags": ["x"], "mixed": 1, "note": None}
@@ -169,9 +160,8 @@ def code_tests(completions, **given): ...
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(OWN)
-    return str(path)
+    (tmp_path / "mine.py").write_text(OWN)
+    return str(tmp_path / "mine.py")
 
 
 def test_a_file_of_own_rewards(file, tmp_path):
@@ -196,26 +186,16 @@ def test_a_raising_reward_stops_with_its_name_and_sample_if_it_is_its_fault(file
     text = "reward broken raised ZeroDivisionError: division by zero; sample 2 of 2: 'bad' to 'two?'"
     assert str(caught.value) == text
 
-    def failing(error: Exception):
-        def reward(completions):
-            raise error
-
-        return loading.with_checks("mine", reward)
-
-    with pytest.raises(SandboxError, match="reward mine: bwrap"):
-        failing(SandboxFailure("bwrap: no"))(completions=["a"])
-    with pytest.raises(MemoryError):
-        failing(MemoryError())(completions=["a"])
+    for error, raised in ((SandboxFailure("bwrap: no"), SandboxError), (MemoryError(), MemoryError)):
+        with pytest.raises(raised):
+            loading.with_checks("mine", Mock(side_effect=error))(completions=["a"])
 
 
-@pytest.mark.parametrize("value", [math.inf, "1.0", [1.0], 10**400, torch.ones(2), torch.tensor(math.nan)])
-def test_a_reward_that_is_no_finite_number_stops(value):
-    reward = loading.with_checks("odd", lambda completions: [value])
-    with pytest.raises(UnusableResult, match=f"reward odd is {re.escape(reprlib.repr(value))} for 'text'"):
-        reward(completions=["text"])
-
-
-def test_rewards_of_other_libraries_are_floats():
+def test_rewards_of_other_libraries_are_floats_and_what_is_no_finite_number_stops():
+    for value in (math.inf, "1.0", [1.0], 10**400, torch.ones(2), torch.tensor(math.nan)):
+        reward = loading.with_checks("odd", lambda completions, value=value: [value])
+        with pytest.raises(UnusableResult, match=f"odd is {re.escape(reprlib.repr(value))} for 'text'"):
+            reward(completions=["text"])
     given = [torch.tensor(0.5), numpy.float32(0.25), True, Fraction(1, 8), torch.ones(1).bfloat16()]
     seen = loading.with_checks("odd", lambda completions: given)(completions=["text"] * 5)
     assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
@@ -226,26 +206,24 @@ def test_rewards_of_other_libraries_are_floats():
 
 
 def test_code_in_a_thought_is_a_draft():
-    draft = "<think>\n```python\ndef f(x):\n    return 0\n```\n"
-    assert program_from_output(draft, "def f(x):\n", "f", chat=True) is None
-    answer = f"{draft}</think>\n```python\ndef f(x):\n    return 1\n```\n"
+    draft, answer = (f"```python\ndef f(x):\n    return {number}\n```\n" for number in (0, 1))
+    assert program_from_output(f"<think>\n{draft}", "def f(x):\n", "f", chat=True) is None
+    answer = f"<think>\n{draft}</think>\n{answer}"
     assert "return 1" in program_from_output(answer, "def f(x):\n", "f", chat=True)
     answer = "```python\nfrom __future__ import annotations\n\ndef f(x: X) -> int:\n    return x + 1\n```"
     program = program_from_output(answer, 'import math\n\ndef f(x):\n    """Add one."""\n', "f", chat=True)
     compile(program, "program", "exec")  # imports from the future come first
 
 
-@pytest.mark.parametrize("gold", ["B", "b", "(B)"])
+@pytest.mark.parametrize("gold", ["B", "(b)"])
 def test_a_letter_is_right_however_it_is_written_and_for_benchmarks_alike(tmp_path, gold):
-    said = {"#### B": 1, "#### (B)": 1, "#### B) because": 1, "#### b": 1, "#### (b)": 1, "#### A": 0}
+    said = {"#### B": 1, "#### B) because": 1, "#### (b)": 1, "#### A": 0}
     given = {"completions": list(said), "gold": [gold] * len(said), "answer_format": ["hash"] * len(said)}
     assert rewards.pick("correctness")(**given) == list(said.values())
     (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "P", "answer": gold}) + "\n")
     (item,) = jsonl.load(BenchmarkSection(path=str(tmp_path / "items.jsonl")))
-    context = Context("hash", chat=False)
+    row, context = Example("i", "P", "", gold, {}), Context("hash", chat=False)
     for text, right in said.items():
         assert jsonl.grade(item, text, context).correct == bool(right)
-        row = Example("i", "P", "", gold, {})
         assert demo.grade(row, text, context).correct == bool(right)
-    for text, flexible in (("The answer is (B) Paris", "B"), ("The answer is A.\n#### C", "C")):
-        assert demo.grade(Example("i", "P", "", gold, {}), text, context).flexible == flexible
+    assert demo.grade(row, "The answer is (B) Paris", context).flexible == "B"
