@@ -59,24 +59,22 @@ def test_numbers_and_lengths(tiny, written):
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
     assert seen.prompt.longest <= found["rl"]["max_prompt_length"] < seen.prompt.longest + config_writer.STEP
     assert seen.response.longest < found["rl"]["max_completion_length"]
-    far = rows(300)
-    far[7]["answer"] = "long " * 400 + "\n#### 8"
+    far = rows(300, system="You are a lawyer.")
+    far[7]["answer"] = "long " * 3000 + "\n#### 8"
     found, said = written(far)
     assert found["data"]["max_length"] < 200 and found["data"]["too_long"] == "drop"
-    assert "99 % have at most" in said
+    assert "99 % have at most" in said and "each row has a field system" not in said
+    found, said = written(far[:40])
+    assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096
 
 
-def test_empty_and_repeated_rows_are_counted_and_left_out(written):
+def test_empty_and_repeated_rows_are_left_out_and_rewards_follow_the_answers(written):
     found, said = written([*rows(40), *rows(2), {"question": "", "answer": "x"}])
     assert (found["data"]["empty"], found["data"]["duplicates"]) == ("drop", "first")
     assert "40 rows: question and answer; left out: 1 empty, 2 repeated" in said
     assert found["rl"]["prompts_per_step"] == 4
-
-
-def test_rewards_follow_the_answers(written):
-    found, said = written(rows(300, gold="Paris"))
-    assert found["rl"]["rewards"] == {"correctness": 1.0} and "mostly a text" in said
-    found, said = written(rows(300, test="def check(f): pass", entry_point="f"))
+    assert "mostly a text" in written(rows(40, gold="Paris"))[1]
+    found, said = written(rows(40, test="def check(f): pass", entry_point="f"))
     assert found["rl"]["rewards"] == {"code_tests": 1.0} and "they run in the sandbox" in said
 
 
@@ -92,29 +90,24 @@ def test_rows_without_answers_are_not_passed_over(written):
 
 
 def test_a_small_model_gets_the_rates_of_the_demo_and_a_cold_start(written, monkeypatch):
-    found, said = written(rows(300))
+    found, said = written(rows(40))
     assert (found["sft"]["learning_rate"], found["sft"]["system2_share"]) == (2e-3, 0.3)
-    assert found["rl"]["learning_rate"] == 1.5e-4
-    assert "how RL finds" not in said
+    assert found["rl"]["learning_rate"] == 1.5e-4 and "how RL finds" not in said
     monkeypatch.setattr(data_profile, "parameters", lambda _: 7_000_000_000)
-    found, said = written(rows(300))
+    found, said = written(rows(40))
     assert not {"learning_rate", "system2_share"} & (found["sft"].keys() | found["rl"].keys())
     assert "how RL finds" in said
 
 
-def test_answers_without_their_working_say_nothing_about_the_length_of_completions(written):
-    found, said = written([{"question": f"{i} + 1?", "answer": i + 1} for i in range(300)])
-    assert found["rl"]["max_completion_length"] == 320
-    assert "rows show no working, so 256 is a guess" in said
-
-
-def test_rows_that_all_lack_a_response_are_for_rl_alone(written, lorapar):
+def test_rows_of_answers_alone(written, lorapar):
+    """They say nothing about the length of completions, and those without a response are for RL alone."""
+    found, said = written([{"question": f"{i} + 1?", "answer": i + 1} for i in range(40)])
+    assert found["rl"]["max_completion_length"] == 320 and "no working, so 256 is a guess" in said
     found, said = written([{"question": f"{i} + 1?", "gold": i + 1} for i in range(60)])
     assert (found["partition"], found["rl"]["start_from"]) == ({"strategy": "all"}, "init")
     assert "RL alone trains" in said and "a cold start" not in said
-    planned = lorapar("plan", "c.yaml")
-    assert planned.code == 0, planned.err
-    steps = {line.split()[0] for line in planned.out.splitlines() if " missing " in line}
+    planned = lorapar("plan", "c.yaml").out
+    steps = {line.split()[0] for line in planned.splitlines() if " missing " in line}
     assert steps == {"classify:train", "score", "partition:rl", "rl"}  # no SFT, so no mask of it
 
 
@@ -123,8 +116,7 @@ def test_labels_of_the_rows_are_taken(written):
     assert found["classify"] == {"strategy": "known"} and "who votes" not in said
     assert found["rl"]["prompts_per_step"] == 2 and "for 4 steps on 12 System 2 rows" in said
     assert "no row is labelled System 2" in written(rows(8, system=1))[1]
-    found, said = written(rows(40, system="System 2"))  # words, too
-    assert found["classify"]["strategy"] == "known" and "no row is labelled System 1" in said
+    assert "no row is labelled System 1" in written(rows(8, system="System 2"))[1]  # words, too
 
 
 def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(written, tmp_path):
@@ -147,35 +139,22 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
     }  # fmt: skip
     assert made["on"]["shots"] == 0 and "max_new_tokens" not in made["on"]
     assert made["2024"]["max_new_tokens"] == found["rl"]["max_completion_length"]
-    assert "duplicates" not in made["2024"]
-    assert (made["odd"]["kind"], made["odd"]["empty"], made["odd"]["duplicates"]) == ("demo", "drop", "first")
-    assert made["odd"]["max_new_tokens"] == found["rl"]["max_completion_length"]
+    assert (made["odd"]["empty"], made["odd"]["duplicates"]) == ("drop", "first")
     assert "which rows measure success" not in said
     assert "2024.jsonl measures: 1 of its 1 questions are trained on" in said
 
 
-def test_a_template_without_system_messages_gets_none(written, tiny, tmp_path):
-    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    refusing = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    template = f"{{% for m in messages %}}{refusing}{{{{ m.content }}}}<|im_end|>{{% endfor %}}"
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    found, said = written(rows(300), model=folder)
-    assert "prompt" not in found and "its chat template takes no system message" in said
+WITHOUT_SYSTEM = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}<|im_end|>"
+SWITCHES = {"qwen3_8": {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}}
+SWITCHES |= {"gptoss": {1: {"reasoning_effort": "low"}, 2: {"reasoning_effort": "high"}}}
 
 
-@pytest.mark.parametrize(
-    ("template", "modes"),
-    [
-        ("qwen3_8", {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}),
-        ("gptoss", {1: {"reasoning_effort": "low"}, 2: {"reasoning_effort": "high"}}),
-        ("deepseek_r1_distill", None),
-    ],
-)
+@pytest.mark.parametrize(("template", "modes"), [*SWITCHES.items(), ("deepseek_r1_distill", None)])
 def test_the_switch_of_a_template_makes_the_two_modes(written, tiny, tmp_path, template, modes):
     """Completions are long enough for a thought, also where the template has no switch and always thinks."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    templates = Path(trl.__file__).parent / "chat_templates"
-    shutil.copy(templates / f"{template}.jinja", folder / "chat_template.jinja")
+    chat_template = folder / "chat_template.jinja"
+    shutil.copy(Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja", chat_template)
     write_jsonl(tmp_path / "test.jsonl", rows(2))
     found, said = written(rows(40), "--test", str(tmp_path / "test.jsonl"), model=folder)
     assert found["prompt"].get("chat_template_kwargs_by_system") == modes
@@ -183,6 +162,9 @@ def test_the_switch_of_a_template_makes_the_two_modes(written, tiny, tmp_path, t
     (benchmark,) = found["eval"]["benchmarks"].values()
     assert (benchmark["max_thinking_tokens"], benchmark["max_new_tokens"]) == (1024, 256)
     assert "how the model thinks: no row has a thought" in said
+    chat_template.write_text(f"{{% for m in messages %}}{WITHOUT_SYSTEM}{{% endfor %}}", encoding="utf-8")
+    found, said = written(rows(40), model=folder)
+    assert "prompt" not in found and "its chat template takes no system message" in said
 
 
 def test_a_model_without_template_and_with_other_modules(written, tmp_path):
@@ -196,9 +178,8 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 64}
     config = GPTNeoXConfig(vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2, **sizes)
     GPTNeoXForCausalLM(config).save_pretrained(folder)
-    found, said = written(rows(300), model=folder)
-    assert found["prompt"]["template"] == "plain"
-    assert found["lora"]["target_modules"] == "all-linear"
+    found, said = written(rows(40), model=folder)
+    assert (found["prompt"]["template"], found["lora"]["target_modules"]) == ("plain", "all-linear")
     assert "dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said
     assert found["rl"]["max_prompt_length"] + found["rl"]["max_completion_length"] <= 64
@@ -207,15 +188,12 @@ def test_a_model_without_template_and_with_other_modules(written, tmp_path):
 def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_disk):
     monkeypatch.chdir(tmp_path)
     write_jsonl(Path("rows.jsonl"), rows(10))
-    new = ["rows.jsonl", "--model", tiny]
 
     def write_rows(file: Path, _: list) -> None:
-        file.touch()
-        if "test" in file.name:
-            file.write_text("{", encoding="utf-8")
+        file.write_text("{" if "test" in file.name else "", encoding="utf-8")
 
     monkeypatch.setattr(own_rows, "write_jsonl", write_rows)
-    for arguments in (new, ["--example", "paper/table1/qwq"]):
+    for arguments in (["rows.jsonl", "--model", tiny], ["--example", "paper/table1/qwq"]):
         done = lorapar("init", *arguments)
         assert done.code == 73 and "no space left" in done.err
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rows.jsonl"]
@@ -228,28 +206,20 @@ def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monke
     done = lorapar("init", "rows.jsonl", "--model", tiny)
     assert done.code == 73 and Path("rows.yaml").read_text(encoding="utf-8") == "mine"
     Path("odd.jsonl").write_text('{"a": 1}', encoding="utf-8")
-    assert lorapar("init", "odd.jsonl", "--model", tiny).code == 65
     done = lorapar("init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--test", "odd.jsonl")
     assert done.code == 65 and "\n  jsonl: bad row" in done.err
-    Path("long.jsonl").write_text(json.dumps({"question": "a b " * 10**6, "answer": "3"}), encoding="utf-8")
+    write_jsonl(Path("long.jsonl"), [{"question": "a b " * 10**6, "answer": "3"}])
     done = lorapar("init", "long.jsonl", "--model", tiny, "--out", "c.yaml")
     assert done.code == 65 and "jsonl:1: a text of 4,000,001 characters, more than 1,000,000" in done.err
+    Path("tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")
+    done = lorapar("init", "tests.jsonl", "--model", tiny)
+    assert done.code != 0 and "no row of tests.jsonl has a response to imitate, or an answer" in done.err
     shutil.copytree(tiny, "gpt2")  # which has Conv1D
     GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=500).save_pretrained("gpt2")
     done = lorapar("init", "rows.jsonl", "--model", "gpt2", "--out", "c.yaml")
     assert done.code == 78 and "GPT2LMHeadModel has no linear modules except its head" in done.err
-    assert lorapar("init", "rows.jsonl", "--model", "./none", "--out", "c.yaml").code == 66
     assert lorapar("init", "none.jsonl", "--model", tiny, "--out", "c.yaml").code == 66
-    assert not Path("c.yaml").exists() and not Path("odd.yaml").exists()
-
-
-def test_long_rows_get_a_server_with_room(written):
-    long = rows(40, system="You are a lawyer.")
-    for row in long[3:5]:
-        row["answer"] = "word " * 3000 + "\n#### 8"
-    found, said = written(long)
-    assert "each row has a field system" not in said
-    assert found["server"]["max_model_len"] >= found["data"]["max_length"] > 4096
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["rows.yaml"]
 
 
 def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):
@@ -257,19 +227,10 @@ def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypa
     write_jsonl(tmp_path / "rows.jsonl", rows(8))
     labels = [f'"{row["question"]}",{1 + i % 2}' for i, row in enumerate(rows(8))]
     (tmp_path / "labels.csv").write_text("\n".join(["question,system", *labels]), encoding="utf-8")
-    arguments = ["init", "rows.jsonl", "--model", tiny, "--out", "c.yaml"]
-    done = lorapar(*arguments, "--labels", "gone.csv")
-    assert done.code == 66 and done.err == "error: --labels gone.csv: no such file\n"
-    done = lorapar(*arguments, "--labels", "labels.csv")
+    arguments = ["init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--labels"]
+    assert lorapar(*arguments, "gone.csv").err == "error: --labels gone.csv: no such file\n"
+    done = lorapar(*arguments, "labels.csv")
     assert done.code == 0 and "who votes" not in done.out
     section = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["classify"]
     assert section == {"strategy": "known", "labels_file": "labels.csv"}
     assert lorapar("classify", "c.yaml").code == 0
-
-
-def test_rows_with_neither_a_response_nor_an_answer_are_refused(tmp_path, tiny, lorapar, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")
-    done = lorapar("init", "tests.jsonl", "--model", tiny)
-    assert done.code != 0 and "no row of tests.jsonl has a response to imitate, or an answer" in done.err
-    assert {path.name for path in tmp_path.iterdir()} == {"tests.jsonl"}

@@ -80,13 +80,6 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
         assert rows[0]["question"] == "Bo has 2 pens.\n\nHow many pens has Bo?"
 
 
-def test_the_last_answer_of_a_chat_is_read_like_any_other(tmp_path):
-    chat = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "There are 3 lamps."}]
-    write_jsonl(tmp_path / "chat.jsonl", [{"conversations": chat}])
-    own = own_rows(str(tmp_path / "chat.jsonl"), tmp_path, {}, [])
-    assert [row for _, row in read_jsonl(Path(own.path))] == [{"conversations": chat, "gold": "3"}]
-
-
 def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text("id,Frage,Antwort,Lösung\n1,Wie viel?,Zusammen 12.,12\n", encoding="utf-8")
@@ -138,8 +131,6 @@ def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lor
     train, test = (read_jsonl(Path(f"sales-{part}.jsonl")) for part in ("train", "test"))
     asked, held = ({row["question"] for _, row in rows} for rows in (train, test))
     assert not asked & held and len(asked | held) == 251 and len(held) == 50 and len(train) + len(test) == 301
-    files = {path.name for path in Path().glob("sales*")}
-    assert files == {"sales.csv", "sales.yaml", "sales-train.jsonl", "sales-test.jsonl"}
     config = yaml.safe_load(Path("sales.yaml").read_text(encoding="utf-8"))
     assert config["run"] == "sales" and config["data"]["path"] == "sales-train.jsonl"
     assert config["eval"]["benchmarks"]["sales-test"]["path"] == "sales-test.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from conftest import labels_of, make_step, make_steps
@@ -34,32 +35,26 @@ def test_a_row_with_a_verifiable_answer_or_a_test_needs_no_response(tmp_path):
     [example] = _read(tmp_path, {"prompt": "Write f.", "test": "assert f()", "entry_point": "f"})
     assert example.response == "" and example.extra["test"] == "assert f()"
     own = {"prompt": "Write f.", "rubric": "short"}  # for a reward of one's own
-    with pytest.raises(DataError, match="cannot tell the format"):
-        _read(tmp_path, own)
     assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
 
 
-NULL = {"messages": [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]}
-
-
-@pytest.mark.parametrize("row", [{"question": "open?", "gold": None}, NULL], ids=str)
-def test_a_row_without_response_and_gold_is_empty(tmp_path, row):
-    answered = row | {"gold": "5"}
-    with pytest.raises(DataError, match="prompt or response is empty") as caught:
-        _read(tmp_path, answered, row)
-    assert "empty: drop leaves out empty ones" in caught.value.hint
-    [example] = _read(tmp_path, answered, row, empty="drop")
-    assert (example.prompt, example.response, example.gold) == ("open?", "", "5")
+def test_a_row_without_response_and_gold_is_empty(tmp_path):
+    null = [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]
+    for row in ({"question": "open?", "gold": None}, {"messages": null}):
+        with pytest.raises(DataError, match="prompt or response is empty") as caught:
+            _read(tmp_path, row | {"gold": "5"}, row)
+        assert "empty: drop leaves out empty ones" in caught.value.hint
+        [example] = _read(tmp_path, row | {"gold": "5"}, row, empty="drop")
+        assert (example.prompt, example.response, example.gold) == ("open?", "", "5")
 
 
 def test_what_verifies_the_last_answer_of_a_chat_verifies_no_other(tmp_path):
     turns = (("user", "f?"), ("assistant", "def f(): pass"), ("user", "g?"))
     chat = [{"role": role, "content": text} for role, text in turns]
-    row = {"messages": chat, "test": "assert g()", "entry_point": "g", "from": "x"}
-    first, last = _read(tmp_path, row, format="messages_all")
+    test = {"test": "assert g()", "entry_point": "g"}
+    first, last = _read(tmp_path, {"messages": chat, "from": "x"} | test, format="messages_all")
     assert (first.prompt, first.response, first.extra) == ("f?", "def f(): pass", {"from": "x"})
-    assert (last.prompt, last.response) == ("g?", "")
-    assert last.extra == {"test": "assert g()", "entry_point": "g", "from": "x"}
+    assert (last.prompt, last.response, last.extra) == ("g?", "", test | {"from": "x"})
 
 
 def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
@@ -74,19 +69,14 @@ def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
 
 def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeypatch):
     """One threshold is for prompts of one kind."""
-    shown = []
-
-    def question_of(voter, target, show_answer):
-        shown.append(show_answer)
-        raise StopIteration
-
-    monkeypatch.setattr(classify, "question_of", question_of)
+    asked = Mock(side_effect=StopIteration)
+    monkeypatch.setattr(classify, "question_of", asked)
     rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
     for more in ([], [{"question": "9?", "gold": "9"}]):
         write_jsonl(tmp_path / "rows.jsonl", rows + more)
         with pytest.raises(StopIteration):
             make_step(smoke(f"data.path={tmp_path / 'rows.jsonl'}"), "classify:train")
-    assert shown == [True, False]
+    assert [call.args[2] for call in asked.call_args_list] == [True, False]
 
 
 ROWS = [
@@ -103,9 +93,6 @@ def test_score_and_sft_read_rows_with_a_response():
     taught = examples.trained_by_sft(ROWS, SftSection(system1_targets="answer", system2_share=0.0), 0)
     assert {example.response for example in taught} == {f"#### {i}" for i in range(0, 24, 2)}
     assert len(examples.trained_by_sft(ROWS, SftSection(data="all"), 0)) == 16
-
-
-def test_a_system_without_any_response_is_said():
     bare = [replace(row, example=replace(row.example, response="")) for row in ROWS if row.system == 2]
     with pytest.raises(DataError, match="none of 12 rows labelled System 2 has a response"):
         examples.scored([*ROWS[::2], *bare], ScoreSection(), 0)
@@ -115,21 +102,16 @@ def test_a_system_without_any_response_is_said():
 
 @pytest.mark.slow
 def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
-    """Half of the rows have their answer alone: RL has them as prompts, score and SFT do not.
-
-    SFT has those of System 1 if it teaches answers alone. A row whose answer cannot be verified is not
-    replayed.
-    """
+    """Half of the rows have their answer alone: RL has them as prompts, score and SFT do not."""
     rows = [json.loads(line) for line in (demo_data / "train.jsonl").read_text().splitlines()][:48]
-    slow = [row for row in rows if row["intended"] == 2]
-    fast = [row for row in rows if row["intended"] == 1]
+    slow, fast = ([row for row in rows if row["intended"] == system] for system in (2, 1))
     for row in (*slow[::2], *fast[::2]):
         row["gold"] = row.pop("answer").rpartition("#### ")[2]
-    fast[1]["answer"] = "Some."
+    fast[1]["answer"] = "Some."  # cannot be verified, so it is not replayed
     write_jsonl(tmp_path / "mixed.jsonl", rows)
-    small = ("classify.strategy=known", "classify.known=intended", "score.examples=4", "sft.max_steps=1")
-    small += ("rl.max_steps=1", "rl.system1_share=0.25", "eval.targets=[sft]")
-    settings = (f"data.path={tmp_path / 'mixed.jsonl'}", *small)
+    settings = (f"data.path={tmp_path / 'mixed.jsonl'}", "classify.strategy=known", "classify.known=intended")
+    settings += ("score.examples=4", "sft.max_steps=1", "rl.max_steps=1", "rl.system1_share=0.25")
+    settings += ("eval.targets=[sft]",)
     config = resolved(smoke(*settings))
     assert problems(Texts(config), list(plan_steps(config).values())) == []
     made = make_steps(config, "classify", "score", "partition", "sft", "rl")
@@ -138,9 +120,6 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     assert len(labels_of(config)) == 48
     assert summaries["score"]["without_response"] == without[1] + without[2]
     assert summaries["sft"]["without_response"] == without[1]
-    assert summaries["rl"]["prompts"] == len(slow)
-    assert summaries["rl"]["replayed_prompts"] == len(fast) - 1
-    assert summaries["rl"]["unrewardable_prompts"] == 1
+    rl = {"prompts": len(slow), "replayed_prompts": len(fast) - 1, "unrewardable_prompts": 1}
+    assert rl.items() <= summaries["rl"].items()
     assert len(Texts(config).training_rows(config.sft)) == 48 - without[1] - without[2]
-    taught = make_step(smoke(*settings, "sft.system1_targets=answer"), "sft").manifest["summary"]
-    assert "without_response" not in taught

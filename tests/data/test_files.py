@@ -59,7 +59,6 @@ REFUSED = {
     "differ.jsonl": (lines({"instruction": "I", "output": "good", "response": "bad"}), "their values differ"),
     "fields.jsonl": (lines({"text": "a"}), "fields.jsonl: cannot tell the format from the fields text"),
     "turns.jsonl": (lines({"messages": chat("a") * 2}), "expected user and assistant in turns"),
-    "null.jsonl": (lines({"messages": [{**IMAGE, "content": None}]}), "prompt or response is empty"),
     "no.parquet": (b"PAR1 and more", "no.parquet is not a Parquet file"),
 }
 
@@ -97,9 +96,6 @@ def test_where_no_response_has_more_than_its_answer_texts_can_be_verified(tmp_pa
         assert [(e.response, e.gold) for e in found] == list(zip([*answers, *more], golds, strict=True))
     table = "question,answer\n" + "".join(f'q{n},"{answer}"\n' for n, answer in enumerate(answers))
     assert [e.gold for e in read(source(tmp_path / "rows.csv", table))] == answers
-    digits = "7" * 5000  # of which Python makes no number
-    (example,) = read(source(tmp_path / "long.csv", f"question,answer\nq,{digits}\n"))
-    assert example.response == digits
 
 
 def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path, caplog):
@@ -118,12 +114,11 @@ def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path,
 
 
 def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
-    rows = [{**PAIR, "Context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}]
-    read(source(tmp_path / "rows.jsonl", lines(*rows)))
+    context = {**PAIR, "Context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}
+    read(source(tmp_path / "rows.jsonl", lines(context)))
     assert "no model sees Context, choices: write what a question needs into it" in caplog.text
     caplog.clear()
-    shown = {**PAIR, "question": "Two is a number. Two and two? A) 3 B) 4", "choices": ["3", "4"]}
-    read(source(tmp_path / "shown.jsonl", lines({**shown, "context": "Two is a number."})))
+    read(source(tmp_path / "shown.jsonl", lines({**context, "question": "Two is a number. A) 3 B) Two?"})))
     assert not caplog.text
 
 
@@ -150,8 +145,6 @@ def test_conversations(tmp_path, tiny):
     assert (first.prompt, first.response, first.turns) == ("Count.\n\nOne?", "1", [])
     assert second == last and first.id != second.id
     assert read_rows(rows).format == "chat"
-    source(tmp_path / "chat.jsonl", lines({"messages": chat("Hi", "Ho!", "Two?", "It is two."), "gold": 2}))
-    assert [e.gold for e in read(every)] == [None, "2"]
     alone = read(source(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")})))
     assert alone[0].id != last.id  # another question, by what was said before
 
@@ -180,7 +173,7 @@ def test_cells_of_a_table(tmp_path):
     assert read_rows(table).empty == 2
     nan = lines({"question": "Q", "answer": float("nan")}, PAIR)
     assert [e.prompt for e in read(source(tmp_path / "a.jsonl", nan, empty="drop"))] == [PAIR["question"]]
-    cells = ["42", "-1.5", "007", "1,200", "a word"]
+    cells = ["42", "-1.5", "007", "1,200", "7" * 5000]  # of so many digits Python makes no number
     text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
     found = read(source(tmp_path / "a.csv", text))
     golds = ["42", "-1.5", None, None, None]

@@ -1,6 +1,6 @@
 """Texts of a model or of a stranger's rows, however long and odd, are read in linear time and never raise."""
 
-import signal
+import time
 
 import pytest
 
@@ -31,28 +31,17 @@ GIVEN = {"gold": ["5"], "response": ["one two"], "test": [""], "entry_point": ["
 REWARDS = ["integer", "strict_format", "soft_format", "tag_count", "correctness", "text_overlap"]
 
 
-@pytest.fixture
-def patience():
-    def give_up(*_):
-        raise TimeoutError("a pattern takes more than linear time")
-
-    before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE_S)
-    yield
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    signal.signal(signal.SIGVTALRM, before)
-
-
-@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("style", ["hash", "xml"])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_long_texts_are_read_at_once(text, style):
+    start = time.process_time()
     for name in REWARDS:
         (value,) = rewards.pick(name)(completions=[text], answer_format=[style], **GIVEN)
         assert value <= 1
     assert rewards.pick("correctness")(completions=[text], gold=[text], answer_format=[style])[0] in (0, 1)
     assert answers.equals_gold("5", text) is answers.equals_gold(text, "5") is False
     assert answers.rewrite(text, "5", style) and isinstance(code.code_block(text, "f"), str)
+    assert time.process_time() - start < PATIENCE_S
 
 
 @pytest.mark.parametrize("digits", [150, 5_000])

@@ -51,10 +51,7 @@ def test_plain_row(tokenizer):
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_a_system_message_by_label(tokenizer, template):
-    """An example without a label, or with one that has no message, gets the one for all.
-
-    A question with another response is another example, and may have another label.
-    """
+    """An example without a label, or with one that has no message, gets the one for all."""
     section = PromptSection(system="Be good.", by_system={1: "Be quick."}, template=template)
     examples = {label: replace(EXAMPLE, id=str(label)) for label in (1, 2, None)}
     labels = [Labelled(example, label, {}) for label, example in examples.items()]
@@ -85,11 +82,11 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode(renderer.few_shot("", [], "def f():", example=EXAMPLE)[1]) == f"{bos}def f():"
 
 
-@pytest.mark.parametrize(("template", "stop"), [("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())])
-def test_only_plain_stops_at_the_next_question(tokenizer, template, stop):
-    renderer = Renderer(tokenizer, PromptSection(template=template))
-    (asked,) = render_prompts([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
-    assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
+def test_only_plain_stops_at_the_next_question(tokenizer):
+    for template, stop in (("chat", ()), ("plain", ("\nQuestion:",)), ("bare", ())):
+        renderer = Renderer(tokenizer, PromptSection(template=template))
+        (asked,) = render_prompts([EXAMPLE], BenchmarkSection(kind="gsm8k"), renderer)
+        assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
 
 
 def test_without_pad_token_eos_pads_and_is_still_trained(tiny, tmp_path):
@@ -101,12 +98,11 @@ def test_without_pad_token_eos_pads_and_is_still_trained(tiny, tmp_path):
     assert Renderer(tokenizer, PromptSection()).row(EXAMPLE).labels[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize(("policy", "kept"), [("drop", 1), ("truncate", 2)])
-def test_rows_that_are_too_long(tokenizer, policy, kept):
+def test_rows_that_are_too_long(tokenizer):
     renderer = Renderer(tokenizer, PromptSection())
     long = Example("long", "2 + 2?", "x" * 300, None)
     with pytest.raises(DataError, match="longer than data.max_length 150: long has 3"):
         renderer.rows([EXAMPLE, long], DataSection(max_length=150))
-    rows, counted = renderer.rows([EXAMPLE, long], DataSection(max_length=150, too_long=policy))
-    assert (len(rows), counted) == (kept, 1)
-    assert all(len(row.input_ids) <= 150 for row in rows)
+    for policy, kept in (("drop", 1), ("truncate", 2)):
+        rows, counted = renderer.rows([EXAMPLE, long], DataSection(max_length=150, too_long=policy))
+        assert (len(rows), counted) == (kept, 1) and all(len(row.input_ids) <= 150 for row in rows)

@@ -44,11 +44,9 @@ def _conversation(tokenizer, thought: str, **arguments) -> str:
     fields = {"reasoning_content": thought, "thinking": thought} if thought else {}
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER, **fields}]
     template = tokenizer.get_chat_template()
-    for written in ("%Y-%m-%d", "%d %b %Y"):
+    for form in ("%Y-%m-%d", "%d %b %Y"):
         for quote in "'\"":
-            template = template.replace(
-                f"strftime_now({quote}{written}{quote})", f"'{DATE.strftime(written)}'"
-            )
+            template = template.replace(f"strftime_now({quote}{form}{quote})", f"'{DATE.strftime(form)}'")
     return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **arguments)
 
 
@@ -125,12 +123,11 @@ def test_a_thought_that_is_always_written_at_the_end_is_no_end(tokenizer):
     """As by Hunyuan's template, also where it is not asked for an answer."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}{% endfor %}"
-        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n{% endif %}"
+        "<think>\n\n</think>\n"
     )
-    for arguments in ({}, {"enable_thinking": False}):
-        renderer = Renderer(tokenizer, PromptSection(chat_template_kwargs=arguments))
-        assert written_by(renderer, Example("id", QUESTION, ANSWER, "4")) == f"{ANSWER}<|im_end|>"
-        assert renderer.stop_ids == [tokenizer.eos_token_id]
+    renderer = Renderer(tokenizer, PromptSection())
+    assert written_by(renderer, Example("id", QUESTION, ANSWER, "4")) == f"{ANSWER}<|im_end|>"
+    assert renderer.stop_ids == [tokenizer.eos_token_id]
 
 
 def test_another_way_to_write_answers_is_refused(tokenizer):
@@ -150,9 +147,8 @@ def test_another_way_to_write_answers_is_refused(tokenizer):
 def test_a_switch_for_each_system(tokenizer):
     """A System 1 row has no thought, whatever the template's switch."""
     tokenizer.chat_template = TEMPLATES["qwen3"].read_text(encoding="utf-8")
-    section = PromptSection(
-        chat_template_kwargs_by_system={1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
-    )
+    by_system = {system: {"enable_thinking": system == 2} for system in (1, 2)}
+    section = PromptSection(chat_template_kwargs_by_system=by_system)
     rows = {system: Example(f"{system}", QUESTION, ANSWER, "4", thought=THOUGHT) for system in (1, 2)}
     renderer = Renderer(tokenizer, section, [Labelled(row, system, {}) for system, row in rows.items()])
     texts = {system: tokenizer.decode(renderer.row(row).input_ids) for system, row in rows.items()}

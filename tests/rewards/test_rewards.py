@@ -32,7 +32,7 @@ def test_the_ideal_answer_earns_one_of_each(text, style):
 
 def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones():
     """Two groups of four and one of two: 3, 1 and no correct ones; lengths in tokens."""
-    right, wrong = HASH, HASH.replace("7.", "8.").replace("#### 7", "#### 8")
+    right, wrong = HASH, HASH.replace("7", "8")
     completions = [right, right, wrong, right, wrong, wrong, right, wrong, wrong, wrong]
     lengths = [10, 5, 1, 20, 4, 4, 9, 4, 3, 2]
     given = {"completions": completions, "prompts": ["a"] * 4 + ["b"] * 4 + ["c"] * 2}
@@ -91,14 +91,12 @@ def test_code_is_run_in_the_sandbox():
     assert rewards.pick("code_tests")(completions=texts, **given) == [0.0, 0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["def f(x):\n    # twice\n", 'def f(x):\n\t"""Twice."""\n', "import math\n\ndef f(x):\n    if x:\n"],
-)
-def test_any_beginning_of_a_function_can_be_run(prompt):
+def test_any_beginning_of_a_function_can_be_run():
     answer = "```python\ndef f(x):\n    return 2 * x\n```"
-    for text in (stub(prompt), program_from_output(answer, prompt, "f", chat=True)):
-        compile(text, "", "exec")
+    beginnings = ("def f(x):\n    # twice\n", 'def f(x):\n\t"""Twice."""\n', "def f(x):\n    if x:\n")
+    for prompt in beginnings:
+        for text in (stub(prompt), program_from_output(answer, prompt, "f", chat=True)):
+            compile(text, "", "exec")
     with pytest.raises(SyntaxError, match="not the beginning of a Python program"):
         stub("Write a function.")
 
@@ -128,8 +126,7 @@ def test_columns_are_what_a_reward_must_be_given():
     trl = loading.load("trl.think_format_reward", None)
     assert trl(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]  # plain text, not conversations
     row = {"gold": "5", "level": 3, "prompt": "Q", "tags": ["x"], "mixed": 1, "note": None}
-    rows = [row, row | {"level": 2.5, "mixed": "1", "note": "x", "other": 1}]
-    assert loading.common_fields(rows) == {"gold", "level"}
+    assert loading.common_fields([row, row | {"level": 2.5, "mixed": "1", "other": 1}]) == {"gold", "level"}
     told = r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
     with pytest.raises(DataError, match=told):
         loading.check_fields({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
@@ -153,7 +150,6 @@ def _hidden(completions): ...
 PARAMETERS = """
 raise SystemExit
 def mine(completions, sandbox, **_): ...
-def optional(completions, *, sandbox=None): ...
 def code_tests(completions, **given): ...
 """
 
@@ -172,8 +168,8 @@ def test_a_file_of_own_rewards(file, tmp_path):
         loading.check("_hidden", file)
     assert caught.value.hint.endswith("trl.think_format_reward, short, broken")
     (tmp_path / "parameters.py").write_text(PARAMETERS)
-    needing = {"mine": True, "optional": True, "code_tests": False, "correctness": False}
-    for name, needs in {**needing, "trl.think_format_reward": False}.items():
+    needing = {"mine": True, "code_tests": False, "correctness": False, "trl.think_format_reward": False}
+    for name, needs in needing.items():
         assert loading.needs_sandbox([name], str(tmp_path / "parameters.py")) is needs
     assert loading.needs_sandbox(["correctness", "code_tests"], None)
 
