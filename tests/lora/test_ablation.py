@@ -15,7 +15,7 @@ from stages.records import Sample
 from stages.report.comparison import compared
 
 RL = ["rl.max_steps=1", "sft.learning_rate=0.1", "eval.benchmarks.demo.limit=4"]
-TARGETS = "eval.targets=[rl, s1_only, s2_only, shared]"
+TARGETS = "eval.targets=[rl, shared]"
 
 
 def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begun, lorapar):
@@ -26,17 +26,14 @@ def test_regions_are_evaluated_and_compared_with_the_model_that_they_are_of(begu
     done = lorapar("show", ROOT / "configs/smoke.yaml", *flags(*begun.home, *RL, TARGETS))
     assert done.code == 0 and "Regions alone are tested against the model that they are of" in done.out
     shown = next(line for line in done.out.splitlines() if line.startswith("demo"))
-    assert shown.split() == ["demo", "n", "rl", "s1_only", "s2_only", "shared"]
+    assert shown.split() == ["demo", "n", "rl", "shared"]
 
 
 def test_regions_are_tested_against_rl_wherever_it_is_listed():
-    def sample(correct: bool) -> Sample:
-        return Sample("a", 0, None, "", "", "", "", "", correct, correct, "correct" if correct else "wrong")
-
-    found = {name: {"all": [sample(True)]} for name in ("shared", "sft", "s1_only", "rl")}
-    assert {row.target: row.against for row in compared(found)} == {
-        "shared": "rl", "sft": None, "s1_only": "rl", "rl": "sft",
-    }  # fmt: skip
+    samples = {"all": [Sample("a", 0, None, "", "", "", "", "", True, True, "correct")]}
+    rows = compared(dict.fromkeys(("shared", "sft", "s1_only", "rl"), samples))
+    against = {row.target: row.against for row in rows}
+    assert against == {"shared": "rl", "sft": None, "s1_only": "rl", "rl": "sft"}
 
 
 @pytest.mark.parametrize(

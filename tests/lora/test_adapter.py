@@ -6,7 +6,7 @@ Plain PEFT on the plain base model gives the same logits, and the base is never 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from stages.config import LoraSection, ModelSection
 from stages.errors import ArtifactError, ConfigError
@@ -64,15 +64,14 @@ def test_pissa_trains_as_pissa_on_the_residual(tiny):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.1)])
-def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny, dtype, bound):
-    plain = base(tiny, dtype)
+def test_a_merged_copy_answers_alike_and_the_base_is_untouched(tiny):
+    plain = base(tiny, "bfloat16")
     before = {n: p.clone() for n, p in plain.named_parameters()}
     copy = MergedCopy(plain)
     model = adapter.initial(plain, LoraSection(r=4, lora_alpha=8), 0)
     for _ in range(3):
         merged = copy.refresh(model)
-    assert float((logits(merged) - logits(model)).abs().max()) < bound
+    assert float((logits(merged) - logits(model)).abs().max()) < 0.1
     for name, layer in adapted_weights(model).items():  # the sum is rounded, and not its terms
         weight = layer.base_layer.weight.float() + layer.get_delta_weight("default")
         assert torch.equal(merged.get_parameter(name), weight.to(plain.dtype))
@@ -92,18 +91,14 @@ def test_all_linear_modules_are_those_of_peft(tiny, tmp_path):
     adapter.save(model, tmp_path / "a", ModelSection(name=str(tiny)))
     again = load_adapted(ModelSection(name=str(tiny), dtype="float32"), tmp_path / "a")
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
-    assert adapter.attach(base(tiny), lora, tmp_path / "a")
-    for name in ("all-linear", "q_prj"):
-        with pytest.raises(ConfigError, match=rf"lora.target_modules: no {name} in LlamaForCausalLM"):
-            adapter.initial(base(tiny), LoraSection(target_modules=["q_proj", name]), 0)
+    with pytest.raises(ConfigError, match=r"lora.target_modules: no q_prj in LlamaForCausalLM"):
+        adapter.initial(base(tiny), LoraSection(target_modules=["q_proj", "q_prj"]), 0)
 
 
 def test_the_base_s_revision_is_named_and_no_hub_is_asked(tiny, tmp_path, monkeypatch):
     """PEFT's own loaders take main otherwise."""
-    model = adapter.initial(base(tiny), LoraSection(), 0)
-    monkeypatch.setattr(
-        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked")
-    )
+    model, asked = adapter.initial(base(tiny), LoraSection(), 0), "check_file_exists_on_hf_hub"
+    monkeypatch.setattr(f"peft.utils.save_and_load.{asked}", lambda *_: pytest.fail("asked"))
     for name, revision, kept in (("a/b", "0" * 40, "0" * 40), ("a/b", "main", None), (str(tiny), "x", None)):
         adapter.save(model, tmp_path, ModelSection(name=name, revision=revision))
         config = PeftConfig.from_pretrained(str(tmp_path))
@@ -121,37 +116,28 @@ def test_an_adapter_of_another_rank_is_refused(tiny, tmp_path):
 def test_layers_that_read_one_input_share_one_cast_of_it(tiny, monkeypatch):
     """Of a layer in 16 bits: one of q, k, v, one of gate and up, one of down. The results are PEFT's."""
     names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    casts, usual = [], SharedCast.__call__
+    casts, usual, results = [], SharedCast.__call__, []
     monkeypatch.setattr(SharedCast, "__call__", lambda *given: casts.append(usual(*given)) or casts[-1])
     monkeypatch.setattr(adapter, "STD", 0.3)
-    logits, gradients = {}, {}
-    for how in ("shared", "PEFT's"):
+    for shares in (True, False):
         model = adapter.initial(base(tiny, "bfloat16"), LoraSection(r=4, target_modules=names), 0)
-        if how != "shared":
-            for module in model.modules():
-                vars(module).pop("_cast_input_dtype", None)
-        layers = adapter.lora_layers(model.train())
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        logits[how] = model(input_ids=torch.arange(3, 40).view(1, -1)).logits
-        logits[how].float().square().sum().backward()
-        gradients[how] = torch.cat([layer.weight.grad.flatten() for layer in layers.values()])
-    number = model.config.num_hidden_layers
+        for module in model.modules() if not shares else ():
+            vars(module).pop("_cast_input_dtype", None)
+        weights = [layer.weight.requires_grad_(True) for layer in adapter.lora_layers(model.train()).values()]
+        output = model(input_ids=torch.arange(3, 40).view(1, -1)).logits
+        slopes = torch.autograd.grad(output.float().square().sum(), weights)
+        results.append((output, torch.cat([slope.flatten() for slope in slopes])))
+    number, ((shared, slope), (plain, plain_slope)) = model.config.num_hidden_layers, results
     assert len(casts) == 6 * number and len(set(map(id, casts))) == 3 * number
-    assert torch.equal(logits["shared"], logits["PEFT's"])
-    difference = gradients["shared"] - gradients["PEFT's"]  # sums are rounded once, not three times
-    assert difference.norm() < 0.05 * gradients["shared"].norm()
+    assert torch.equal(shared, plain)
+    assert (slope - plain_slope).norm() < 0.05 * slope.norm()  # sums are rounded once, not three times
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_rank_that_a_module_does_not_have_is_refused(init):
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    lora = LoraSection(r=32, init=init, target_modules=["q_proj", "k_proj"])
-    with pytest.raises(ConfigError, match=f"lora.r 32: init {init} gives .*k_proj.* 16 at most"):
-        adapter.initial(Qwen2ForCausalLM(config), lora, 0)
+def test_a_rank_that_a_module_does_not_have_is_refused(tiny, init):
+    lora = LoraSection(r=64, init=init, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(ConfigError, match=f"lora.r 64: init {init} gives .*k_proj.* 32 at most"):
+        adapter.initial(base(tiny), lora, 0)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "normal"])

@@ -84,7 +84,8 @@ def test_what_8_bits_sampled_is_weighted_by_the_policy_s_probability(begun, monk
     """Truncated importance sampling: min(π / μ, limit), from the pass of the loss itself."""
     limit = 1.5
     monkeypatch.setattr("stages.lora.grpo.trainer.CORRECTION_MAX", limit)
-    config = begun("rl.rollouts.int8=true", "rl.loss_type=grpo", f"rl.prefix_sharing={way}", "rl.beta=0")
+    loss = ["rl.beta=0", "rl.loss_type=grpo", f"rl.prefix_sharing={way}"]
+    config = begun("sft.learning_rate=0.1", "rl.rollouts.int8=true", *loss)
     make_step(config, "sft")
     trainer, model, _ = trainer_of(config, monkeypatch)
     assert trainer.sampler.in_int8 == is_supported(trainer.sampler.copy.model)

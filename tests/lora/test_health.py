@@ -8,30 +8,14 @@ from trl import GRPOTrainer, SFTTrainer
 
 from stages.errors import OutOfMemoryError, UnusableResult
 from stages.lora.adapter.adapter import ADAPTER
-from stages.lora.training.health import equal_rewards
 
 SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.save_steps=1", "sft.system2_share=0"]
-
-
-def ids(config, system: int) -> set[str]:
-    return {row.example.id for row in labels_of(config) if row.system == system}
-
-
-def spoilt_in_step(trainer, step: int, monkeypatch, spoil) -> None:
-    """Change what the trainer's `compute_loss` gives from that optimizer step on."""
-    usual = trainer.compute_loss
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = usual(self, model, inputs, *args, **kwargs)
-        return spoil(model, loss) if self.state.global_step + 1 == step else loss
-
-    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
 
 
 def endless_gradient(model, loss):
     """The loss itself stays finite."""
     values = next(p for p in model.parameters() if p.requires_grad)
-    return loss + (values.sum() * 0 + 1e-38).sqrt() * 0 + torch.where(values > -9e9, 0.0, values.sqrt()).sum()
+    return loss + torch.where(values > -9e9, 0.0, values.sqrt()).sum()
 
 
 @pytest.mark.parametrize(
@@ -43,17 +27,20 @@ def endless_gradient(model, loss):
     ids=["loss of sft", "gradient of rl"],
 )
 def test_a_non_finite_number_stops_before_the_step_and_names_rows(own, monkeypatch, trainer, spoil, said):
-    stage = "sft" if trainer is SFTTrainer else "rl"
-    config = own(*SFT, "rl.start_from=init", "rl.max_steps=3", "rl.save_steps=1")
-    spoilt_in_step(trainer, 2, monkeypatch, spoil)
+    stage, system = ("sft", 1) if trainer is SFTTrainer else ("rl", 2)
+    config, usual = own(*SFT, "rl.start_from=init", "rl.max_steps=3", "rl.save_steps=1"), trainer.compute_loss
+
+    def compute_loss(self, model, *inputs, **options):
+        loss = usual(self, model, *inputs, **options)
+        return spoil(model, loss) if self.state.global_step + 1 == 2 else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
     with pytest.raises(UnusableResult, match=rf"{said} in step 2, rows \w+") as caught:
         make_step(config, stage)
     named = str(caught.value).partition("rows ")[2].split(", ")
-    assert set(named) <= ids(config, 1 if stage == "sft" else 2)
+    assert set(named) <= {row.example.id for row in labels_of(config) if row.system == system}
     saved = {path.name for path in config.root.glob(f"{stage}/checkpoints/*/checkpoint-*")}
     assert saved == {"checkpoint-1"}
-    monkeypatch.undo()
-    assert make_step(config, stage).manifest["summary"]["steps"] == 3
 
 
 def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch):
@@ -69,9 +56,9 @@ def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
     said = r"out of memory in step 1, input_ids of 4 × \d+ tokens"
     with pytest.raises(OutOfMemoryError, match=said) as caught:
-        make_step(own("sft.learning_rate=0.02"), "sft")
-    hint = "lower sft.per_device_train_batch_size from 4, or set sft.gradient_checkpointing"
-    assert (caught.value.exit_code, caught.value.hint) == (74, hint)
+        make_step(own(), "sft")
+    assert caught.value.exit_code == 74
+    assert "lower sft.per_device_train_batch_size from 4" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -82,23 +69,20 @@ def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch):
     ],
 )
 def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stage, said):
-    config = own("rl.start_from=init")
-
     def without_memory(*_):
         raise MemoryError
 
     monkeypatch.setattr("stages.packing.support.packed_logprobs", without_memory)
     monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: True)
     with pytest.raises(OutOfMemoryError, match=f"out of memory {said}"):
-        make_step(config, stage, force=True)
+        make_step(own("rl.start_from=init"), stage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
     """With dropout, which draws random numbers."""
-    dropout = ["sft.lora_dropout=0.1", "rl.lora_dropout=0.1"]
-    config = own(*dropout, "rl.start_from=init", "sft.learning_rate=0.02")
+    config = own(f"{stage}.lora_dropout=0.1", "rl.start_from=init", "sft.learning_rate=0.02")
 
     def trained() -> tuple[bytes, list[dict[str, float]]]:
         artifact = make_step(config, stage, force=True)
@@ -107,8 +91,3 @@ def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
     rehearsed = trained()
     monkeypatch.setattr("stages.lora.training.health.LongestBatch.on_train_begin", lambda *_, **__: None)
     assert trained() == rehearsed
-
-
-def test_equal_rewards_in_a_row():
-    rows = [{"frac_reward_zero_std": share} for share in (1, 1, 0.5, 1, 1)]
-    assert equal_rewards(rows) == equal_rewards(rows[:2]) == 2

@@ -60,7 +60,6 @@ def test_the_order_of_mixed_rows(first, last, per_step, size):
 
 def test_too_few_rows_to_replay_are_an_error(with_reward):
     rows, rl = [{}] * 4, with_reward("never", "rl.system1_share=0.25").rl
-    prompts._check_enough(rows, rows, rl, 0)
     with pytest.raises(DataError, match="0 System 1 rows can be replayed, fewer than the 1 of a step"):
         prompts._check_enough(rows, [], rl, 0)
     with pytest.raises(DataError, match=r"2 RL prompts \(7 too long\) are fewer than the 3 of a step"):
@@ -98,15 +97,13 @@ def test_equal_groups_and_metrics_by_hand():
 def test_a_system_message_by_label_reaches_sft_and_rl(begun, monkeypatch):
     """Each prompt begins as its row's label says."""
     messages = {1: "Be quick.", 2: "Think it over."}
-    rows = ("rl.system1_share=0.5", "sft.system2_share=1", "rl.max_prompt_length=600")
+    rows = ("rl.system1_share=0.5", "sft.system2_share=1", "rl.max_prompt_length=600", "rl.start_from=init")
     config = begun(f"prompt.by_system={json.dumps(messages)}", *rows)
-    artifacts(config, "score", "partition", "sft")
-    of = {row.example.prompt: row.system for row in labels_of(config)}
-    with monkeypatch.context() as patch:
-        trainer, *_ = trainer_of(config, patch, "sft")
+    artifacts(config, "score", "partition")
+    trainer, *_ = trainer_of(config, monkeypatch, "sft")
     texts = [trainer.processing_class.decode(row) for row in trainer.train_dataset["input_ids"]]
     texts += list(trainer_of(config, monkeypatch)[0].train_dataset["prompt"])
-    labels = [next(label for question, label in of.items() if question in text) for text in texts]
+    labels = [next(row.system for row in labels_of(config) if row.example.prompt in text) for text in texts]
     assert set(labels) == {1, 2}
     for text, label in zip(texts, labels, strict=True):
         assert messages[label] in text and messages[3 - label] not in text

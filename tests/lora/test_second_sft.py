@@ -18,7 +18,7 @@ TWO = ["sft.rounds=2", "sft.max_steps=4", "sft.num_train_epochs=9", "sft.weight_
 SECOND = "sft:system2"
 
 
-def test_only_rl_and_what_follows_from_it_has_another_key(smoke):
+def test_only_rl_and_what_follows_from_it_has_another_key_and_without_it_a_run_ends_with_sft(smoke):
     one, two = (plan_steps(resolved(smoke(*more))) for more in ((), TWO[:1]))
     assert [name for name in two if name not in one] == [SECOND]
     assert {name for name in one if one[name].key != two[name].key} == {"rl", "eval:rl@demo"}
@@ -28,9 +28,6 @@ def test_only_rl_and_what_follows_from_it_has_another_key(smoke):
     assert from_init["rl"].key == plan_steps(resolved(smoke("rl.start_from=init")))["rl"].key
     baseline = plan_steps(resolved(smoke(*TWO[:1], "baseline.method=ia3", "eval.targets=[sft2]")))
     assert list(baseline[SECOND].inputs) == ["classify:train", "sft"]
-
-
-def test_without_rl_among_the_targets_a_run_ends_with_sft(smoke):
     config = resolved(smoke(*TWO, "eval.targets=[base, sft2]"))
     pending = pending_stages(plan_steps(config), Store(config.root), None, None)
     assert [task.stage.name for task in pending] == ["classify", "score", "partition", "sft", "eval"]
@@ -40,9 +37,10 @@ def test_system_2_s_elements_learn_from_its_rows_and_no_other_moves(begun):
     config = begun(*TWO)
     made = artifacts(config, "score", "partition", "sft")
     first, second, masks = made["sft"], made[SECOND], made["partition:rl"]
-    assert moved_share(config, SECOND) == 1
+    assert moved_share(config, SECOND) == 1 and moved_share(config, "sft") > 0.95
     summary = second.manifest["summary"]
-    assert summary["frozen_drift"] == 0 and summary["moved"] == summary["active"] > 0
+    assert first.manifest["summary"]["frozen_drift"] == summary["frozen_drift"] == 0
+    assert summary["moved"] == summary["active"] > 0
     assert summary["active"] == masks.manifest["summary"]["active"] != first.manifest["summary"]["active"]
     assert summary["rows"] == sum(row.system == 2 for row in labels_of(config))
 

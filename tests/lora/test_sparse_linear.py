@@ -23,10 +23,8 @@ def test_frozen_elements_stay_to_the_bit_and_active_ones_move():
         nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
         steps.step()
         steps.zero_grad()
-    now = packed.weight.detach()
-    assert torch.equal(now[~mask], start[~mask])
-    assert (now[mask] != start[mask]).all()
-    assert torch.equal(now[mask], packed.values.detach())
+    assert torch.equal(packed.weight[~mask], start[~mask]) and (packed.weight != start)[mask].all()
+    assert torch.equal(packed.weight[mask], packed.values)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -67,8 +65,7 @@ def test_fixed_weights_are_made_once_and_train_again_afterwards():
     with frozen_weights(nn.Sequential(packed)):
         assert torch.equal(packed.weight[mask], linear.weight[mask] + 1)
         assert packed.weight is packed.weight
-    packed(torch.randn(5, 12)).sum().backward()
     with torch.no_grad():
-        packed.values -= packed.values.grad
-    assert torch.equal(packed.weight[mask], packed.values)
-    assert torch.equal(packed.weight[~mask], linear.weight[~mask])
+        packed.values -= 0.5
+    packed(torch.randn(5, 12)).sum().backward()
+    assert packed.values.grad.any() and torch.equal(packed.weight[mask], packed.values)

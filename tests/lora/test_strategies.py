@@ -33,13 +33,9 @@ def oracle(values: list[float], theta: Fraction) -> list[bool]:
     return chosen
 
 
-def tensor(values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
 @given(scores.filter(any), shares)
 def test_top_set_is_the_oracle_s(values, share):
-    t = tensor(values)
+    t = torch.tensor(values)
     assert needed_set(t, share, "a").tolist() == oracle(t.tolist(), Fraction(str(share)))
 
 
@@ -47,25 +43,27 @@ def test_top_set_is_the_oracle_s(values, share):
 def test_a_sum_that_rounding_would_change_is_exact(share):
     """Of 1000 elements 900 are 1 and 100 the smallest float32: without these, fewer would do."""
     values = [1.0] * 900 + [2.0**-149] * 100
-    assert needed_set(tensor(values), share, "a").tolist() == oracle(values, Fraction(str(share)))
+    assert needed_set(torch.tensor(values), share, "a").tolist() == oracle(values, Fraction(str(share)))
 
 
 def split(one, two, sizes=None, **settings):
     section = PartitionSection(**settings)
-    return strategies.pick(section.strategy)(
-        {1: tensor(one), 2: tensor(two)}, section, 0, sizes or [len(one)]
-    )
+    scores = {1: torch.tensor(one), 2: torch.tensor(two)}
+    return strategies.pick(section.strategy)(scores, section, 0, sizes or [len(one)])
 
 
-def test_the_element_that_crosses_theta_is_kept():
-    # θ as typed: 0.9 of 10 is 9, reached exactly by 5 + 4; a float sum of 0.9 would ask for more.
-    assert split([5.0, 4.0, 1.0], [1.0, 1.0, 8.0]).region.tolist() == [S1_ONLY | S2_ONLY, S1_ONLY, S2_ONLY]
-    assert split([5.0, 4.0, 1.0], [0.5, 1.0, 8.5]).region.tolist() == [S1_ONLY, S1_ONLY | S2_ONLY, S2_ONLY]
-
-
-def test_theta_one_is_every_element_even_a_zero_and_minus_zero_is_zero():
-    assert split([0.0, 1.0], [1.0, 1.0], theta=1).region.tolist() == [SHARED, SHARED]
-    assert split([-0.0, 1.0], [1.0, 1.0]).region.tolist() == [S2_ONLY, SHARED]
+@pytest.mark.parametrize(
+    ("one", "two", "theta", "wanted"),
+    [
+        # θ as typed: 0.9 of 10 is 9, reached exactly by 5 + 4; a float sum of 0.9 would ask for more.
+        ([5.0, 4.0, 1.0], [1.0, 1.0, 8.0], 0.9, [S1_ONLY | S2_ONLY, S1_ONLY, S2_ONLY]),
+        ([0.0, 1.0], [1.0, 1.0], 1, [SHARED, SHARED]),
+        ([-0.0, 1.0], [1.0, 1.0], 0.9, [S2_ONLY, SHARED]),
+    ],
+    ids=["the element that crosses theta", "theta one is every element", "minus zero is zero"],
+)
+def test_regions_by_hand(one, two, theta, wanted):
+    assert split(one, two, theta=theta).region.tolist() == wanted
 
 
 positive = st.floats(0.015625, 8, width=32)
@@ -75,14 +73,11 @@ positive = st.floats(0.015625, 8, width=32)
 @given(st.lists(st.tuples(positive, positive), min_size=2, max_size=40), shares, shares, shares)
 def test_active_elements(pairs, theta, alpha, beta):
     one, two = map(list, zip(*pairs, strict=True))
-    s = split(one, two, theta=theta, alpha=alpha, beta=beta)
-    shared = s.region == SHARED
-    for active, only, other, share in (
-        (s.active[1], S1_ONLY, S2_ONLY, alpha),
-        (s.active[2], S2_ONLY, S1_ONLY, beta),
-    ):
-        assert active[s.region == only].all()
-        assert not active[s.region == other].any() and not active[s.region == NONE].any()
+    regions = split(one, two, theta=theta, alpha=alpha, beta=beta)
+    shared = regions.region == SHARED
+    for system, only, share in ((1, S1_ONLY, alpha), (2, S2_ONLY, beta)):
+        active = regions.active[system]
+        assert torch.equal(active & ~shared, regions.region == only)
         assert int(active[shared].sum()) == math.floor(Fraction(str(share)) * int(shared.sum()))
 
 
@@ -127,11 +122,7 @@ def test_random_half_needs_no_scores_and_trains_one_half_in_both_stages():
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [
-        ([0.0, 0.0], "zero for every element"),
-        ([math.nan, math.inf], "2 non-finite"),
-        ([-1.0, 1.0], "negative"),
-    ],
+    [([0.0, 0.0], "zero for every"), ([math.nan, math.inf], "2 non-f"), ([-1.0, 1.0], "nega")],
 )
 def test_meaningless_scores_are_refused(values, text):
     with pytest.raises(UnusableResult, match=text):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_step
-from results import artifacts, history, moved_share
+from results import history
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,12 +28,6 @@ from stages.store.checkpoints import Checkpoints
 SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
 
 
-def test_frozen_elements_stay(begun):
-    config = begun(*SFT, "lora.init=olora")
-    summary = artifacts(config, "score", "partition", "sft")["sft"].manifest["summary"]
-    assert summary["frozen_drift"] == 0 and moved_share(config, "sft") > 0.95
-
-
 @pytest.mark.parametrize("value", [1e-30, float("nan"), -0.0])
 def test_a_frozen_element_with_any_other_bits_is_noticed(tmp_path, value):
     active = torch.tensor([[True, False], [True, True]])
@@ -51,17 +45,12 @@ def test_a_frozen_element_with_any_other_bits_is_noticed(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "warmup", "wanted"),
-    [
-        ("linear", 0.5, [0.25, 0.5, 0.75, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
-        ("cosine", 0.5, [0.25, 0.5, 0.75, 1, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]),
-        ("constant", 0, [1] * 8),
-    ],
+    ("scheduler", "falling"), [("linear", [3 / 4, 1 / 4]), ("cosine", [(2 + 2**0.5) / 4, (2 - 2**0.5) / 4])]
 )
-def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, warmup, wanted):
+def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, scheduler, falling):
     class Trainer(ResumableTrainer, transformers.Trainer): ...
 
-    section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=warmup)
+    section = SftSection(learning_rate=0.3, lr_scheduler_type=scheduler, warmup_ratio=0.5)
     arguments = sft._arguments(section, 8, 0, Checkpoints(tmp_path, ""))
     trainer = Trainer(model=nn.Linear(2, 2), args=arguments, row_ids=dict, memory_hint="")
     groups = [{"params": [p], "lr": lr} for p, lr in zip(trainer.model.parameters(), (0.3, 1.2), strict=True)]
@@ -69,11 +58,12 @@ def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, schedu
     made = trainer.create_scheduler(8, optimizer)
     assert trainer.create_scheduler(8, optimizer) is made is trainer.lr_scheduler
     rates = []
-    for _ in wanted:
+    for _ in range(8):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         made.step()
-    assert rates == [pytest.approx([0.3 * share, 1.2 * share]) for share in wanted]
+    shares = [0.25, 0.5, 0.75, 1, 1, falling[0], 0.5, falling[1]]
+    assert rates == [pytest.approx([0.3 * share, 1.2 * share]) for share in shares]
 
 
 @pytest.mark.slow
@@ -89,8 +79,7 @@ def test_the_reversed_order(begun):
 @pytest.mark.slow
 def test_tensorboard_has_the_loss_of_every_step_in_a_folder_that_stays(own, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     config = own(*SFT, "sft.report_to=[tensorboard]")
     artifact = make_step(config, "sft")
     log = events.EventAccumulator(str(config.root / f"tensorboard/sft-{artifact.path.name}")).Reload()
@@ -105,30 +94,29 @@ def test_rows_that_do_not_teach_to_stop_are_named(tiny):
     assert renderer.rows_without_stop([whole, cut]) == ["two"]
 
 
-def test_system_1_may_learn_to_answer_at_once():
-    def row(n: int, system: int | None, response: str, gold: str | None) -> Labelled:
-        return Labelled(Example(str(n), f"{n}?", response, gold), system, {})
+def labelled(n: int, system: int | None, response: str = "A", gold: str | None = None) -> Labelled:
+    return Labelled(Example(str(n), "Q", response, gold), system, {})
 
-    labels = [
-        row(0, 1, "Two and two.\n#### 4", "4"), row(1, 2, "Slowly.\n#### 5", "5"),
-        row(2, 1, "Nothing to verify.", None),
+
+def test_system_1_may_learn_to_answer_at_once():
+    rows = [
+        labelled(0, 1, "Two and two.\n#### 4", "4"), labelled(1, 2, "Slowly.\n#### 5", "5"),
+        labelled(2, 1, "Nothing to verify."),
     ]  # fmt: skip
     section = SftSection(system1_targets="answer", system2_share=0.5)
-    given = examples.trained_by_sft(labels, section, 0)
+    given = examples.trained_by_sft(rows, section, 0)
     assert [e.response for e in given] == ["#### 4", "Slowly.\n#### 5", "Nothing to verify."]
-    assert [e.response for e in examples.trained_by_sft(labels, SftSection(), 0)][0] == "Two and two.\n#### 4"
+    assert [e.response for e in examples.trained_by_sft(rows, SftSection(), 0)][0] == "Two and two.\n#### 4"
     with pytest.raises(DataError, match="none of 1 System 1 rows has a verifiable answer"):
-        examples.trained_by_sft(labels[1:], section, 0)
+        examples.trained_by_sft(rows[1:], section, 0)
 
 
 def test_undecided_rows_are_trained_by_neither_stage():
-    rows = [Labelled(Example(str(i), "", "an answer", None), (1, 2, None)[i], {}) for i in range(3)]
-    everything = SftSection(data="all")
+    rows = [labelled(i, system) for i, system in enumerate((1, 2, None))]
     assert [example.id for example in labelled_examples(rows)] == ["0", "1"]
-    assert [example.id for example in examples.trained_by_sft(rows, everything, 0)] == ["0", "1"]
-    with pytest.raises(DataError, match="all 1 examples are undecided") as caught:
+    assert [example.id for example in examples.trained_by_sft(rows, SftSection(data="all"), 0)] == ["0", "1"]
+    with pytest.raises(DataError, match="all 1 examples are undecided"):
         labelled_examples(rows[2:])
-    assert caught.value.hint == "other voters, or lower classify.min_agreement and classify.quorum"
 
 
 def test_steps_are_exact_and_a_limit_that_no_training_reaches_is_said(caplog):
@@ -136,12 +124,11 @@ def test_steps_are_exact_and_a_limit_that_no_training_reaches_is_said(caplog):
         assert loop.steps_of(batches, SftSection(num_train_epochs=epochs)) == steps
     for limit, steps in ((4, 4), (40, 10)):
         assert loop.steps_of(5, SftSection(max_steps=limit, num_train_epochs=2), stage="sft") == steps
-    said = "sft ends after 10 steps (num_train_epochs 2): max_steps 40 is a limit, and no length as in TRL"
-    assert caplog.messages == [said]
+    assert len(caplog.messages) == 1 and "sft ends after 10 steps (num_train_epochs 2)" in caplog.text
 
 
 def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):
-    rows = [Labelled(Example(str(i), "Q", "A", None), 1 + i % 2, {}) for i in range(20)]
+    rows = [labelled(i, 1 + i % 2) for i in range(20)]
     found = examples.trained_by_sft(rows, SftSection(system2_share=0.3), 0)
     assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3 and not caplog.messages
     few = [row for row in rows if row.system == 1] + [row for row in rows if row.system == 2][:2]

@@ -115,7 +115,7 @@ SILENT = [[0, 1, 2, 3], [1, 4, 7], [1, 2, 3, 4, 5, 6, 7]]
 @pytest.mark.parametrize(
     ("kind", "reference", "iterations", "silent"),
     [(kind, ("base", "ref", None)[i % 3], 2 - (i + i // 3) % 2, []) for i, kind in enumerate(KINDS)]
-    + [(kind, None, 1 + (i + i // 3) % 2, SILENT[i % 3]) for i, kind in enumerate(KINDS)],
+    + [(kind, None, 1 + i % 2, silent) for i, (kind, silent) in enumerate(zip(KINDS, SILENT, strict=False))],
 )
 def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, reference, iterations, silent):
     """With the KL term to the base and to the SFT adapter, and without; in a second iteration some clip."""
@@ -149,9 +149,7 @@ def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, referenc
         mean = float(entropies[rows].sum() / tokens[rows].sum())
         assert logged.pop("entropy")[0] == pytest.approx(mean, rel=1e-4) and found[False][2].pop("entropy")
     else:
-        tokens = (
-            5 + 2 + sum(LENGTHS)
-        )  # a prompt's last token belongs to its completions, whose last is not read
+        tokens = 5 + 2 + sum(LENGTHS)  # a prompt's last token is its completions', whose last is not read
         assert logged["tokens_saved"] == pytest.approx([1 - tokens / (8 * (6 + 8))])
     assert reference or logged["completions_skipped"] == [len(silent) / 8]
     same(found[True], found[False])
@@ -175,24 +173,21 @@ TWO_STEPS = [
 ]  # fmt: skip
 
 
-def test_whole_steps_are_trl_s_however_completions_are_batched(own, tmp_path):
-    """Micro batches hold two groups, or half a group; TRL shuffles completions over them."""
+def test_whole_steps_are_trl_s_where_groups_are_split(own, tmp_path):
+    """Micro batches hold half a group; TRL shuffles completions over them."""
     rewards = tmp_path / "mine.py"
     rewards.write_text(
         "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
     )
     odd = [*TWO_STEPS, f"rl.rewards_file={rewards}", "rl.rewards={odd: 1}"]
-    ways = [["rl.prefix_sharing=off"], [], ["rl.per_device_train_batch_size=2"]]
+    ways = [["rl.prefix_sharing=off"], ["rl.per_device_train_batch_size=2"]]
     runs = (make_step(own(*odd, *way), "rl").path for way in ways)
-    usual, whole, half = (json.loads((folder / "history.json").read_text()) for folder in runs)
-    assert len(usual) == len(whole) == len(half) == 2
+    usual, shared = (json.loads((folder / "history.json").read_text()) for folder in runs)
     assert usual[0]["grad_norm"] > 1e-3 and usual[1]["kl"] > 0
-    for step, one, two in zip(usual, whole, half, strict=True):
-        assert 0.4 < two["tokens_saved"] < one["tokens_saved"] < 0.8
-        assert step.keys() == one.keys() - {"tokens_saved"} == two.keys() - {"tokens_saved"}
+    for step, same_step in zip(usual, shared, strict=True):
+        assert 0.4 < same_step["tokens_saved"] < 0.8 and step.keys() == same_step.keys() - {"tokens_saved"}
         for name in {"loss", "grad_norm", "kl", "entropy", "clip_ratio/region_mean", "reward"} & step.keys():
-            assert one[name] == pytest.approx(step[name], rel=1e-3, abs=1e-5), name
-            assert two[name] == pytest.approx(step[name], rel=1e-3, abs=1e-5), name
+            assert same_step[name] == pytest.approx(step[name], rel=1e-3, abs=1e-5), name
 
 
 def test_dropout_gives_each_completion_a_prompt_of_its_own(begun, monkeypatch, caplog):
