@@ -24,29 +24,31 @@ def ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def cache(tokenizer, folder, rows: list[Labelled], **settings) -> AnswerCache:
+def cache(tokenizer, folder, golds: list[str], **settings) -> AnswerCache:
+    """The answers to Q0, Q1, …"""
+    extra = {"tokens": 99, "part": "a"}
+    rows = [Labelled(Example(gold, f"Q{i}", "", gold, extra), 1, {}) for i, gold in enumerate(golds)]
     section, renderer = DEMO.model_copy(update=settings), Renderer(tokenizer, PromptSection())
     return AnswerCache(rows, section, renderer, {}, folder, regenerate=False)
 
 
-def test_a_line_of_a_journal_that_is_no_answer_or_to_another_question(tokenizer):
+def test_a_choice_is_the_likeliest_word_and_a_line_of_a_journal_must_fit_its_question(tokenizer):
     for odd in ({"ids": [-1]}, {"shares": [1.5]}):
         with pytest.raises(ValidationError):
             CachedAnswer(**odd)
-    with pytest.raises(ArtifactError, match="has 3 shares for 2 words"):
-        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, RenderedPrompt("", [], (), (" A", " B")))
+    prompt = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
+    with pytest.raises(ArtifactError, match="has 3 shares for 4 words"):
+        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, prompt)
+    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, prompt)[0] == "C"
 
 
-def test_a_choice_is_the_likeliest_word_and_a_text_ends_at_the_first_stop_text(tokenizer):
-    asked = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
-    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, asked)[0] == "C"
+def test_a_text_ends_at_the_first_stop_text(tokenizer):
     written = ids(tokenizer, "#### 5\nX\nQ #### 7")
     given = CachedAnswer(ids=written, complete=False).text(tokenizer, RenderedPrompt("", [], ("\nQ", "\nX")))
     assert given == ("#### 5", True, {"tokens": len(written)})
 
 
 def test_the_tokens_of_a_thought_are_counted_apart(tokenizer):
-    """Also of one that the prompt opens; a cut one is all thought."""
     thought, answer = ids(tokenizer, "2 and 2.\n</think>"), ids(tokenizer, "#### 4")
     asked = RenderedPrompt("Q<think>\n", [])
     text, _, extra = CachedAnswer(ids=thought + answer).text(tokenizer, asked)
@@ -57,20 +59,16 @@ def test_the_tokens_of_a_thought_are_counted_apart(tokenizer):
 
 
 def test_each_answer_is_graded_against_its_own_item(tokenizer, tmp_path):
-    golds, said = ["4", "5", "6"], ["#### 4", "it is 5", "#### 7"]
-    rows = [Labelled(Example(gold, "Q", "", gold, {"tokens": 99, "part": "a"}), 1, {}) for gold in golds]
-    replies = cache(tokenizer, tmp_path, rows)
-    recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, text), complete=i < 2) for i, text in enumerate(said)}
+    replies, texts = cache(tokenizer, tmp_path, ["4", "5", "6"]), ["#### 4", "it is 5", "#### 7"]
+    recorded = {(i, 0): CachedAnswer(ids=ids(tokenizer, t), complete=i < 2) for i, t in enumerate(texts)}
     replies.answers = recorded
-    found = replies.graded(Context("hash", True), Silent())
-    assert [(s.id, s.correct, s.correct_flexible, s.outcome) for s in found] == [
-        ("4", True, True, "correct"),
-        ("5", False, True, "unparsed"),
-        ("6", False, False, "truncated"),
-    ]
+    graded = replies.graded(Context("hash", True), Silent())
+    assert [(sample.correct, sample.correct_flexible, sample.outcome) for sample in graded] == [
+        (True, True, "correct"), (False, True, "unparsed"), (False, False, "truncated"),
+    ]  # fmt: skip
     # `tokens` is the length of the answer, whatever the row has by that name.
     lengths = [len(answer.ids) for answer in recorded.values()]
-    assert [s.extra for s in found] == [{"part": "a", "tokens": length} for length in lengths]
+    assert [s.extra for s in graded] == [{"part": "a", "tokens": length} for length in lengths]
     assert _outcome(Grade(None, None, False, False, refused=True), True) == "refused"
     assert _outcome(Grade("7", "7", False, False), True) == "wrong"
 
@@ -84,8 +82,7 @@ def test_each_sample_of_an_item_has_a_seed_of_its_own(tokenizer, tmp_path):
                 seeds.append(question.seed)
                 yield i, Completion([65 + i], True)
 
-    row = Labelled(Example("a", "Q", "", "4"), 1, {})
-    replies = cache(tokenizer, tmp_path, [row], samples=3, temperature=0.8)
+    replies = cache(tokenizer, tmp_path, ["4"], samples=3, temperature=0.8)
     replies.complete(Engine, "t", Silent())
     assert len(set(seeds)) == 3
     assert [replies.answers[0, n].ids for n in range(3)] == [[65], [66], [67]]
@@ -106,16 +103,13 @@ def test_a_thought_at_its_limit_is_closed_and_the_answer_follows(tokenizer, tmp_
                 said, complete = first[name] if len(limits) == 1 else (then[name], True)
                 yield k, Completion(ids(tokenizer, said), complete)
 
-    golds = ["4", "5", "6"]
-    rows = [Labelled(Example(gold, f"Q{i}", "", gold), 2, {}) for i, gold in enumerate(golds)]
     limit = len(ids(tokenizer, first["Q0"][0]))
-    replies = cache(tokenizer, tmp_path, rows, max_thinking_tokens=limit, max_new_tokens=5)
+    replies = cache(tokenizer, tmp_path, ["4", "5", "6"], max_thinking_tokens=limit, max_new_tokens=5)
     replies.complete(Thinker, "", Silent())
     graded = replies.graded(Context("hash", True), Silent())
     assert limits == [limit, 5] and [sample.correct for sample in graded] == [True] * 3
-    assert (
-        graded[0].output == "<think>\n2 and 2\n</think>\n\n#### 4" and graded[2].output == "It is 6. #### 6"
-    )
+    outputs = [sample.output for sample in graded[::2]]
+    assert outputs == ["<think>\n2 and 2\n</think>\n\n#### 4", "It is 6. #### 6"]
     assert graded[0].extra["thought_tokens"] > 0
     spans = [replies.closing_span(i) for i in range(3)]
     assert spans == [range(limit, limit + len(ids(tokenizer, "\n</think>\n\n"))), range(0), range(0)]

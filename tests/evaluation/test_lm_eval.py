@@ -34,14 +34,6 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def write_task(folder: Path, subject: str, **rows: list[dict]) -> None:
-    files = {split: folder / f"{subject}-{split}.json" for split in rows}
-    for split, file in files.items():
-        write_jsonl(file, rows[split])
-    text = CHOICE.format(name=f"local_{subject}", subject=subject.replace("_", " "), **files)
-    (folder / f"{subject}.yaml").write_text(text)
-
-
 @pytest.mark.slow
 def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     """SmolLM2-135M, five shots, 50 items of two subjects: the same prompts and, item by item, choices."""
@@ -61,8 +53,11 @@ def test_our_mmlu_is_the_harness_mmlu(tmp_path, capsys):
     chosen = [row for subject in subjects for row in [r for r in test if r["subject"] == subject][:25]]
     write_jsonl(tmp_path / "chosen.jsonl", chosen)
     for subject in subjects:
-        own, shots = ([row for row in rows if row["subject"] == subject] for rows in (chosen, dev))
-        write_task(tmp_path, subject, test=own, dev=shots)
+        files = {split: tmp_path / f"{subject}-{split}.json" for split in ("test", "dev")}
+        for file, rows in zip(files.values(), (chosen, dev), strict=True):
+            write_jsonl(file, [row for row in rows if row["subject"] == subject])
+        text = CHOICE.format(name=f"local_{subject}", subject=subject.replace("_", " "), **files)
+        (tmp_path / f"{subject}.yaml").write_text(text)
 
     entry = {"path": str(tmp_path / "chosen.jsonl"), "shots_path": str(data / "mmlu/dev.jsonl")}
     evaluated = EvalSection.model_validate({"benchmarks": {"mmlu": entry}}, context=registries())

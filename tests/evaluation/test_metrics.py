@@ -23,18 +23,14 @@ def answers(outcomes: dict[str, list[str]]) -> list[Sample]:
     ]
 
 
-@pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (7, 40), (3, 5)])
-def test_wilson_is_scipy_s(correct, n):
-    expected = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
 @pytest.mark.parametrize("shares", [[0.25] * 30, [0.5], [0.0], [1.0] * 20, [1 / 3] * 9, [1.0, 0.0, 1.0]])
 def test_without_variance_and_of_right_or_wrong_the_interval_is_wilson_s_over_items(shares):
-    mean = sum(shares) / len(shares)
+    mean, n = sum(shares) / len(shares), len(shares)
     low, high = interval(shares)
-    assert (low, high) == pytest.approx(wilson(mean * len(shares), len(shares)))
+    assert (low, high) == pytest.approx(wilson(mean * n, n))
     assert (low == 0) == (mean == 0) and (high == 1) == (mean == 1)
+    expected = binomtest(round(mean * n), n).proportion_ci(0.95, method="wilson")
+    assert wilson(round(mean * n), n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_the_interval_of_other_shares_is_student_s():
@@ -54,25 +50,23 @@ def test_an_item_with_a_refused_answer_counts_neither_way_in_metrics_and_tables(
     assert (row.accuracy.over_items.low, row.accuracy.over_items.high) == tuple(whole["interval"])
     samples = answers({"a": ["refused"]})
     whole = compute_metrics(samples, ("subject",))["all"]
-    assert (whole["n"], whole["accuracy"], whole["interval"]) == (0, None, None)
-    assert whole["macro_over_subject"] is None
+    assert [whole[name] for name in ("n", "accuracy", "interval", "macro_over_subject")] == [0, *[None] * 3]
     (row,) = compared({"base": {"all": samples}})
     assert row.accuracy is None and row.change is None
 
 
 def test_several_answers_groups_and_lengths():
-    outcomes = {"a": ["correct"] * 4, "b": ["correct", *["wrong"] * 3]}
-    outcomes |= {"c": ["wrong"] * 4, "d": ["correct"] * 4}
-    subject = {"a": "law", "b": "law", "c": "art", "d": "art"}
-    samples = [replace(one, extra={"subject": subject[one.id]}) for one in answers(outcomes)]
-    more = [replace(sample, id="e") for sample in samples if sample.id == "d"]
-    whole = compute_metrics([*samples, *more], ("subject",))["all"]
-    assert whole["n"] == 5 and whole["pass@1"] == pytest.approx((1 + 1 / 4 + 0 + 1 + 1) / 5)
-    assert whole["macro_over_subject"] == pytest.approx(((1 + 1 / 4) / 2 + 2 / 3) / 2)
+    outcomes = {"a": ["correct"] * 4, "b": ["correct", *["wrong"] * 3], "c": ["wrong"] * 4}
+    subject = {"a": "law", "b": "law", "c": "art"}
+    samples = [replace(sample, extra={"subject": subject[sample.id]}) for sample in answers(outcomes)]
+    whole = compute_metrics(samples, ("subject",))["all"]
+    assert whole["n"] == 3 and whole["pass@1"] == pytest.approx((1 + 1 / 4) / 3)
+    assert whole["macro_over_subject"] == pytest.approx((1 + 1 / 4) / 2 / 2)
     measures = accuracy_metrics(answers({"a": ["correct"] * 2 + ["wrong"] * 3, "b": ["wrong"] * 5}))
     assert (measures["pass@1"], measures["pass@5"]) == pytest.approx((0.2, 0.5))
-    two = zip(answers({"a": ["wrong"] * 2}), (4, 10), strict=True)
-    assert accuracy_metrics([replace(one, extra={"tokens": n}) for one, n in two])["tokens"] == 7
+    short, long = answers({"a": ["wrong"] * 2})
+    lengths = [replace(short, extra={"tokens": 4}), replace(long, extra={"tokens": 10})]
+    assert accuracy_metrics(lengths)["tokens"] == 7
 
 
 @pytest.mark.parametrize(
@@ -95,8 +89,6 @@ def test_systems_have_their_own_items_and_readings_their_own_accuracy():
     assert [(whole[k]["n"], whole[k]["accuracy"]) for k in ("system1", "system2")] == [(1, 1), (2, 0)]
     shown = headline(whole)
     assert (shown["system1"], shown["system2"], shown["all"]["n"]) == (1, 0, 3)
-    assert "refused" not in shown["all"]
-    assert headline(compute_metrics(samples[1:], ()))["all"]["accuracy"] == 0
     assert (whole["all"]["accuracy"], whole["all"]["accuracy_flexible"]) == (pytest.approx(1 / 3), 1.0)
 
 
@@ -105,10 +97,8 @@ def test_both_readings_of_an_answer():
     assert (guessed.strict, guessed.flexible) == (None, "18")
     assert (guessed.correct, guessed.correct_flexible) == (False, True)
     # Where gold is a letter, the answer in the format is asked first for one, unless texts are compared.
-    for said, equal, flexible in (
-        ("The answer is B.\n#### done", matches_gold, "B"),
-        ("The answer is B.\n#### C", matches_gold, "C"),
-        ("The answer is B. Done", same_text, "Done"),
-    ):
+    letters = [("The answer is B.\n#### done", matches_gold, "B")]
+    letters += [("The answer is B.\n#### C", matches_gold, "C"), ("The answer is B. Done", same_text, "Done")]
+    for said, equal, flexible in letters:
         guessed = grade_final_answer(Example("a", "Q", "", "B"), said, Context("hash", False), equal)
         assert (guessed.flexible, guessed.correct_flexible) == (flexible, flexible == "B")

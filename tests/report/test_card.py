@@ -16,20 +16,6 @@ def config(**sections: dict) -> Config:
 
 
 @pytest.fixture
-def evaluated(tmp_path: Path) -> list[Artifact]:
-    """Of two benchmarks."""
-    artifacts = []
-    for name, share in (("gsm8k", 0.276), ("demo", 0.53)):
-        folder = tmp_path / name
-        folder.mkdir()
-        part = {"n": 1000, "accuracy": share, "interval": [share - 0.03, share + 0.03]}
-        measured = {"all": part, "system2": part | {"n": 400}, "system1": {"n": 0, "accuracy": None}}
-        (folder / "metrics.json").write_text(json.dumps(measured))
-        artifacts.append(Artifact(folder, {"variant": f"rl@{name}"}))
-    return artifacts
-
-
-@pytest.fixture
 def trained(tmp_path: Path) -> dict[str, Artifact]:
     """Of an adapter in this folder."""
     (tmp_path / "adapter_config.json").write_text('{"r": 8}')
@@ -42,12 +28,15 @@ def trained(tmp_path: Path) -> dict[str, Artifact]:
     return {"rl": Artifact(tmp_path, manifest)}
 
 
-def test_the_card_shows_all_results_with_intervals(evaluated, trained, tmp_path):
-    text = card(config(), trained, "adapter", tmp_path, evaluated)
+def test_the_card_shows_all_results_with_intervals(trained, tmp_path):
+    part = {"n": 1000, "accuracy": 0.276, "interval": [0.246, 0.306]}
+    measured = {"all": part, "system2": part | {"n": 400}, "system1": {"n": 0, "accuracy": None}}
+    (tmp_path / "metrics.json").write_text(json.dumps(measured))
+    text = card(config(), trained, "adapter", tmp_path, [Artifact(tmp_path, {"variant": "rl@gsm8k"})])
     assert text.startswith("---\nbase_model: org/m\n")
     assert f'from_pretrained("org/m", revision="{"b" * 40}")' in text
     assert r"| rl on gsm8k, all | 27.6 \[24.6, 30.6\] | 1000 |" in text
-    assert r"| rl on demo, System 2 | 53.0 \[50.0, 56.0\] | 400 |" in text and "demo, System 1" not in text
+    assert r"| rl on gsm8k, System 2 | 27.6 \[24.6, 30.6\] | 400 |" in text and "8k, System 1" not in text
     assert "accuracy, %" not in card(config(), trained, "adapter", tmp_path)
 
 
