@@ -19,8 +19,9 @@ def command(config: ConfigPath, question: Question = None, set_: Overrides = Non
     model = TrainedModel(settings, {TRAINED[target]: artifact for target, artifact in artifacts.items()})
     if question is None:
         terminal.say("a question in each line; Ctrl-D ends")
-    for text in sys.stdin if question is None else [question]:
-        for answer in model.answers(text.strip()):
+    lines = sys.stdin if question is None else [question]
+    for text in filter(None, map(str.strip, lines)):
+        for answer in model.answers(text):
             cut = "" if answer.complete else f", cut off at {model.limit}"
             terminal.write(f"{answer.mode} ({answer.tokens} tokens{cut}, {answer.seconds:.1f} s)")
             terminal.write("\n".join(f"  {line}" for line in answer.text.splitlines()))

@@ -127,7 +127,10 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(lorapar, confi
     theta = ["--set", "partition.theta=0.5"]
     assert pasted("partition") == ("score is missing (not run yet)", [*run, "--to", "partition"])
     assert pasted("show", "sft", *theta) == ("sft is missing (not run yet)", [*run, *theta, "--to", "sft"])
-    assert pasted("show", *theta) == ("eval:base@demo is missing (not run yet)", [*run, *theta])
+    assert pasted("show", *theta) == (
+        "eval:base@demo is missing (not run yet)",
+        [*run, *theta, "--to", "eval"],
+    )
 
 
 def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):

@@ -19,9 +19,10 @@ def asked(lorapar, smoke_flags):
     return lambda *more: lorapar("plan", ROOT / "configs/smoke.yaml", *smoke_flags, *flags(*SETS), *more)
 
 
-def test_what_is_not_known_is_said_beside_the_total():
-    some = {"a": Cost(30.0), "b": Cost(None)}
-    assert plan_command._about(Estimate(some, [])) == "about 30 s plus what is not known"
+def test_what_is_not_known_is_said_beside_the_total(capsys):
+    states = {"a": "missing", "b": "missing"}
+    plan_command._print_all(states, Estimate({"a": Cost(30.0), "b": Cost(None)}, []))
+    assert "about 30 s plus what is not known" in capsys.readouterr().out
 
 
 @needs_vllm

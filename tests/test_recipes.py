@@ -144,11 +144,15 @@ FUNCTIONS = {
         "strategies", "my_strategy", "scores, section, seed, sizes",
         'strategies.pick("importance")(scores, section, seed, sizes)',
     ),
-    "labelling/personas.py": ("personas", "my_persona", "example, context", 'personas.pick("judge")(example, context)'),
+    "labelling/personas.py": (
+        "personas", "my_persona", "example, context", 'personas.pick("judge")(example, context)',
+    ),
     "rewards/builtin.py": ("rewards", "my_reward", "completions, **_", "[1.0 for _ in completions]"),
 }  # fmt: skip
 MODULES = {
-    "evaluation/benchmarks/my_benchmark.py": '"""Mine."""\n\nfrom stages.evaluation.benchmarks.jsonl import *\n',
+    "evaluation/benchmarks/my_benchmark.py": (
+        '"""Mine."""\n\nfrom stages.evaluation.benchmarks.jsonl import *\n'
+    ),
     "engines/my_engine.py": '"""Mine."""\n\nfrom stages.engines.in_process import open_engine\n',
 }
 
