@@ -60,7 +60,7 @@ tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tabl
 	$(LORAPAR) report $(THETA) $(SMALL) --out runs/tables/theta
 
 # Three processes keep two cores busy: some tests wait. Tests of a file share what is made for them.
-test: $(READY) ## Run the quick tests, in three minutes (no network, no GPU)
+test: $(READY) ## Run the quick tests, in two minutes (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m "not vllm and not slow and not gpu"
 
 test-all: test smoke tables $(MODEL)/config.json ## Run all tests: slow ones, real servers, every back end, tables (20 minutes)

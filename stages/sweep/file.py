@@ -74,7 +74,7 @@ def _can_be_shown(text: str) -> str:
 ColumnText = Annotated[str, AfterValidator(_can_be_shown)]
 
 
-class Row(Section, extra="allow"):
+class TableRow(Section, extra="allow"):
     """Settings of a row, by their dotted names, and what it has in place of the table's."""
 
     base: str | None = setting(None, "Config in place of the table's base.")
@@ -120,7 +120,7 @@ class TableFile(Section):
     base: str = setting(..., "Config of every cell, as a path relative to the file that names it.")
     set: dict[str, Any] = setting({})
     """Settings of every cell, by their dotted names. {seed} in a text, here or in a row, is the seed."""
-    rows: Annotated[dict[str, Row], WithoutFalse] = setting(..., min_length=1)
+    rows: Annotated[dict[str, TableRow], WithoutFalse] = setting(..., min_length=1)
     """Settings of each row, by their dotted names; `base` and `columns` override the table's."""
     seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
     make_data: str = setting("")

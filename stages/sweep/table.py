@@ -14,7 +14,7 @@ from stages.config.yaml import on_one_line
 from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
-from stages.sweep.file import SEED, Column, Row, TableFile, mistakes_error, read
+from stages.sweep.file import SEED, Column, TableFile, TableRow, mistakes_error, read
 
 MAX_CELLS = 1000
 """Largest number of cells: planning one takes some milliseconds."""
@@ -160,7 +160,7 @@ def _cell(path: Path, file: TableFile, name: str, seed: int, base: Path | None, 
 
 
 def _columns(
-    file: TableFile, row: Row, config: Config, steps: dict[str, Step], rebased: bool
+    file: TableFile, row: TableRow, config: Config, steps: dict[str, Step], rebased: bool
 ) -> dict[str, Column]:
     """Return the columns of a cell: the table's, overridden by the row's, as far as the steps produce them.
 
