@@ -18,12 +18,20 @@ def show(what):
 
 FILES = {
     "open for writing": 'open("$CANARY", "w").write("x")',
+    "append": 'open("$CANARY", "a").write("x")',
     "os.open": 'os.write(os.open("$CANARY", os.O_WRONLY | os.O_TRUNC), b"x")',
+    "io.open": 'import io; io.open("$CANARY", "wb").write(b"x")',
+    "libc open": 'libc.write(libc.open(b"$CANARY", 1), b"x", 1)',
+    "libc creat": 'libc.creat(b"$CANARY", 0o644)',
     "openat2": 'libc.syscall(437, -100, b"$CANARY", (ctypes.c_uint64 * 3)(1, 0, 0), 24)',
     "os.remove": 'os.remove("$CANARY")',
+    "posix.unlink": 'import posix; posix.unlink("$CANARY")',
+    "libc unlink": 'libc.unlink(b"$CANARY")',
+    "reloaded os": 'import importlib; importlib.reload(os); os.unlink("$CANARY")',
     "rename away": 'os.rename("$CANARY", "$CANARY.gone")',
     "replace by another": 'open("/tmp/x", "w").write("x"); os.replace("/tmp/x", "$CANARY")',
     "truncate": 'os.truncate("$CANARY", 0)',
+    "libc truncate": 'libc.truncate(b"$CANARY", ctypes.c_long(0))',
     "chmod": 'os.chmod("$CANARY", 0o777)',
     "fchmodat2": 'libc.syscall(452, -100, b"$CANARY", 0o777, 0)',
     "fchmod of a read-only file": 'os.fchmod(os.open("$CANARY", os.O_PATH), 0o777)',
@@ -33,61 +41,96 @@ FILES = {
     "hard link": 'os.link("$CANARY", "$DROP/link")',
     "symbolic link": 'os.symlink("/etc/passwd", "$DROP/link")',
     "new file": 'open("$DROP/new", "w").write("x")',
+    "new folder": 'os.mkdir("$DROP/new")',
     "device node": 'os.mknod("$DROP/disk", 0o60666, os.makedev(8, 0))',
     "fifo": 'os.mkfifo("$DROP/pipe")',
     "remove the folder": 'import shutil; shutil.rmtree("$DROP/..")',
     "shell": 'os.system("echo x > $CANARY")',
+    "subprocess": 'subprocess.run(["sh", "-c", "echo x > $CANARY"])',
     "posix_spawn": 'os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", "rm $CANARY"], {}), 0)',
     "exec": 'os.execv("/bin/sh", ["sh", "-c", "echo x > $CANARY"])',
     "memory map": 'import mmap; mmap.mmap(os.open("$CANARY", os.O_RDWR), 0)[0] = 88',
     "own root": 'os.chroot("/"); open("$CANARY", "w").write("x")',
+    "through /proc/self/root": 'open("/proc/self/root$CANARY", "w").write("x")',
     "through /proc/1/root": 'open("/proc/1/root$CANARY", "w").write("x")',
     "through the parent's folder": 'open("/proc/$PARENT/cwd/../$CANARY", "w").write("x")',
     "inherited descriptors": (
         'for n in range(3, 256):\n    try: os.pwrite(n, b"x", 0)\n    except OSError: pass'
     ),
     "python site": 'open(os.path.join(sys.prefix, "lib", "evil.pth"), "w").write("x")',
+    "bytecode cache": 'os.makedirs(os.path.dirname(os.__file__) + "/__pycache__evil")',
 }
 
 SECRETS = {
     "read the file": 'show(open("$SECRET").read())',
+    "os.open to read": 'show(os.read(os.open("$SECRET", 0), 100))',
+    "libc read": (
+        'b = ctypes.create_string_buffer(99); libc.read(libc.open(b"$SECRET", 0), b, 99); show(b.value)'
+    ),
     "shadow": 'show("root:" in open("/etc/shadow").read() and "secret-shadow")',
     "environment": "show(dict(os.environ))",
+    "own /proc environment": 'show(open("/proc/self/environ").read())',
     "environment of pid 1": 'show(open("/proc/1/environ").read())',
+    "environment of the parent": 'show(open("/proc/$PARENT/environ").read())',
     "environment of all": 'import glob\nfor p in glob.glob("/proc/*/environ"):\n    show(open(p).read())',
+    "command lines": 'import glob\nfor p in glob.glob("/proc/[0-9]*/cmdline"):\n    show(open(p).read())',
     "list the folder": 'show(os.listdir("$DROP/.."))',
     "home": 'show(os.listdir(os.path.expanduser("~root")))',
+    "garbage hunt": (
+        "show([o for o in gc.get_objects() if isinstance(o, dict) and 'SECRET' in str(o.keys())][:3])"
+    ),
     "frames": (
         'f = sys._getframe()\nwhile f: show([k for k in f.f_locals if "secret" in k.lower()]); f = f.f_back'
     ),
+    "libc getenv": 'libc.getenv.restype = ctypes.c_char_p; show(libc.getenv(b"LORAPAR_SECRET"))',
     "read by a shell": 'os.system("cat $SECRET 1>&2")',
     "keyring": 'show(libc.syscall(250, 0, -3, 0)); show(libc.syscall(248, b"user", b"x", b"y", 1, -3))',
+    "file handle": (
+        'libc.open_by_handle_at(-100, ctypes.create_string_buffer(64), 0); show(open("$SECRET").read())'
+    ),
+    "copy to stdout": 'import shutil; shutil.copyfileobj(open("$SECRET"), sys.stderr)',
     "symlink to it": 'os.symlink("$SECRET", "/tmp/s"); show(open("/tmp/s").read())',
 }
 
 NETWORK = {
     "TCP to loopback": 'socket.create_connection(("127.0.0.1", $PORT), 1).sendall(b"x")',
+    "TCP by libc": 's = libc.socket(2, 1, 0); a = struct.pack("!BBHI8x", 2, 0, $PORT, 0x7f000001)[:16]\n'
+    'a = struct.pack("=H", 2) + struct.pack("!HI", $PORT, 0x7f000001) + bytes(8); libc.connect(s, a, 16)',
     "UDP": 'socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", $PORT))',
     "abstract socket": 'socket.socket(socket.AF_UNIX).connect("\\0$SOCKET")',
     "listen": 's = socket.socket(); s.bind(("0.0.0.0", 0)); s.listen(); show(s.getsockname())',
     "DNS": 'show(socket.gethostbyname("example.org"))',
     "raw": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 1))",
+    "http": 'import urllib.request; urllib.request.urlopen("http://127.0.0.1:$PORT/", timeout=1)',
+    "asyncio": (
+        "import asyncio\n"
+        "async def go(): r, w = await asyncio.open_connection('127.0.0.1', $PORT); w.write(b'x')\n"
+        "asyncio.run(go())"
+    ),
 }
 
 PROCESSES = {
     "fork bomb": "while True: os.fork()",
+    "fork bomb by libc": "while True: libc.fork()",
+    "raw fork": "while True: libc.syscall(57)",
     "raw clone": "while True: libc.syscall(56, 17, 0, 0, 0, 0)",
     "raw clone3": "while True: libc.syscall(435, (ctypes.c_uint64 * 11)(0, 0, 0, 0, 17), 88)",
     "vfork": "libc.vfork()",
     "forkpty": "import pty; pty.fork()",
+    "multiprocessing": (
+        "import multiprocessing as m; [m.Process(target=time.sleep, args=(60,)).start() for _ in range(9)]"
+    ),
     "daemon": (
         "if not os.fork():\n"
         "    os.setsid()\n"
         "    if not os.fork():\n"
         '        time.sleep(2); open("$DROP/late", "w")'
     ),
+    "late write by a thread": 'threading.Timer(1.5, lambda: open("$DROP/late", "w")).start()',
     "kill the parent": "os.kill($PARENT, 9)",
+    "kill the parent by libc": "libc.kill($PARENT, 9)",
+    "kill os.getppid": "os.kill(os.getppid(), 9)",
     "kill all": "os.kill(-1, 9)",
     "kill the group": "os.killpg(0, 9)",
     "tgkill": "libc.syscall(234, $PARENT, $PARENT, 9)",
@@ -100,12 +143,14 @@ PROCESSES = {
         "while True: pass"
     ),
     "trace the parent": "show(libc.ptrace(16, $PARENT, 0, 0))",
+    "trace pid 1": "show(libc.ptrace(16, 1, 0, 0))",
     "descriptors of others": (
         "for path in (f'/proc/{p}/fd/{n}' for p in range(1, 2**15) for n in range(5)):\n"
         "    if int(path.split('/')[2]) != os.getpid():\n"
         "        try: os.open(path, os.O_RDWR | os.O_NONBLOCK); show('secret-7f3a')\n"
         "        except OSError: pass"
     ),
+    "memory of pid 1": 'open("/proc/1/mem", "r+b").write(b"x")',
     "memory of the parent": 'open("/proc/$PARENT/mem", "r+b").write(b"x")',
     "process_vm_writev": "libc.process_vm_writev($PARENT, 0, 0, 0, 0, 0)",
     "raise limits": (
@@ -126,6 +171,15 @@ PROCESSES = {
         "libc.syscall(72, r, low(10), 9)\nlibc.syscall(72, r, low(4), 0x2800)\n"
         "os.write(w, b'x')\ntime.sleep(0.2)"
     ),
+    "signals by a pipe, owner by structure": (
+        "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 15, struct.pack('ii', 1, $PARENT))\n"
+        "fcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, 4, 0x2800)\nos.write(w, b'x')\ntime.sleep(0.2)"
+    ),
+    "signals by a pipe, by ioctl": (
+        "import fcntl\nr, w = os.pipe()\nfor c in (0x8901, 0x8902):\n"
+        "    try: fcntl.ioctl(r, c, struct.pack('i', $PARENT))\n    except OSError: pass\n"
+        "fcntl.ioctl(r, 0x5452, struct.pack('i', 1))\nos.write(w, b'x')\ntime.sleep(0.2)"
+    ),
     "setuid program": 'subprocess.run(["su", "-c", "id"])',
     "become root": "os.setuid(0); os.setgid(0)",
 }
@@ -139,8 +193,13 @@ KERNEL = {
     "pivot_root": 'libc.syscall(155, b"/tmp", b"/tmp")',
     "setns": 'libc.setns(os.open("/proc/1/ns/mnt", 0), 0)',
     "System V memory": "show(libc.shmget(1234, 2**28, 0o1666))",
+    "System V messages": "show(libc.msgget(1234, 0o1666))",
     "System V messages of others": (
         "libc.msgrcv(0, ctypes.create_string_buffer(64), ctypes.c_size_t(8), ctypes.c_long(0), 0o4000)\n"
+        "show(ctypes.get_errno() != 38 and 'secret-7f3a')"
+    ),
+    "System V semaphores of others": (
+        "libc.semtimedop(0, struct.pack('Hhh', 0, 1, 0o4000), ctypes.c_size_t(1), 0)\n"
         "show(ctypes.get_errno() != 38 and 'secret-7f3a')"
     ),
     "quota of asynchronous requests": (
@@ -194,11 +253,20 @@ RESOURCES = {
     "regular expression": 're.match(r"(a+)+$", "a" * 60 + "b")',
     "big list": "x = [0] * 10**11",
     "growing list": "x = []\nwhile True: x.append(bytearray(2**20))",
+    "big string": '"x" * 10**12',
     "anonymous map": "import mmap; x = mmap.mmap(-1, 2**33); x[::4096] = b'x' * 2**21",
     "memory in a memfd": (
         "f = os.memfd_create('x')\nfor n in range(900): os.write(f, bytes(2**20))\nshow('secret-7f3a')"
     ),
     "memory in a shared map": "import mmap; mmap.mmap(-1, 2**20)[0] = 1; show('secret-7f3a')",
+    "memory in a shared map, raw": (
+        "at = libc.syscall(9, 0, 2**20, 3, 0x23, -1, 0); show(at > 0 and 'secret-7f3a')"
+    ),
+    "memory in a shared map of zeros": (
+        "import mmap; mmap.mmap(os.open('/dev/zero', os.O_RDWR), 2**20)[0] = 1; show('secret-7f3a')"
+    ),
+    "memory in a memfd, raw": "show(libc.syscall(319, b'x', 0) >= 0 and 'secret-7f3a')",
+    "memfd": "f = os.memfd_create('x'); os.posix_fallocate(f, 0, 2**34)",
     "memory in a pipe's pages": (
         "import mmap\nm = mmap.mmap(-1, 2**22, flags=0x22)\nm.madvise(14)\nm[0] = 1\nr, w = os.pipe()\n"
         "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\nio = (ctypes.c_uint64 * 2)(at, 1)\n"
@@ -210,6 +278,11 @@ RESOURCES = {
         "    try: open(at + '/x', 'w')\n    except OSError: pass\n"
         "    for path in (at, at + '/x'):\n"
         "        if libc.setxattr(path.encode(), b'user.x', b'1', 1, 0) == 0: show('secret-7f3a')"
+    ),
+    "memory in attributes, by number": (
+        "f = os.open('/tmp', 0)\nfor call in (188, 189, 463):\n"
+        "    r = libc.syscall(call, b'/tmp', b'user.x', b'1', 1, 0)\n"
+        "    if r == 0 or ctypes.get_errno() != 38: show('secret-7f3a')"
     ),
     "memory in connections": (
         "s = socket.socket(socket.AF_UNIX); s.bind('\\0x'); s.listen(4096); show('secret-7f3a')"
@@ -233,16 +306,26 @@ RESOURCES = {
         "show((r > 0 or ctypes.get_errno() != 38) and 'secret-7f3a')"
     ),
     "parent-death signal": "show(libc.prctl(1, 0, 0, 0, 0) == 0 and 'secret-7f3a')",
+    "threads": "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
     "descriptors": "x = []\nwhile True: x.append(os.open('/dev/null', 0))",
     "fill /tmp": "f = open('/tmp/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
+    "many files in /tmp": "for n in itertools.count(): open(f'/tmp/{n}', 'wb').write(bytes(10**6))",
     "empty files in /tmp": "for n in itertools.count(): open(f'/tmp/{n}', 'w').close()",
     "fill /dev/shm": "f = open('/dev/shm/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
+    "fill /dev": "f = open('/dev/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
     "fill the root": "f = open('/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
     "endless output": "while True: sys.stdout.write('x' * 65536)",
+    "endless errors": "while True: os.write(2, b'x' * 65536)",
     "endless channel": (
         "for n in range(3, 20):\n"
         "    try:\n"
         "        while True: os.write(n, b'x' * 65536)\n"
+        "    except OSError: pass"
+    ),
+    "endless channel lines": (
+        "for n in range(3, 20):\n"
+        "    try:\n"
+        "        while True: os.write(n, b'1\\n' * 999)\n"
         "    except OSError: pass"
     ),
     "invalid text": "os.write(2, bytes(range(256)) * 50)",
@@ -297,9 +380,13 @@ def _tell(line: str, end: str = "") -> str:
 _VERDICT = "json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'"
 FORGED = {
     "always equal": _EQUAL.format(base="") + "def f(): return E()",
+    "always equal number": _EQUAL.format(base="(int)") + "def f(): return E()",
+    "always equal float": _EQUAL.format(base="(float)") + "def f(): return E()",
+    "always equal text": _EQUAL.format(base="(str)") + "def f(): return E()",
     "always equal list": _EQUAL.format(base="(list)") + "def f(): return E()",
     "always equal dict": _EQUAL.format(base="(dict)") + "def f(): return E()",
     "equal inside a list": _EQUAL.format(base="") + "def f(): return [E(), E(), E()]",
+    "equal inside a dict": _EQUAL.format(base="") + "def f(): return {'a': (E(),)}",
     "mock": "from unittest.mock import ANY\ndef f(): return ANY",
     "own class says int": (
         "class E:\n    __class__ = int\n    def __eq__(s, o): return True\ndef f(): return E()"
@@ -309,10 +396,16 @@ FORGED = {
     "sys.exit": "def f(): sys.exit(0)",
     "exit while loading": "os._exit(0)\ndef f(): return 1",
     "forged verdict": _tell(_VERDICT) + "def f(): return 0",
+    "forged verdict while called": _tell(_VERDICT, "os._exit(0)"),
     "verdict in the pipe of another process": (
         "def f():\n    for p, n in itertools.product(range(-50, 50), (1, 4)):\n"
         "        path = f'/proc/{os.getpid() + p}/fd/{n}'\n"
         f"        try: os.write(os.open(path, 1), {_VERDICT})\n        except OSError: pass"
+    ),
+    "another interpreter with the channels": (
+        "def f():\n    for n in range(3, 20):\n        try: os.set_inheritable(n, True)\n"
+        "        except OSError: pass\n"
+        "    os.execv(sys.executable, [sys.executable, '-c', 'import os; os.write(4, b\"{}\\\\n\")'])"
     ),
     "verdict and value and error": _tell(
         'b\'{"verdict": "passed", "why": "", "raised": ["SystemExit", []]}\\n\'', "return 0"
@@ -349,6 +442,7 @@ FORGED = {
         "        g = g.f_back\n"
         "    return None"
     ),
+    "trace function": "sys.settrace(lambda *a: None)\ndef f(): raise SystemExit(0)",
     "ends the test's map": "def f(): raise StopIteration",
     "raises the assertion": "def f(): raise AssertionError('passed')",
     "keyboard interrupt": "def f(): raise KeyboardInterrupt",
@@ -356,7 +450,10 @@ FORGED = {
     "not json": _tell("b'[' * 10**5 + b'\\n'", "return 0"),
     "huge number": _tell("b'1' * 10**6 + b'\\n'", "return 0"),
     "unknown kind": _tell('b\'{"value": ["__import__", "os"]}\\n\'', "return 0"),
+    "nan": "def f(): return float('nan')",
     "endless iterator": "def f(): return iter(int, 1)",
+    "endless generator": "def f():\n    while True: yield 42",
     "no function": "g = 1",
+    "unicode twin": "def \u0493(): return 42",
 }
 """Programs that must not pass; all their tests want is `f() == 42`, three of it, or a list or dict of it."""
