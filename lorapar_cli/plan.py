@@ -75,6 +75,7 @@ def _print_all(states: dict[str, str], predicted: Estimate) -> None:
     if predicted.costs:
         unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
         total = f"about {duration(sum(predicted.seconds))}{unknown}"
-        print(f"{total}; half as much or twice as much would be no surprise")
+        guess = f"{total}; half as much or twice as much would be no surprise"
+        print(guess if predicted.seconds else "how long it takes is not known")
     if predicted.room is not None:
         print(f"there are {gib(predicted.room)} of memory")

@@ -400,7 +400,7 @@ def lorapar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             terminal.set_quiet(False)
-            logging.getLogger("stages").setLevel(logging.NOTSET)  # `plan --check` hides warnings
+            logging.getLogger("stages").setLevel(logging.NOTSET)  # the command has set it
         out, err = capfd.readouterr()
         return Done(code, out, err)
 

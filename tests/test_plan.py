@@ -23,6 +23,8 @@ def test_what_is_not_known_is_said_beside_the_total(capsys):
     states = {"a": "missing", "b": "missing"}
     plan_command._print_all(states, Estimate({"a": Cost(30.0), "b": Cost(None)}, []))
     assert "about 30 s plus what is not known" in capsys.readouterr().out
+    plan_command._print_all(states, Estimate({"a": Cost(None)}, []))
+    assert capsys.readouterr().out.endswith("how long it takes is not known\n")
 
 
 @needs_vllm

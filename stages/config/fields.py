@@ -35,7 +35,7 @@ def setting(
 ) -> Any:
     """Declare a setting with its default, its description and constraints such as `gt=0`.
 
-    doc: a short description; longer ones stand below the setting, and are read by `listing.document`.
+    doc: a short description; longer ones stand below the setting.
     in_cache_key: False if the setting changes no result, or if a digest of what it names is in the key.
     ignored_by: readers of the section that do not use this setting (see `cache_key_fields`).
     advanced: `lorapar config` prints the setting after those that most users set.

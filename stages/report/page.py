@@ -32,7 +32,7 @@ class Command(Text):
 class Grid:
     """A table of texts, whose lines are parted by line feeds; the first cell of each row is its header.
 
-    The template writes it as HTML; `lorapar_cli.tables` draws it for the terminal.
+    The template writes it as HTML; `lorapar_cli.terminal` draws it for the terminal.
     """
 
     head: list[str]
