@@ -4,7 +4,6 @@ import importlib
 import os
 import signal
 import sys
-import time
 
 import typer
 
@@ -16,9 +15,6 @@ from lorapar_cli.stage import command_of
 from stages import ORDER
 from stages.errors import is_rust_panic
 from stages.pipeline.stage import stage
-from stages.runtime import ranks
-
-FIRST_S = 3.0
 
 app = typer.Typer(
     help=ABOUT,
@@ -48,8 +44,6 @@ def main() -> None:
             raise
         if received:  # a library caught the signal's exception in the middle of an import, and broke on it
             sys.exit(128 + received[0])
-        if not ranks.is_main():
-            time.sleep(FIRST_S)  # what all processes find, the first one says, and its end ends the others
         sys.exit(report_failure(problem))
     finally:  # nothing is left to unwind, and an exception while Python exits would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

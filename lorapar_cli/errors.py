@@ -17,7 +17,6 @@ from stages.errors import (
     ServerError,
     is_out_of_memory,
 )
-from stages.runtime import ranks
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -46,8 +45,6 @@ def to_user_error(error: BaseException) -> LoraparError:
         return ServerError(
             f"network or server failure: {type(error).__name__} {_one_line(error)}".strip(), RESUME
         )
-    if ranks.launched() and ("gloo" in str(error) or type(error).__name__ == "DistBackendError"):
-        return ServerError(f"another process of this stage has ended: {_one_line(error)}", RESUME)
     number = _errno(error)
     if number is not None:
         return _system_error(error, number)

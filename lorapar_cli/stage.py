@@ -95,8 +95,9 @@ def _make_alone(settings: Config, store: Store, steps: list[Step], force: bool, 
         return make_elsewhere(sys.argv[1:], number)
     if not ranks.is_main():
         terminal.set_quiet(True)
-    with terminal.TerminalProgress() as progress:
-        make(settings, store, steps, force, progress, partial(terminal.artifact, as_json=as_json))
+    announce = partial(terminal.artifact, as_json=as_json)
+    with ranks.together(), terminal.TerminalProgress() as progress:
+        make(settings, store, steps, force, progress, announce if ranks.is_main() else lambda *_: None)
 
 
 def processes(settings: Config, step: Step) -> int:

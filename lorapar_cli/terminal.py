@@ -18,7 +18,6 @@ from stages.pipeline.steps import Step
 from stages.records import read_samples
 from stages.report import comparison, voters
 from stages.report.page import Grid
-from stages.runtime import ranks
 from stages.store.artifacts import Artifact, Store
 
 NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
@@ -114,8 +113,6 @@ def error(problem: LoraparError, config: str = "") -> None:
 def artifact(step: Step, committed: Artifact, created: bool, as_json: bool = False) -> None:
     """Report a step's artifact. created: false if it was current already."""
     summary, path = committed.manifest["summary"], committed.path
-    if not ranks.is_main():
-        return
     if as_json:
         print(json.dumps({"step": step.name, "path": str(path), "made": created, "summary": summary}))
         return

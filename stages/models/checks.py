@@ -7,7 +7,7 @@ import importlib.util
 from stages.config import ModelSection, RlSection, TrainSection
 from stages.errors import ConfigError
 from stages.models.dtype import is_quantized
-from stages.runtime import gpu, ranks
+from stages.runtime import gpu
 
 
 def check_model(model: ModelSection) -> None:
@@ -30,21 +30,8 @@ def check_trainable(model: ModelSection) -> None:
         )
 
 
-def check_training(section: TrainSection, processes: int | None = None) -> None:
-    """Raise ConfigError if a package that the section names is not installed, or GPUs are too many or few.
-
-    processes: that will be on this machine; by default those that are.
-    """
-    import torch
-
-    gpus, processes = torch.cuda.device_count(), processes or ranks.local_world_size()
-    if gpus > 1 and processes == 1:
-        raise ConfigError(
-            f"{gpus} GPUs are visible to one process",
-            f"use them: launch.processes={gpus}; or choose one: CUDA_VISIBLE_DEVICES=0",
-        )
-    if 0 < gpus < processes:
-        raise ConfigError(f"launch.processes {processes}: there are {gpus} GPUs", "lower it")
+def check_training(section: TrainSection) -> None:
+    """Raise ConfigError if a package that the section names is not installed."""
     for name in section.report_to:
         require_package(f"report_to: {name}", f"pip install {name}", name)
     if isinstance(section, RlSection) and (engine := section.rollouts.engine) != "transformers":

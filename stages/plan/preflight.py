@@ -26,7 +26,7 @@ from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.plan.texts import Texts
 from stages.records import Labelled, read_labels
-from stages.runtime import resources
+from stages.runtime import ranks, resources
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _of_training(config: Config, stage: object) -> Iterator[Check]:
         yield partial(checks.check_trainable, config.model)
     if isinstance(stage, SftSection | RlSection):
         processes, rl = config.launch.processes, config.rl
-        yield partial(checks.check_training, stage, processes)
+        yield partial(checks.check_training, stage)
+        yield partial(ranks.check_gpus, processes)
         samples = rl.prompts_per_step * rl.num_generations if stage is rl else config.sft.batch_size
         yield partial(accumulation_steps, samples, stage.per_device_train_batch_size, processes)
 

@@ -1,7 +1,7 @@
 """The processes that train together (DDP): which of them this one is, waiting for the others, starting them.
 
 The variables of the environment are torch's, so that torchrun and accelerate can start them, too. With a
-single process nothing here loads torch.
+single process nothing here but `check_gpus` loads torch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from stages.errors import OutOfMemoryError
+from stages.errors import ConfigError, OutOfMemoryError, ServerError
 from stages.runtime import resources
 from stages.runtime.process_guard import Guarded, shell_exit_code
 
@@ -21,6 +23,8 @@ TIMEOUT_S = 1800
 """Seconds that a process waits for the others, as the trainers do (`ddp_timeout`). NCCL's ten minutes are too
 few where the others wait for rank 0's samples."""
 POLL_S = 0.1
+FIRST_S = 3.0
+RESUME = "the same command resumes"
 
 
 def launched() -> bool:
@@ -33,11 +37,6 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def local_world_size() -> int:
-    """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if launched() else 1
-
-
 def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
@@ -45,6 +44,38 @@ def rank() -> int:
 def is_main() -> bool:
     """True for the process that writes artifacts, checkpoints and messages."""
     return rank() == 0
+
+
+def check_gpus(processes: int | None = None) -> None:
+    """Raise ConfigError if this machine has fewer GPUs than processes, or several for one.
+
+    processes: that will train on this machine; by default those that do.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if gpus > 1 and processes == 1:
+        raise ConfigError(
+            f"{gpus} GPUs are visible to one process",
+            f"use them: launch.processes={gpus}; or choose one: CUDA_VISIBLE_DEVICES=0",
+        )
+    if 0 < gpus < processes:
+        raise ConfigError(f"launch.processes {processes}: there are {gpus} GPUs", "lower it")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What all processes do. The first one says what all of them find wrong, and its end ends the others."""
+    try:
+        yield
+    except Exception as error:
+        if not is_main():
+            time.sleep(FIRST_S)
+        if "gloo" not in str(error) and type(error).__name__ != "DistBackendError":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ServerError(f"another process of this stage has ended: {reason}", RESUME) from error
 
 
 def barrier() -> None:

@@ -22,7 +22,6 @@ from stages.models.base import load_base
 from stages.packing import trainer_inputs
 from stages.packing.support import has_active_dropout
 from stages.prompts.renderer import Row
-from stages.runtime import ranks
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -93,9 +92,7 @@ def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints)
         **PINNED,
         loss_type="nll",
         per_device_train_batch_size=sft.per_device_train_batch_size,
-        gradient_accumulation_steps=loop.accumulation_steps(
-            sft.batch_size, sft.per_device_train_batch_size, ranks.world_size()
-        ),
+        gradient_accumulation_steps=loop.accumulation_steps(sft.batch_size, sft.per_device_train_batch_size),
     )
 
 

@@ -24,7 +24,7 @@ from stages.models.base import load_base
 from stages.models.checks import check_training
 from stages.packing.batch import padded
 from stages.rewards import loading
-from stages.runtime import libraries, ranks
+from stages.runtime import libraries
 from stages.runtime.batch_size import BatchSize
 from stages.store.checkpoints import Checkpoints
 
@@ -166,7 +166,7 @@ def _arguments(
     from trl import GRPOConfig
 
     samples = rl.prompts_per_step * rl.num_generations
-    accumulation_steps = loop.accumulation_steps(samples, rl.per_device_train_batch_size, ranks.world_size())
+    accumulation_steps = loop.accumulation_steps(samples, rl.per_device_train_batch_size)
     return GRPOConfig(
         **loop.arguments(rl, steps, seed, checkpoints),
         **PINNED,

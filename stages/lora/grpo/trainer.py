@@ -23,7 +23,6 @@ from stages.lora.grpo.thought_limit import Generated, ThoughtLimit
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.prompts import thoughts
-from stages.runtime import ranks
 
 
 class GrpoTrainer(ResumableTrainer, GRPOTrainer):
@@ -112,7 +111,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """Token ids of completions and their log-probabilities: by vLLM, or without these by `sampler`."""
-        seed = f"{self.args.seed} rollouts {self.state.global_step} {ranks.rank()}"
+        seed = f"{self.args.seed} rollouts {self.state.global_step} {self.accelerator.process_index}"
 
         def generate(prompts: list[list[int]], longest: int, of_round: str = "") -> Generated:
             if self.args.use_vllm:

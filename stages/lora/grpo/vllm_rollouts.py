@@ -19,7 +19,7 @@ from stages.errors import ConfigError
 from stages.lora.adapter import merge
 from stages.lora.grpo.int8 import CORRECTION_MAX
 from stages.models.size import kv_cache_bytes
-from stages.runtime import ranks, resources
+from stages.runtime import resources
 
 GIB = 2**30
 ITEMSIZE = 2
@@ -123,4 +123,4 @@ def install_weights(trainer: Any, adapted: PeftModel, seed: int) -> None:
     # TRL's generator merges into the base and subtracts again: a bfloat16 base drifts a little at each step.
     trainer.vllm_generation._iter_named_params = merged_parameters
     # TRL starts vLLM with the rank for a seed, and vLLM, in this process, seeds all generators with that.
-    set_seed(seed + ranks.rank())
+    set_seed(seed + trainer.accelerator.process_index)

@@ -74,6 +74,7 @@ def arguments(section: TrainSection, steps: int, seed: int, checkpoints: Checkpo
     """The arguments that the TRL configs of both trainers take."""
     cpu = not torch.cuda.is_available()
     check_training(section)
+    ranks.check_gpus()
     # The library's `constant` ignores the warm-up without a warning.
     scheduler = section.lr_scheduler_type.replace("constant", "constant_with_warmup")
     return PINNED | {
@@ -172,8 +173,12 @@ def _digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def accumulation_steps(samples: int, micro_batch: int, processes: int) -> int:
-    """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly."""
+def accumulation_steps(samples: int, micro_batch: int, processes: int | None = None) -> int:
+    """Forward passes per process and optimizer step; ConfigError unless the samples divide evenly.
+
+    processes: that will train; by default those that do.
+    """
+    processes = processes or ranks.world_size()
     if samples % (micro_batch * processes):
         raise ConfigError(
             f"{processes} processes with micro batches of {micro_batch} "
