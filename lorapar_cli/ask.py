@@ -5,18 +5,18 @@ from typing import Annotated
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, argument, plan_of, trained
-from stages.config import TRAINED
+from stages.config import MODES
 
 Question = Annotated[str | None, argument("None: it asks for one after the other.", "QUESTION")]
 
 
 def command(config: ConfigPath, question: Question = None, set_: Overrides = None) -> None:
     settings, steps, store = plan_of(config, set_)
-    artifacts = trained(store, steps, list(settings.eval.modes.values()))
+    artifacts = trained(store, steps, list(MODES.values()))
     from stages.ask import TrainedModel
 
     terminal.say(f"loading {settings.model.name}")
-    model = TrainedModel(settings, {TRAINED[target]: artifact for target, artifact in artifacts.items()})
+    model = TrainedModel(settings, artifacts)
     if question is None:
         terminal.say("a question in each line; Ctrl-D ends")
     lines = sys.stdin if question is None else [question]

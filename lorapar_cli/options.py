@@ -7,7 +7,7 @@ import typer
 
 from lorapar_cli import terminal
 from stages import ORDER, escaping
-from stages.config import TRAINED, Config
+from stages.config import Config
 from stages.data.rows import local_file, missing_path_error
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.stage import all_stages
@@ -81,8 +81,7 @@ def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, 
 
 def trained(store: Store, steps: dict[str, Step], targets: list[str]) -> dict[str, Artifact]:
     """Map each target to the artifact that trained it. MissingInputError if one is not current."""
-    names = {target: TRAINED[target] for target in targets}
-    if not set(names.values()) <= set(steps):
+    if not set(targets) <= set(steps):
         raise missing_path_error()
-    last = steps[names[targets[-1]]]
-    return {target: require_current(store, steps[name], last) for target, name in names.items()}
+    last = steps[targets[-1]]
+    return {target: require_current(store, steps[target], last) for target in targets}

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, plan_of, trained, value
+from stages.config import MODES
 from stages.errors import ConfigError
 from stages.pipeline.resolve import INSTALL_VLLM
 
@@ -29,8 +30,8 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
     key = os.environ.get(KEY_ENV, "")
     if not key and host not in ("localhost", "127.0.0.1", "::1"):
         raise ConfigError(f"--host {host} would let anyone ask", f"set a key that clients send: {KEY_ENV}=…")
-    artifacts = trained(store, steps, list(settings.eval.modes.values()))
-    adapters = {mode: artifacts[target].adapter for mode, target in settings.eval.modes.items()}
+    artifacts = trained(store, steps, list(MODES.values()))
+    adapters = {mode: artifacts[target].adapter for mode, target in MODES.items()}
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with (
         serve.bind(host, port) as bound,

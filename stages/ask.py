@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.config import SYSTEMS, TRAINED, Config
+from stages.config import MODES, SYSTEMS, Config
 from stages.engines import Sampling
 from stages.prompts import thoughts
 from stages.prompts.renderer import Renderer
@@ -31,18 +31,17 @@ class TrainedModel:
     """A base with the adapter of each mode beside its weights, on this process's device."""
 
     def __init__(self, config: Config, inputs: Mapping[str, Artifact]) -> None:
-        """inputs: the artifacts of both modes, by step."""
+        """inputs: the artifacts of both modes, by target."""
         from stages.models.base import load_adapted
         from stages.models.tokenizer import load_tokenizer
 
         self.limit = config.rl.max_completion_length
         self.tokenizer = load_tokenizer(config.model)
-        modes = config.eval.modes
         self.renderers = {
             mode: Renderer(self.tokenizer, config.prompt_of(target), system=SYSTEMS[target])
-            for mode, target in modes.items()
+            for mode, target in MODES.items()
         }
-        first, *later = ((mode, inputs[TRAINED[target]].adapter) for mode, target in modes.items())
+        first, *later = ((mode, inputs[target].adapter) for mode, target in MODES.items())
         self.model = load_adapted(config.model, first[1])
         self.names = {first[0]: self.model.active_adapter}
         """Mode → PEFT's name of its adapter."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.config import Config
+from stages.config import MODES, Config
 from stages.errors import ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
 from stages.report.card import Form, card
@@ -22,7 +22,7 @@ def write(
     """Write the adapter of a target into `out`, or the merged model with its tokenizer, with a card.
 
     trained: the artifact by target. Those of both modes become `fast/`, the adapter of SFT, and `slow/`, that
-    of RL or of SFT's second round; the card says how to serve both. evaluated: the evaluations, for the card.
+    of RL; the card says how to serve both. evaluated: the evaluations, for the card.
     OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged, and for two modes
     that no server loads as LoRA modules: those of a baseline, and adapters of a 4-bit base.
     """
@@ -38,7 +38,7 @@ def write(
             "a mode at a time, --target sft, then the slow one, with --merged",
         )
     with _building(out) as partial:
-        modes = {target: mode for mode, target in config.eval.modes.items()}
+        modes = {target: mode for mode, target in MODES.items()}
         for target, artifact in trained.items():
             folder = partial / modes[target] if views else partial
             folder.mkdir(exist_ok=True)

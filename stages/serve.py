@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stages.config import SYSTEMS, Config, PromptSection
+from stages.config import MODES, SYSTEMS, Config, PromptSection
 from stages.errors import ConfigError, ServerError
 
 MAX_BODY = 8 * 2**20
@@ -38,7 +38,7 @@ def modes_of(config: Config) -> Modes:
     """The modes of a trained model; ConfigError if vLLM cannot serve them, or not to chats."""
     if not config.served_by_vllm:
         raise ConfigError("vLLM serves no baseline, and no adapter of a 4-bit base")
-    modes = {mode: (config.prompt_of(target), SYSTEMS[target]) for mode, target in config.eval.modes.items()}
+    modes = {mode: (config.prompt_of(target), SYSTEMS[target]) for mode, target in MODES.items()}
     if others := [mode for mode, (prompt, _) in modes.items() if prompt.template != "chat"]:
         hint = "lorapar export CONFIG DIR --views says how to serve it"
         raise ConfigError(f"a server takes chats, and {others[0]} learned prompts without", hint)

@@ -6,6 +6,7 @@ import json
 from conftest import ROOT, flags, make_steps
 
 from stages.ask import TrainedModel
+from stages.config import MODES
 from stages.records import read_labels
 
 
@@ -15,7 +16,7 @@ def test_it_answers_as_the_evaluation_did(finished):
     model = TrainedModel(finished(), artifacts)
     labels = read_labels(artifacts["classify:demo"].path / "labels.jsonl")
     questions = {row.example.id: row.example.prompt for row in labels}
-    for mode, target in finished().eval.modes.items():
+    for mode, target in MODES.items():
         lines = (artifacts[f"eval:{target}@demo"].path / "samples.jsonl").read_text("utf-8").splitlines()
         for row in map(json.loads, lines[:3]):
             (answer,) = (a for a in model.answers(questions[row["id"]]) if a.mode == mode)

@@ -35,7 +35,7 @@ PAPER = {
     "score": {"scorer": "taylor2", "examples": 100, "batch_size": 8},
     "partition": {"strategy": "importance", "theta": 0.9, "alpha": 1, "beta": 1},
     "sft": {
-        "rounds": 1, "start_from": "init", "data": "system1", "system2_share": 0, "system1_targets": "full",
+        "start_from": "init", "data": "system1", "system2_share": 0, "system1_targets": "full",
         "num_train_epochs": 1, "max_steps": None, "batch_size": 32, "learning_rate": 2e-4,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "weight_decay": 0,
         "max_grad_norm": 1, "lora_dropout": 0.05,

@@ -81,7 +81,7 @@ def test_empty_and_repeated_rows_are_left_out_and_rewards_follow_the_answers(wri
 def test_rows_without_answers_are_not_passed_over(written):
     plain = [{"instruction": f"Say {i}.", "output": f"Well, {i}"} for i in range(3)]
     found, said = written(plain)
-    assert found["sft"]["rounds"] == 2 and found["eval"] == {"targets": ["base", "sft", "sft2"]}
+    assert found["sft"]["data"] == "all" and found["eval"] == {"targets": ["base", "sft"]}
     assert "rl" not in found and "prompt" not in found and "system2_share" not in found["sft"]
     assert "no row has a verifiable answer" in said and "so no row is held out" in said
     found, said = written([*plain, {"instruction": "1 + 1?", "output": "#### 2"}])

@@ -223,9 +223,8 @@ def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_pat
     [one_system] = certain(*known)
     bare = [{"question": f"What is {i}?", "gold": i, "intended": 2} for i in range(40)]
     write_jsonl(tmp_path / "bare.jsonl", [*fast, *bare])
-    unscored = ("partition.strategy=all", "sft.system2_share=0", "sft.rounds=2")
-    [second_round] = certain(*known[:2], f"data.path={tmp_path / 'bare.jsonl'}", "data.limit=null", *unscored)
-    assert second_round.startswith("sft:system2: none of 40 rows labelled System 2 has a response")
+    [scored] = certain(*known[:2], f"data.path={tmp_path / 'bare.jsonl'}", "data.limit=null")
+    assert scored.startswith("score, sft: none of 40 rows labelled System 2 has a response")
     assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
     few = [{**row, "intended": row["intended"] if row is fast[0] else None} for row in fast]
     write_jsonl(tmp_path / "fast.jsonl", few)

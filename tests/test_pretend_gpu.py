@@ -24,7 +24,7 @@ CASES = {
     "sampled": [
         "rl.beta=0", "rl.system1_share=0.25", "lora.init=pissa", "eval.benchmarks.demo.temperature=0.7",
     ],
-    "protected": ["partition.protect={old}", "sft.rounds=2", "eval.targets=[sft, sft2]"],
+    "protected": ["partition.protect={old}", "eval.targets=[sft, rl]"],
     "checkpointed": ["sft.gradient_checkpointing=true", "rl.gradient_checkpointing=true", "lora.init=olora"],
     "ia3": ["baseline.method=ia3"],
 }  # fmt: skip

@@ -11,11 +11,9 @@ from typing import Any
 
 from stages.config.evaluation import (
     MODES,
-    REGIONS,
     SYSTEMS,
     TRAINED,
     UNTRAINED_TARGETS,
-    WHOLE,
     BenchmarkSection,
     EvalSection,
     SandboxSection,
@@ -26,7 +24,6 @@ from stages.config.labels import UNVOTED, ClassifySection, ServerSection, Thinki
 from stages.config.rl import RlSection
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
-    SECOND_SFT,
     BaselineSection,
     LaunchSection,
     PartitionSection,
@@ -56,7 +53,7 @@ class Config(Section):
     partition: PartitionSection = setting(PartitionSection())
     """Split of the LoRA elements between the two systems."""
     sft: SftSection = setting(SftSection())
-    """Supervised fine-tuning of System 1's elements, and in a second round of System 2's."""
+    """Supervised fine-tuning of System 1's elements."""
     rl: RlSection = setting(RlSection(), "GRPO on the System 2 elements.")
     launch: LaunchSection = setting(LaunchSection(), "How sft and rl are run.", advanced=True)
     eval: EvalSection = setting(EvalSection(), "Evaluation of the base model and the adapters on benchmarks.")
@@ -80,22 +77,17 @@ class Config(Section):
                 "sft and rl start from each other; "
                 "the reversed order is sft.start_from=rl with rl.start_from=init"
             )
-        yield from self._conflicts_of_votes_and_targets()
         if self.baseline is not None:
             yield from self._conflicts_of_baseline(self.baseline.method)
         if self.model.load_in_4bit:
             yield from self._conflicts_of_4bit()
 
-    def _conflicts_of_votes_and_targets(self) -> Iterator[str]:
-        if "sft2" in self.eval.targets and self.sft.rounds == 1:
-            yield "eval.targets: sft2 is the adapter of a second round of SFT; set sft.rounds=2"
-
     def _conflicts_of_baseline(self, method: str) -> Iterator[str]:
         subject = f"baseline {method}"
         if self.partition.protect:
             yield f"{subject} is trained whole; leave out partition.protect"
-        if scored := [target for target in self.eval.targets if target in ("init", *REGIONS)]:
-            yield f"{subject} has no scored initial adapter; take {scored[0]} out of eval.targets"
+        if "init" in self.eval.targets:
+            yield f"{subject} has no scored initial adapter; take init out of eval.targets"
         if self._uses_vllm:
             yield f"vllm cannot serve {subject}; use engine transformers"
         checkpointing = self.sft.gradient_checkpointing or self.rl.gradient_checkpointing
@@ -122,9 +114,8 @@ class Config(Section):
         return self.baseline is None and not self.model.load_in_4bit
 
     def prompt_of(self, target: str) -> PromptSection:
-        """Return the prompt that a trained target learned under: `sft`, `sft2` or `rl`."""
-        stage = TRAINED[target].partition(":")[0]
-        return getattr(self, stage).prompt or self.prompt
+        """Return the prompt that a trained target learned under: `sft` or `rl`."""
+        return getattr(self, target).prompt or self.prompt
 
     def labelling_strategy(self, rows: str) -> str:
         """Return the labelling strategy of the training rows (`train`) or of a benchmark's items."""

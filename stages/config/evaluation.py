@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
@@ -19,21 +19,15 @@ from stages.config.fields import (
     without_false,
 )
 from stages.config.sources import Engine, PromptSection, SourceSection
-from stages.config.training import SECOND_SFT
 
 UNTRAINED_TARGETS = ("base", "init")
 """Targets without any training."""
-Region = Literal["s1_only", "s2_only", "shared"]
-REGIONS = get_args(Region)
-"""Targets with the trained values of one region of the adapter only."""
-WHOLE = "rl"
-"""Target whose adapter these are regions of."""
-TRAINED = {"sft": "sft", "sft2": SECOND_SFT, "rl": "rl"}
-"""Targets with an adapter as training left it, and the step that trained it."""
-SYSTEMS = {"sft": 1, "sft2": 2, "rl": 2}
+TRAINED = ("sft", "rl")
+"""Targets with a trained adapter: that of the stage of this name."""
+SYSTEMS = {"sft": 1, "rl": 2}
 """Target → the system whose rows its adapter learned from last, and whose mode it therefore is."""
-MODES = ("fast", "slow")
-"""The modes of System 1 and System 2."""
+MODES = {"fast": "sft", "slow": "rl"}
+"""The modes of System 1 and System 2, and the target whose adapter each has."""
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
@@ -90,10 +84,9 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "sft2", "rl", Region]] = unkeyed(
+    targets: list[Literal["base", "init", "sft", "rl"]] = unkeyed(
         ["base", "sft", "rl"],
-        "base, init: untrained; sft, sft2, rl: after SFT, its second round, RL; s1_only, s2_only, shared: "
-        "RL's adapter in this region alone.",
+        "base; init: with the initial adapter; sft, rl: after SFT, after RL.",
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
@@ -110,12 +103,6 @@ class EvalSection(Section):
         if engine == "openai":
             raise ValueError("a remote server gives no tokens to grade; use vllm or transformers")
         return engine
-
-    @property
-    def modes(self) -> dict[str, str]:
-        """The modes that are served, `fast` and `slow`, and the target whose adapter each has."""
-        has_rl = WHOLE in self.targets or "sft2" not in self.targets
-        return {"fast": "sft", "slow": "rl" if has_rl else "sft2"}
 
     def as_asked(self, benchmark: BenchmarkSection, target: str) -> BenchmarkSection:
         """The benchmark with the worked examples that a target gets."""

@@ -27,9 +27,6 @@ AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" 
 """`auto` or `off`; also false, because YAML reads a bare `off` as false."""
 Strategy = Annotated[str, registry_name("strategies")]
 
-SECOND_SFT = "sft:system2"
-"""Step that trains System 2's elements by SFT, from the adapter of step `sft`."""
-
 
 class BaselineSection(Section):
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(...)
@@ -89,7 +86,7 @@ class PartitionSection(Section):
     density: PositiveShare = advanced(0.5, ignored_by=("all", *BY_THETA))
     """Share of the elements that topk and random_half take."""
     alpha: Share = setting(1, "α: share of the shared elements that SFT trains.", ignored_by="partition:rl")
-    beta: Share = of_rl(1, "β: share of the shared elements that RL, or a second round of SFT, trains.")
+    beta: Share = of_rl(1, "β: share of the shared elements that RL trains.")
     protect: str | None = unkeyed(None)
     """Rows whose skill must survive: no stage trains an element that they need."""
     protect_theta: PositiveShare = unkeyed(0.9)
@@ -117,21 +114,14 @@ class TrainSection(Section):
     prompt: PromptSection | None = advanced(None, "In place of the section `prompt`.")
 
 
-of_first_round = partial(setting, ignored_by=SECOND_SFT)
-advanced_of_first_round = partial(advanced, ignored_by=SECOND_SFT)
-"""Settings of the first round of SFT alone."""
-
-
 class SftSection(TrainSection):
-    rounds: Literal[1, 2] = unkeyed(1)
-    """2: train System 2's elements too, on its rows, for answers that no reward can verify."""
-    start_from: Literal["init", "rl"] = advanced_of_first_round("init")
+    start_from: Literal["init", "rl"] = advanced("init")
     """Adapter to start from; rl: the paper's reversed order."""
-    data: Literal["system1", "all"] = of_first_round("system1")
+    data: Literal["system1", "all"] = setting("system1")
     """Rows to train on; undecided ones are never used."""
-    system2_share: Share = of_first_round(0.0)
+    system2_share: Share = setting(0.0)
     """Cold start for RL: System 2 rows to add, as a share of the number of System 1 rows."""
-    system1_targets: Literal["full", "answer"] = advanced_of_first_round("full")
+    system1_targets: Literal["full", "answer"] = advanced("full")
     """full: the response; answer: the final answer alone, where a row has one."""
     batch_size: PositiveInt = setting(32, "Rows per optimizer step.")
     per_device_train_batch_size: PositiveInt = setting(8, "Rows per forward pass; must divide batch_size.")
@@ -143,5 +133,3 @@ class SftSection(TrainSection):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"batch_size {self.batch_size}"
             )
-        if self.rounds == 2 and self.data == "all":
-            yield "data all trains on both systems in one round; rounds 2 goes with data system1"

@@ -1,4 +1,4 @@
-"""Grade base, init, sft, sft2, rl, or a region of rl on the benchmarks.
+"""Grade base, init, sft and rl on the benchmarks.
 
 A variant is TARGET@BENCHMARK.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import REGIONS, TRAINED, UNTRAINED_TARGETS, WHOLE, BenchmarkSection, Config
+from stages.config import TRAINED, UNTRAINED_TARGETS, BenchmarkSection, Config
 from stages.evaluation.benchmarks import benchmarks
 from stages.pipeline.stage import BENCHMARKS, INITIAL, Planned, Stage
 
@@ -38,17 +38,14 @@ def _step(config: Config, target: str, name: str) -> Planned:
         asked_for=True,
         holds_base=not served,
         memory_hint="server.batch_size",
-        # A server can hold an adapter of its own beside others, and answers by requests alone.
-        answers_together=served and config.served_by_vllm and target not in REGIONS,
+        answers_together=served and config.served_by_vllm,
     )
 
 
 def _inputs(benchmark: BenchmarkSection, target: str, name: str) -> tuple[str, ...]:
     labels = (f"classify:{name}",) if benchmark.label else ()
-    if target in REGIONS:
-        return (*labels, INITIAL, f"partition:{TRAINED[WHOLE]}", TRAINED[WHOLE])
     if target in TRAINED:
-        return (*labels, TRAINED[target])
+        return (*labels, target)
     return (*labels, INITIAL) if target == "init" else labels
 
 

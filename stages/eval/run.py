@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from stages import sandbox as sandboxes
 from stages.config import (
-    REGIONS,
     UNTRAINED_TARGETS,
     BenchmarkSection,
     EvalSection,
@@ -103,12 +100,11 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     evaluation, progress = Evaluation(context, **sections), context.progress
     settings = evaluation.sandbox
     sandbox = sandboxes.from_settings(settings, progress.say) if settings else None
-    with _adapter(evaluation) as adapter:
-        cache = evaluation.cache(adapter)
-        spec = EngineSpec(evaluation.eval.engine, evaluation.model, adapter)
-        engine = partial(context.engines.get, spec, evaluation.server, progress.say)
-        cache.complete(engine, evaluation.title, progress)
-        parity = _check_parity(evaluation, adapter, cache)
+    cache = evaluation.cache(context.adapter)
+    spec = EngineSpec(evaluation.eval.engine, evaluation.model, context.adapter)
+    engine = partial(context.engines.get, spec, evaluation.server, progress.say)
+    cache.complete(engine, evaluation.title, progress)
+    parity = _check_parity(evaluation, context.adapter, cache)
     renderer, first = cache.renderer, cache.prompts[0]
     prompt, tokenizer = renderer.section, renderer.tokenizer
     samples = cache.graded(Context(prompt.answer_format, prompt.template == "chat", sandbox), progress)
@@ -130,26 +126,6 @@ def run(context: StageContext, **sections: Any) -> dict[str, Any]:
     (context.out / "metrics.json").write_text(text, encoding="utf-8")
     sandbox_name = {"sandbox": sandbox.name} if sandbox else {}
     return {"kind": evaluation.benchmark.kind, **sandbox_name, **headline(metrics)}
-
-
-@contextmanager
-def _adapter(evaluation: Evaluation) -> Iterator[Path | None]:
-    """Yield the folder of the target's adapter, if it has one; a region's folder is temporary."""
-    context, target = evaluation.context, evaluation.target
-    if target not in REGIONS:
-        yield context.adapter
-        return
-    from stages.eval import ablation
-    from stages.lora.importance.masks import Masks
-    from stages.pipeline.stage import INITIAL
-
-    assert context.partition is not None and context.adapter is not None
-    masks = Masks.of(context.partition)
-    start, trained = context.inputs[INITIAL].adapter, context.adapter
-    with tempfile.TemporaryDirectory(prefix=f"lorapar-{target}-") as folder:
-        ablation.write(target, trained, start, masks, Path(folder))
-        yield Path(folder)
-        context.engines.close()  # the adapter that it serves is about to be deleted
 
 
 def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:

@@ -48,9 +48,9 @@ class Choice:
     why: str = ""
 
 
-SECOND_SFT = [
-    Choice("sft.rounds", 2, "no answer can be verified, so System 2 learns by SFT, too"),
-    Choice("eval.targets", ["base", "sft", "sft2"], "sft2: after the second round of SFT; no RL"),
+SFT_ALONE = [
+    Choice("sft.data", "all", "no answer can be verified, so System 2 learns by SFT, too"),
+    Choice("eval.targets", ["base", "sft"], "so no RL runs"),
 ]
 RL_ALONE = [
     Choice("partition.strategy", "all", "importance is scored on responses, and no row has one"),
@@ -84,7 +84,7 @@ def choices(
     rl = list(_rl(profile))
     limits = {choice.name: choice.value for choice in rl}
     yield from [] if profile.imitable else RL_ALONE
-    yield from SECOND_SFT if profile.unverifiable else rl
+    yield from SFT_ALONE if profile.unverifiable else rl
     yield from _small(profile) if profile.is_small else ()
     answer = limits["rl.max_prompt_length"] + limits["rl.max_completion_length"]
     if (needed := max(answer, profile.row.longest) + VOTE) > ServerSection().max_model_len:

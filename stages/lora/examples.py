@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 PROTECTED = "protected"
 """The rows of `partition.protect`: as a variant of score, and as a prefix in its file."""
-_SFT_WITHOUT = {1: "sft.data=all", 2: "sft.system2_share=0 with sft.rounds=1"}
+_SFT_WITHOUT = {1: "sft.data=all", 2: "sft.system2_share=0"}
 """System → settings with which SFT needs no response of its rows."""
 
 
@@ -64,21 +64,19 @@ def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:
     ]
 
 
-def without_response(labels: list[Labelled], sft: SftSection, variant: str = "") -> int:
-    """Number of rows of the systems that a round of SFT is for, cold start aside, that it cannot imitate."""
-    systems = (2,) if variant else (1, 2) if sft.data == "all" else (1,)
+def without_response(labels: list[Labelled], sft: SftSection) -> int:
+    """Number of rows of the systems that SFT is for, cold start aside, that it cannot imitate."""
+    systems = (1, 2) if sft.data == "all" else (1,)
     return sum(row.system in systems and not row.example.response for row in with_targets(labels, sft))
 
 
-def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int, variant: str = "") -> list[Example]:
+def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
     """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
 
-    Only those that have a response. variant: `system2` for the second round, which has all System 2 examples
-    and no others. DataError if System 1 is to answer at once and none of its rows has an answer to give.
+    Only those that have a response. DataError if System 1 is to answer at once and none of its rows has an
+    answer to give.
     """
     labels = with_targets(labels, sft)
-    if variant:
-        return _examples_with_response(labels, 2)
     if sft.data == "all":
         if labels and not (labels := with_response(labels)):
             raise DataError(

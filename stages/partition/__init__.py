@@ -32,8 +32,8 @@ STAGE = Stage(
     variants_help="sft or rl",
     files={
         "masks.safetensors": "`region/NAME`: uint8 (0 none, 1 System 1 only, 2 System 2 only, 3 shared). "
-        "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains; a second round of "
-        f"SFT trains RL's. All {WEIGHTS}."
+        "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains. "
+        f"All {WEIGHTS}."
     },
     work=lambda texts, _: Work(copies=0),
     version=2,

@@ -1,7 +1,7 @@
 """Steps and their keys, from what the stages say of a config.
 
 A step is a stage, or one variant of it: for classify the training rows or those of a benchmark, for partition
-the masks of SFT or of RL, for sft its second round, for eval one target at one benchmark.
+the masks of SFT or of RL, for eval one target at one benchmark.
 """
 
 from collections.abc import Collection

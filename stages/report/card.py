@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages import escaping
-from stages.config import SYSTEMS, Config
+from stages.config import MODES, SYSTEMS, Config
 from stages.engines.vllm import context_length, lora_flags
 from stages.errors import ConfigError
 from stages.evaluation.statistics import Interval
@@ -22,7 +22,6 @@ from stages.sweep.values import Value
 Form = Literal["adapter", "merged"]
 LEARNED = {
     "sft": "System 1, to answer at once: SFT",
-    "sft2": "System 2, to work it out: SFT",
     "rl": "System 2, to work it out: GRPO",
 }
 """Trained target → what its last stage taught, and how."""
@@ -47,7 +46,7 @@ def card(
     trained: by target; use is shown with the last one. folder: holds the export, with a folder for each
     mode if there are several adapters.
     """
-    modes = {target: mode for mode, target in config.eval.modes.items()}
+    modes = {target: mode for mode, target in MODES.items()}
     names = {target: modes[target] if len(trained) > 1 else target for target in trained}
     base, baseline = config.model, config.baseline
     base_model = f"base_model: {base.name}\n" if base.may_be_on_hub else ""  # the hub refuses folders

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stages.config import REGIONS, WHOLE
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import p_value
@@ -21,7 +20,6 @@ CAPTION = (
     "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; p: paired test on the same "
     "items against the target to the left."
 )
-OF_REGIONS = " Regions alone are tested against the model that they are of."
 Answers = dict[str, dict[str, list[Sample]]]
 """Graded answers by target and group."""
 
@@ -82,15 +80,11 @@ def measured(store: Store, steps: list[Step], by: str) -> dict[str, list[Measure
 
 
 def compared(answers_by_target: Answers) -> Iterator[Measured]:
-    """Measure each target and group, and compare it with another target on the same items.
-
-    That is the previous one that is no region, and for a region rl, whose elements it is a part of.
-    """
+    """Measure each target and group, and compare it with the previous target on the same items."""
     names = {name for answers in answers_by_target.values() for name in answers}
     groups = sorted(names, key=lambda name: (name != "all", name))
-    previous: str | None = None
+    against: str | None = None
     for target, answers in answers_by_target.items():
-        against = previous if target not in REGIONS else WHOLE if WHOLE in answers_by_target else None
         for group in (name for name in groups if name in answers):
             measures, shares = accuracy_metrics(answers[group]), _shares(answers[group])
             reference = answers_by_target[against].get(group, []) if against else []
@@ -110,7 +104,7 @@ def compared(answers_by_target: Answers) -> Iterator[Measured]:
                 measures.get("thought_tokens"),
                 {outcome: measures[outcome] for outcome in OUTCOMES},
             )
-        previous = previous if target in REGIONS else target
+        against = target
 
 
 def _shares(samples: list[Sample]) -> dict[str, float]:
@@ -141,8 +135,7 @@ def grid(benchmark: str, measures: list[Measured]) -> Grid:
     for outcome in ("unparsed", "truncated", "refused"):
         if any(counts := [each.outcomes[outcome] for each in overall.values()]):
             rows.append([f"  {outcome}", "", *map(str, counts)])
-    regions = OF_REGIONS if set(overall) & set(REGIONS) else ""
-    return Grid([benchmark, "n", *overall], rows, CAPTION + regions)
+    return Grid([benchmark, "n", *overall], rows, CAPTION)
 
 
 def _cell(measure: Measured | None) -> str:

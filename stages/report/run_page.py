@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from matplotlib import rc_context
 
-from stages.config import REGIONS, TRAINED, Config
+from stages.config import MODES, TRAINED, Config
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import current_artifact
@@ -38,7 +38,7 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     if missing := [name for name in steps if name not in artifacts]:
         not_made = Text(f"Not made yet: {', '.join(missing)}.")
         sections.append(PageSection("missing", "Missing", [not_made, Command(run)]))
-    titles = {"base": "base", **{target: mode for mode, target in config.eval.modes.items()}}
+    titles = {"base": "base", **{target: mode for mode, target in MODES.items()}}
     lead: list[str | Tiles] = [*_tiles(measures, titles), *_verdicts(measures, titles)]
     return render(f"lorapar: {config.run}", lead, sections)
 
@@ -66,11 +66,7 @@ def _tiles(measures: dict[str, list[Measured]], titles: dict[str, str]) -> Itera
 def _verdicts(measures: dict[str, list[Measured]], titles: dict[str, str]) -> Iterator[str]:
     """Say for each benchmark how the last target does against the one before, and if that may be chance."""
     for name, of_benchmark in measures.items():
-        overall = {
-            each.target: each
-            for each in of_benchmark
-            if each.group == "all" and each.accuracy and each.target not in REGIONS
-        }
+        overall = {each.target: each for each in of_benchmark if each.group == "all" and each.accuracy}
         if not overall:
             continue
         last = list(overall.values())[-1]
@@ -108,7 +104,7 @@ def _results(measures: dict[str, list[Measured]]) -> Iterator[Block]:
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
     """Draw the curves of each training."""
-    for name in TRAINED.values():
+    for name in TRAINED:
         if name not in artifacts:
             continue
         history = read_json(artifacts[name].path / "history.json", curves.History)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import SECOND_SFT, Config
+from stages.config import Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
 from stages.plan.lengths import Span, sampled
 from stages.plan.work import SYSTEM1_SHARE, Work
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 
 def _steps(config: Config) -> list[Planned]:
-    rl, start = config.rl, None
-    if rl.start_from != "init":
-        start = SECOND_SFT if config.sft.rounds == 2 else "sft"
+    rl = config.rl
+    start = None if rl.start_from == "init" else "sft"
     has_vllm = rl.rollouts.engine == "vllm_colocate"
     code = ["rl.sandbox"] if loading.needs_sandbox(rl.rewards, rl.rewards_file) else []
     return [
@@ -28,8 +27,7 @@ def _steps(config: Config) -> list[Planned]:
             inputs=training_inputs(config.baseline is not None, masks="rl", start=start),
             sections=("model", "prompt", "lora", "baseline", "rl", "seed", *code),
             reads=("model", *(["file:rl.rewards_file"] if rl.rewards_file else [])),
-            # Not if a second round of SFT is in its place.
-            asked_for=not config.eval.benchmarks and config.eval.modes["slow"] == "rl",
+            asked_for=not config.eval.benchmarks and "rl" in config.eval.targets,
             holds_base=True,
             memory_hint=("rl.rollouts.gpu_memory_utilization, or " if has_vllm else "")
             + "rl.per_device_train_batch_size, rl.rollouts.batch_size, or rl.max_completion_length, or set "

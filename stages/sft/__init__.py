@@ -1,62 +1,55 @@
-"""Train System 1's elements, mainly on its rows; in a second round (sft.rounds) System 2's."""
+"""Train System 1's elements, mainly on its rows."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import SECOND_SFT, Config
+from stages.config import Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
 from stages.plan.work import SYSTEM1_SHARE, Work, per_text
 from stages.records import Labelled
 
 if TYPE_CHECKING:
-    from stages.pipeline.steps import Step
     from stages.plan.texts import Texts
 
 
 def _steps(config: Config) -> list[Planned]:
-    is_baseline, targets = config.baseline is not None, config.eval.targets
+    targets = config.eval.targets
     start = None if config.sft.start_from == "init" else "rl"
-    first = Planned(
-        inputs=training_inputs(is_baseline, masks="sft", start=start),
-        sections=("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
-        reads=("model",),
-        asked_for=not config.eval.benchmarks and ("sft" in targets or "rl" not in targets),
-        holds_base=True,
-        memory_hint="sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
-    )
-    if config.sft.rounds == 1:
-        return [first]
-    # The second round trains the elements that RL would.
-    inputs = training_inputs(is_baseline, masks="rl", start="sft")
-    return [first, replace(first, variant=SECOND_SFT.partition(":")[2], inputs=inputs)]
+    return [
+        Planned(
+            inputs=training_inputs(config.baseline is not None, masks="sft", start=start),
+            sections=("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
+            reads=("model",),
+            asked_for=not config.eval.benchmarks and ("sft" in targets or "rl" not in targets),
+            holds_base=True,
+            memory_hint="sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
+        )
+    ]
 
 
-def _check_rows(texts: Texts, step: Step) -> None:
+def _check_rows(texts: Texts) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
 
     config, labels, sft = texts.config, texts.labels, texts.config.sft
     if not labels:
-        # The first round may shorten the responses of System 1.
-        labels = [Labelled(row, 2 if step.variant else 1, {}) for row in texts.rows[TRAIN]]
+        # Their responses may be shortened, as those of System 1 are.
+        labels = [Labelled(row, 1, {}) for row in texts.rows[TRAIN]]
         sft = sft.model_copy(update={"data": "all"})
-    variant = step.variant if texts.labels else ""
-    texts.check_lengths(sft, examples.trained_by_sft(labels, sft, config.seed, variant))
+    texts.check_lengths(sft, examples.trained_by_sft(labels, sft, config.seed))
 
 
-def _work(texts: Texts, variant: str) -> Work | None:
+def _work(texts: Texts, _: str) -> Work | None:
     """Forward and backward passes; without dropout a micro batch computes a common beginning once."""
     from stages.lora.training.loop import steps_of
 
     sft, number = texts.config.sft, texts.imitable
     if texts.config.baseline is not None or not number:
         return None  # SFT may still imitate answers alone, and no row is rendered with its answer
-    by_round = SYSTEM1_SHARE * (1 + sft.system2_share) if not variant else 1 - SYSTEM1_SHARE
-    examples = number if sft.data == "all" else number * by_round
+    examples = number if sft.data == "all" else number * SYSTEM1_SHARE * (1 + sft.system2_share)
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
     rows = [row.input_ids for row in texts.trained_rows(sft)]  # the longest first
     size = sft.per_device_train_batch_size
@@ -67,9 +60,8 @@ def _work(texts: Texts, variant: str) -> Work | None:
 STAGE = Stage(
     name="sft",
     steps=_steps,
-    variants_help="sft or system2, its second round",
     files=TRAINED,
-    checks=lambda texts, step: [partial(_check_rows, texts, step)],
+    checks=lambda texts, _: [partial(_check_rows, texts)],
     spans=lambda texts, _: texts.imitated(),
     work=_work,
     version=7,

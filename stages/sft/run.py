@@ -1,8 +1,6 @@
 """Train the active System 1 elements by TRL's SFTTrainer, from the initial adapter or that of RL.
 
 Which are active, `partition` has decided by a strategy of `lora/importance/strategies.py`.
-
-With `sft.rounds: 2`, a second variant of the stage trains the System 2 elements on System 2 rows, from there.
 """
 
 from __future__ import annotations
@@ -48,16 +46,16 @@ def run(context: StageContext, sft: SftSection, data: DataSection, **sections: A
     """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
     run = Training(context=context, section=sft, **sections)
     labels, renderer = run.labels, run.renderer
-    chosen = examples.trained_by_sft(labels, sft, run.seed, context.variant)
+    chosen = examples.trained_by_sft(labels, sft, run.seed)
     rows, too_long = renderer.rows(chosen, data)
     if endless := renderer.rows_without_stop(rows):
         count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         context.progress.say(f"warning: {count}: the model may not learn to stop")
     trainer = _trainer(run, sft, rows)
-    title = f"sft on {len(rows)} {'System 2 ' if context.variant else ''}rows"
-    trainer.add_callback(ProgressCallback(context.progress, title, {"loss": "loss", "learning_rate": "rate"}))
+    figures = {"loss": "loss", "learning_rate": "rate"}
+    trainer.add_callback(ProgressCallback(context.progress, f"sft on {len(rows)} rows", figures))
     summary = loop.train(trainer, run)
-    left_out = examples.without_response(labels, sft, context.variant)
+    left_out = examples.without_response(labels, sft)
     without = {"without_response": left_out} if left_out else {}
     return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
 

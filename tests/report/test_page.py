@@ -184,7 +184,7 @@ def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
     gained["sft"] = answered("1111")
     untested = "which is not tested, because they answered different items."
     assert said(**gained) == f"{answers}: -12.5 points against fast, {untested}"
-    assert said(shared=answered("1"), rl=gained["rl"]) == f"{answers}."
+    assert said(rl=gained["rl"]) == f"{answers}."
 
 
 def test_the_numbers_of_a_table_stand_where_they_belong():

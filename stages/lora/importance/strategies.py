@@ -37,7 +37,7 @@ class Split:
     region: Tensor
     """uint8: 0 none, 1 S1-only, 2 S2-only, 3 shared: bit 0 is System 1's set, bit 1 System 2's."""
     active: dict[int, Tensor]
-    """bool: the elements that train for each system: for 1 in SFT, for 2 in RL or a second round of SFT."""
+    """bool: the elements that train for each system: for 1 in SFT, for 2 in RL."""
 
 
 def top_share(scores: Tensor, share: float) -> Tensor:

@@ -105,7 +105,7 @@ class Training:
 
     @cached_property
     def start(self) -> StartingAdapter:
-        """The other stage's adapter or the initial one; RL and a second SFT train System 2's elements."""
+        """The other stage's adapter or the initial one, with the elements that train."""
         partition = self.context.partition
         return StartingAdapter(self.context.adapter, Masks.of(partition).active if partition else None)
 
