@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from lorapar_cli import terminal
+from lorapar_cli import short, terminal
 from lorapar_cli.commands import ABOUT, COMMANDS
 from lorapar_cli.errors import report_failure
 from lorapar_cli.process import end_on_signal, received, set_up
@@ -23,11 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _name in COMMANDS:  # each has a module of its name with a function `command`, but for the stages
+for _name in COMMANDS:  # a stage, a short one, or a function `command` in the module of its name
     if _name in ORDER:
         _command = command_of(stage(_name))
     else:
-        _command = importlib.import_module(f"lorapar_cli.{_name.replace('-', '_')}").command
+        _command = short.COMMANDS.get(_name) or importlib.import_module(f"lorapar_cli.{_name}").command
     app.command(_name, help=COMMANDS[_name])(_command)
 
 

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from lorapar_cli.commands import COMMANDS
-from lorapar_cli.list import kinds
+from lorapar_cli.short import kinds
 from stages.config import Config, Section
 from stages.config.fields import marks_of
 from stages.config.listing import describe, json_schema, section_type
@@ -103,7 +103,6 @@ def _settings_introduction() -> list[str]:
         "`extends: FILE` takes all others from another file. `lorapar config` prints this list.",
         "",
         "Editors complete and check a config that begins with a line such as the one in `configs/demo.yaml`.",
-        "`lorapar config --schema` prints the JSON schema.",
     ]
 
 

@@ -1,0 +1,81 @@
+"""The commands of a few lines: status, list, config, demo-data and fetch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from lorapar_cli import terminal
+from lorapar_cli.options import ConfigPath, Json, Overrides, argument, plan_of, value
+from stages.config.fields import MAX_INT
+from stages.config.listing import annotated
+from stages.errors import ConfigError
+from stages.pipeline.state import state
+from stages.store.artifacts import refuse_store
+
+KINDS = "scorers, strategies, rewards, benchmarks, engines, personas or examples; all by default."
+Kind = Annotated[str | None, argument(KINDS)]
+Folder = Annotated[Path, argument("Folder for train.jsonl and test.jsonl.", "DIR")]
+Seed = Annotated[int, value("Random seed; the same seed gives the same files.", min=0, max=MAX_INT)]
+Name = Annotated[str, argument("smollm2-135m-q4, or tiny-random for smoke tests.")]
+
+
+def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
+    """Say which artifacts are current, and why the others are not."""
+    _, steps, store = plan_of(config, set_)
+    states = {name: state(store, step) for name, step in steps.items()}
+    if as_json:
+        print(json.dumps({name: {"state": s.state, "why": s.why} for name, s in states.items()}))
+    else:
+        head = ["step", "state", "why"]
+        terminal.table(head, [[name, s.state, s.why] for name, s in states.items()], to_left=tuple(head))
+
+
+def list_names(kind: Kind = None) -> None:
+    """List what can be chosen by name, from the registries that define each choice."""
+    choices = kinds()
+    if kind is not None and kind not in choices:
+        raise ConfigError(f"nothing to list under {kind!r}", f"choose from: {', '.join(choices)}")
+    for name in [kind] if kind else choices:
+        print(name)
+        width = max(14, *map(len, choices[name]))
+        for choice, text in choices[name].items():
+            print(f"  {choice:<{width}} {text}")
+
+
+def kinds() -> dict[str, dict[str, str]]:
+    """Map kind → name → one-line description."""
+    from stages.init import examples
+    from stages.pipeline.resolve import registries
+    from stages.rewards.builtin import rewards
+
+    listed = {**registries(), "rewards": rewards, "examples": examples}
+    return {kind: choices.describe() for kind, choices in listed.items()}
+
+
+def print_settings() -> None:
+    print("\n".join(annotated()))
+
+
+def write_demo_data(folder: Folder, seed: Seed = 0) -> None:
+    from stages.data.demo import write
+
+    refuse_store(folder)
+    sizes = write(folder, seed)
+    terminal.say(", ".join(f"{folder}/{split}.jsonl: {n} items" for split, n in sizes.items()))
+
+
+def fetch(name: Name) -> None:
+    from stages.models import bundled
+
+    folder, created = bundled.fetch(name, Path("models"))
+    terminal.say(f"{folder} {'is ready' if created else 'exists already'}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "status": status,
+    "list": list_names,
+    "config": print_settings,
+    "demo-data": write_demo_data,
+    "fetch": fetch,
+}
