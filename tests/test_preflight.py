@@ -34,7 +34,7 @@ def certain(smoke):
 
 
 def test_a_quantized_checkpoint_is_not_trained(certain, monkeypatch):
-    monkeypatch.setattr(preflight.checks, "is_quantized", lambda model: True)
+    monkeypatch.setattr(preflight.load_errors, "is_quantized", lambda model: True)
     (problem,) = certain()
     assert problem.startswith("score, sft, rl: ") and "is quantized itself" in problem
 

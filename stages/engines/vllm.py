@@ -27,8 +27,8 @@ from stages.engines.openai import CONCURRENCY, Client
 from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
-from stages.models.dtype import has_float32_head, is_quantized, resolve, warn_if_slow
-from stages.models.load_errors import load_config, max_positions
+from stages.models.dtype import has_float32_head, resolve
+from stages.models.load_errors import is_quantized, load_config, max_positions
 from stages.records import read_json
 from stages.runtime import resources
 from stages.runtime.process_guard import Guarded
@@ -197,7 +197,6 @@ def _command(model: ModelSection, server: ServerSection, port: int, modules: dic
     # fewer than 16 bits have kernels for some types only, and vLLM knows which.
     if not _have_gpu() or model.dtype != "auto" or not is_quantized(model):
         arguments["dtype"] = resolve(model)
-        warn_if_slow(arguments["dtype"])
     arguments |= server.vllm
     overrides = arguments.get("hf_overrides", {})
     if has_float32_head(model) and isinstance(overrides, dict):

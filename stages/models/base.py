@@ -14,9 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.config import ModelSection
-from stages.models.checks import check_model, require_package
-from stages.models.dtype import is_quantized, resolve, warn_if_slow
-from stages.models.load_errors import check_finite, check_no_missing_weights, load_config, load_errors
+from stages.models.dtype import resolve
+from stages.models.load_errors import (
+    check_finite,
+    check_model,
+    check_no_missing_weights,
+    is_quantized,
+    load_config,
+    load_errors,
+    require_package,
+)
 from stages.runtime import libraries, resources
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -36,7 +43,6 @@ def load_base(model: ModelSection, target: torch.device | None = None) -> PreTra
     target: by default this process's device, where a 4-bit model always goes.
     """
     dtype = resolve(model)
-    warn_if_slow(dtype)
     if device().type == "cpu":
         _keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype}

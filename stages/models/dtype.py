@@ -8,14 +8,11 @@ artifact's cache key, so an artifact made on another machine stays current.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from stages.config import ModelSection
 from stages.errors import LoraparError
-from stages.models.load_errors import load_config
-
-log = logging.getLogger(__name__)
+from stages.models.load_errors import is_quantized, load_config
 
 NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """CPU features that multiply bfloat16 natively, as torch names them.
@@ -76,14 +73,6 @@ def has_float32_head(model: ModelSection) -> bool:
     return torch.cuda.is_available() and not is_quantized(model)
 
 
-def is_quantized(model: ModelSection) -> bool:
-    """True if the checkpoint itself is quantized (GPTQ, AWQ, fp8); False if it cannot be read."""
-    try:
-        return getattr(load_config(model), "quantization_config", None) is not None
-    except LoraparError:
-        return False
-
-
 def native_bfloat16() -> bool:
     """True if this CPU has bfloat16 instructions and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
     import torch
@@ -92,14 +81,3 @@ def native_bfloat16() -> bool:
     allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
     features: dict[str, Any] = torch.cpu.get_capabilities()
     return bool(allowed) and any(features.get(name) for name in NATIVE)
-
-
-@functools.cache
-def warn_if_slow(dtype: str) -> None:
-    """Warn, once, if a model in `dtype` is much slower on this CPU than in float32."""
-    import torch
-
-    if dtype == "bfloat16" and not torch.cuda.is_available() and not native_bfloat16():
-        log.warning(
-            "model.dtype bfloat16: this CPU multiplies it many times slower than float32, which auto takes"
-        )

@@ -1,16 +1,18 @@
-"""Turns errors from loading a model into one-line messages that name the model."""
+"""What may be wrong with a model: errors of loading it, in one line that names it, and checks of it."""
 
 from __future__ import annotations
 
 import errno
+import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.config import ModelSection
+from stages.config import ModelSection, RlSection, TrainSection
 from stages.errors import (
     HUB_HINT,
+    ConfigError,
     DataError,
     LoraparError,
     MissingInputError,
@@ -19,6 +21,7 @@ from stages.errors import (
     is_rust_panic,
     sought,
 )
+from stages.runtime import gpu
 from stages.runtime.network import offline_without_network
 
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
@@ -64,6 +67,14 @@ def load_config(model: ModelSection) -> Any:
         return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
 
+def is_quantized(model: ModelSection) -> bool:
+    """True if the checkpoint itself is quantized (GPTQ, AWQ, fp8); False if it cannot be read."""
+    try:
+        return getattr(load_config(model), "quantization_config", None) is not None
+    except LoraparError:
+        return False
+
+
 def max_positions(config: Any) -> int | None:
     """Return the context length in tokens; None if the config does not say, or stretches its positions."""
     text_config = config.get_text_config()
@@ -93,3 +104,38 @@ def check_finite(model: ModelSection) -> None:
                 row = weight[:1] if len(weight.get_shape()) > 1 else weights.get_tensor(name)
                 if row.is_floating_point() and not row.float().isfinite().all():
                     raise DataError(f"model {model.name}: {name} has values that are no numbers", CHANGED)
+
+
+def check_model(model: ModelSection) -> None:
+    """Raise ConfigError if torch cannot use the GPU, or a package that the section names is not installed."""
+    if model.device == "auto" and (reason := gpu.unusable_reason()):
+        raise ConfigError(
+            f"torch cannot use the NVIDIA GPU of this machine: {reason}",
+            f"{gpu.MEND}; or go on without it: --set model.device=cpu",
+        )
+    if model.load_in_4bit:
+        require_package("model.load_in_4bit: bitsandbytes", "pip install 'lorapar[qlora]'", "bitsandbytes")
+
+
+def check_trainable(model: ModelSection) -> None:
+    """Raise ConfigError for a checkpoint that is quantized itself: adapters on it could not be merged."""
+    if is_quantized(model) and not model.load_in_4bit:
+        raise ConfigError(
+            f"{model.name} is quantized itself: an adapter that it trains cannot be merged",
+            "name the checkpoint that it was made from; if bitsandbytes made it: model.load_in_4bit=true",
+        )
+
+
+def check_training(section: TrainSection) -> None:
+    """Raise ConfigError if a package that the section names is not installed."""
+    for name in section.report_to:
+        require_package(f"report_to: {name}", f"pip install {name}", name)
+    if isinstance(section, RlSection) and (engine := section.rollouts.engine) != "transformers":
+        hint = "pip install 'lorapar[vllm]', or rl.rollouts.engine=transformers"
+        require_package(f"rl.rollouts.engine {engine}: vllm", hint, "vllm")
+
+
+def require_package(subject: str, hint: str, *packages: str) -> None:
+    """Raise ConfigError unless one of the packages is installed."""
+    if not any(map(importlib.util.find_spec, packages)):
+        raise ConfigError(f"{subject} is not installed", hint)

@@ -20,7 +20,7 @@ from stages.config import Config, RlSection, ScoreSection, SftSection
 from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
 from stages.lora.adapter import adapter
-from stages.models import checks
+from stages.models import load_errors
 from stages.pipeline.stage import TRAIN, Check, section
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
@@ -69,7 +69,7 @@ def _checks(texts: Texts, steps: list[Step]) -> Iterator[tuple[str, Check]]:
         if step.planned.holds_base:
             yield step.name, lambda: texts.base
         if "model" in step.planned.sections:
-            yield step.name, partial(checks.check_model, config.model)
+            yield step.name, partial(load_errors.check_model, config.model)
         of_training = _of_training(config, getattr(config, step.stage.name, None))
         for check in (*of_training, *step.stage.checks(texts, step)):
             yield step.name, check
@@ -87,10 +87,10 @@ def _of_training(config: Config, stage: object) -> Iterator[Check]:
     from stages.lora.training.loop import accumulation_steps
 
     if isinstance(stage, ScoreSection | SftSection | RlSection):
-        yield partial(checks.check_trainable, config.model)
+        yield partial(load_errors.check_trainable, config.model)
     if isinstance(stage, SftSection | RlSection):
         processes, rl = config.launch.processes, config.rl
-        yield partial(checks.check_training, stage)
+        yield partial(load_errors.check_training, stage)
         yield partial(ranks.check_gpus, processes)
         samples = rl.prompts_per_step * rl.num_generations if stage is rl else config.sft.batch_size
         yield partial(accumulation_steps, samples, stage.per_device_train_batch_size, processes)

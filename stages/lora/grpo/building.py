@@ -21,7 +21,7 @@ from stages.lora.training import loop
 from stages.lora.training.health import LongestBatch
 from stages.lora.training.start import Training
 from stages.models.base import load_base
-from stages.models.checks import check_training
+from stages.models.load_errors import check_training
 from stages.packing.batch import padded
 from stages.rewards import loading
 from stages.runtime import libraries

@@ -20,7 +20,7 @@ from stages.errors import ConfigError, UnusableResult
 from stages.lora.adapter import adapter, baselines
 from stages.lora.training import curves
 from stages.lora.training.start import Training
-from stages.models.checks import check_training
+from stages.models.load_errors import check_training
 from stages.runtime import ranks
 from stages.store.checkpoints import Checkpoints
 
