@@ -69,7 +69,7 @@ class RlSection(TrainSection):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = setting("dapo")
     """How token losses are averaged, as in TRL (the paper: grpo)."""
     rewards: Annotated[dict[str, float], WithoutFalse] = setting({"correctness": 2.0}, min_length=1)
-    """Reward functions and their weights: of `lorapar list rewards`, rewards_file or TRL (trl.NAME)."""
+    """Reward functions and their weights: of `lorapar list rewards` or of rewards_file."""
     rewards_file: str | None = unkeyed(None, "Python file with your own rewards, with TRL's signature.")
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of rewards that run code.")
     rollouts: RolloutsSection = setting(RolloutsSection(), "How completions are sampled.")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from stages.sandbox import Sandbox
 
 rewards: Registry = Registry("reward")
-"""Trait `math_verify`: needs the package of that name."""
 
 # The atomic groups (?>…) keep the first answer tag that they find: with backtracking, a text of many tags
 # would take quadratic time.
@@ -150,29 +149,3 @@ def code_tests(
 
     with ThreadPoolExecutor(resources.usable_cores()) as pool:
         return list(pool.map(passes, completions, test, entry_point))
-
-
-def _trl(name: str, completions: list[str], **columns: Any) -> list[float | None]:
-    """Call a reward of TRL, which takes conversations."""
-    from trl import rewards as module
-
-    messages = [[{"role": "assistant", "content": text}] for text in completions]
-    return getattr(module, name)(completions=messages, **columns)  # type: ignore[no-any-return]
-
-
-@rewards.add("math_verify", name="trl.accuracy_reward")
-def trl_accuracy(completions: list[str], gold: list[str], **columns: Any) -> list[float | None]:
-    """TRL's: 1 if the answer equals gold by math-verify."""
-    return _trl("accuracy_reward", completions, solution=gold, **columns)
-
-
-@rewards.add("math_verify", name="trl.reasoning_accuracy_reward")
-def trl_reasoning_accuracy(completions: list[str], gold: list[str], **columns: Any) -> list[float | None]:
-    """TRL's: the same of what follows the thought."""
-    return _trl("reasoning_accuracy_reward", completions, solution=gold, **columns)
-
-
-@rewards.add(name="trl.think_format_reward")
-def trl_think_format(completions: list[str], **columns: Any) -> list[float | None]:
-    """TRL's: 1 if the text is a thought in tags and an answer."""
-    return _trl("think_format_reward", completions, **columns)

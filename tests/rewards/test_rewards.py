@@ -119,12 +119,10 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 
 def test_columns_are_what_a_reward_must_be_given():
-    names = ("correctness", "code_tests", "text_overlap", "trl.think_format_reward")
+    names = ("correctness", "code_tests", "text_overlap")
     assert [loading.required_fields(loading.load(name, None)) for name in names] == [
-        ["gold", "answer_format"], ["test", "entry_point"], ["response"], [],
+        ["gold", "answer_format"], ["test", "entry_point"], ["response"],
     ]  # fmt: skip
-    trl = loading.load("trl.think_format_reward", None)
-    assert trl(completions=["<think>so</think>4", "4"]) == [1.0, 0.0]  # plain text, not conversations
     row = {"gold": "5", "level": 3, "prompt": "Q", "tags": ["x"], "mixed": 1, "note": None}
     assert loading.common_fields([row, row | {"level": 2.5, "mixed": "1", "other": 1}]) == {"gold", "level"}
     told = r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
@@ -166,9 +164,9 @@ def test_a_file_of_own_rewards(file, tmp_path):
     loading.check("short", file)
     with pytest.raises(ConfigError, match="unknown reward '_hidden'") as caught:
         loading.check("_hidden", file)
-    assert caught.value.hint.endswith("trl.think_format_reward, short, broken")
+    assert caught.value.hint.endswith("text_overlap, short, broken")
     (tmp_path / "parameters.py").write_text(PARAMETERS)
-    needing = {"mine": True, "code_tests": False, "correctness": False, "trl.think_format_reward": False}
+    needing = {"mine": True, "code_tests": False, "correctness": False}
     for name, needs in needing.items():
         assert loading.needs_sandbox([name], str(tmp_path / "parameters.py")) is needs
     assert loading.needs_sandbox(["correctness", "code_tests"], None)
