@@ -42,12 +42,12 @@ def stub(prompt: str) -> str:
     SyntaxError if the prompt is not the beginning of a program.
     """
     text = f"{prompt.rstrip()}\n"
-    if _parses(text):
+    if _tree(text):
         return text
     last_line = text.splitlines()[-1] if text.strip() else ""
     indent = last_line[: len(last_line) - len(last_line.lstrip())]
     for deeper in ("", "    "):  # after a comment in the body, and after `def f():`
-        if _parses(program := f"{text}{indent}{deeper}pass\n"):
+        if _tree(program := f"{text}{indent}{deeper}pass\n"):
             return program
     raise SyntaxError("the prompt is not the beginning of a Python program")
 
@@ -99,11 +99,11 @@ def _blocks(output: str) -> Iterator[str]:
         elif inner >= 0:
             ambiguous += 1
             long, short = (_unindent(output[start:stop], indent) for stop in (end, inner))
-            if ambiguous <= MAX_AMBIGUOUS and not _parses(long) and _parses(short):
+            if ambiguous <= MAX_AMBIGUOUS and not _tree(long) and _tree(short):
                 end = inner
         block = _unindent(output[start:end], indent)
         # A block whose fence follows a list marker (`1. ```python`) is indented like the list item.
-        yield textwrap.dedent(block) if within_line and not _parses(block) else block
+        yield textwrap.dedent(block) if within_line and not _tree(block) else block
         position = end + len("```")
 
 
@@ -111,16 +111,15 @@ def _unindent(code: str, indent: str) -> str:
     return re.sub(f"^{indent}", "", code, flags=re.MULTILINE) if indent else code
 
 
-def _parses(text: str) -> bool:
+def _tree(text: str) -> ast.Module | None:
+    """The parsed program; None if it is none."""
     try:
-        ast.parse(text)
+        return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return None
 
 
 def _defines(code: str, entry: str) -> bool:
-    try:
-        return any(isinstance(node, ast.FunctionDef) and node.name == entry for node in ast.parse(code).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE) is not None
+    if tree := _tree(code):
+        return any(isinstance(node, ast.FunctionDef) and node.name == entry for node in tree.body)
+    return re.search(rf"^def {re.escape(entry)}\b", code, re.MULTILINE) is not None
