@@ -19,9 +19,9 @@ TEXTS = {
     "No.": "No", "Yes, within 30 days of the purchase.": "yes", "No-one is in on Sundays.": None,
     "Nothing is due before the end of next month, as far as we know.": None,
     "B": "B", "(c) Lisbon": "C", "D. None of these": "D",
-    # dates
-    "2024-03-12": "2024-03-12", "12 March 2024": "12 March 2024", "The shop opens at 9:30 am.": "9:30 am",
-    "It arrives on March 12, 2024.": "March 12, 2024", "The lease ends on 31.12.2025.": "31.12.2025",
+    # dates and times are left to the person
+    "2024-03-12": None, "12 March 2024": None, "The shop opens at 9:30 am.": None,
+    "The lease ends on 31.12.2025.": None, "It arrives on March 12.": None,
     # words
     "New York City.": "New York City", "": None, "First multiply.\nThen add: 12.": None,
     # the end of a longer text
@@ -47,8 +47,6 @@ FILES = {
                      "Lima N'Djamena"),
     "spaces.csv": (" Question , Answer \nIs it open?,yes\nIs it free?,no\n", None),
     "support.tsv": ("Query\tReply\nWhat is the total?\tThe total is $166.\nThe fee?\tIt is $5.\n", "$166 $5"),
-    "dates.csv": ("problem,solution\nWhen?,It starts on 2024-03-12.\nUntil?,2 May 2025\n",
-                  "2024-03-12 2 May 2025"),
     "last_words.csv": ("User Question,Model Answer\nHow many?,It is 4.\nHow old?,He is 5.\n", "4 5"),
     "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", None),
     "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", None),

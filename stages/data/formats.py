@@ -41,7 +41,6 @@ THOUGHTS = ("reasoning_content", "thinking")
 """Names of the field, of a row or of a message, with what the model thinks before its response."""
 CONTENT = ("content", "tool_calls", "function_call")
 """Fields of a message of which one must not be empty."""
-PREFERENCES = {"chosen", "rejected"}
 RESPONSES = {"answer", "output", "completion"}
 VERIFYING = ("gold", "test")
 """Fields of which one lets RL reward an answer; a row with one of them may have no response."""
@@ -64,11 +63,6 @@ def detect(where: str, row: dict[str, Any], keeps_empty: bool = False) -> str:
         for kind, required in FIELDS.items():
             if present >= set(required):
                 return kind
-    if row.keys() >= PREFERENCES:
-        raise DataError(
-            f"{where}: preference pairs (chosen, rejected) are not supported",
-            "keep the prompt and the chosen answer, as fields prompt and completion",
-        )
     raise DataError(
         f"{where}: cannot tell the format from the fields {', '.join(row)}",
         "; ".join(f"{NAMES[kind]}: {', '.join(required)}" for kind, required in FIELDS.items()),
@@ -275,14 +269,12 @@ def _turn(message: dict[str, Any]) -> tuple[str, str]:
     if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
         raise ValueError("messages: tool calls are not supported; keep the user's and the assistant's texts")
     content = message.get("content")
-    if isinstance(content, list) and all(_is_text(part) for part in content):  # OpenAI's list of parts
-        text = "".join(part["text"] for part in content)
+    parts = content if isinstance(content, list) else []  # OpenAI's
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if parts and len(texts) == len(parts):
+        text = "".join(texts)
     else:
         text = text_field(message, "content" if "content" in message else "value")
     names = (*THOUGHTS, "reasoning")  # the last one is vLLM's
     thought = next((message[name] for name in names if isinstance(message.get(name), str)), "")
     return str(role), thoughts.tagged(thought) + text
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

@@ -144,7 +144,7 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
         f"{source.path}:{number}: field {name} has half of a surrogate pair"
         for number, row in rows
         for name, value in row.items()
-        if not is_encodable([name, value])
+        if not _is_encodable([name, value])
     ]:
         raise data_error("bad row", broken)
     return rows
@@ -207,7 +207,7 @@ def _unseen(example: Example) -> set[str]:
     return unseen
 
 
-def is_encodable(value: Any) -> bool:
+def _is_encodable(value: Any) -> bool:
     """True if a value can be written as UTF-8; False if it has half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -223,19 +223,14 @@ def local_file(source: SourceSection) -> Path | None:
     path = Path(source.path)
     if path.is_file():
         return path
-    if not may_be_hub_id(source.path):
+    owner, *rest = source.path.split("/")
+    is_local = path.exists() or Path(owner).is_dir()
+    if len(rest) != 1 or is_local or path.name.lower().endswith(SUFFIXES):  # else it may be OWNER/NAME
         if path.is_dir():
             raise MissingInputError(f"{path} is a folder, not a file")
         hint = "lorapar demo-data data/demo writes it" if path.parent == Path("data/demo") else None
         raise MissingInputError(f"no data file {sought(path)}", hint)
     return None
-
-
-def may_be_hub_id(path: str) -> bool:
-    """True if a path has the form of a hub id, OWNER/NAME, and neither it nor OWNER is here."""
-    owner, *rest = path.split("/")
-    is_local = Path(path).exists() or Path(owner).is_dir()
-    return len(rest) == 1 and not path.lower().endswith(SUFFIXES) and not is_local
 
 
 def missing_path_error(hint: str = "--set data.path=FILE, or a hub id") -> ConfigError:

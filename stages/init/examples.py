@@ -1,6 +1,5 @@
 """The example configs and tables that come with lorapar, copied with the files that they refer to."""
 
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,9 @@ def names() -> list[str]:
 
 def describe() -> dict[str, str]:
     """Map each name to the first sentence of its file's comment."""
-    comments = {name: " ".join(re.findall(r"^# (.*)$", _text(_source(name)), re.M)) for name in names()}
+    comments = {
+        name: " ".join(re.findall(r"^# (.*)$", _text(FOLDER / f"{name}.yaml"), re.M)) for name in names()
+    }
     # Where it goes on with commands, these begin after two blanks.
     return {name: re.split(r"(?<=\.) |:?  ", comment)[0] for name, comment in comments.items()}
 
@@ -37,10 +38,8 @@ def write(name: str, out: Path | None) -> list[Path]:
     exists with the same text stays; OutputError if one has another text.
     """
     if name not in names():
-        close = difflib.get_close_matches(name, names(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "their names: lorapar list examples"
-        raise ConfigError(f"no example {name!r}", hint)
-    sources = list(_with_references(_source(name)))
+        raise ConfigError(f"no example {name!r}", "their names: lorapar list examples")
+    sources = list(_with_references(FOLDER / f"{name}.yaml"))
     if out and len(sources) > 1:
         raise OutputError(f"--out {out}: {name} refers to other files, so it keeps its name", "without --out")
     texts = {out or source.relative_to(FOLDER): _text(source) for source in sources}
@@ -50,10 +49,6 @@ def write(name: str, out: Path | None) -> list[Path]:
         for draft, text in zip(drafts, texts.values(), strict=True):
             draft.write_text(text, encoding="utf-8")
     return list(texts)
-
-
-def _source(name: str) -> Path:
-    return FOLDER / f"{name}.yaml"
 
 
 def _with_references(source: Path) -> Iterator[Path]:

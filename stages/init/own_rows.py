@@ -45,22 +45,15 @@ ONE_IN, MOST = 5, 300
 WORDS, FEW = 14, 3
 """Most words of a sentence that holds an answer, and of an answer that is one as a whole."""
 RULE = (
-    "the number, date or time of a short sentence, or the number of the last one of a longer text, as in "
+    "the number of a short sentence, or the number of the last one of a longer text, as in "
     "`So 12 are left.` or where it repeats a result, `= 12`; a yes or no at the beginning; a letter; or all "
     "of at most 3 words"
 )
 HINT = "write elsewhere: --out FOLDER/rows.yaml"
-MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-_DATE = re.compile(
-    r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
-    r"|\d{1,2}:\d\d(?::\d\d)?(?:\s?[ap]\.?m)?|\d{1,2}\s?[ap]\.?m"
-    rf"|\d{{1,2}}(?:st|nd|rd|th)? {MONTH}(?:,? \d{{4}})?|{MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?:,? \d{{4}})?)\b",
-    re.IGNORECASE,
-)
 _YES_NO = re.compile(r"(yes|no)\b(?![-’'])", re.IGNORECASE)
 _ASKS_NUMBER = re.compile(
     r"\bhow (?:many|much|long|far|old|often|tall|big|large|heavy|high|deep|wide|fast|late|soon)\b|"
-    r"\b(?:price|cost|total|sum|number|percentage|rate|balance|fee|amount|age|weight|height)\b|what time",
+    r"\b(?:price|cost|total|sum|number|percentage|rate|balance|fee|amount|age|weight|height)\b",
     re.IGNORECASE,
 )
 # After these a number answers, too; after others it may name something, as in `Order 4521 has left`.
@@ -227,15 +220,11 @@ def _of_sentence(text: str, question: str) -> str | None:
         return text.rstrip(".")
     if verdict := _YES_NO.match(text):
         return verdict[1].lower()
-    dates = _DATE.findall(text)
-    undated = _DATE.sub("", text)
-    numbers = list(_NUMBER.finditer(undated))
-    if len(dates) == 1 and not numbers:
-        return str(dates[0])
-    if len(dates) == 0 and len(numbers) == 1 and parse_number(number := numbers[0][0].strip()) is not None:
-        names_nothing = _BEFORE.search(undated[: numbers[0].start()]) or _ASKS_NUMBER.search(question)
+    numbers = list(_NUMBER.finditer(text))
+    if len(numbers) == 1 and parse_number(number := numbers[0][0].strip()) is not None:
+        names_nothing = _BEFORE.search(text[: numbers[0].start()]) or _ASKS_NUMBER.search(question)
         return number if names_nothing else None
-    return text.rstrip(".!") if len(text.split()) <= FEW and not numbers and not dates else None
+    return text.rstrip(".!") if len(text.split()) <= FEW and not numbers else None
 
 
 def hold_out(path: str, name: str, written: list[Path]) -> tuple[str, BenchmarkSection | None]:

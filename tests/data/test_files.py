@@ -53,7 +53,6 @@ REFUSED = {
     "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
     "wide.jsonl": (lines(PAIR).encode("utf-16-le"), "wide.jsonl is UTF-16LE, and must be UTF-8"),
     "index.csv": ("question,A,B,C,answer\nq,x,y,z,2\n", "csv:2: answer 2 is none of the choices A, B, C"),
-    "pairs.jsonl": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), "pairs.jsonl: preference pairs"),
     "tools.jsonl": (lines({"messages": [*chat("a", "b"), TOOL]}), "messages: tool calls are not supported"),
     "image.jsonl": (lines({"messages": [*chat("a"), IMAGE]}), "content must be text"),
     "differ.jsonl": (lines({"instruction": "I", "output": "good", "response": "bad"}), "their values differ"),
