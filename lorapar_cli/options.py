@@ -46,7 +46,6 @@ Unsafe = Annotated[
 ]
 Quiet = Annotated[bool, flag("--quiet", "Print only errors, and at the end the results.", callback=_quiet)]
 Only = Annotated[list[str] | None, value(f"Only this variant; repeatable. {_VARIANTS}", "NAME", "--only")]
-Json = Annotated[bool, flag("--json", "Print JSON: one object per artifact or sample, or one in all.")]
 LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STAGE", "--to")]
 
 

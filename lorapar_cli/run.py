@@ -1,50 +1,43 @@
 """`lorapar run`: makes whatever is missing or stale, stage by stage, in this process."""
 
-from typing import Annotated
-
 from lorapar_cli import options, terminal
-from lorapar_cli.options import ConfigPath, LastStage, Overrides, Quiet, Unsafe, plan_of, sets, value
+from lorapar_cli.options import ConfigPath, LastStage, Overrides, Quiet, Unsafe, plan_of, sets
 from lorapar_cli.plan import check_for_failures, texts_of
 from lorapar_cli.stage import make, make_elsewhere, processes
-from stages.pipeline.run import Task, pending_stages
+from stages.pipeline.run import pending_stages
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
 
-FROM = "First stage, made again even if it is current. If a later one fails, go on without --from."
-
 
 def command(
-    config: ConfigPath,
-    set_: Overrides = None,
-    first: Annotated[str | None, value(FROM, "STAGE", "--from")] = None,
-    last: LastStage = None,
-    unsafe: Unsafe = False,
+    config: ConfigPath, set_: Overrides = None, last: LastStage = None, unsafe: Unsafe = False,
     quiet: Quiet = False,
-) -> None:
+) -> None:  # fmt: skip
     set_ = options.with_unsafe(set_, unsafe)
     settings, steps, store = plan_of(config, set_)
     requested = ancestors(steps, last)
     made: set[str] = set()
     must_check, texts = True, None
-    for task in pending_stages(steps, store, first, last):
+    for task in pending_stages(steps, store, last):
         if task.current:
             terminal.say(f"{task.stage.name}: {task.why} is current")
             continue
         if must_check:
-            forced = task.steps if task.force else []
-            pending = [s for s in requested.values() if s in forced or not current_artifact(store, s)]
+            pending = [step for step in requested.values() if not current_artifact(store, step)]
             texts = texts or texts_of(settings, store)
             check_for_failures(texts, pending)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
         terminal.say(f"--- {task.position}, {task.stage.name}: {task.why}")
         if number := processes(settings, task.steps[0]):
-            make_elsewhere([task.stage.name, str(config), *sets(set_), *_options(task, quiet)], number)
+            only = [argument for step in task.steps for argument in ("--only", step.title)]
+            flags = ["--quiet"] if quiet else []
+            make_elsewhere([task.stage.name, str(config), *sets(set_), *only, *flags], number)
             store.look_again()
             continue
         with terminal.TerminalProgress(task.position) as progress:
             on_made = (lambda *_: None) if quiet else terminal.artifact
-            make(settings, store, task.steps, task.force, progress, on_made)
+            make(settings, store, task.steps, False, progress, on_made)
         if task.stage.name == "eval":
             terminal.results(store, task.steps)
     if not made:
@@ -53,9 +46,3 @@ def command(
         terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
     if last is None:
         terminal.say(f"next: lorapar report {options.typed_config} --out report")
-
-
-def _options(task: Task, quiet: bool) -> list[str]:
-    only = [argument for step in task.steps for argument in ("--only", step.title)]
-    flags = [flag for flag, is_set in (("--force", task.force), ("--quiet", quiet)) if is_set]
-    return [*only, *flags]

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from lorapar_cli import options, terminal
-from lorapar_cli.options import ConfigPath, Json, Overrides, argument, flag, plan_of, value
+from lorapar_cli.options import ConfigPath, Overrides, argument, flag, plan_of, value
 from stages.errors import ConfigError
 from stages.pipeline.state import current_artifact, require_current, state
 from stages.pipeline.steps import Step
@@ -17,16 +17,9 @@ Limit = Annotated[int | None, value("How many answers; 5 if left out.", min=1)]
 
 
 def command(
-    config: ConfigPath,
-    stage: Stage = None,
-    set_: Overrides = None,
-    samples: Samples = False,
-    wrong: Wrong = False,
-    by: By = None,
-    limit: Limit = None,
-    as_json: Json = False,
-) -> None:
-    """Show an artifact's manifest, graded samples, or the table of results."""
+    config: ConfigPath, stage: Stage = None, set_: Overrides = None, samples: Samples = False,
+    wrong: Wrong = False, by: By = None, limit: Limit = None,
+) -> None:  # fmt: skip
     _, steps, store = plan_of(config, set_)
     evaluations = [step for step in steps.values() if step.stage.name == "eval"]
     samples |= wrong or limit is not None
@@ -34,7 +27,7 @@ def command(
         names = ", ".join(step.name for step in evaluations)
         raise ConfigError("--samples, --wrong and --limit go with an evaluation", f"choose from: {names}")
     if stage is None:
-        _show_results(store, evaluations, by, as_json)
+        _show_results(store, evaluations, by)
         return
     if by is not None:
         hint = f"lorapar show {options.typed_config} --by {by}"
@@ -48,18 +41,18 @@ def command(
         if now.state == "stale":
             terminal.say(f"{step.name} is stale: {now.why}")
         if samples:
-            terminal.samples(artifact, wrong, limit or 5, as_json)
+            terminal.samples(artifact, wrong, limit or 5)
         else:
-            terminal.manifest(artifact, as_json)
+            terminal.manifest(artifact)
 
 
-def _show_results(store: Store, evaluations: list[Step], by: str | None, as_json: bool) -> None:
+def _show_results(store: Store, evaluations: list[Step], by: str | None) -> None:
     if not evaluations:
         raise ConfigError("nothing is evaluated", "name benchmarks in eval.benchmarks")
     absent = [step for step in evaluations if not current_artifact(store, step)]
     if len(absent) == len(evaluations):
         require_current(store, absent[0])
-    terminal.results(store, evaluations, by or "system", as_json)
+    terminal.results(store, evaluations, by or "system")
     if absent:
         names = ", ".join(step.name for step in absent)
         terminal.say(f"not shown, as not current: {names}; lorapar status {options.typed_config} says why")

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from lorapar_cli import options, terminal
 from lorapar_cli.errors import report_failure
-from lorapar_cli.options import ConfigPath, Force, Json, Only, Overrides, Quiet, Unsafe, plan_of
+from lorapar_cli.options import ConfigPath, Force, Only, Overrides, Quiet, Unsafe, plan_of
 from lorapar_cli.process import set_up
 from stages.config import Config
 from stages.data.rows import missing_path_error
@@ -36,8 +35,13 @@ def make(
     on_made: called after each step, with its artifact and whether it was made now.
     """
     with EngineCache() as engines:
-        if not force:
-            _answer_together(settings, store, steps, progress, engines)
+        if not force:  # targets that one server can serve are answered by one, if there are several
+            sharing = [step for step in steps if step.planned.answers_together]
+            calls = list(calls_of_pending(settings, store, sharing, progress, engines))
+            if len(calls) > 1:
+                with libraries.hide_packages(*libraries.UNUSED):
+                    answer_together = steps[0].stage.function("answer_together")
+                answer_together(calls)
         for step in steps:
             artifact, created = run_step(settings, store, step, force, progress, engines)
             progress.done()
@@ -45,28 +49,12 @@ def make(
     give_memory_back()
 
 
-def _answer_together(
-    settings: Config,
-    store: Store,
-    steps: list[Step],
-    progress: terminal.TerminalProgress,
-    engines: EngineCache,
-) -> None:
-    """Let targets that one server can serve be answered by one, if there are several."""
-    sharing = [step for step in steps if step.planned.answers_together]
-    calls = list(calls_of_pending(settings, store, sharing, progress, engines))
-    if len(calls) > 1:
-        with libraries.hide_packages(*libraries.UNUSED):
-            answer_together = steps[0].stage.function("answer_together")
-        answer_together(calls)
-
-
 def command_of(stage: Stage) -> Callable[..., None]:
     """The command that makes the artifacts of one stage."""
 
     def command(
         config: ConfigPath, set_: Overrides = None, only: Only = None, unsafe: Unsafe = False,
-        force: Force = False, quiet: Quiet = False, as_json: Json = False,
+        force: Force = False, quiet: Quiet = False,
     ) -> None:  # fmt: skip
         settings, steps, store = plan_of(config, options.with_unsafe(set_, unsafe))
         variants = {s.title: s for s in steps.values() if s.stage is stage}
@@ -81,23 +69,23 @@ def command_of(stage: Stage) -> Callable[..., None]:
             hint = f"choose from: {', '.join(variants)}"
             raise ConfigError(f"--only {min(unknown)}: no such variant", hint)
         selected = [step for title, step in variants.items() if not only or title in only]
-        _make_alone(settings, store, selected, force, as_json)
-        if stage.name == "eval" and not as_json:
+        _make_alone(settings, store, selected, force)
+        if stage.name == "eval":
             terminal.results(store, selected)
 
     return command
 
 
-def _make_alone(settings: Config, store: Store, steps: list[Step], force: bool, as_json: bool) -> None:
+def _make_alone(settings: Config, store: Store, steps: list[Step], force: bool) -> None:
     """Make steps of one stage for its command."""
     number = processes(settings, steps[0])
     if number > 1 and (force or not all(current_artifact(store, step) for step in steps)):
         return make_elsewhere(sys.argv[1:], number)
     if not ranks.is_main():
         terminal.set_quiet(True)
-    announce = partial(terminal.artifact, as_json=as_json)
     with ranks.together(), terminal.TerminalProgress() as progress:
-        make(settings, store, steps, force, progress, announce if ranks.is_main() else lambda *_: None)
+        on_made = terminal.artifact if ranks.is_main() else lambda *_: None
+        make(settings, store, steps, force, progress, on_made)
 
 
 def processes(settings: Config, step: Step) -> int:

@@ -1,15 +1,12 @@
 """Terminal output: messages, errors, tables, and the progress of a stage."""
 
 import functools
-import json
 import logging
 import os
 import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self
 
 from stages import escaping
@@ -91,11 +88,12 @@ def table(head: list[str], lines: list[list[str]], to_left: tuple[str, ...] = ()
         print("  ".join(cell + space if left else space + cell for cell, space, left in padded).rstrip())
 
 
-def _show_grid(grid: Grid) -> None:
-    """Print a table of a report, with its caption below."""
-    table(grid.head, grid.rows)
-    if grid.caption:
-        write(grid.caption)
+def _show_grid(grid: Grid | None) -> None:
+    """Print a table of a report, if there is one, with its caption below."""
+    if grid:
+        table(grid.head, grid.rows)
+        if grid.caption:
+            write(grid.caption)
 
 
 def nothing_to_do() -> None:
@@ -110,17 +108,14 @@ def error(problem: LoraparError, config: str = "") -> None:
         conclude(f"  hint: {hint}")
 
 
-def artifact(step: Step, committed: Artifact, created: bool, as_json: bool = False) -> None:
+def artifact(step: Step, committed: Artifact, created: bool) -> None:
     """Report a step's artifact. created: false if it was current already."""
-    summary, path = committed.manifest["summary"], committed.path
-    if as_json:
-        print(json.dumps({"step": step.name, "path": str(path), "made": created, "summary": summary}))
-        return
-    conclude(f"{step.name}: {path}" + (f" in {_cost(committed)}" if created else " is current"))
+    cost = f" in {_cost(committed)}" if created else " is current"
+    conclude(f"{step.name}: {committed.path}{cost}")
     if created and not _quiet:
-        for line in _facts(summary):
+        for line in _facts(committed):
             say(f"  {line}")
-        _voter_report(path)
+        _show_grid(voters.grid(committed.path))
 
 
 def _cost(committed: Artifact) -> str:
@@ -130,8 +125,9 @@ def _cost(committed: Artifact) -> str:
     return f"{provenance['seconds']:.0f} s, {peak:.0f} MiB"
 
 
-def _facts(summary: dict[str, Any]) -> list[str]:
-    """Write a summary: its values in one line, and a line for each group of values."""
+def _facts(committed: Artifact) -> list[str]:
+    """Write an artifact's summary: its values in one line, and a line for each group of values."""
+    summary = committed.manifest["summary"]
     values = [f"{k}: {_short(v)}" for k, v in summary.items() if not isinstance(v, dict)]
     groups = {k: v.items() for k, v in summary.items() if isinstance(v, dict)}
     lines = [f"{k}: " + ", ".join(f"{n} {_short(v)}" for n, v in group) for k, group in groups.items()]
@@ -156,51 +152,35 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def manifest(committed: Artifact, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(committed.manifest))
-        return
+def manifest(committed: Artifact) -> None:
     say(str(committed.path))
     print(f"  took {_cost(committed)}")
-    for line in _facts(committed.manifest["summary"]):
+    for line in _facts(committed):
         write(f"  {line}")
     for name, entry in committed.manifest["files"].items():
         print(f"  {name}  {entry['size']} bytes  sha256 {entry['sha256'][:12]}")
     for name, entry in committed.manifest["inputs"].items():
         print(f"  from {name} {entry['key']}")
-    _voter_report(committed.path)
+    _show_grid(voters.grid(committed.path))
 
 
-def _voter_report(folder: Path) -> None:
-    if grid := voters.grid(folder):
-        _show_grid(grid)
-
-
-def samples(evaluation: Artifact, wrong: bool, limit: int, as_json: bool = False) -> None:
+def samples(evaluation: Artifact, wrong: bool, limit: int) -> None:
     """Print up to `limit` graded answers. wrong: only those that are not correct."""
     graded = read_samples(evaluation.path / "samples.jsonl")
     if not graded:
         say("no graded answers; metrics.json has what the task measures")
     for sample in [sample for sample in graded if not (wrong and sample.correct)][:limit]:
-        row = asdict(sample)
-        if as_json:
-            print(json.dumps(row, ensure_ascii=False))
-            continue
-        system = f"System {row['system']}  " if row["system"] else ""
-        gold = f"gold {row['gold']}  read {row['strict']}  " if row["gold"] is not None else ""
-        extra = row["extra"]  # a field of the rows may be called `why`, too
+        system = f"System {sample.system}  " if sample.system else ""
+        gold = f"gold {sample.gold}  read {sample.strict}  " if sample.gold is not None else ""
+        extra = sample.extra  # a field of the rows may be called `why`, too
         verdict = f" ({extra['verdict']}: {extra['why']})" if "verdict" in extra and extra.get("why") else ""
-        write(f"--- {row['id']}  {system}{gold}{row['outcome']}{verdict}")
-        write(f"{row['prompt']}{row['output']}")
+        write(f"--- {sample.id}  {system}{gold}{sample.outcome}{verdict}")
+        write(f"{sample.prompt}{sample.output}")
 
 
-def results(store: Store, steps: list[Step], by: str = "system", as_json: bool = False) -> None:
+def results(store: Store, steps: list[Step], by: str = "system") -> None:
     """Print a table for each benchmark: accuracy of every target and group, with intervals and paired p."""
-    measures = comparison.measured(store, steps, by)
-    if as_json:
-        print(json.dumps(measures, default=asdict))
-        return
-    for name, of_benchmark in measures.items():
+    for name, of_benchmark in comparison.measured(store, steps, by).items():
         _show_grid(comparison.grid(name, of_benchmark))
         print()
 

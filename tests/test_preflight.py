@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import config_file, make_steps
+from conftest import config_file
 from safetensors.torch import load_file, save_file
 
 from stages.errors import DataError
@@ -203,15 +203,6 @@ def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monk
     assert lorapar("run", config_file(smoke(), tmp_path), "--to", "sft").code == 0
     every = ["classify:train", "score", "partition:sft", "sft"]
     assert done == [every, "classify", every, "score", "partition", "sft"]
-
-
-def test_a_stage_that_is_made_again_is_checked_though_all_is_current(begun, lorapar, tmp_path, monkeypatch):
-    config = begun()
-    make_steps(config, "classify", "score", "partition", "sft")
-    done = []
-    monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
-    done_again = lorapar("run", config_file(config, tmp_path), "--from", "sft", "--to", "sft")
-    assert done_again.code == 0 and done == ["sft"]
 
 
 def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_path, demo_data):

@@ -262,5 +262,5 @@ def test_a_run_makes_the_same_weights_as_its_stages_alone(own, tmp_path):
         files = [artifact.manifest["files"] for artifact in made]
         return [listed["adapter/adapter_model.safetensors"]["sha256"] for listed in files]
 
-    together = weights(["run", str(path), "--to", "rl", "--from", "classify"])
+    together = weights(["run", str(path), "--to", "rl"])
     assert weights(["sft", str(path), "--force"], ["rl", str(path), "--force"]) == together

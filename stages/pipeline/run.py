@@ -19,7 +19,7 @@ from stages.errors import ArtifactError, ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stage import Stage, section
 from stages.pipeline.state import State, current_artifact, rebuild_hint, require_current, state
-from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged, stage_names
+from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged
 from stages.progress import Progress
 from stages.runtime import libraries, ranks, resources
 from stages.store.artifacts import Artifact, Store
@@ -207,7 +207,6 @@ class Task:
 
     steps: list[Step]
     states: list[State]
-    force: bool
     position: str
     """Its place among the tasks of the run."""
 
@@ -217,37 +216,26 @@ class Task:
 
     @property
     def current(self) -> bool:
-        return not self.force and all(now.state == "current" for now in self.states)
+        return all(now.state == "current" for now in self.states)
 
     @property
     def why(self) -> str:
         """The reasons why it has to be done, or the artifacts that are current."""
         reasons = [now.why for now in self.states if self.current or now.state != "current"]
-        return ("; " if not self.current else ", ").join(dict.fromkeys(reasons)) or "again, as asked"
+        return ("; " if not self.current else ", ").join(dict.fromkeys(reasons))
 
 
-def pending_stages(
-    steps: dict[str, Step], store: Store, first: str | None, last: str | None
-) -> Iterator[Task]:
-    """The tasks of a run from `first` to `last`, in order: only the steps of `last` and their inputs.
+def pending_stages(steps: dict[str, Step], store: Store, last: str | None) -> Iterator[Task]:
+    """The tasks of a run up to `last`, in order: only the steps of `last` and their inputs.
 
-    The state of a task is read when its turn comes, after earlier tasks are done. `first` is built again.
-    ConfigError if there is no stage of that name.
+    The state of a task is read when its turn comes, after earlier tasks are done. ConfigError if there is no
+    stage of that name.
     """
-    for name in filter(None, (first, last)):
-        check_stage_name(steps, name)
-    names = stage_names(steps)
-    if first and last and names.index(first) > names.index(last):
-        raise ConfigError(f"--from {first} comes after --to {last}")
+    if last is not None:
+        check_stage_name(steps, last)
     needed = list(ancestors(steps, last).values())
     if not needed:
         raise missing_path_error()
     tasks = [list(group) for _, group in groupby(needed, key=lambda step: step.stage.name)]
-    begin = next((i for i, task in enumerate(tasks) if first in (None, task[0].stage.name)), None)
-    if begin is None:
-        raise ConfigError(
-            f"--from {first}: nothing that is asked for needs it", f"run it alone: lorapar {first} CONFIG"
-        )
-    for number, task in enumerate(tasks[begin:], begin + 1):
-        states = [state(store, step) for step in task]
-        yield Task(task, states, task[0].stage.name == first, f"stage {number} of {len(tasks)}")
+    for number, task in enumerate(tasks, 1):
+        yield Task(task, [state(store, step) for step in task], f"stage {number} of {len(tasks)}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,15 +35,15 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
     for stage, number, whole in every if FULL else sorted(tally.random.sample(every, 3)):
         tally.tried += 1
         title = f"{stage}, {number.name}{' to the run' if whole else ''}"
-        arguments = (
-            ["run", str(file), "--from", stage, "--to", stage] if whole else [stage, str(file), "--force"]
-        )
+        arguments = ["run", str(file), "--to", stage] if whole else [stage, str(file), "--force"]
         for before in STAGES[: STAGES.index(stage)]:
             subprocess.run([*command, before, str(file)], cwd=ROOT, capture_output=True, check=True)
         child, longest = None, 9.0
         while child is None or child.poll() is not None:  # it was over before the signal
             if child is not None:
                 child.communicate()
+            if whole:
+                shutil.rmtree(config.root / stage, ignore_errors=True)
             child = subprocess.Popen(
                 [*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
             )
