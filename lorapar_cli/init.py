@@ -55,7 +55,12 @@ def command(
         if data or model or labels or tests or columns:
             problem = f"--example {example} takes no rows and no model"
             raise ConfigError(problem, "only --out may stand beside it")
-        return _copy_example(example, out)
+        from stages.init import examples
+
+        paths = examples.write(example, out)
+        kind = "sweep --dry-run" if example.startswith("tables/") else "plan"
+        _say_written(paths, kind)
+        return
     if data is None or model is None:
         raise ConfigError(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
@@ -71,18 +76,12 @@ def command(
         for file in [path, *written]:
             file.unlink(missing_ok=True)
         raise
-    names = ", ".join(map(str, [path, *written]))
-    terminal.say(
-        f"wrote {names}, with the reason for each setting; next: lorapar plan {escaping.shell(str(path))}"
-    )
+    _say_written([path, *written], "plan", ", with the reason for each setting")
 
 
-def _copy_example(name: str, out: Path | None) -> None:
-    from stages.init import examples
-
-    paths = examples.write(name, out)
-    kind = "sweep --dry-run" if name.startswith("tables/") else "plan"
-    terminal.say(f"wrote {', '.join(map(str, paths))}; next: lorapar {kind} {escaping.shell(str(paths[0]))}")
+def _say_written(paths: list[Path], command: str, note: str = "") -> None:
+    names, first = ", ".join(map(str, paths)), escaping.shell(str(paths[0]))
+    terminal.say(f"wrote {names}{note}; next: lorapar {command} {first}")
 
 
 def _check_paths(data: str, path: Path, labels: str | None) -> None:

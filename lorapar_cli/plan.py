@@ -31,12 +31,10 @@ def command(config: ConfigPath, set_: Overrides = None, check: Check = False, la
         check_stage_name(steps, last)
     states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
-    texts = texts_of(settings, store)
-    if pending:
-        check_for_failures(texts, pending)
+    texts = checked_texts(settings, store, pending) if pending else None
     if check:
         return
-    predicted = estimate(texts, pending) if pending else Estimate({}, [])
+    predicted = estimate(texts, pending) if texts else Estimate({}, [])
     _print_all(states, predicted)
     remedies = memory_remedies(pending, predicted)
     for name, remedy in remedies.items():
@@ -46,18 +44,17 @@ def command(config: ConfigPath, set_: Overrides = None, check: Check = False, la
         say(f"next: {first} {options.typed_config}{f' --to {last}' if last else ''}")
 
 
-def texts_of(settings: Config, store: Store) -> Texts:
-    """The texts of a config, for the checks and the estimate of one command."""
+def checked_texts(settings: Config, store: Store, pending: list[Step], texts: Texts | None = None) -> Texts:
+    """The texts of a config, new ones if there are none yet, for the checks and the estimate of one command.
+
+    DataError with everything that is certain to stop one of the pending steps.
+    """
     with libraries.hide_packages(*libraries.UNUSED):  # as in the stages: they take seconds, and memory
-        from stages.plan.texts import Texts
-    return Texts(settings, store)
-
-
-def check_for_failures(texts: Texts, pending: list[Step]) -> None:
-    """Raise DataError with everything that is certain to stop one of these steps."""
-    with libraries.hide_packages(*libraries.UNUSED):
         from stages.plan import preflight
+        from stages.plan.texts import Texts
+    texts = texts or Texts(settings, store)
     preflight.require_no_problem(texts, pending)
+    return texts
 
 
 def _print_all(states: dict[str, str], predicted: Estimate) -> None:

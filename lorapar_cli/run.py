@@ -2,7 +2,7 @@
 
 from lorapar_cli import options, terminal
 from lorapar_cli.options import ConfigPath, LastStage, Overrides, Quiet, Unsafe, plan_of, sets
-from lorapar_cli.plan import check_for_failures, texts_of
+from lorapar_cli.plan import checked_texts
 from lorapar_cli.stage import make, make_elsewhere, processes
 from stages.pipeline.run import pending_stages
 from stages.pipeline.state import current_artifact
@@ -24,8 +24,7 @@ def command(
             continue
         if must_check:
             pending = [step for step in requested.values() if not current_artifact(store, step)]
-            texts = texts or texts_of(settings, store)
-            check_for_failures(texts, pending)
+            texts = checked_texts(settings, store, pending, texts)
         must_check = task.stage.name == "classify"  # its labels tell more
         made.add(task.stage.name)
         terminal.say(f"--- {task.position}, {task.stage.name}: {task.why}")
@@ -41,7 +40,7 @@ def command(
         if task.stage.name == "eval":
             terminal.results(store, task.steps)
     if not made:
-        terminal.nothing_to_do()
+        terminal.say(terminal.NOTHING_TO_DO)
     if "eval" not in made:
         terminal.results(store, [s for s in requested.values() if s.stage.name == "eval"])
     if last is None:

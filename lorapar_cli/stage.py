@@ -69,23 +69,18 @@ def command_of(stage: Stage) -> Callable[..., None]:
             hint = f"choose from: {', '.join(variants)}"
             raise ConfigError(f"--only {min(unknown)}: no such variant", hint)
         selected = [step for title, step in variants.items() if not only or title in only]
-        _make_alone(settings, store, selected, force)
+        number = processes(settings, selected[0])
+        if number > 1 and (force or not all(current_artifact(store, step) for step in selected)):
+            return make_elsewhere(sys.argv[1:], number)
+        if not ranks.is_main():
+            terminal.set_quiet(True)
+        on_made = terminal.artifact if ranks.is_main() else lambda *_: None
+        with ranks.together(), terminal.TerminalProgress() as progress:
+            make(settings, store, selected, force, progress, on_made)
         if stage.name == "eval":
             terminal.results(store, selected)
 
     return command
-
-
-def _make_alone(settings: Config, store: Store, steps: list[Step], force: bool) -> None:
-    """Make steps of one stage for its command."""
-    number = processes(settings, steps[0])
-    if number > 1 and (force or not all(current_artifact(store, step) for step in steps)):
-        return make_elsewhere(sys.argv[1:], number)
-    if not ranks.is_main():
-        terminal.set_quiet(True)
-    with ranks.together(), terminal.TerminalProgress() as progress:
-        on_made = terminal.artifact if ranks.is_main() else lambda *_: None
-        make(settings, store, steps, force, progress, on_made)
 
 
 def processes(settings: Config, step: Step) -> int:

@@ -11,7 +11,7 @@ from lorapar_cli.options import Overrides, Quiet, argument, flag, value
 from lorapar_cli.stage import begin_worker, make_step
 from stages import escaping
 from stages.config.yaml import parse_yaml
-from stages.errors import ConfigError, LoraparError
+from stages.errors import ConfigError
 from stages.runtime import gpu
 from stages.sweep.graph import build_graph
 from stages.sweep.local import Executor, Outcome, Workers, run
@@ -92,34 +92,18 @@ def _parameters(texts: list[str]) -> dict[str, Any]:
 
 
 def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:
-    """Load the tables. A single error combines all mistakes.
-
-    selection: keyword arguments of `stages.sweep.table.table`.
-    """
-    tables, errors = [], []
-    for path in paths:
-        try:
-            tables.append(load_table(path, seeds=_numbers(seeds), **selection))
-        except LoraparError as error:
-            errors.append(error)
-    if errors:
-        hints = dict.fromkeys(error.hint for error in errors if error.hint)
-        text = "\n".join(dict.fromkeys(map(str, errors)))
-        raise type(errors[0])(text, "; ".join(hints) or None)
-    return tables
-
-
-def _numbers(text: str | None) -> list[int] | None:
+    """Load the tables. selection: keyword arguments of `stages.sweep.table.table`."""
     try:
-        return [int(number) for number in text.split(",")] if text else None
+        numbers = [int(number) for number in seeds.split(",")] if seeds else None
     except ValueError:
-        raise ConfigError(f"--seeds {text}: expected numbers, separated by commas") from None
+        raise ConfigError(f"--seeds {seeds}: expected numbers, separated by commas") from None
+    return [load_table(path, seeds=numbers, **selection) for path in paths]
 
 
 def _report_failures(outcomes: list[Outcome], cells: int) -> None:
     """Print each step that failed, with the reason, and exit with the code of the first one."""
     if not outcomes:
-        terminal.nothing_to_do()
+        terminal.say(terminal.NOTHING_TO_DO)
     unfinished = [outcome for outcome in outcomes if outcome.status != "done"]
     if not unfinished:
         return

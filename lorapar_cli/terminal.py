@@ -19,6 +19,7 @@ from stages.store.artifacts import Artifact, Store
 
 NO_PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 """Environment variables by which libraries draw no progress bars."""
+NOTHING_TO_DO = "nothing to do: every artifact is current"
 LOG_EVERY_S = 10
 """Seconds between two lines of a log on one task."""
 _quiet = False
@@ -94,10 +95,6 @@ def _show_grid(grid: Grid | None) -> None:
         table(grid.head, grid.rows)
         if grid.caption:
             write(grid.caption)
-
-
-def nothing_to_do() -> None:
-    say("nothing to do: every artifact is current")
 
 
 def error(problem: LoraparError, config: str = "") -> None:

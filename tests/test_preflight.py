@@ -197,8 +197,8 @@ def test_votes_may_fail_as_often_as_the_config_allows():
 
 def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monkeypatch):
     done = []
-    checked = "lorapar_cli.run.check_for_failures"
-    monkeypatch.setattr(checked, lambda _, steps, **__: done.append([step.name for step in steps]))
+    checked = "lorapar_cli.run.checked_texts"
+    monkeypatch.setattr(checked, lambda *given: done.append([step.name for step in given[2]]))
     monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
     assert lorapar("run", config_file(smoke(), tmp_path), "--to", "sft").code == 0
     every = ["classify:train", "score", "partition:sft", "sft"]

@@ -1,7 +1,6 @@
 """What `sweep` says before and after, its view meanwhile, and what it refuses at once."""
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,37 +20,23 @@ columns: {SFT: sft@demo}
 """
 
 
-@pytest.fixture
-def two(tiny, demo_data, tmp_path) -> list[Path]:
-    """Two table files on the smoke config."""
+def test_a_wrong_table_and_a_missing_file_stop_all(tiny, demo_data, tmp_path, lorapar):
     base = tmp_path / "base.yaml"
     base.write_text(
         f"extends: {ROOT / 'configs/smoke.yaml'}\nruns_dir: {tmp_path / 'runs'}\nmodel: {{name: {tiny}}}\n"
         f"data: {{path: {demo_data / 'train.jsonl'}}}\n"
         f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
     )
-    found = []
-    for path in (tmp_path / "a.yaml", tmp_path / "b.yaml"):
-        path.write_text(TABLE)
-        found.append(path)
-    return found
-
-
-def test_mistakes_of_all_tables_are_said_at_once(two, lorapar):
-    for path, column in zip(two, ("dpo@demo", "ppo@demo"), strict=True):
-        path.write_text(TABLE.replace("sft@demo", column))
-    for command in (("sweep", *two, "--dry-run"), ("report", *two, "--out", two[0].with_name("out"))):
+    good, wrong, out = tmp_path / "good.yaml", tmp_path / "wrong.yaml", tmp_path / "out"
+    good.write_text(TABLE)
+    wrong.write_text(TABLE.replace("sft@demo", "dpo@demo"))
+    for command in (("sweep", good, wrong, "--dry-run"), ("report", good, wrong, "--out", out)):
         done = lorapar(*command)
-        assert done.code == 78 and "no row has dpo@demo" in done.err and "no row has ppo@demo" in done.err
-    assert not two[0].with_name("out").exists()
-
-
-def test_two_missing_files_are_missing_files(tmp_path, lorapar):
-    done = lorapar("sweep", tmp_path / "a.yaml", tmp_path / "b.yaml", "--dry-run")
-    assert done.code == 66 and "a.yaml" in done.err and "b.yaml" in done.err
-    assert "hint: an example: lorapar init --example tables/" in done.err
-    done = lorapar("report", tmp_path / "none.yaml", "--out", tmp_path / "out")
-    assert done.code == 66 and "no file" in done.err and not (tmp_path / "out").exists()
+        assert done.code == 78 and "no row has dpo@demo" in done.err
+    done = lorapar("sweep", good, tmp_path / "none.yaml", "--dry-run")
+    assert done.code == 66 and "none.yaml\n  hint: an example: lorapar init --example tables/" in done.err
+    done = lorapar("report", tmp_path / "none.yaml", "--out", out)
+    assert done.code == 66 and "no file" in done.err and not out.exists()
 
 
 def test_devices_are_those_that_are_visible(monkeypatch):
