@@ -65,11 +65,9 @@ def test_worked_answers_are_right(splits):
         assert row["intended"] == (2 if expected > 1 else 1)
 
 
-def test_a_file_with_other_rows_stays(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_a_file_with_other_rows_stays(tmp_path):
+    assert demo.write(tmp_path, 7) == demo.write(tmp_path, 7)
     (tmp_path / "train.jsonl").write_text("mine")
     with pytest.raises(OutputError, match="train.jsonl exists already, with other content"):
         demo.write(tmp_path, 7)
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
-    (tmp_path / "train.jsonl").rename(tmp_path / ".train.jsonl")
-    assert demo.write(tmp_path, 7) == demo.write(tmp_path, 7)  # the same seed gives the same bytes
-    assert (tmp_path / ".train.jsonl").read_text() == "mine"
+    assert (tmp_path / "train.jsonl").read_text() == "mine"

@@ -12,10 +12,8 @@ from stages.models.base import load_base
 
 
 @pytest.fixture(autouse=True)
-def asked_anew():
-    dtype._auto.cache_clear()
-    yield
-    dtype._auto.cache_clear()
+def asked_anew(monkeypatch):
+    monkeypatch.setattr(dtype, "_auto", dtype._auto.__wrapped__)
 
 
 def changed(tiny: Path, folder: Path, **more: object) -> ModelSection:
@@ -39,7 +37,6 @@ def test_auto_is_a_type_that_the_cpu_multiplies(monkeypatch, tiny, tmp_path, nat
     assert dtype.resolve(changed(tiny, tmp_path, dtype="float16")) == taken
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(dtype, "native_bfloat16", lambda: native)
-    dtype._auto.cache_clear()
     assert dtype.resolve(ModelSection(name=str(tiny))) == "float32"
     assert str(load_base(ModelSection(name=str(tiny), dtype="bfloat16")).dtype) == "torch.bfloat16"
     model = changed(tiny, tmp_path, dtype="bfloat16")

@@ -1,6 +1,5 @@
 """`lorapar init`: rows and a model in, a config that fits them out, and no guess without its reason."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -201,25 +200,25 @@ def test_a_full_disk_leaves_no_half(lorapar, tiny, tmp_path, monkeypatch, full_d
 
 def test_it_overwrites_nothing_and_leaves_nothing(lorapar, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text(json.dumps(rows(1)[0]), encoding="utf-8")
     Path("rows.yaml").write_text("mine", encoding="utf-8")
-    done = lorapar("init", "rows.jsonl", "--model", tiny)
-    assert done.code == 73 and Path("rows.yaml").read_text(encoding="utf-8") == "mine"
-    Path("odd.jsonl").write_text('{"a": 1}', encoding="utf-8")
-    done = lorapar("init", "rows.jsonl", "--model", tiny, "--out", "c.yaml", "--test", "odd.jsonl")
-    assert done.code == 65 and "\n  jsonl: bad row" in done.err
-    write_jsonl(Path("long.jsonl"), [{"question": "a b " * 10**6, "answer": "3"}])
-    done = lorapar("init", "long.jsonl", "--model", tiny, "--out", "c.yaml")
-    assert done.code == 65 and "jsonl:1: a text of 4,000,001 characters, more than 1,000,000" in done.err
-    Path("tests.jsonl").write_text('{"prompt": "Write f.", "test": "assert f()"}', encoding="utf-8")
-    done = lorapar("init", "tests.jsonl", "--model", tiny)
-    assert done.code != 0 and "no row of tests.jsonl has a response to imitate, or an answer" in done.err
+    files = {"rows": rows(1)[0], "odd": {"a": 1}, "long": {"question": "a b " * 10**6, "answer": "3"}}
+    files["tests"] = {"prompt": "Write f.", "test": "assert f()"}
+    for name, row in files.items():
+        write_jsonl(Path(f"{name}.jsonl"), [row])
     shutil.copytree(tiny, "gpt2")  # which has Conv1D
     GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=500).save_pretrained("gpt2")
-    done = lorapar("init", "rows.jsonl", "--model", "gpt2", "--out", "c.yaml")
-    assert done.code == 78 and "GPT2LMHeadModel has no linear modules except its head" in done.err
-    assert lorapar("init", "none.jsonl", "--model", tiny, "--out", "c.yaml").code == 66
+    for arguments, code, told in (
+        ("rows.jsonl", 73, "rows.yaml exists already"),
+        ("rows.jsonl --out c.yaml --test odd.jsonl", 65, "\n  jsonl: bad row"),
+        ("long.jsonl", 65, "jsonl:1: a text of 4,000,001 characters, more than 1,000,000"),
+        ("tests.jsonl", 65, "no row of tests.jsonl has a response to imitate, or an answer"),
+        ("rows.jsonl --out c.yaml --model gpt2", 78, "GPT2LMHeadModel has no linear modules except its head"),
+        ("none.jsonl", 66, "no data file"),
+    ):
+        done = lorapar("init", "--model", tiny, *arguments.split())
+        assert done.code == code and told in done.err
     assert [path.name for path in tmp_path.glob("*.yaml")] == ["rows.yaml"]
+    assert Path("rows.yaml").read_text(encoding="utf-8") == "mine"
 
 
 def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypatch):

@@ -50,7 +50,6 @@ FILES = {
     "last_words.csv": ("User Question,Model Answer\nHow many?,It is 4.\nHow old?,He is 5.\n", "4 5"),
     "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", None),
     "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", None),
-    "context.csv": ("context,question,answer\nBo has 2 pens.,How many pens has Bo?,He has 2 pens.\n", "2"),
     "numbers.jsonl": (
         '{"question": "How old?", "answer": 40}\n{"question": "Seats?", "answer": "We have 12 seats."}\n',
         "12",
@@ -74,8 +73,6 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
     assert " ".join(gold for _, gold in own.golds) == (golds or "")
     if name in ("golds.csv", "worked_answers.csv"):
         assert [{field: str(value) for field, value in row.items()} for row in rows] == [WORKED]
-    if name == "context.csv":
-        assert rows[0]["question"] == "Bo has 2 pens.\n\nHow many pens has Bo?"
 
 
 def test_what_a_person_says_of_the_columns_comes_first(tmp_path):

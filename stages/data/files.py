@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -14,10 +13,6 @@ from stages.records import MAX_LINE_BYTES, data_error, first_bytes, read_bytes, 
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 """Ends of names by which a path is a file's and no hub id."""
-ANSWERS = {"answer", "output", "response", "completion"}
-"""Fields whose cells in a table are numbers where they look like one."""
-FIRST_FIELDS = {"question", "instruction", "messages", "conversations", "prompt"}
-"""A file with one object is a single row if the object has one of these fields; others are refused."""
 ZIPPED = b"PK\x03\x04"
 """Begins a zip archive, such as a file of Excel's."""
 Rows = list[tuple[int, dict[str, Any]]]
@@ -52,8 +47,6 @@ def _json(path: Path) -> Rows:
         if text.lstrip().startswith("{"):
             return read_jsonl(path)
         raise DataError(f"{path} is not JSON: {error}") from None
-    if isinstance(rows, dict) and FIRST_FIELDS & rows.keys():  # JSON Lines of one line
-        return [(1, rows)]
     if isinstance(rows, dict):
         lists = [name for name, value in rows.items() if isinstance(value, list)]
         hint = f"its field {lists[0]} is a list: write that alone into a file" if lists else None
@@ -84,7 +77,7 @@ def _csv(path: Path, delimiter: str) -> Rows:
                 continue
             if len(values) == len(names):
                 cells = zip(names, values, strict=True)
-                rows.append((reader.line_num, {name: _cell(name, text) for name, text in cells if name}))
+                rows.append((reader.line_num, {name: text or None for name, text in cells if name}))
             else:
                 problem = f"{len(values)} fields, and the first line names {len(names)}"
                 bad.append(f"{path}:{reader.line_num}: {problem}")
@@ -111,15 +104,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):  # text that its writer did not mark as text, as Spark and Impala may
         return value.decode("utf-8", "surrogateescape")
     return (int(value) if value == int(value) else float(value)) if isinstance(value, Decimal) else str(value)
-
-
-def _cell(name: str, text: str) -> Any:
-    """Return the value of a cell; one that answers by a number is that number, as it is in JSON.
-
-    One of more than 1,000 digits stays text: Python reads none of more than 4,300.
-    """
-    is_number = name in ANSWERS and re.fullmatch(r"-?(0|[1-9]\d{0,999})(\.\d+)?", text)
-    return json.loads(text) if is_number else text or None
 
 
 def _text(path: Path) -> str:

@@ -33,13 +33,11 @@ SMALL = 1e9
 VERIFIED = {"number", "letter", "text"}
 READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 """Benchmarks that read an answer where the prompt asks for it."""
-SWITCHES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-    "enable_thinking": ((False,), (True,)),
-    "thinking": ((False,), (True,)),
-    "enable_reasoning": ((False,), (True,)),
-    "reasoning_effort": (("low", "minimal", "none"), ("high", "xhigh", "max", "medium")),
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("enable_thinking", "thinking", "enable_reasoning"), (False, True)),
+    "reasoning_effort": ("low", "high"),
 }
-"""Argument of a chat template → its values for little or no thought, and for much, the first choice first."""
+"""Argument of a chat template → its values for little or no thought, and for much."""
 
 
 @dataclass(frozen=True)
@@ -162,19 +160,18 @@ def _modes_of(tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> dic
     takes both of its values.
     """
 
-    def first_prompt(name: str, values: tuple[Any, ...]) -> tuple[Any, str]:
-        """The first of the values that the template takes, and the prompt with it."""
-        for value in values:
-            with_value = section.model_copy(update={"chat_template_kwargs": {name: value}})
-            with suppress(ConfigError):
-                return value, Renderer(tokenizer, with_value).prompt(PROBE)
-        return None, ""
+    def prompt(switch: dict[str, Any]) -> str:
+        """The prompt with this argument; empty if the template refuses it."""
+        with suppress(ConfigError):
+            with_switch = section.model_copy(update={"chat_template_kwargs": switch})
+            return Renderer(tokenizer, with_switch).prompt(PROBE)
+        return ""
 
     arguments = arguments_of(tokenizer.get_chat_template()) if section.template == "chat" else set()
     for name in [name for name in SWITCHES if name in arguments]:
-        (off, brief), (on, long) = (first_prompt(name, values) for values in SWITCHES[name])
-        if brief and long and brief != long:
-            return {1: {name: off}, 2: {name: on}}
+        off, on = ({name: value} for value in SWITCHES[name])
+        if "" not in (prompts := {prompt(off), prompt(on)}) and len(prompts) == 2:
+            return {1: off, 2: on}
     return {}
 
 

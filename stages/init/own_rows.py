@@ -36,8 +36,6 @@ The last word of a name counts as well: `User Question`.
 GOLDS = ("gold", "final_answer", "ground_truth", "correct_answer", "expected_answer")
 """Names of a column with the final answer alone; `answer` is one beside a column of WORKED."""
 WORKED = ("solution", "rationale", "explanation", "reasoning", "working")
-CONTEXTS = ("context", "passage", "background", "document")
-"""Names of a column with a text that the question is about; it is written above the question."""
 SHARE = 0.8
 """Share of the rows whose answers must be short ones, or none is read from them."""
 ONE_IN, MOST = 5, 300
@@ -100,8 +98,6 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
     renamed = _columns(path, rows[0], columns)
     rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
     names = {name: column for column, name in renamed.items()}
-    if "question" not in columns and (context := next((name for name in CONTEXTS if name in rows[0]), None)):
-        names |= _put_context_above(rows, context, names)
     golds, unread = _golds(formats.detect(path, rows[0]), rows)
     if not names and not golds:
         return OwnRows(path, unread=unread)
@@ -149,20 +145,6 @@ def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
                 "--columns question={},answer={}".format(*map(escaping.shell, guess)),
             ) from error
         return {column: name for name, column in columns.items()}
-
-
-def _put_context_above(rows: list[dict[str, Any]], context: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Write the context of each row above its question; return the field, and what it is made of.
-
-    Rows with an instruction are those of Dolly, whose context is read as it stands.
-    """
-    question = next((name for name in ("question", "prompt") if name in rows[0]), None)
-    if question is None or "instruction" in rows[0]:
-        return {}
-    for row in rows:
-        if (text := row.pop(context, None)) and row.get(question):
-            row[question] = f"{text}\n\n{row[question]}"
-    return {question: f"{context} and {names.get(question, question)}"}
 
 
 def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], str]:

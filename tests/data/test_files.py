@@ -165,15 +165,10 @@ def test_a_conversation_is_rendered_and_shown_to_voters(tmp_path, tiny):
 
 
 def test_cells_of_a_table(tmp_path):
-    """An empty one is an empty field, as NaN is; one that looks like a number is a number."""
+    """An empty one is an empty field, as NaN is."""
     text = "question,answer,note\nq0,,x\nq1,a1,\n,a2,\n"
     table = source(tmp_path / "a.csv", text, empty="drop")
     assert [(e.prompt, e.extra) for e in read(table)] == [("q1", {"note": None})]
     assert read_rows(table).empty == 2
     nan = lines({"question": "Q", "answer": float("nan")}, PAIR)
     assert [e.prompt for e in read(source(tmp_path / "a.jsonl", nan, empty="drop"))] == [PAIR["question"]]
-    cells = ["42", "-1.5", "007", "1,200", "7" * 5000]  # of so many digits Python makes no number
-    text = "question,answer\n" + "".join(f'q{i},"{cell}"\n' for i, cell in enumerate(cells))
-    found = read(source(tmp_path / "a.csv", text))
-    golds = ["42", "-1.5", None, None, None]
-    assert [(e.response, e.gold) for e in found] == list(zip(cells, golds, strict=True))
