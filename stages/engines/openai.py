@@ -16,6 +16,7 @@ import queue
 import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -140,7 +141,7 @@ class Client:
         """
         outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         client, tasks = self._connect(), set[Any]()
-        loop, stopped = asyncio.new_event_loop(), asyncio.Event()
+        loops, stopped, is_left = Future[asyncio.AbstractEventLoop](), asyncio.Event(), threading.Event()
 
         async def answer(i: int, item: Any) -> None:
             try:
@@ -149,22 +150,25 @@ class Client:
                 outcomes.put((i, error))
 
         def start(i: int, item: Any) -> None:
-            tasks.add(task := loop.create_task(answer(i, item)))
+            tasks.add(task := asyncio.create_task(answer(i, item)))
             task.add_done_callback(tasks.discard)
 
         async def serve() -> None:
-            await stopped.wait()
+            if not is_left.is_set():
+                await stopped.wait()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
         def run() -> None:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            with asyncio.Runner() as runner:
+                loops.set_result(runner.get_loop())
                 runner.run(serve())
 
         thread = threading.Thread(target=run, name="requests", daemon=True)
         try:
             thread.start()
+            loop = loops.result()
             waiting, most, numbered = 0, at_first, enumerate(items)
             while True:
                 for numbered_item in islice(numbered, most - waiting):
@@ -178,7 +182,9 @@ class Client:
                     raise answered
                 yield i, answered
         finally:
-            loop.call_soon_threadsafe(stopped.set)
+            is_left.set()  # seen by a thread that has no loop yet
+            if loops.done():
+                loops.result().call_soon_threadsafe(stopped.set)
             if thread.is_alive():
                 thread.join()
 
