@@ -74,12 +74,12 @@ def test_a_config_over_another(tmp_path):
         tmp_path,
         "model: {name: x}\nsft: {learning_rate: 1, num_train_epochs: 3}\n"
         "classify: {voters: [{persona: judge}, {persona: steps}]}\n"
-        "rl: {rewards: {correctness: 1, brief: .2}}\neval: {benchmarks: {gsm8k: {}, mmlu: {}}}\n",
+        "rl: {rewards: {correctness: 1, integer: .2}}\neval: {benchmarks: {gsm8k: {}, mmlu: {}}}\n",
     )
     above = tmp_path / "sub/above.yaml"
     above.write_text(
         "extends: ../config.yaml\nsft: {learning_rate: 2}\nclassify: {voters: [{persona: effort}]}\n"
-        "rl: {rewards: {brief: false}}\neval: {benchmarks: {gsm8k: false}}\n"
+        "rl: {rewards: {integer: false}}\neval: {benchmarks: {gsm8k: false}}\n"
     )
     config = load(above, ["sft.num_train_epochs=5"])
     assert (config.sft.learning_rate, config.sft.num_train_epochs, config.sft.weight_decay) == (2, 5, 0)

@@ -10,11 +10,13 @@ import yaml
 from transformers import GPT2Config
 
 from stages.config import DataSection, ModelSection
-from stages.init import config_writer, data_profile, own_rows
+from stages.config.loading import read_with_extends
+from stages.init import config_writer, data_profile, examples, own_rows
 from stages.init.data_profile import survey
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import plan_steps
 from stages.records import write_jsonl
+from stages.sweep import file
 
 
 @pytest.fixture
@@ -233,3 +235,42 @@ def test_labels_of_ones_own_go_into_the_config(tiny, tmp_path, lorapar, monkeypa
     section = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["classify"]
     assert section == {"strategy": "known", "labels_file": "labels.csv"}
     assert lorapar("classify", "c.yaml").code == 0
+
+
+@pytest.mark.parametrize("name", examples.names())
+def test_every_example_is_copied_with_what_it_refers_to(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, *others = examples.write(name, None)
+    assert path == Path(f"{name}.yaml")
+    if name.startswith("tables/"):
+        table = file.read(path)
+        assert all(Path(row["base"]) in others for row in table.rows.values() if "base" in row)
+    for copy in (path, *others):
+        text = copy.read_text(encoding="utf-8")
+        assert "configs/" not in text and "$schema" not in text
+        if "tables" not in copy.parts:
+            assert load(copy).model.name
+            assert read_with_extends(copy) == read_with_extends(examples.FOLDER / copy)
+
+
+def test_an_example_may_have_another_name_and_overwrites_nothing(lorapar, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = lorapar("init", "--example", "demo", "--out", "mine.yaml").err
+    assert said.endswith("wrote mine.yaml; next: lorapar plan mine.yaml\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    assert "; next: lorapar sweep --dry-run tables/order" in lorapar("init", "--example", "tables/order").err
+    assert lorapar("init", "--example", "paper/table1/qwq").code == 0
+    assert lorapar("init", "--example", "paper/table1/vote3").code == 0  # its base is there, unchanged
+    Path("paper/gsm8k-llama2-7b.yaml").write_text("seed: 1\n", encoding="utf-8")
+    for arguments, code, told in (
+        ("--example paper/table1/vote5", 73, "paper/gsm8k-llama2-7b.yaml exists already"),
+        ("--example tables/theta --out theta.yaml", 73, "tables/theta refers to other files"),
+        ("--example dmo", 78, "no example 'dmo'\n  hint: their names: lorapar list examples"),
+        ("rows.jsonl", 78, "--example"),
+        ("--model m", 78, "--example"),
+        ("--example demo --test t.jsonl", 78, "--example"),
+    ):
+        done = lorapar("init", *arguments.split())
+        assert done.code == code and told in done.err
+    assert not Path("paper/table1/vote5.yaml").exists() and not Path("theta.yaml").exists()
+    assert "  smoke  " in lorapar("list", "examples").out

@@ -39,7 +39,9 @@ def extract(text: str, answer_format: str) -> Extracted:
     if answer_format == "xml":
         strict = remainder = _in_tags(text)
     else:
-        strict, remainder = _after_hashes(text)
+        last = collections.deque(_ANSWER_LINE.finditer(text), maxlen=1)
+        strict = _without_full_stop(last[0][1]) if last else None
+        remainder = text[last[0].start(1) :] if last else None
     if strict is None:
         return Extracted(None, _last_number(text) or next(reversed(re.findall(r"\w+", text)), None))
     if parse_number(strict) is not None:
@@ -52,12 +54,6 @@ def _last_number(text: str) -> str | None:
     numbers = (match for match in _ANY_NUMBER.finditer(text) if not _VARIABLE.match(text, match.end()))
     last = collections.deque(numbers, maxlen=1)
     return last[0][0] if last else None
-
-
-def _after_hashes(text: str) -> tuple[str | None, str | None]:
-    """Return the last answer after `####`, and the text from there on; None and None if there is none."""
-    last = collections.deque(_ANSWER_LINE.finditer(text), maxlen=1)
-    return (_without_full_stop(last[0][1]), text[last[0].start(1) :]) if last else (None, None)
 
 
 def _without_full_stop(line: str) -> str:

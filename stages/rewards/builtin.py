@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from stages.prompts.answers import extract, matches_gold, parse_number
@@ -47,33 +46,6 @@ def correctness(completions: list[str], gold: list[str], answer_format: list[str
     """1 if the strictly extracted answer equals gold, or names its letter."""
     rows = zip(completions, gold, answer_format, strict=True)
     return [float(matches_gold(extract(text, style).strict, answer)) for text, answer, style in rows]
-
-
-@rewards.add()
-def brief(
-    completions: list[str],
-    prompts: list[str],
-    completion_ids: list[list[int]],
-    gold: list[str],
-    answer_format: list[str],
-    **_: Any,
-) -> list[float]:
-    """Rewards short correct completions: 1 − length / longest correct length, times the group's accuracy.
-
-    The value is between 0 and 1; lengths are in tokens. Use it with a small weight beside `correctness`.
-    Wrong completions get 0, and in a group that is mostly wrong, length counts little. In a group that is all
-    correct, only length differs, and GRPO's division by the group's deviation scales that difference up.
-    A group is a run of equal prompts; if several processes share a group, each sees only its own
-    completions.
-    """
-    correct = correctness(completions, gold=gold, answer_format=answer_format)
-    scores: list[float] = []
-    for _prompt, run in groupby(zip(prompts, correct, completion_ids, strict=True), key=lambda row: row[0]):
-        group = [(bool(is_correct), len(ids)) for _, is_correct, ids in run]
-        longest = max((length for is_correct, length in group if is_correct), default=0)
-        accuracy = sum(is_correct for is_correct, _ in group) / len(group)
-        scores += [accuracy * (1 - length / longest) if is_correct else 0.0 for is_correct, length in group]
-    return scores
 
 
 @rewards.add()

@@ -119,7 +119,7 @@ def test_numbers_in_their_places(place):
 # Text, and what the strict and the flexible reading make of it as a number.
 ODD = [
     ("#### 5k", 5000, 5000), ("#### $1.5K.", 1500, 1500), ("#### 5 K", 5, 5), ("#### 3/x", None, 3),
-    ("#### 13x", None, None), ("#### 5 km/h", 5, 5), ("#### 5μm", 5, 5), ("#### 5 a day", 5, 5), ("#### 12 %", 12, 12),
+    ("#### 5 km/h", 5, 5), ("#### 5μm", 5, 5), ("#### 5 a day", 5, 5), ("#### 12 %", 12, 12),
     ("#### **12**", 12, 12), ("#### 12 apples.", 12, 12), ("#### (12)", 12, 12), ("#### x = 4", None, 4),
     ("#### 3 hours 20 minutes", None, 20), ("#### twelve", None, None), ("####", None, None),
     ("#### 3/0", None, None), ("#### 4-", None, 4), ("### 5", None, 5), ("##### 5", None, 5),
@@ -127,7 +127,7 @@ ODD = [
     ("a total of 1,200, at least", None, 1200), ("12, 13, and 14.", None, 14), ("\\boxed{12}", None, 12),
     ("**Answer: 12**", None, 12), ("There are none.", None, None), ("x=-4", None, -4), ("10/2=5", None, 5),
     ("the ratio 3/4", None, Fraction(3, 4)), ("#### -\n7", None, 7), ("#### 1.5e3", None, 3),
-    ("12:30", None, 30), ("#### USD 40", 40, 40), ("$ 40", None, 40),
+    ("12:30", None, 30), ("#### 13x", None, None), ("#### USD 40", 40, 40), ("$ 40", None, 40),
     ("So.\n#### Final Answer:\n**18**", None, 18), ("#### Conclusion\nJanet makes $18 a day.", None, 18),
     ("#### $\\boxed{18}$", 18, 18), ("#### 3 and a half", None, 3), ("#### 5 million", 5e6, 5e6),
     ("#### 2 dozen eggs", 24, 24), ("it is 5 hundred thousand", None, 500), ("#### 1,00,000", 1e5, 1e5),

@@ -30,17 +30,6 @@ def test_the_ideal_answer_earns_one_of_each(text, style):
     assert [rewards.pick(name)(**given) for name in PAPER] == [[1.0, 0.0, 0.0]] * 5
 
 
-def test_brief_pays_for_short_correct_completions_by_the_share_of_correct_ones():
-    """Two groups of four and one of two: 3, 1 and no correct ones; lengths in tokens."""
-    right, wrong = HASH, HASH.replace("7", "8")
-    completions = [right, right, wrong, right, wrong, wrong, right, wrong, wrong, wrong]
-    lengths = [10, 5, 1, 20, 4, 4, 9, 4, 3, 2]
-    given = {"completions": completions, "prompts": ["a"] * 4 + ["b"] * 4 + ["c"] * 2}
-    given |= {"gold": ["7"] * 10, "answer_format": ["hash"] * 10}
-    found = rewards.pick("brief")(completion_ids=[[0] * length for length in lengths], **given)
-    assert found == pytest.approx([0.75 * 0.5, 0.75 * 0.75, 0, 0, 0, 0, 0, 0, 0, 0])
-
-
 @pytest.mark.parametrize(
     ("name", "style", "text", "value"),
     [
@@ -91,7 +80,7 @@ def test_code_is_run_in_the_sandbox():
     assert rewards.pick("code_tests")(completions=texts, **given) == [0.0, 0.0, 1.0, 1.0]
 
 
-def test_any_beginning_of_a_function_can_be_run():
+def test_any_beginning_of_a_function_can_be_run_with_what_follows_a_thought():
     answer = "```python\ndef f(x):\n    return 2 * x\n```"
     beginnings = ("def f(x):\n    # twice\n", 'def f(x):\n\t"""Twice."""\n', "def f(x):\n    if x:\n")
     for prompt in beginnings:
@@ -99,6 +88,12 @@ def test_any_beginning_of_a_function_can_be_run():
             compile(text, "", "exec")
     with pytest.raises(SyntaxError, match="not the beginning of a Python program"):
         stub("Write a function.")
+    thought = f"<think>\n{answer.replace('2 *', '3 *')}\n"  # which is a draft
+    assert program_from_output(thought, "def f(x):\n", "f", chat=True) is None
+    assert "2 *" in program_from_output(f"{thought}</think>\n{answer}", "def f(x):\n", "f", chat=True)
+    future = answer.replace("def f(x)", "from __future__ import annotations\ndef f(x: X) -> int")
+    program = program_from_output(future, 'import math\n\ndef f(x):\n    """Double."""\n', "f", chat=True)
+    compile(program, "program", "exec")  # imports from the future come first
 
 
 F = "```"
@@ -197,16 +192,6 @@ def test_rewards_of_other_libraries_are_floats_and_what_is_no_finite_number_stop
     for number, values in ((1, [1.0]), (0, None)):
         with pytest.raises(UnusableResult, match=f"reward odd gave {number} values for 2 completions"):
             loading.with_checks("odd", lambda completions, values=values: values)(completions=["a", "b"])
-
-
-def test_code_in_a_thought_is_a_draft():
-    draft, answer = (f"```python\ndef f(x):\n    return {number}\n```\n" for number in (0, 1))
-    assert program_from_output(f"<think>\n{draft}", "def f(x):\n", "f", chat=True) is None
-    answer = f"<think>\n{draft}</think>\n{answer}"
-    assert "return 1" in program_from_output(answer, "def f(x):\n", "f", chat=True)
-    answer = "```python\nfrom __future__ import annotations\n\ndef f(x: X) -> int:\n    return x + 1\n```"
-    program = program_from_output(answer, 'import math\n\ndef f(x):\n    """Add one."""\n', "f", chat=True)
-    compile(program, "program", "exec")  # imports from the future come first
 
 
 @pytest.mark.parametrize("gold", ["B", "(b)"])
