@@ -38,11 +38,6 @@ def say(text: str) -> None:
         conclude(text)
 
 
-def conclude(text: str) -> None:
-    """Print a message that is printed even with --quiet."""
-    _print(escaping.terminal(text))
-
-
 @functools.cache
 def console() -> Any:
     from rich.console import Console
@@ -55,12 +50,13 @@ def interactive() -> bool:
     return not _quiet and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-def _print(text: str) -> None:
+def conclude(text: str) -> None:
+    """Print a message that is printed even with --quiet."""
     with suppress(OSError):  # no work may end with its terminal, or on the log's full disk
         if interactive():
-            console().print(text, soft_wrap=True)  # above a bar, if there is one
+            console().print(escaping.terminal(text), soft_wrap=True)  # above a bar, if there is one
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(escaping.terminal(text), file=sys.stderr, flush=True)
 
 
 class LogHandler(logging.Handler):
@@ -99,7 +95,7 @@ def _show_grid(grid: Grid | None) -> None:
 
 def error(problem: LoraparError, config: str = "") -> None:
     """Print an error and its hint. config: what the user typed, for the CONFIG of the hint's command."""
-    _print(f"error: {escaping.terminal(str(problem))}")
+    conclude(f"error: {problem}")
     if problem.hint:
         hint = re.sub(r"(?<!\S)CONFIG(?!\S)", lambda _: config or "CONFIG", problem.hint)
         conclude(f"  hint: {hint}")

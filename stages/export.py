@@ -27,7 +27,7 @@ def write(
     that no server loads as LoRA modules: those of a baseline, and adapters of a 4-bit base.
     """
     views = len(trained) > 1
-    if form == "merged" and config.baseline is not None and config.baseline.trains_prompt:
+    if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
         raise ConfigError(
             f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
         )

@@ -69,6 +69,8 @@ class BenchmarkSection(SourceSection):
         return self.kind != "humaneval"
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        if registries and not self.path:
+            yield "path is missing: a file or a hub id"
         if self.samples > 1 and self.temperature == 0:
             yield f"samples {self.samples} of a greedy answer are all the same; set temperature"
         if self.mode == "likelihood" and self.kind not in ("", "mmlu"):
@@ -97,12 +99,9 @@ class EvalSection(Section):
     """Worked examples that base and init get beside `shots`, to see the form of an answer."""
     sandbox: SandboxSection = advanced_unkeyed(SandboxSection(), "Sandbox of benchmarks that run code.")
 
-    @field_validator("engine")
-    @classmethod
-    def _check_local(cls, engine: str) -> str:
-        if engine == "openai":
-            raise ValueError("a remote server gives no tokens to grade; use vllm or transformers")
-        return engine
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
+        if self.engine == "openai":
+            yield "engine openai gives no tokens to grade; use vllm or transformers"
 
     def as_asked(self, benchmark: BenchmarkSection, target: str) -> BenchmarkSection:
         """The benchmark with the worked examples that a target gets."""
@@ -134,11 +133,3 @@ class EvalSection(Section):
                 entry = {**defaults, **entry, "kind": kind}
             completed[name] = entry
         return completed
-
-    @field_validator("benchmarks")
-    @classmethod
-    def _check_rows(cls, entries: dict[str, BenchmarkSection], info: ValidationInfo) -> Any:
-        for name, entry in entries.items():
-            if registries_from(info).get("benchmarks") and not entry.path:
-                raise ValueError(f"{name} needs a path: a file or a hub id")
-        return entries

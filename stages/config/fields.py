@@ -86,9 +86,6 @@ def without_false(entries: Any) -> Any:
     return {name: entry for name, entry in entries.items() if entry is not False}
 
 
-WithoutFalse = BeforeValidator(without_false)
-
-
 def json_value(value: Any) -> Any:
     """Return `value`; ValueError if JSON cannot represent it, such as a date."""
     try:
@@ -98,7 +95,7 @@ def json_value(value: Any) -> Any:
     return value
 
 
-JsonValue = AfterValidator(json_value)
+WithoutFalse, JsonValue = BeforeValidator(without_false), AfterValidator(json_value)
 
 
 def registries_from(info: ValidationInfo) -> Mapping[str, Any]:

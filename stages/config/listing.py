@@ -19,14 +19,10 @@ def section_type(field: FieldInfo) -> type[Section] | None:
 
 def describe(field: FieldInfo) -> str:
     """Return the description of a setting, with its possible values unless the description names them all."""
-    text, values = _on_one_line(field.description), list(map(str, _literals(field.annotation)))
+    text, values = " ".join(str(field.description).split()), list(map(str, _literals(field.annotation)))
     if values and bool in get_args(field.annotation):
         values += ["true", "false"]
     return text if all(value in text for value in values) else f"{text} One of: {', '.join(values)}."
-
-
-def _on_one_line(description: str | None) -> str:
-    return " ".join(str(description).split())
 
 
 def _literals(annotation: Any) -> Iterator[Any]:
@@ -73,9 +69,7 @@ def _annotated_setting(name: str, field: FieldInfo, values: Section | None, inde
         return
     if isinstance(default, list) and default and isinstance(default[0], Section):
         default = [item.model_dump(mode="json") for item in default]
-    value = ""
-    if not field.is_required():
-        value = f" {on_one_line(default)}"
+    value = "" if field.is_required() else f" {on_one_line(default)}"
     yield f"{indent}{name}:{value}{doc}"
     if sub_section and name != "prompt":  # the settings of each entry of a list or mapping
         yield from (f"{indent}  # {line}" for line in annotated(sub_section))
@@ -100,7 +94,7 @@ def json_schema(section: type[Section] = Config) -> dict[str, Any]:
         definition.pop("description", None)  # the docstring of the class, which is for developers
         for name, field in definition["properties"].items():
             if "description" in field:
-                field["description"] = _on_one_line(field["description"])
+                field["description"] = " ".join(field["description"].split())
             for internal in (*MARKS, "title"):
                 field.pop(internal, None)
             if name in REMOVABLE:

@@ -115,10 +115,6 @@ def _message(error: Any) -> str:
 def _unknown_setting(location: list[str]) -> str:
     """Name an unknown setting with the most similar one."""
     name = ".".join(location)
-    if location[-1] == "optim":
-        return (
-            f"unknown setting {name} (AdamW trains: other optimizers work on whole matrices, not on elements)"
-        )
     path = _setting_path(location)
     if same := [setting for setting in setting_names(Config) if setting.endswith(f".{path}")]:
         return f"unknown setting {name} (did you mean {' or '.join(same[:3])}?)"

@@ -91,29 +91,6 @@ class RlSection(TrainSection):
             )
         if self.kl_reference == "sft" and self.start_from != "sft":
             yield f"kl_reference sft goes with start_from sft, got start_from {self.start_from}"
-        yield from self._conflicts_of_ratios()
-        yield from self._conflicts_of_replay_and_resampling()
-        for name in self.rewards if registries else ():
-            as_value_error(partial(registries["rewards"].check, name, self.rewards_file))
-
-    def _conflicts_of_ratios(self) -> Iterator[str]:
-        rollouts = self.rollouts
-        with_vllm = rollouts.engine != "transformers" and rollouts.correction != "none"
-        if self.top_k and (with_vllm or rollouts.int8):
-            sampler, remedy = ("vLLM", "correction: none") if with_vllm else ("int8", "int8: false")
-            yield (
-                f"top_k {self.top_k} with rollouts by {sampler}: its probabilities are "
-                "of the cut distribution, the trainer's of the whole one, and the correction would compare "
-                f"them; leave it at 0, or set rollouts.{remedy}"
-            )
-        if rollouts.int8 and self.lora_dropout:
-            yield f"rollouts.int8 goes with lora_dropout 0, got {self.lora_dropout}"
-
-    @property
-    def replay_prompts(self) -> int:
-        return round(self.system1_share * self.prompts_per_step)
-
-    def _conflicts_of_replay_and_resampling(self) -> Iterator[str]:
         if self.system1_share and self.data == "all":
             yield "system1_share goes with data system2; data all draws from both systems"
         if self.system1_share and not 0 < self.replay_prompts < self.prompts_per_step:
@@ -121,3 +98,19 @@ class RlSection(TrainSection):
                 f"system1_share {self.system1_share} of {self.prompts_per_step} prompts is "
                 f"{self.replay_prompts}; a step needs at least one prompt of each system"
             )
+        rollouts = self.rollouts
+        with_vllm = rollouts.engine != "transformers" and rollouts.correction != "none"
+        if self.top_k and (with_vllm or rollouts.int8):
+            sampler, remedy = ("vLLM", "correction: none") if with_vllm else ("int8", "int8: false")
+            yield (
+                f"top_k {self.top_k} with rollouts by {sampler}: the correction would compare probabilities "
+                f"of the cut distribution with the trainer's; leave it at 0, or set rollouts.{remedy}"
+            )
+        if rollouts.int8 and self.lora_dropout:
+            yield f"rollouts.int8 goes with lora_dropout 0, got {self.lora_dropout}"
+        for name in self.rewards if registries else ():
+            as_value_error(partial(registries["rewards"].check, name, self.rewards_file))
+
+    @property
+    def replay_prompts(self) -> int:
+        return round(self.system1_share * self.prompts_per_step)

@@ -32,11 +32,6 @@ class BaselineSection(Section):
     method: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "ia3"] = setting(...)
     """Method of PEFT, with 20 virtual tokens where it trains a prompt."""
 
-    @property
-    def trains_prompt(self) -> bool:
-        """True if the method trains a soft prompt or prefix."""
-        return self.method in ("prompt_tuning", "p_tuning", "prefix_tuning")
-
 
 WARMUP = "Share of the steps in which the learning rate rises; the last of them has the peak rate."
 SAVE_STEPS = "Optimizer steps between checkpoints; a killed run continues from the last one."
