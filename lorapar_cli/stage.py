@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
 from stages.errors import ConfigError
-from stages.pipeline.run import calls_of_pending, give_memory_back, run_step
+from stages.pipeline.run import calls_of_pending, run_step
 from stages.pipeline.stage import Stage
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.runtime import gpu, libraries, process_guard, ranks
+from stages.runtime import gpu, libraries, process_guard, ranks, resources
 from stages.store.artifacts import Store
 
 
@@ -46,7 +47,8 @@ def make(
             artifact, created = run_step(settings, store, step, force, progress, engines)
             progress.done()
             on_made(step, artifact, created)
-    give_memory_back()
+    gc.collect()  # models are in reference cycles
+    resources.release_memory()
 
 
 def command_of(stage: Stage) -> Callable[..., None]:

@@ -80,7 +80,7 @@ def _building(out: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:
         yield partial
-        make_readable(partial, (file for file in partial.rglob("*") if file.is_file()))
+        make_readable(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -49,7 +49,7 @@ def fetch(name: str, models: Path) -> tuple[Path, bool]:
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as scratch:
         MAKERS[name](Path(scratch))
         folder = Path(scratch) / "model"
-        make_readable(folder, (file for file in folder.rglob("*") if file.is_file()))
+        make_readable(folder)
         folder.rename(final)
     return final, True
 

@@ -6,11 +6,11 @@
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.config import Config, ModelSection, SourceSection
+from stages.config import Config, ModelSection, SourceSection, Voter
 from stages.data.hub import resolve_commit
 from stages.data.rows import local_file, shots_source
 from stages.errors import MissingInputError, sought
@@ -36,17 +36,35 @@ SCALE = {
 def digests(config: Config, names: Iterable[str]) -> dict[str, Any]:
     """The identity of each of these, computed once."""
     cache = DigestCache(Path(config.runs_dir) / ".digests.json")
-    parts = {name: name.partition(":") for name in names}
-    return {name: READERS[kind](config, place, cache) for name, (kind, _, place) in parts.items()}
+    return {name: _digest(config, name, cache) for name in names}
 
 
-def _of_base(config: Config, _: str, cache: DigestCache) -> str:
-    return of_model(config.model, cache)
+def _digest(config: Config, name: str, cache: DigestCache) -> Any:
+    match name.split(":", 1):
+        case ["model"]:
+            return of_model(config.model, cache)
+        case ["voter", number]:
+            return _of_voter(config, config.classify.voters[int(number)], cache)
+        case ["server"]:
+            return _answer_changing(config.server.vllm)
+        case ["rows", place] if place == TRAIN:
+            return of_source(config.data, cache)
+        case ["rows", place] if "." in place:
+            return of_source(SourceSection(path=setting_at(config, place)), cache)
+        case ["rows", benchmark]:
+            return of_source(config.eval.benchmarks[benchmark], cache)
+        case ["shots", benchmark]:
+            return of_source(shots_source(config.eval.benchmarks[benchmark]), cache)
+        case ["file", setting]:
+            file = Path(setting_at(config, setting))
+            if not file.is_file():
+                raise MissingInputError(f"no file {file}", f"see {setting}")
+            return cache.file(file)
+    raise KeyError(name)
 
 
-def _of_voter(config: Config, number: str, cache: DigestCache) -> str:
+def _of_voter(config: Config, voter: Voter, cache: DigestCache) -> str:
     """The name of a remote model, else the digest of its weights, with settings that change its answers."""
-    voter = config.classify.voters[int(number)]
     if voter.base_url:
         assert voter.model is not None
         return voter.model
@@ -62,33 +80,10 @@ def _answer_changing(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in SCALE}
 
 
-def _of_server(config: Config, _: str, cache: DigestCache) -> dict[str, Any]:
-    return _answer_changing(config.server.vllm)
-
-
-def _of_rows(config: Config, place: str, cache: DigestCache) -> str:
-    if place == TRAIN:
-        return of_source(config.data, cache)
-    if "." in place:
-        return of_source(SourceSection(path=setting_at(config, place)), cache)
-    return of_source(config.eval.benchmarks[place], cache)
-
-
-def _of_shots(config: Config, benchmark: str, cache: DigestCache) -> str:
-    return of_source(shots_source(config.eval.benchmarks[benchmark]), cache)
-
-
 def of_source(source: SourceSection, cache: DigestCache) -> str:
     """Digest of a file's content, or the commit of a hub data set."""
     file = local_file(source)
     return cache.file(file) if file else resolve_commit("dataset", str(source.path), source.revision)
-
-
-def _of_file(config: Config, setting: str, cache: DigestCache) -> str:
-    file = Path(setting_at(config, setting))
-    if not file.is_file():
-        raise MissingInputError(f"no file {file}", f"see {setting}")
-    return cache.file(file)
 
 
 def of_model(model: ModelSection, cache: DigestCache) -> str:
@@ -105,13 +100,3 @@ def of_model(model: ModelSection, cache: DigestCache) -> str:
         )
         raise MissingInputError(f"no model folder {sought(model.name)}", hint)
     return resolve_commit("model", model.name, model.revision)
-
-
-READERS: dict[str, Callable[[Config, str, DigestCache], Any]] = {
-    "model": _of_base,
-    "voter": _of_voter,
-    "server": _of_server,
-    "rows": _of_rows,
-    "shots": _of_shots,
-    "file": _of_file,
-}

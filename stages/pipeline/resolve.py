@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from stages.config import UNVOTED, Config, ModelSection, Voter
+from stages.config import UNVOTED, Config, Voter
 from stages.config import loading as configs
 from stages.engines import engines
 from stages.errors import ConfigError
@@ -49,12 +49,6 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     return configs.load(path, overrides, registries(), config_class())
 
 
-def _is_large(model: ModelSection) -> bool:
-    """Whether vLLM is worth its start on a CPU for so large a model; also if its size is not known."""
-    number = parameters(model)
-    return number is None or number > IN_PROCESS
-
-
 def resolved(config: Config) -> Config:
     """The config with every `engine: auto` resolved: vllm if it is installed, else transformers.
 
@@ -71,18 +65,18 @@ def resolved(config: Config) -> Config:
         if voter.base_url:
             return "openai"
         for_vllm = has_gpu or voter.thinking or voter.vllm or voter.devices
-        serve = has_vllm and (for_vllm or _is_large(voter.voting_model(config.model)))
+        size = parameters(voter.voting_model(config.model))  # of None it is not known
+        serve = has_vllm and (for_vllm or size is None or size > IN_PROCESS)
         return "vllm" if serve else "transformers"
 
     classify, grading = config.classify, config.eval.engine
-    engines = [] if classify.strategy in UNVOTED else [voting_engine(voter) for voter in classify.voters]
+    if classify.strategy not in UNVOTED:
+        voters = [voter.model_copy(update={"engine": voting_engine(voter)}) for voter in classify.voters]
+        classify = classify.model_copy(update={"voters": voters})
     if grading == "auto":
         grading = "vllm" if has_vllm and has_gpu and config.served_by_vllm else "transformers"
-    if not has_vllm and "vllm" in (grading, *engines):
+    voting = [] if classify.strategy in UNVOTED else [voter.engine for voter in classify.voters]
+    if not has_vllm and "vllm" in (grading, *voting):
         raise ConfigError("engine vllm is not installed", f"{INSTALL_VLLM}; or engine: transformers")
-    if engines:
-        pairs = zip(classify.voters, engines, strict=True)
-        voters = [voter.model_copy(update={"engine": engine}) for voter, engine in pairs]
-        classify = classify.model_copy(update={"voters": voters})
     update = {"classify": classify, "eval": config.eval.model_copy(update={"engine": grading})}
     return config.model_copy(update=update)

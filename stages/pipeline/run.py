@@ -15,10 +15,10 @@ from typing import Any
 from stages.config import Config
 from stages.data.rows import missing_path_error
 from stages.engines import EngineCache
-from stages.errors import ArtifactError, ConfigError, Terminated
+from stages.errors import ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stage import Stage, section
-from stages.pipeline.state import State, current_artifact, rebuild_hint, require_current, state
+from stages.pipeline.state import State, current_artifact, refuse_damaged, require_current, state
 from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged
 from stages.progress import Progress
 from stages.runtime import libraries, ranks, resources
@@ -42,10 +42,10 @@ def run_step(
     with store.lock(stage.name, step.key) if ranks.is_main() else nullcontext():
         store.look_again()  # another process may have made it meanwhile
         inputs = {name: require_current(store, upstream, step) for name, upstream in step.inputs.items()}
-        if not force and (artifact := _linked_artifact(store, step)):
-            return artifact, False
-        if not force and (now := state(store, step)).state == "damaged":
-            raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
+        if not force:
+            if artifact := _linked_artifact(store, step):
+                return artifact, False
+            refuse_damaged(store, step)
         check_unchanged(config, step)
         ranks.barrier()  # no process changes the store before all have read its state
         out = (store.start_partial if ranks.is_main() else store.partial)(stage.name, step.key)
@@ -61,18 +61,15 @@ def run_step(
             summary = function(context, **_sections(config, step))
         if ranks.is_main():
             context.checkpoints.end_forced_build()
-            _commit(store, step, inputs, summary, _provenance(config, step, context))
+            sources = {n: {"key": step.inputs[n].key, "content": a.digest} for n, a in inputs.items()}
+            described = {"variant": step.variant, "identity": step.identity, "inputs": sources}
+            results = {"summary": summary, "provenance": _provenance(config, context)}
+            store.commit(stage.name, step.key, {**described, **results})
             context.checkpoints.clear()
         ranks.barrier()  # the artifact is there for all
         new_artifact = store.load(store.folder(stage.name, step.key))
         assert new_artifact is not None
         return new_artifact, True
-
-
-def give_memory_back() -> None:
-    """Free what a step has left behind: models in reference cycles, and what allocators keep."""
-    gc.collect()
-    resources.release_memory()
 
 
 def calls_of_pending(
@@ -94,28 +91,11 @@ def _sections(config: Config, step: Step) -> dict[str, Any]:
     return dict(section(config, path) for path in reads)
 
 
-def _commit(
-    store: Store, step: Step, inputs: dict[str, Artifact], summary: dict[str, Any], provenance: dict[str, Any]
-) -> None:
-    """Turn the partial output of a step into its artifact, which becomes the latest one."""
-    manifest = {
-        "variant": step.variant,
-        "identity": step.identity,
-        "inputs": {name: {"key": step.inputs[name].key, "content": a.digest} for name, a in inputs.items()},
-        "summary": summary,
-        "provenance": provenance,
-    }
-    store.commit(step.stage.name, step.key, manifest)
-    with suppress(OSError):  # the link serves people; there are file systems without links
-        store.point_latest(step.stage.name, step.variant, step.key)
-
-
 def _linked_artifact(store: Store, step: Step) -> Artifact | None:
     """The artifact of the step if it is current; the link to the latest artifact is then set to it."""
     artifact = current_artifact(store, step)
-    with suppress(OSError):
-        if artifact and ranks.is_main():
-            store.point_latest(step.stage.name, step.variant, step.key)
+    if artifact and ranks.is_main():
+        store.point_latest(step.stage.name, step.variant, step.key)
     return artifact
 
 
@@ -173,11 +153,10 @@ def _context(
     )
 
 
-def _provenance(config: Config, step: Step, context: StageContext) -> dict[str, Any]:
-    seconds = context.checkpoints.spent()
+def _provenance(config: Config, context: StageContext) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
-        "seconds": round(seconds, 1),
+        "seconds": round(context.checkpoints.spent(), 1),
         "peak_mib": resources.peak_memory(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

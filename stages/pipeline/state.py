@@ -101,16 +101,18 @@ def require_current(store: Store, step: Step, wanted: Step | None = None) -> Art
 
     wanted: a later step that needs it, and that the command of the hint makes, too.
     """
+    refuse_damaged(store, step)
     if artifact := current_artifact(store, step):
         return artifact
     now = state(store, step)
-    if now.state == "damaged":
-        raise ArtifactError(f"{step.name} is damaged: {now.why}", rebuild_hint(store, step))
     raise MissingInputError(
         f"{step.name} is {now.state} ({now.why})", f"lorapar run CONFIG --to {(wanted or step).stage.name}"
     )
 
 
-def rebuild_hint(store: Store, step: Step) -> str:
-    """The hint for a damaged artifact. Only that goes: journals of answers beside it can still be used."""
-    return f"move {store.folder(step.stage.name, step.key)} away and run the same command again"
+def refuse_damaged(store: Store, step: Step) -> None:
+    """Raise ArtifactError if the artifact is damaged. Journals beside it can still be used."""
+    if (now := state(store, step)).state == "damaged":
+        folder = store.folder(step.stage.name, step.key)
+        hint = f"move {folder} away and run the same command again"
+        raise ArtifactError(f"{step.name} is damaged: {now.why}", hint)

@@ -6,7 +6,6 @@ the masks of SFT or of RL, for eval one target at one benchmark.
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from stages.config import Config
@@ -86,19 +85,10 @@ def _keyed(config: Config, stage_name: str, planned: Planned) -> dict[str, Any]:
 
 def _in_order(inputs: dict[str, tuple[str, ...]]) -> list[str]:
     """The names, each after its inputs; of those that could come next, the first one given."""
-    sorter = TopologicalSorter(inputs)
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        raise ConfigError(f"these steps need each other: {', '.join(error.args[1])}") from None
-    positions = {name: position for position, name in enumerate(inputs)}
-    ready, ordered = set[str](), list[str]()
-    while sorter.is_active():
-        ready.update(sorter.get_ready())
-        following = min(ready, key=positions.__getitem__)
-        ready.remove(following)
-        ordered.append(following)
-        sorter.done(following)
+    left, ordered = dict(inputs), list[str]()
+    while left:
+        ordered.append(next(name for name, needed in left.items() if not left.keys() & set(needed)))
+        del left[ordered[-1]]
     return ordered
 
 
@@ -128,14 +118,8 @@ def check_stage_name(steps: dict[str, Step], name: str) -> None:
 
 def ancestors(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
     """The steps of stage `last`, by default all that are asked for, with their direct and indirect inputs."""
-    return with_inputs(
-        steps,
-        {
-            name
-            for name, step in steps.items()
-            if (step.planned.asked_for if last is None else step.stage.name == last)
-        },
-    )
+    is_last = {n: s.planned.asked_for if last is None else s.stage.name == last for n, s in steps.items()}
+    return with_inputs(steps, [name for name in steps if is_last[name]])
 
 
 def with_inputs(steps: dict[str, Step], names: Collection[str]) -> dict[str, Step]:

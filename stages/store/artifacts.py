@@ -6,11 +6,10 @@ Nothing is changed in place: a stage builds in `.<key>.partial/`. The manifest i
 on disk the folder is renamed.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
-from stages.store.digests import canonical_json, fsync, is_hidden, sha256_file
+from stages.store.digests import digest_of, fsync, is_hidden, sha256_file
 from stages.store.manifest import manifest_error, with_checksum
 
 MANIFEST = "manifest.json"
@@ -35,7 +34,7 @@ class Artifact:
     @property
     def digest(self) -> str:
         """sha256 over the names and digests of all files; it distinguishes different builds of one key."""
-        return hashlib.sha256(canonical_json(self.manifest["files"])).hexdigest()
+        return digest_of(self.manifest["files"])
 
     @property
     def has_adapter(self) -> bool:
@@ -48,11 +47,11 @@ class Artifact:
         return self.path / ("init" if is_initial else "adapter")
 
 
-def make_readable(folder: Path, files: Iterable[Path]) -> None:
-    """Give files the folder's read and write permissions: safetensors writes files for their owner only."""
+def make_readable(folder: Path) -> None:
+    """Give all files the folder's read and write permissions: safetensors writes for their owner only."""
     mode = 0o666 & folder.stat().st_mode  # the folder's mode follows the umask
-    for file in files:
-        if file.stat().st_mode & 0o666 != mode:
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode & 0o666 != mode:
             with suppress(PermissionError):  # some file systems have no modes
                 file.chmod(mode)
 
@@ -74,17 +73,6 @@ def _is_artifact(folder: Path) -> bool:
         return (manifest["stage"], manifest["key"]) == (folder.parent.name, folder.name)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
-
-
-class _Fields(dict[str, Any]):
-    """Object of a manifest; a field that is missing is an ArtifactError, for whoever reads it."""
-
-    def __init__(self, fields: dict[str, Any], file: Path) -> None:
-        super().__init__(fields)
-        self._file = file
-
-    def __missing__(self, name: str) -> Any:
-        raise ArtifactError(f"{self._file} has no field {name}", MOVE_AWAY_HINT)
 
 
 class Store:
@@ -112,9 +100,8 @@ class Store:
         """
         if not path.exists():
             return None
-        file = path / MANIFEST
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda d: _Fields(d, file))
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             reason = manifest_error(manifest, path.name.split(".")[0])
         except (OSError, ValueError, RecursionError) as error:
             reason = str(error)
@@ -144,14 +131,15 @@ class Store:
     def point_latest(self, stage: str, variant: str, key: str) -> None:
         """Point the link of this stage and variant at the artifact of `key`."""
         link = self._latest_link(stage, variant)
-        if link.is_symlink() and os.readlink(link) == key:
-            return
-        if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
-            link.rename(_unused_name(link))
-        temporary = link.with_name(f".{link.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(key)
-        os.replace(temporary, link)
+        with suppress(OSError):  # there are file systems without links
+            if link.is_symlink() and os.readlink(link) == key:
+                return
+            if link.is_dir() and not link.is_symlink():  # the run was copied by a tool that follows links
+                link.rename(_unused_name(link))
+            temporary = link.with_name(f".{link.name}.{os.getpid()}")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(key)
+            os.replace(temporary, link)
 
     def _latest_link(self, stage: str, variant: str) -> Path:
         return self.root / stage / (f"latest-{variant}" if variant else "latest")
@@ -186,20 +174,19 @@ class Store:
             lock.release()
 
     def commit(self, stage: str, key: str, manifest: dict[str, Any]) -> Artifact:
-        """Turn the partial folder of `key` into the artifact. `manifest` comes without the file digests.
+        """Turn the partial folder of `key` into the artifact, the latest one.
 
+        `manifest` comes without the file digests.
         An earlier artifact of this key, replaced after a forced run or rebuilt inputs, becomes `<key>.old-N`.
         """
         partial, final = self.partial(stage, key), self.folder(stage, key)
         files = sorted(p for p in partial.rglob("*") if p.is_file() and p != partial / MANIFEST)
         entries = {}
-        make_readable(partial, files)
+        make_readable(partial)
         for file in files:
             fsync(file)
-            entries[file.relative_to(partial).as_posix()] = {
-                "size": file.stat().st_size,
-                "sha256": sha256_file(file),
-            }
+            entry = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+            entries[file.relative_to(partial).as_posix()] = entry
         complete = with_checksum({"stage": stage, "key": key, **manifest, "files": entries})
         text = json.dumps(complete, indent=1, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -211,9 +198,8 @@ class Store:
         partial.rename(final)
         fsync(final.parent)
         self.states.clear()
-        artifact = self.load(final)
-        assert artifact is not None
-        return artifact
+        self.point_latest(stage, manifest["variant"], key)
+        return Artifact(final, complete)
 
     def start_partial(self, stage: str, key: str) -> Path:
         """Create the empty folder in which a stage builds; leftovers of a killed run are deleted."""

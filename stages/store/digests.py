@@ -9,21 +9,24 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from stages.store.whole_files import whole_files
+
 KEY_DIGITS = 12
 
 
-def canonical_json(value: Any) -> bytes:
-    """Canonical JSON of a value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def digest_of(value: Any) -> str:
+    """sha256 of a value as canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def key_of(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(identity)).hexdigest()[:KEY_DIGITS]
+    return digest_of(identity)[:KEY_DIGITS]
 
 
 def id_of(content: Any) -> str:
     """16 hexadecimal digits that identify a row by its content."""
-    return hashlib.sha256(canonical_json(content)).hexdigest()[:16]
+    return digest_of(content)[:16]
 
 
 def seed_of(identity: dict[str, Any]) -> int:
@@ -42,17 +45,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that no other process reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:  # a full disk leaves no half
-        temporary.unlink(missing_ok=True)
 
 
 CacheEntry = tuple[int, int, int, str]
@@ -85,7 +77,9 @@ class DigestCache:
             return self._entries[name][3]
         digest = sha256_file(path)
         self._entries[name] = (*version, digest)
-        self._save()
+        # It is only a cache: without the file, the next process computes the digest again.
+        with contextlib.suppress(OSError), whole_files([self._path], replace=True) as (draft,):
+            draft.write_text(json.dumps(self._entries), encoding="utf-8")
         return digest
 
     def folder(self, path: Path) -> str:
@@ -95,8 +89,4 @@ class DigestCache:
             name = file.relative_to(path)
             if file.is_file() and not is_hidden(name.as_posix()):
                 digests.append([name.as_posix(), self.file(file)])
-        return hashlib.sha256(canonical_json(digests)).hexdigest()
-
-    def _save(self) -> None:
-        with contextlib.suppress(OSError):  # it is only a cache: the next process computes the digest again
-            replace_file(self._path, json.dumps(self._entries).encode())
+        return digest_of(digests)

@@ -41,6 +41,8 @@ class Journal:
         self._line = create_model("Line", __base__=schema, question=(str, ...), sample=(NonNegativeInt, ...))
         self._answers: dict[Question, dict[str, Any]] = {}
         self._file: Any = None
+        self._offset = self._line_count = 0
+        """Bytes and lines of the file `_inode` that are in memory. Both end behind a complete line."""
         self._inode: int | None = None
         self._read()
 
@@ -96,9 +98,7 @@ class Journal:
         status = self.path.stat() if self.path.exists() else None
         if status is None or status.st_ino != self._inode or status.st_size < self._offset:
             self._answers.clear()  # it is the first read, or somebody has moved the old file away
-            # Bytes and lines of the file `_inode` that are in memory. Both end behind a complete line.
-            self._offset: int = 0
-            self._line_count: int = 0
+            self._offset = self._line_count = 0
         if status is None:
             return
         with self.path.open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from stages.errors import validation_messages
-from stages.store.digests import canonical_json, key_of
+from stages.store.digests import digest_of, key_of
 
 SCHEMA = 2
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -85,5 +84,4 @@ def manifest_error(manifest: Any, key: str) -> str | None:
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
-    fields = {name: value for name, value in manifest.items() if name != CHECKSUM}
-    return hashlib.sha256(canonical_json(fields)).hexdigest()
+    return digest_of({name: value for name, value in manifest.items() if name != CHECKSUM})
