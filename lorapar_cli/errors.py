@@ -39,13 +39,13 @@ def to_user_error(error: BaseException) -> LoraparError:
     """Convert an exception to a LoraparError; one that is a LoraparError is returned as it is."""
     if isinstance(error, LoraparError):
         return error
-    if is_out_of_memory(error):
+    number = _errno(error)
+    if is_out_of_memory(error) or number == errno.ENOMEM:
         return OutOfMemoryError("the machine ran out of memory", RESUME)
     if isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in NETWORK:
         return ServerError(
             f"network or server failure: {type(error).__name__} {_one_line(error)}".strip(), RESUME
         )
-    number = _errno(error)
     if number is not None:
         return _system_error(error, number)
     if isinstance(error, RecursionError):
@@ -84,11 +84,8 @@ def _system_error(error: BaseException, number: int) -> LoraparError:
         )
     if number == errno.ENOENT:
         return MissingInputError(f"no file{where}: {reason}")
-    if number in BAD_PATH:
-        return ConfigError(f"cannot use{where or ' a file'}: {reason}")
-    if number == errno.ENOMEM:
-        return OutOfMemoryError("the machine ran out of memory", RESUME)
-    return OutputError(f"cannot use{where or ' a file'}: {reason}", RESUME)
+    unusable = f"cannot use{where or ' a file'}: {reason}"
+    return ConfigError(unusable) if number in BAD_PATH else OutputError(unusable, RESUME)
 
 
 def _defect(error: BaseException) -> LoraparError:

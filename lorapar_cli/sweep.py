@@ -71,12 +71,9 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
         raise ConfigError("--jobs cannot be combined with --devices", "a device runs one step at a time")
     slots = [",".join(number.strip() for number in slot.split("+")) for slot in devices.split(",")]
     numbers = [number for slot in slots for number in slot.split(",")]
-    if "" in numbers:
-        raise ConfigError(
-            f"--devices {devices}: expected numbers, separated by commas", "0+1,2+3 gives each step two"
-        )
-    if repeated := [number for number in numbers if numbers.count(number) > 1]:
-        raise ConfigError(f"--devices {devices}: {repeated[0]} is named twice")
+    if "" in numbers or len(set(numbers)) < len(numbers):
+        expected = "expected numbers, separated by commas, each once"
+        raise ConfigError(f"--devices {devices}: {expected}", "0+1,2+3 gives each step two")
     visible = os.environ.get(gpu.VISIBLE)
     if visible is not None and (hidden := set(numbers) - set(visible.split(","))):
         raise ConfigError(f"--devices {devices}: {min(hidden)} is not in {gpu.VISIBLE}={visible}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages.config import MODES, Config
@@ -23,8 +22,9 @@ def write(
 
     trained: the artifact by target. Those of both modes become `fast/`, the adapter of SFT, and `slow/`, that
     of RL; the card says how to serve both. evaluated: the evaluations, for the card.
-    OutputError if `out` exists; ConfigError for a trained prompt, which cannot be merged, and for two modes
-    that no server loads as LoRA modules: those of a baseline, and adapters of a 4-bit base.
+    OutputError if `out` exists, or would lie among the artifacts of a run. ConfigError for a trained prompt,
+    which cannot be merged, and for two modes that no server loads as LoRA modules: those of a baseline, and
+    adapters of a 4-bit base.
     """
     views = len(trained) > 1
     if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
@@ -37,14 +37,25 @@ def write(
             f"--views are served by vLLM, which cannot serve {cause}",
             "a mode at a time, --target sft, then the slow one, with --merged",
         )
-    with _building(out) as partial:
-        modes = {target: mode for mode, target in MODES.items()}
-        for target, artifact in trained.items():
-            folder = partial / modes[target] if views else partial
-            folder.mkdir(exist_ok=True)
-            _fill(folder, artifact, config, form)
+    refuse_existing(out)
+    refuse_store(out)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}") from None
+    try:
+        for mode, target in MODES.items():
+            if target in trained:
+                folder = partial / mode if views else partial
+                folder.mkdir(exist_ok=True)
+                _fill(folder, trained[target], config, form)
         text = card(config, trained, form, partial, evaluated)
         (partial / "README.md").write_text(text, encoding="utf-8")
+        make_readable(partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def push(folder: Path, repository: str) -> str:
@@ -63,27 +74,6 @@ def refuse_existing(out: Path) -> None:
     """Raise OutputError if there is such a folder."""
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
-
-
-@contextmanager
-def _building(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`, renamed to `out` on success.
-
-    OutputError if `out` exists, or would lie among the artifacts of a run.
-    """
-    refuse_existing(out)
-    refuse_store(out)
-    try:
-        partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}") from None
-    try:
-        yield partial
-        make_readable(partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fill(folder: Path, artifact: Artifact, config: Config, form: Form) -> None:

@@ -202,14 +202,12 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def write_labels(path: Path, rows: Iterable[Labelled]) -> None:
-    write_jsonl(path, ({**_fields(row.example), "system": row.system, "votes": row.votes} for row in rows))
-
-
-def _fields(example: Example) -> dict[str, Any]:
-    """The fields of an example, without turns and thought if it has none."""
-    return {
-        name: value for name, value in asdict(example).items() if value or name not in ("turns", "thought")
-    }
+    """Write the examples, each with its label, and without `turns` and `thought` if it has none."""
+    written = []
+    for row in rows:
+        fields = {k: v for k, v in asdict(row.example).items() if v or k not in ("turns", "thought")}
+        written.append({**fields, "system": row.system, "votes": row.votes})
+    write_jsonl(path, written)
 
 
 def read_labels(path: Path) -> list[Labelled]:
