@@ -7,7 +7,7 @@ import yaml
 
 from stages.errors import ConfigError, DataError
 from stages.init.own_rows import final_answer, own_rows
-from stages.records import read_jsonl, write_jsonl
+from stages.records import read_jsonl
 
 TEXTS = {
     # numbers, with units and currency
@@ -45,18 +45,22 @@ WORKED = {"question": "How many?", "answer": "We add and obtain 4", "gold": "4"}
 FILES = {
     "capitals.csv": ("Prompt,Completion\nCapital of Peru?,Lima\nCapital of Chad?,N'Djamena\n",
                      "Lima N'Djamena"),
-    "spaces.csv": (" Question , Answer \nIs it open?,yes\nIs it free?,no\n", None),
+    "spaces.csv": (" Question , Answer \nIs it open?,yes\nIs it free?,no\n", ""),
     "support.tsv": ("Query\tReply\nWhat is the total?\tThe total is $166.\nThe fee?\tIt is $5.\n", "$166 $5"),
     "last_words.csv": ("User Question,Model Answer\nHow many?,It is 4.\nHow old?,He is 5.\n", "4 5"),
-    "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", None),
-    "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", None),
+    "golds.csv": ("problem,solution,final_answer\nHow many?,We add and obtain 4,4\n", ""),
+    "worked_answers.csv": ("problem,solution,answer\nHow many?,We add and obtain 4,4\n", ""),
     "numbers.jsonl": (
         '{"question": "How old?", "answer": 40}\n{"question": "Seats?", "answer": "We have 12 seats."}\n',
         "12",
     ),
     "chat.jsonl": ('{"user": "Is it warm?", "assistant": "Yes, it is 25 degrees."}\n', "yes"),
+    "bare.jsonl": ('{"question": "1 + 1?", "answer": "2"}\n', None),
+    "long.jsonl": ('{"prompt": "Tell me.", "completion": "' + "word " * 20 + '"}\n', None),
+    "gold.jsonl": ('{"question": "1 + 1?", "gold": "2"}\n', None),
+    "dolly.jsonl": ('{"instruction": "Sum up.", "context": "Long.", "response": "yes"}\n', None),
 }  # fmt: skip
-"""Name of a file → its text, and the final answers that are read."""
+"""Name of a file → its text, and the final answers that are read; None where it is fine as it stands."""
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,13 +68,13 @@ def test_columns_are_found_by_the_names_that_people_use(tmp_path, name):
     text, golds = FILES[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
     own = own_rows(str(tmp_path / name), tmp_path, {}, written := [])
-    if own.path.endswith(name):
-        assert golds is None and not written
+    assert own.path.endswith(f"/{name}") is (not written) is (golds is None)
+    if golds is None:
         return
     rows = [row for _, row in read_jsonl(Path(own.path))]
     assert written == [Path(own.path)] and len(rows) == text.count("\n") - (not name.endswith("jsonl"))
     assert all(row["question"] and row["answer"] for row in rows)
-    assert " ".join(gold for _, gold in own.golds) == (golds or "")
+    assert " ".join(gold for _, gold in own.golds) == golds
     if name in ("golds.csv", "worked_answers.csv"):
         assert [{field: str(value) for field, value in row.items()} for row in rows] == [WORKED]
 
@@ -97,18 +101,6 @@ def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
     own = own_rows(str(file), tmp_path, {}, [])
     few = "a final answer can be read from 1 of 2 rows, too few to use any; not, for example, from: "
     assert own.unread == f"{few}Press the red button twice then wait for it" and not own.golds
-
-
-def test_rows_that_are_fine_stay_where_they_are(tmp_path):
-    rows = {
-        "bare.jsonl": {"question": "1 + 1?", "answer": "2"},
-        "long.jsonl": {"prompt": "Tell me.", "completion": " ".join(["word"] * 20)},
-        "gold.jsonl": {"question": "1 + 1?", "gold": "2"},
-        "dolly.jsonl": {"instruction": "Sum up.", "context": "Long.", "response": "yes"},
-    }
-    for name, row in rows.items():
-        write_jsonl(tmp_path / name, [row])
-        assert own_rows(str(tmp_path / name), tmp_path, {}, []).path == str(tmp_path / name)
 
 
 def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lorapar, monkeypatch):

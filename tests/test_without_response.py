@@ -24,28 +24,24 @@ def _read(tmp_path, *rows, **settings):
     return read(DataSection(path=str(tmp_path / "rows.jsonl"), **settings))
 
 
-def test_a_row_with_a_verifiable_answer_or_a_test_needs_no_response(tmp_path):
+def test_a_row_needs_a_response_or_what_verifies_one(tmp_path):
+    null = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": None}]
     for row in (
-        {"question": "2 + 3?", "gold": 5},
-        {"instruction": "2 + 3?", "context": "", "response": "", "gold": "5"},
-        {"messages": [{"role": "user", "content": "2 + 3?"}], "gold": "5"},
+        {"question": "2 + 3?", "gold": None},
+        {"instruction": "2 + 3?", "context": "", "response": "", "gold": ""},
+        {"messages": null[:1], "gold": None},
+        {"messages": null},
     ):
-        [example] = _read(tmp_path, row)
+        rows = (row | {"gold": 5}, row)
+        with pytest.raises(DataError, match="prompt or response is empty") as caught:
+            _read(tmp_path, *rows)
+        assert "empty: drop leaves out empty ones" in caught.value.hint
+        [example] = _read(tmp_path, *rows, empty="drop")
         assert (example.prompt, example.response, example.gold) == ("2 + 3?", "", "5")
     [example] = _read(tmp_path, {"prompt": "Write f.", "test": "assert f()", "entry_point": "f"})
     assert example.response == "" and example.extra["test"] == "assert f()"
     own = {"prompt": "Write f.", "rubric": "short"}  # for a reward of one's own
     assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
-
-
-def test_a_row_without_response_and_gold_is_empty(tmp_path):
-    null = [{"role": "user", "content": "open?"}, {"role": "assistant", "content": None}]
-    for row in ({"question": "open?", "gold": None}, {"messages": null}):
-        with pytest.raises(DataError, match="prompt or response is empty") as caught:
-            _read(tmp_path, row | {"gold": "5"}, row)
-        assert "empty: drop leaves out empty ones" in caught.value.hint
-        [example] = _read(tmp_path, row | {"gold": "5"}, row, empty="drop")
-        assert (example.prompt, example.response, example.gold) == ("open?", "", "5")
 
 
 def test_what_verifies_the_last_answer_of_a_chat_verifies_no_other(tmp_path):

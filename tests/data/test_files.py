@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, n
 
 
 def test_conversations(tmp_path, tiny):
-    """The last answer by default, with what was said before; or every answer, each a row of its own."""
+    """The last answer by default, with what was said before, as voters see it; or every answer."""
     row = {"messages": chat("One?", "1", "Two?", "#### 2", system="Count.")}
     rows = source(tmp_path / "chat.jsonl", lines(row))
     every = rows.model_copy(update={"format": "messages_all"})
@@ -144,24 +144,19 @@ def test_conversations(tmp_path, tiny):
     assert (first.prompt, first.response, first.turns) == ("Count.\n\nOne?", "1", [])
     assert second == last and first.id != second.id
     assert read_rows(rows).format == "chat"
+    tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
+    for template in ("chat", "plain", "bare"):
+        text = Renderer(tokenizer, PromptSection(template=template)).prompt(last.prompt, example=last)
+        places = [text.index(part) for part in ("One?", "1", "Two?")]
+        assert places == sorted(places)
+    ballot = personas.pick("role_play")(last, PersonaContext("m", True))
+    assert "One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
     alone = read(source(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")})))
     assert alone[0].id != last.id  # another question, by what was said before
 
     chats = {"messages": chat("q1", "a1", "q2", "", "q3", "a3")}  # an empty answer leaves the others
     found = read(source(tmp_path / "a.jsonl", lines(chats), format="messages_all", empty="drop"))
     assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]
-
-
-def test_a_conversation_is_rendered_and_shown_to_voters(tmp_path, tiny):
-    row = {"messages": chat("One?", "1", "Two?", "#### 2")}
-    (example,) = read(source(tmp_path / "chat.jsonl", lines(row)))
-    tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
-    for template in ("chat", "plain", "bare"):
-        text = Renderer(tokenizer, PromptSection(template=template)).prompt(example.prompt, example=example)
-        places = [text.index(part) for part in ("One?", "1", "Two?")]
-        assert places == sorted(places)
-    ballot = personas.pick("role_play")(example, PersonaContext("m", True))
-    assert "User: One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
 
 
 def test_cells_of_a_table(tmp_path):
