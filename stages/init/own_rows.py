@@ -49,12 +49,7 @@ RULE = (
 )
 HINT = "write elsewhere: --out FOLDER/rows.yaml"
 _YES_NO = re.compile(r"(yes|no)\b(?![-’'])", re.IGNORECASE)
-_ASKS_NUMBER = re.compile(
-    r"\bhow (?:many|much|long|far|old|often|tall|big|large|heavy|high|deep|wide|fast|late|soon)\b|"
-    r"\b(?:price|cost|total|sum|number|percentage|rate|balance|fee|amount|age|weight|height)\b",
-    re.IGNORECASE,
-)
-# After these a number answers, too; after others it may name something, as in `Order 4521 has left`.
+# After these a number answers; after others it may name something, as in `Order 4521 has left`.
 _BEFORE = re.compile(
     r"(?:^|[:=]\s*|\b(?:is|are|was|were|be|costs?|takes?|equals?|has|have|had|gets?|needs?|pays?|makes?|"
     r"totals?|of|to|in|for|at|by|about|exactly|only|within|until)\s+)(?:(?:a|the|about|exactly|only)\s+)?$",
@@ -163,26 +158,24 @@ def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, 
             continue  # `read_rows` says what is wrong with it
         verifiable += example.gold not in (None, example.response)  # a number is an answer as it stands
         if example.response and example.gold is None:
-            texts[number] = example.prompt, example.response.strip()
-    if verifiable or all(is_answer(response) for _, response in texts.values()):
+            texts[number] = example.response.strip()
+    if verifiable or all(map(is_answer, texts.values())):
         return {}, ""
-    golds = {
-        n: (text, gold) for n, (question, text) in texts.items() if (gold := final_answer(text, question))
-    }
+    golds = {n: (text, gold) for n, text in texts.items() if (gold := final_answer(text))}
     if len(golds) >= SHARE * len(texts):
         return golds, ""
-    first = next(text for n, (_, text) in texts.items() if n not in golds)
+    first = next(text for n, text in texts.items() if n not in golds)
     few = f"a final answer can be read from {len(golds)} of {len(texts)} rows, too few to use any"
     return {}, f"{few}; not, for example, from: {first}"
 
 
-def final_answer(text: str, question: str = "") -> str | None:
+def final_answer(text: str) -> str | None:
     """The final answer that a text is, or has, as a person would say it (RULE); None if it has none."""
-    if "\n" not in (text := text.strip()) and (answer := _of_sentence(text, question)):
+    if "\n" not in (text := text.strip()) and (answer := _of_sentence(text)):
         return answer
     *before, last = _SENTENCE.split(text)
     if before and (named := _NAMES_ANSWER.search(last)):
-        return _of_sentence(named[1], "")
+        return _of_sentence(named[1])
     # What follows the last = is the result.
     numbers = _NUMBER.findall(last.rpartition("=")[2]) if before else []
     if len(numbers) != 1 or (value := parse_number(numbers[0])) is None:
@@ -191,7 +184,7 @@ def final_answer(text: str, question: str = "") -> str | None:
     return numbers[0].strip() if repeats or _CONCLUDES.search(last) else None
 
 
-def _of_sentence(text: str, question: str) -> str | None:
+def _of_sentence(text: str) -> str | None:
     """The answer that a short text is, or has."""
     text = text.strip()
     if not text or len(text.split()) > WORDS:
@@ -204,8 +197,7 @@ def _of_sentence(text: str, question: str) -> str | None:
         return verdict[1].lower()
     numbers = list(_NUMBER.finditer(text))
     if len(numbers) == 1 and parse_number(number := numbers[0][0].strip()) is not None:
-        names_nothing = _BEFORE.search(text[: numbers[0].start()]) or _ASKS_NUMBER.search(question)
-        return number if names_nothing else None
+        return number if _BEFORE.search(text[: numbers[0].start()]) else None
     return text.rstrip(".!") if len(text.split()) <= FEW and not numbers else None
 
 

@@ -1,4 +1,4 @@
-"""What may be wrong with a model: errors of loading it, in one line that names it, and checks of it."""
+"""Errors of loading a model, in one line that names it, and checks of its config, files and packages."""
 
 from __future__ import annotations
 
