@@ -50,27 +50,6 @@ def test_gzip_and_byte_order_mark_and_line_separator(tmp_path):
         data.read(SourceSection(path=str(path)))
 
 
-GOOD = {"question": "Q", "answer": "A"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "text"),
-    [
-        (['{"question": 1', GOOD, "[]"], r"^2 × broken JSON line:\n  /data.jsonl:1: Expecting(?s:.)*"
-                                         r"/data.jsonl:3: expected an object, got list"),
-        ([GOOD, {"question": "Q2", "answer": [4]}],
-         "^bad row: /data.jsonl:2: the answer must be text, a number or a boolean, got list$"),
-        # In a field that nothing reads it would end classify after all votes.
-        (['{"question": "Q", "answer": "A", "note": ["\\ud83d"]}'],
-         "^bad row: /data.jsonl:1: field note has half of a surrogate pair$"),
-    ],
-)  # fmt: skip
-def test_broken_lines_and_bad_fields_are_named_and_counted(tmp_path, rows, text):
-    with pytest.raises(DataError) as caught:
-        read(tmp_path, *rows)
-    assert re.search(text, str(caught.value).replace(str(tmp_path), ""))
-
-
 def test_a_voter_is_the_commit_that_it_names_and_the_examples_that_it_is_shown(smoke, tmp_path):
     commit = "0123456789" * 4
     voter = f"{{model: org/judge, revision: {commit}, engine: transformers, persona: steps}}"
