@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 from lorapar_cli import options
@@ -9,8 +10,8 @@ from lorapar_cli.options import ConfigPath, LastStage, Overrides, flag, plan_of
 from lorapar_cli.terminal import duration, gib, say, table
 from stages.config import Config
 from stages.pipeline.state import state
-from stages.pipeline.steps import Step, ancestors, check_stage_name
-from stages.plan.estimate import Estimate, estimate, memory_remedies
+from stages.pipeline.steps import Step, ancestors
+from stages.plan.estimate import Estimate, estimate
 from stages.runtime import libraries
 from stages.store.artifacts import Store
 
@@ -27,8 +28,6 @@ def command(config: ConfigPath, set_: Overrides = None, check: Check = False, la
     is an error, all of it at once.
     """
     settings, steps, store = plan_of(config, set_)
-    if last is not None:
-        check_stage_name(steps, last)
     states = {name: state(store, step).state for name, step in ancestors(steps, last).items()}
     pending = [steps[name] for name, current in states.items() if current != "current"]
     texts = checked_texts(settings, store, pending) if pending else None
@@ -36,11 +35,11 @@ def command(config: ConfigPath, set_: Overrides = None, check: Check = False, la
         return
     predicted = estimate(texts, pending) if texts else Estimate({}, [])
     _print_all(states, predicted)
-    remedies = memory_remedies(pending, predicted)
-    for name, remedy in remedies.items():
-        print(f"{name} does not fit: {remedy}")
+    too_large = [s for s in pending if (predicted.costs[s.name].mib or 0) > (predicted.room or math.inf)]
+    for step in too_large:
+        print(f"{step.name} does not fit: lower {step.planned.memory_hint}, or set model.load_in_4bit")
     if pending:
-        first = "change that, and lorapar plan" if remedies else "lorapar run"
+        first = "change that, and lorapar plan" if too_large else "lorapar run"
         say(f"next: {first} {options.typed_config}{f' --to {last}' if last else ''}")
 
 
@@ -70,9 +69,10 @@ def _print_all(states: dict[str, str], predicted: Estimate) -> None:
             of = f"{span.longer} of {len(span.lengths.ordered)} are longer than {span.setting} {span.limit}"
             print(f"{span.name}: {of} ({span.beyond}); the longest has {span.lengths.longest} tokens")
     if predicted.costs:
-        unknown = "" if len(predicted.seconds) == len(predicted.costs) else " plus what is not known"
-        total = f"about {duration(sum(predicted.seconds))}{unknown}"
+        seconds = [cost.seconds for cost in predicted.costs.values() if cost.seconds is not None]
+        unknown = "" if len(seconds) == len(predicted.costs) else " plus what is not known"
+        total = f"about {duration(sum(seconds))}{unknown}"
         guess = f"{total}; half as much or twice as much would be no surprise"
-        print(guess if predicted.seconds else "how long it takes is not known")
+        print(guess if seconds else "how long it takes is not known")
     if predicted.room is not None:
         print(f"there are {gib(predicted.room)} of memory")

@@ -14,9 +14,9 @@ from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.plan import preflight
-from stages.plan.lengths import Lengths, Span
 from stages.plan.preflight import problems, require_no_problem
 from stages.plan.texts import Texts
+from stages.plan.tokens import Lengths, Span
 from stages.records import write_jsonl
 
 KNOWN = ("classify.strategy=known", "classify.known=intended", "data.limit=24")
@@ -71,7 +71,7 @@ REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.
             ["data.max_length=150", "rl.max_prompt_length=60",
              "lora.target_modules=[q_proj, query]", "eval.sandbox.backend=refuse",
              "eval.benchmarks.code={kind: humaneval, path: HERE/items.jsonl, label: false}"],
-            ["score, rl: lora.target_modules: no query in Llama",
+            ["score: lora.target_modules: no query in Llama",
              "score, sft: .* longer than data.max_length 150, such as ",
              r"rl: 0 RL prompts \(64 too long\)", "eval: .*sandbox.backend is refuse"],
         ),
@@ -132,7 +132,6 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
         (weights(lambda w: w[NORM].fill_(torch.nan)), [], f"score, .*{NORM} has values that are no numbers"),
         (None, ["model.attention=flash_attention_2"], "score, sft, rl, eval:.* flash_attention_2 is not"),
         (None, OWN, r"rl: reward bare\(completions\) cannot be called: .* unexpected keyword"),
-        (None, ["lora.r=4294967295"], "rl: runs_dir: .* MiB are free, and .* take 52428800.0"),
         (None, ["classify.voters=[{base_url: http://127.0.0.1:1/v1, model: x}]"],
          "classify:train, classify:demo: base_url http://127.0.0.1:1/v1 cannot be reached"),
     ],

@@ -14,9 +14,8 @@ from stages.pipeline.stage import BENCHMARKS, TRAIN, Check, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.pipeline.steps import Step
-    from stages.plan.lengths import Span
     from stages.plan.texts import Texts
-    from stages.plan.work import Work
+    from stages.plan.tokens import Span, Work
 
 
 def _steps(config: Config) -> list[Planned]:
@@ -79,7 +78,7 @@ def _spans(texts: Texts, variant: str) -> Iterator[Span]:
     from stages.engines.openai import max_reply_tokens
     from stages.labelling.personas import held_out
     from stages.labelling.votes import tolerated
-    from stages.plan.lengths import Lengths, Span
+    from stages.plan.tokens import Lengths, Span
 
     classify, number = texts.config.classify, len(texts.rows[variant])
     if texts.config.labelling_strategy(variant) in UNVOTED or not number:
@@ -99,7 +98,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     """Votes, one forward pass over each prompt, and the first time those on held-out examples."""
     from stages.labelling.personas import held_out
     from stages.plan.texts import PROMPT_SAMPLE
-    from stages.plan.work import Work, per_text
+    from stages.plan.tokens import Work, per_text
 
     config, rows, voters = texts.config, texts.rows[variant], texts.config.classify.voters
     if config.labelling_strategy(variant) in UNVOTED or not rows:

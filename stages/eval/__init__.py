@@ -14,9 +14,8 @@ from stages.evaluation.benchmarks import benchmarks
 from stages.pipeline.stage import BENCHMARKS, INITIAL, Planned, Stage
 
 if TYPE_CHECKING:
-    from stages.plan.lengths import Span
     from stages.plan.texts import Texts
-    from stages.plan.work import Work
+    from stages.plan.tokens import Span, Work
 
 
 def _steps(config: Config) -> list[Planned]:
@@ -50,8 +49,8 @@ def _inputs(benchmark: BenchmarkSection, target: str, name: str) -> tuple[str, .
 
 
 def _spans(texts: Texts, variant: str) -> Iterator[Span]:
-    from stages.plan.lengths import Lengths, Span
     from stages.plan.texts import generation_limit
+    from stages.plan.tokens import Lengths, Span
 
     target, _, name = variant.partition("@")
     engine, benchmark = texts.config.eval.engine, texts.config.eval.benchmarks[name]
@@ -66,7 +65,7 @@ def _spans(texts: Texts, variant: str) -> Iterator[Span]:
 def _work(texts: Texts, variant: str) -> Work | None:
     """An answer to each item; the check of the first ones loads the model once more."""
     from stages.plan.texts import PROMPT_SAMPLE, generation_limit
-    from stages.plan.work import Work, per_text
+    from stages.plan.tokens import Work, per_text
 
     target, _, name = variant.partition("@")
     evaluation, rows = texts.config.eval, texts.rows[name]

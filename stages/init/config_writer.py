@@ -15,7 +15,7 @@ from stages.config.sources import ALL_LINEAR
 from stages.config.yaml import on_one_line
 from stages.evaluation.benchmarks import benchmarks
 from stages.init.data_profile import VERIFIED, DataProfile
-from stages.plan.lengths import Lengths
+from stages.plan.tokens import Lengths
 
 FAR = 2
 """The longest row sets a limit, unless it is more than this many times as long as 99 % of the rows."""

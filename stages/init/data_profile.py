@@ -14,7 +14,7 @@ from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
 from stages.models.size import parameters
 from stages.models.tokenizer import load_tokenizer
-from stages.plan.lengths import Lengths
+from stages.plan.tokens import Lengths
 from stages.prompts.answers import extract_letter, parse_number
 from stages.prompts.chat_template import arguments_of
 from stages.prompts.renderer import IGNORED, PROBE, Renderer

@@ -10,7 +10,7 @@ from dataclasses import replace
 from stages.config import Config
 from stages.lora.examples import PROTECTED
 from stages.pipeline.stage import WEIGHTS, Planned, Stage
-from stages.plan.work import Work
+from stages.plan.tokens import Work
 
 SYSTEMS = {"sft": 1, "rl": 2}
 """Variant → the system for which the elements of its masks train."""

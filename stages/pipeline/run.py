@@ -19,7 +19,7 @@ from stages.errors import ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stage import Stage, section
 from stages.pipeline.state import State, current_artifact, refuse_damaged, require_current, state
-from stages.pipeline.steps import Step, ancestors, check_stage_name, check_unchanged
+from stages.pipeline.steps import Step, ancestors, check_unchanged
 from stages.progress import Progress
 from stages.runtime import libraries, ranks, resources
 from stages.store.artifacts import Artifact, Store
@@ -77,8 +77,7 @@ def calls_of_pending(
 ) -> Iterator[tuple[StageContext, dict[str, Any]]]:
     """The arguments of the stage function for each step that is not current and whose inputs are."""
     for step in steps:
-        sources = {name: current_artifact(store, source) for name, source in step.inputs.items()}
-        inputs = {name: artifact for name, artifact in sources.items() if artifact}
+        inputs = {name: a for name, source in step.inputs.items() if (a := current_artifact(store, source))}
         if current_artifact(store, step) or len(inputs) < len(step.inputs):
             continue
         out = store.partial(step.stage.name, step.key)
@@ -210,8 +209,6 @@ def pending_stages(steps: dict[str, Step], store: Store, last: str | None) -> It
     The state of a task is read when its turn comes, after earlier tasks are done. ConfigError if there is no
     stage of that name.
     """
-    if last is not None:
-        check_stage_name(steps, last)
     needed = list(ancestors(steps, last).values())
     if not needed:
         raise missing_path_error()

@@ -18,8 +18,6 @@ from stages.config import Config, Section
 from stages.config.fields import setting
 from stages.errors import ConfigError
 
-StageFunction = Callable[..., dict[str, Any]]
-"""The work of a stage: `run(context, **sections)`, which returns its summary."""
 Check = Callable[[], object]
 """Raises the error that would stop a step."""
 TRAIN = "train"
@@ -83,8 +81,8 @@ class Stage:
     def help(self) -> str:
         return about(self.name)
 
-    def function(self, name: str = "run") -> StageFunction:
-        """A function of `run.py`, which is imported now, and torch with it."""
+    def function(self, name: str = "run") -> Callable[..., dict[str, Any]]:
+        """A function of `run.py`, which is imported now, and torch with it: `run(context, **sections)`."""
         return getattr(importlib.import_module(f"stages.{self.name}.run"), name)
 
     def __reduce__(self) -> tuple[Callable[[str], Stage], tuple[str]]:

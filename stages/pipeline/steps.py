@@ -101,25 +101,19 @@ def check_unchanged(config: Config, step: Step) -> None:
         )
 
 
-def stage_names(steps: dict[str, Step]) -> list[str]:
-    """Names of the stages that these are of, in the order in which their first steps come."""
-    return list(dict.fromkeys(step.stage.name for step in steps.values()))
-
-
-def check_stage_name(steps: dict[str, Step], name: str) -> None:
-    """Raise ConfigError unless there are steps of a stage of that name."""
-    names = stage_names(steps)
-    if name in names:
-        return
-    if f"classify:{TRAIN}" not in steps and stage(name):
-        raise missing_path_error()
-    raise ConfigError(f"unknown stage {name!r}", f"choose from: {', '.join(names)}")
-
-
 def ancestors(steps: dict[str, Step], last: str | None) -> dict[str, Step]:
-    """The steps of stage `last`, by default all that are asked for, with their direct and indirect inputs."""
-    is_last = {n: s.planned.asked_for if last is None else s.stage.name == last for n, s in steps.items()}
-    return with_inputs(steps, [name for name in steps if is_last[name]])
+    """The steps of stage `last`, by default all that are asked for, with their direct and indirect inputs.
+
+    ConfigError if there is no step of that stage.
+    """
+    if last is None:
+        return with_inputs(steps, [name for name, step in steps.items() if step.planned.asked_for])
+    if names := [name for name, step in steps.items() if step.stage.name == last]:
+        return with_inputs(steps, names)
+    if f"classify:{TRAIN}" not in steps and stage(last):
+        raise missing_path_error()
+    choices = dict.fromkeys(step.stage.name for step in steps.values())
+    raise ConfigError(f"unknown stage {last!r}", f"choose from: {', '.join(choices)}")
 
 
 def with_inputs(steps: dict[str, Step], names: Collection[str]) -> dict[str, Step]:

@@ -9,7 +9,6 @@ measured, in CPU time: other work on the machine does not change it.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,8 +18,7 @@ from typing import Any
 from stages.errors import is_out_of_memory
 from stages.pipeline.stage import TRAIN
 from stages.pipeline.steps import Step
-from stages.plan.lengths import Span
-from stages.plan.work import Work
+from stages.plan.tokens import Span, Work
 from stages.runtime import libraries, resources
 from stages.runtime.resources import MIB
 
@@ -54,17 +52,6 @@ class Estimate:
     spans: list[Span]
     room: int | None = None
     """Memory of the device, in MiB; None if nothing was measured."""
-
-    @property
-    def seconds(self) -> list[float]:
-        """Seconds of the steps whose time can be predicted."""
-        return [cost.seconds for cost in self.costs.values() if cost.seconds is not None]
-
-
-def memory_remedies(steps: list[Step], predicted: Estimate) -> dict[str, str]:
-    """The names of those steps that do not fit into the memory → what to change so that they do."""
-    too_large = [s for s in steps if (predicted.costs[s.name].mib or 0) > (predicted.room or math.inf)]
-    return {s.name: f"lower {s.planned.memory_hint}, or set model.load_in_4bit" for s in too_large}
 
 
 def estimate(texts: Any, steps: list[Step]) -> Estimate:

@@ -8,7 +8,6 @@ stage are in its description; here are those that several stages make.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from stages import sandbox as sandboxes
 from stages.config import Config, RlSection, ScoreSection, SftSection
 from stages.errors import DataError, LoraparError, OutputError
 from stages.labelling.known import with_known_labels
-from stages.lora.adapter import adapter
 from stages.models import load_errors
 from stages.pipeline.stage import TRAIN, Check, section
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.plan.texts import Texts
 from stages.records import Labelled, read_labels
-from stages.runtime import ranks, resources
+from stages.runtime import ranks
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,6 @@ def _checks(texts: Texts, steps: list[Step]) -> Iterator[tuple[str, Check]]:
         of_training = _of_training(config, getattr(config, step.stage.name, None))
         for check in (*of_training, *step.stage.checks(texts, step)):
             yield step.name, check
-    trained = [step for step in steps if "adapter/" in step.stage.files]
-    if trained and config.baseline is None:
-        yield trained[-1].name, partial(_check_room, texts, len(trained))
     sections = {path: step.stage.name for step in steps for path in step.planned.sections}
     for path, stage in sections.items():
         if path.endswith(".sandbox"):
@@ -98,29 +93,9 @@ def _of_training(config: Config, stage: object) -> Iterator[Check]:
 
 def _check_folder(runs: Path) -> None:
     """Raise OutputError if artifacts cannot be written there."""
-    runs = _existing(runs)
+    runs = next(folder for folder in (runs, *runs.absolute().parents) if folder.exists())
     if not runs.is_dir() or not os.access(runs, os.W_OK):
         raise OutputError(f"runs_dir: {runs} is no folder to write in", "name another one")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
-def _check_room(texts: Texts, trained: int) -> None:
-    """Raise OutputError if the disk has no room for an adapter of each of so many steps, float32."""
-    config = texts.config
-    needed = trained * 4 * sum(adapter.weight_sizes(texts.base, config.lora))
-    free = shutil.disk_usage(_existing(Path(config.runs_dir))).free
-    if free < needed:
-        raise OutputError(
-            f"runs_dir: {free / resources.MIB:.1f} MiB are free, and the adapters alone take "
-            f"{needed / resources.MIB:.1f}",
-            "free some room, or name another one",
-        )
 
 
 def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:

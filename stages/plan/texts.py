@@ -19,7 +19,7 @@ from stages.models.load_errors import load_config, max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.stage import TRAIN
 from stages.pipeline.steps import Step
-from stages.plan.lengths import Lengths, Span, sampled
+from stages.plan.tokens import Lengths, Span, sampled
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example, Labelled
 from stages.store.artifacts import Store
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TRAINING_SAMPLE, PROMPT_SAMPLE = 5000, 128
 """Random rows that are tokenised; prompts with worked examples may have a thousand tokens each."""
-
 
 Imitating = ScoreSection | TrainSection
 
@@ -101,7 +100,8 @@ class Texts:
         """Rows as score or SFT computes them, longest first; too long ones are cut or left out."""
         data, rows = self.config.data, self.training_rows(stage)
         if data.too_long == "truncate":
-            rows = [_cut(row, data.max_length) for row in rows]
+            length = data.max_length
+            rows = [Row(row.id, row.input_ids[:length], row.labels[:length]) for row in rows]
         rows = [row for row in rows if len(row.input_ids) <= data.max_length and set(row.labels) != {IGNORED}]
         if not rows:
             raise DataError(f"no row fits into data.max_length {data.max_length}")
@@ -193,10 +193,6 @@ class _Rows(dict[str, list[Example]]):
             section = self._config.eval.benchmarks[name]
             self[name] = list(benchmarks.pick(section.kind).load(section))
         return self[name]
-
-
-def _cut(row: Row, length: int) -> Row:
-    return Row(row.id, row.input_ids[:length], row.labels[:length])
 
 
 def prompt_length(row: Row) -> int:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
-from stages.plan.lengths import Span, sampled
-from stages.plan.work import SYSTEM1_SHARE, Work
+from stages.plan.tokens import SYSTEM1_SHARE, Span, Work, sampled
 from stages.records import Labelled
 from stages.rewards import loading
 

@@ -15,7 +15,7 @@ from stages.config import Config
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
 from stages.pipeline.stage import ADAPTER, TRAIN, WEIGHTS, Check, Planned, Stage
-from stages.plan.work import Work
+from stages.plan.tokens import Work
 from stages.records import Labelled
 
 if TYPE_CHECKING:

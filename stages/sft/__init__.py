@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
-from stages.plan.work import SYSTEM1_SHARE, Work, per_text
+from stages.plan.tokens import SYSTEM1_SHARE, Work, per_text
 from stages.records import Labelled
 
 if TYPE_CHECKING:

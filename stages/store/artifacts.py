@@ -153,13 +153,13 @@ class Store:
         from filelock import FileLock, Timeout
 
         folder = self.root / stage
+        owner = folder / f".{key}.owner"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / f".{key}.lock", timeout=0)
             lock.acquire()
-            (folder / f".{key}.owner").write_text(f"pid {os.getpid()}", encoding="utf-8")
+            owner.write_text(f"pid {os.getpid()}", encoding="utf-8")
         except Timeout:
-            owner = folder / f".{key}.owner"
             who = owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "another process"
             raise BusyError(
                 f"{stage} {key} is being built by {who}", "wait for it, then run the same command"

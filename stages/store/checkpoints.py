@@ -56,10 +56,8 @@ class Checkpoints:
             seal = self._read_seal(path)
             if isinstance(seal, _Seal):
                 if seal.conditions != self._conditions:
-                    before, now = (
-                        ", ".join(map(" ".join, conditions.items()))
-                        for conditions in (seal.conditions, self._conditions)
-                    )
+                    both = (seal.conditions, self._conditions)
+                    before, now = (", ".join(map(" ".join, conditions.items())) for conditions in both)
                     raise ConfigError(
                         f"{path} was made with {before}, and this run has {now}",
                         "resume under the same conditions, or start this stage over with --force",

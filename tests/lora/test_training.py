@@ -19,7 +19,7 @@ from stages.lora.training.start import StartingAdapter
 from stages.lora.training.trainer import ResumableTrainer
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
-from stages.pipeline.steps import plan_steps, stage_names
+from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, labelled_examples
 from stages.sft import run as sft
@@ -70,7 +70,7 @@ def test_step_i_of_w_warm_up_steps_has_i_parts_in_w_of_the_peak(tmp_path, schedu
 def test_the_reversed_order(begun):
     """RL from the initial adapter, SFT from RL's."""
     config = begun(*SFT, "rl.start_from=init", "sft.start_from=rl", "rl.max_steps=1")
-    assert stage_names(plan_steps(resolved(config)))[3:5] == ["rl", "sft"]
+    assert [name for name in plan_steps(resolved(config)) if name in ("sft", "rl")] == ["rl", "sft"]
     for stage in ("rl", "sft"):
         summary = make_step(config, stage).manifest["summary"]
         assert summary["frozen_drift"] == 0 and summary["moved"] > 0

@@ -69,13 +69,6 @@ def _linear(base: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
             yield path.rpartition(".")[2], module
 
 
-def weight_sizes(base: PreTrainedModel, lora: LoraSection) -> list[int]:
-    """Elements of each LoRA weight, A and B of every target module; ConfigError as in `with_targets`."""
-    targets = with_targets(base, lora).target_modules
-    modules = [module for name, module in _linear(base) if name in targets]
-    return [lora.r * features for m in modules for features in (m.in_features, m.out_features)]
-
-
 def _with_lora(
     base: PreTrainedModel, lora: LoraSection, dropout: float, doubled: bool, init: bool | str
 ) -> PeftModel:

@@ -1,17 +1,20 @@
-"""Lengths of texts in tokens, beside the limits that they have to keep."""
+"""What a stage says of its steps before they run, in tokens: lengths beside their limits, and the work."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import fmean
 
 from stages.records import Example
 
 LONGEST = 64
 """Examples with the longest texts that are always in a sample."""
+SYSTEM1_SHARE = 0.5
+"""Share of System 1 among the rows, before they are labelled."""
 
 
 class Lengths:
@@ -19,23 +22,13 @@ class Lengths:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.ordered = sorted(numbers)
-        self.median, self.p99 = self._quantile(0.5), self._quantile(0.99)
-        self.mean, self.longest = fmean(self.ordered), self.ordered[-1]
-
-    def _quantile(self, share: float) -> int:
-        """Nearest rank: the smallest length that at least this share of the texts do not exceed."""
-        return self.ordered[math.ceil(share * len(self.ordered)) - 1]
-
-    def beyond(self, limit: int) -> int:
-        """The number of texts that are longer than the limit."""
-        return sum(number > limit for number in self.ordered)
+        self.longest = self.ordered[-1]
+        self.p99 = self.ordered[math.ceil(0.99 * len(self.ordered)) - 1]
+        """The smallest length that at least 99 % of the texts do not exceed."""
 
     def within(self, limit: int) -> float:
         """The mean length if longer texts are cut at the limit."""
         return fmean(min(number, limit) for number in self.ordered)
-
-    def summary(self) -> dict[str, float]:
-        return {"mean": self.mean, "median": self.median, "p99": self.p99, "longest": self.longest}
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Span:
 
     @property
     def longer(self) -> int:
-        return 0 if self.limit is None else self.lengths.beyond(self.limit)
+        return sum(self.limit is not None and number > self.limit for number in self.lengths.ordered)
 
     @property
     def fails(self) -> bool:
@@ -69,3 +62,29 @@ def sampled(examples: list[Example], number: int) -> list[Example]:
     by_length = sorted(examples, key=lambda example: -len(example.conversation) - len(example.response))
     sample = random.Random(0).sample(examples, min(number, len(examples))) + by_length[:LONGEST]
     return list({example.id: example for example in sample}.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    trained: float = 0.0
+    """Tokens of forward and backward passes."""
+    read: float = 0.0
+    """Tokens of prompts."""
+    written: float = 0.0
+    """Tokens of answers."""
+    batch: float = 0.0
+    """Tokens of the largest batch of a forward and backward pass."""
+    slots: int = 0
+    """Answers that are generated at a time."""
+    length: float = 0.0
+    """Tokens of the longest of them, with its prompt."""
+    copies: float = 1.0
+    """Of the base's weights, in this process."""
+    servers: int = 0
+    """That are started for it."""
+
+
+def per_text(texts: Sequence[list[int]], size: int) -> float:
+    """Mean tokens that are computed of a text, in batches of `size` that compute a common beginning once."""
+    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False)))
+    return fmean(map(len, texts)) - common * (1 - 1 / size)
