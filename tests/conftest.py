@@ -59,7 +59,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -188,8 +188,8 @@ def wait_for(true: Callable[[], object], seconds: float = 120) -> bool:
 def alive(pid: int) -> bool:
     """Whether the process has not ended, reaped or not."""
     try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -199,14 +199,9 @@ def no_sandbox(why: str) -> None:
 
 
 def processes(mark: str) -> list[int]:
-    """Those that have the text in their command line."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if mark.encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-    return found
+    """Those that have the text in their command line, in which \\0 stands between words."""
+    lines = {child.pid: "\0".join(child.info["cmdline"] or []) for child in psutil.process_iter(["cmdline"])}
+    return [pid for pid, line in lines.items() if mark in line and pid != os.getpid()]
 
 
 def quick(every: Iterable[str], *names: str) -> list[object]:
@@ -420,11 +415,6 @@ class Silent:
 
     def say(self, text: str) -> None:
         self.said.append(text)
-
-
-@pytest.fixture
-def silent() -> Silent:
-    return Silent()
 
 
 @pytest.fixture

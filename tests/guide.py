@@ -1,4 +1,4 @@
-"""README and the guide as text: their pages, fenced blocks, sentences and links."""
+"""README and the guide as text: their pages, fenced blocks, commands and links."""
 
 import re
 from dataclasses import dataclass
@@ -43,19 +43,6 @@ def commands() -> list[tuple[str, str, str]]:
             if command := re.sub(r"\s+#.*", "", line).strip():
                 found.append((block.page, block.title, command))
     return found
-
-
-def sentences(page: Path) -> list[str]:
-    """The sentences of the running text: no code, tables, headings or pictures."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    lines = [line for line in text.splitlines() if not re.match(r"\s*(\||#|!|    )", line)]
-    paragraphs = re.split(r"\n\s*\n|\n(?=- |\d\. )", "\n".join(lines))
-    return [
-        sentence
-        for paragraph in paragraphs
-        for sentence in re.split(r"(?<=[.!?:;])\s+", re.sub(r"\]\([^)]*\)", "]", paragraph).strip())
-        if len(sentence.split()) > 2
-    ]
 
 
 def anchors(page: Path) -> set[str]:

@@ -34,10 +34,6 @@ class Tally:
     left: list[str] = field(default_factory=list)
     """Processes that outlived their command."""
 
-    @property
-    def wrong(self) -> list[str]:
-        return [*self.lost, *self.tracebacks, *self.hangs, *self.left]
-
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest, record_property) -> Iterator[Tally]:
@@ -45,11 +41,11 @@ def tally(request: pytest.FixtureRequest, record_property) -> Iterator[Tally]:
     found = Tally(name.removeprefix("test_").replace("_", " "), random.Random(f"{SEED} {name}"))
     begun = time.monotonic()
     yield found
-    counts = [found.lost, found.tracebacks, found.hangs, found.left]
+    faults = [found.lost, found.tracebacks, found.hangs, found.left]
+    numbers, wrong = list(map(len, faults)), sum(faults, [])
     seconds = round(time.monotonic() - begun)
-    numbers = [len(kind) for kind in counts]
     record_property(KEY, [found.kind, SEED, found.tried, seconds, sum(numbers), *numbers])
-    assert (found.tried or found.skipped) and not found.wrong, "\n".join(found.wrong[:20])
+    assert (found.tried or found.skipped) and not wrong, "\n".join(wrong[:20])
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

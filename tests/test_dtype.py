@@ -1,9 +1,11 @@
-"""What `model.dtype: auto` means on a CPU, and what vLLM is told of it."""
+"""What `model.dtype: auto` means on a CPU, what vLLM is told of it, and where weights are read to."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import vllm
@@ -98,3 +100,20 @@ def test_oneDNN_and_the_cpu_are_both_asked(monkeypatch):
         monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda able=onednn: bool(able))
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda feature=feature: {feature: True})
         assert dtype.native_bfloat16() is native
+
+
+def test_weights_go_to_the_device_without_a_copy_of_all_in_main_memory(monkeypatch, tiny):
+    """Several processes would hold one each. The device `meta` stands in for a GPU."""
+    read, devices = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(*args, **kwargs):
+        model, report = read(*args, **kwargs)
+        devices.append({parameter.device.type for parameter in model.parameters()})
+        return model, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    section = ModelSection(name=str(tiny))
+    load_base(section, torch.device("meta"))
+    load_base(section)
+    assert devices == [{"meta"}, {"cpu"}]
+    assert not hasattr(load_base(section), "hf_device_map")

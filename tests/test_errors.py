@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from lorapar_cli.errors import to_user_error
 from lorapar_cli.process import end_on_signal, received
 from stages.config import ModelSection, PromptSection
-from stages.errors import ConfigError, DataError, LoraparError, MissingInputError, Terminated
-from stages.models.base import load_base
+from stages.errors import ConfigError, LoraparError, MissingInputError, Terminated
+from stages.models.base import load_adapted, load_base
 from stages.models.load_errors import load_errors
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
@@ -93,29 +93,34 @@ def section(folder: Path) -> ModelSection:
     return ModelSection(name=str(folder), dtype="float32")
 
 
-@pytest.mark.parametrize("text", ["{", '{"model_type": "unheard_of"}'])
-def test_a_damaged_model_is_named(copy, text):
-    (copy / "config.json").write_text(text)
-    with pytest.raises(LoraparError, match=f"cannot load model {copy}"):
-        load_base(section(copy))
+def load_with_adapter(model: ModelSection) -> None:
+    load_adapted(model, Path(model.name) / "adapter")
 
 
-def test_a_tokenizer_that_is_damaged_or_makes_its_library_panic_is_named(copy):
-    """An exception that is no Exception."""
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    for text in (json.dumps(tokenizer), "[]", '{"model": {}}'):
-        (copy / "tokenizer.json").write_text(text)
-        with pytest.raises(LoraparError, match=f"cannot load the tokenizer of {copy}"):
-            load_tokenizer(section(copy))
+PANICS = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+"""In a tokenizer it makes its library raise an exception that is no Exception."""
 
 
-def test_a_tokenizer_without_eos(copy):
-    path = copy / "tokenizer_config.json"
-    before = json.loads(path.read_text())
-    path.write_text(json.dumps(before | {"eos_token": None, "pad_token": None}))
-    with pytest.raises(DataError, match="has no EOS token"):
-        load_tokenizer(section(copy))
+@pytest.mark.parametrize(
+    ("name", "text", "load", "told"),
+    [
+        ("config.json", "{", load_base, "cannot load model COPY"),
+        ("config.json", '{"model_type": "unheard_of"}', load_base, "cannot load model COPY"),
+        ("tokenizer.json", "[]", load_tokenizer, "cannot load the tokenizer of COPY"),
+        ("tokenizer.json", '{"model": {}}', load_tokenizer, "cannot load the tokenizer of COPY"),
+        ("tokenizer.json", PANICS, load_tokenizer, "cannot load the tokenizer of COPY"),
+        ("tokenizer_config.json", {"eos_token": None, "pad_token": None}, load_tokenizer, "has no EOS token"),
+        ("adapter/adapter_config.json", '{"peft_type": ""}', load_with_adapter, "COPY/adapter: KeyError"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_named(copy, name, text, load, told):
+    """text: of the file; or changes of what is in it."""
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((copy / name).read_text()) | text)
+    (copy / "adapter").mkdir()
+    (copy / name).write_text(text)
+    with pytest.raises(LoraparError, match=told.replace("COPY", str(copy))):
+        load(section(copy))
 
 
 @pytest.mark.parametrize(

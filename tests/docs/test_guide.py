@@ -3,14 +3,13 @@
 import json
 import re
 from pathlib import Path
-from statistics import mean
 
 import jsonschema
 import pytest
 import reference
 import yaml
 from conftest import CONFIGS, ROOT, TABLES, Small, make_steps
-from guide import PAGES, README, anchors, blocks, commands, own_reward, sentences
+from guide import PAGES, README, anchors, blocks, commands, own_reward
 
 from stages.config import Config
 from stages.config.listing import json_schema, setting_names
@@ -24,13 +23,6 @@ def test_the_readme_is_one_page() -> None:
     text = README.read_text(encoding="utf-8")
     assert text.count("\n") <= 150
     assert len(text.split()) <= 1200
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_sentences_are_short(page: Path) -> None:
-    lengths = [len(sentence.split()) for sentence in sentences(page)] or [0]  # the glossary is a table
-    assert mean(lengths) <= 25
-    assert max(lengths) <= 40
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
