@@ -13,7 +13,7 @@ from stages.store.artifacts import MANIFEST, Store
 from stages.store.digests import DigestCache, key_of
 
 PROVENANCE = {"config": {}, "seconds": 2.5, "finished": "2026-11-29T00:00:00+00:00", "versions": {}}
-FIELDS = {"inputs": {}, "summary": {}, "provenance": PROVENANCE}
+FIELDS = {"variant": "", "inputs": {}, "summary": {}, "provenance": PROVENANCE}
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def build(store: Store, name: str = "k", text: str = "payload") -> Path:
     partial = store.start_partial("score", key)
     (partial / "sub").mkdir()
     (partial / "sub/file.bin").write_text(text)
-    return store.commit("score", key, {"variant": "", "identity": identity, **FIELDS}).path
+    (partial / "sub/file.bin").chmod(0o600)  # as some libraries do
+    return store.commit("score", key, {"identity": identity, **FIELDS}).path
 
 
 def test_an_artifact_has_its_name_when_all_of_it_is_on_disk(store, monkeypatch):
@@ -97,47 +98,43 @@ def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store)
         pass
 
 
-def test_digest_cache_follows_content(tmp_path):
+@pytest.mark.parametrize("before", ["{}", "[]", '{"a": [1, 2]}', "{", "[" * 5000])
+def test_digest_cache_follows_content_and_may_be_damaged(tmp_path, before):
     (tmp_path / "full/cache.json").mkdir(parents=True)  # no file can be moved there
+    (tmp_path / "cache.json").write_text(before)
     (tmp_path / "m").mkdir()
     (tmp_path / "m/a").write_text("0")
     DigestCache(tmp_path / "full/cache.json").folder(tmp_path / "m")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["cache.json"]
     cache = DigestCache(tmp_path / "cache.json")
     one = cache.folder(tmp_path / "m")
+    assert cache.file(tmp_path / "m/a") == hashlib.sha256(b"0").hexdigest()
     assert DigestCache(tmp_path / "cache.json").folder(tmp_path / "m") == one
     (tmp_path / "m/a").write_text("2")
     os.utime(tmp_path / "m/a", ns=(1, 1))
     assert cache.folder(tmp_path / "m") != one
 
 
-SEALED_AGAIN = [
-    (lambda m: m.pop("inputs"), "inputs: Field required"),
-    (lambda m: m["files"].update({"sub/file.bin": "x"}), "files.sub/file.bin: Input should be a valid"),
-    (lambda m: m["provenance"].update(seconds=-1), "provenance.seconds: Input should be greater"),
-    (lambda m: m["files"].update({"../x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
-    (lambda m: m["files"].update({"/x": m["files"]["sub/file.bin"]}), "leads out of the artifact"),
-    (lambda m: m.update(identity={"name": "other"}), "is not that of key"),
-    (lambda m: m.update(key="0" * 12), "is not that of key"),
-    (lambda m: m["summary"].update(accuracy=float("nan")), "Out of range float values are not JSON"),
-]
-EDITED = [
-    (lambda m: m["summary"].update(accuracy=1), "was changed after it was written"),
-    (lambda m: m.update(seal="0" * 64), "was changed after it was written"),
-    (lambda m: m.pop("seal"), "seal: Field required"),
-    (lambda m: m.update(schema="2"), "schema: Input should be 2"),
-]
-
-
 @pytest.mark.parametrize(
-    ("change", "reason", "seal"), [*((*e, False) for e in EDITED), *((*e, True) for e in SEALED_AGAIN)]
+    ("change", "seal", "reason"),
+    [
+        (lambda m: m["summary"].update(accuracy=1), False, "was changed after it was written"),
+        (lambda m: m.pop("seal"), False, "seal: Field required"),
+        (lambda m: m.update(schema="2"), True, "schema: Input should be 2"),
+        (lambda m: m["provenance"].update(seconds=-1), True, "provenance.seconds: Input should be greater"),
+        (lambda m: m["files"].update({"../x": m["files"].popitem()[1]}), True, "leads out of the artifact"),
+        (lambda m: m["files"].update({"/x": m["files"].popitem()[1]}), True, "leads out of the artifact"),
+        (lambda m: m.update(identity={"name": "other"}), True, "is not that of key"),
+        (lambda m: m.update(key="0" * 12), True, "is not that of key"),
+        (lambda m: m["summary"].update(accuracy=float("nan")), True, "Out of range float values"),
+    ],
 )
-def test_an_edited_manifest_is_not_believed(store, change, reason, seal):
+def test_an_edited_manifest_is_not_believed(store, change, seal, reason):
     path = build(store)
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
     if seal:
-        manifest.pop("seal")
+        del manifest["seal"]
         text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
         manifest["seal"] = hashlib.sha256(text.encode()).hexdigest()
     (path / MANIFEST).write_text(json.dumps(manifest))
@@ -154,37 +151,23 @@ def test_what_is_no_manifest_is_not_believed(store, text):
 
 
 def test_files_are_readable_as_the_umask_allows(store):
-    """Some libraries write files that only their owner can read."""
     before = os.umask(0o022)
     try:
-        partial = store.start_partial("score", key_of({"name": "x"}))
-        (partial / "file").write_text("x")
-        (partial / "file").chmod(0o600)
-        more = {"variant": "", "identity": {"name": "x"}, **FIELDS}
-        path = store.commit("score", key_of({"name": "x"}), more).path
+        path = build(store)
     finally:
         os.umask(before)
-    assert (path / "file").stat().st_mode & 0o777 == 0o644
+    assert (path / "sub/file.bin").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_copied_store_in_which_latest_is_a_folder(store):
     """`cp -rL` follows links: the copy stays, and `latest` is a link again."""
-    path, other = build(store), build(store, "l").name
-    for key in (path.name, other, path.name):
-        store.point_latest("score", "", key)
-        assert store.latest("score", "").path.name == key
+    path, last = build(store), build(store, "l")
+    assert store.latest("score", "").path == last
+    store.point_latest("score", "", path.name)
+    assert store.latest("score", "").path == path
     link = path.with_name("latest")
     link.unlink()
     shutil.copytree(path, link)
     assert store.latest("score", "") is None
     store.point_latest("score", "", path.name)
     assert store.latest("score", "").path == path.resolve() and (path.parent / "latest.old-1").is_dir()
-
-
-@pytest.mark.parametrize("text", ["[]", '{"a": [1, 2]}', "{", "[" * 5000])
-def test_a_damaged_cache_of_digests_is_no_obstacle(tmp_path, text):
-    (tmp_path / "cache.json").write_text(text)
-    (tmp_path / "a").write_text("a")
-    for _ in range(2):
-        digest = DigestCache(tmp_path / "cache.json").file(tmp_path / "a")
-        assert digest == hashlib.sha256(b"a").hexdigest()

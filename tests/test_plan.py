@@ -2,21 +2,11 @@
 
 import re
 
-import pytest
-from conftest import ROOT, flags, needs_vllm
+from conftest import config_file, needs_vllm
 
 from lorapar_cli import plan as plan_command
 from stages.pipeline.steps import plan_steps
 from stages.plan.estimate import Cost, Estimate
-
-STEPS = ("classify:train", "score", "sft", "rl", "eval:sft@demo")
-SETS = ("data.limit=16", "eval.benchmarks.demo.limit=4", "eval.targets=[base, sft, rl]")
-
-
-@pytest.fixture
-def asked(lorapar, smoke_flags):
-    """Runs `lorapar plan` on the smoke config with few rows; returns what it prints."""
-    return lambda *more: lorapar("plan", ROOT / "configs/smoke.yaml", *smoke_flags, *flags(*SETS), *more)
 
 
 def test_what_is_not_known_is_said_beside_the_total(capsys):
@@ -28,11 +18,11 @@ def test_what_is_not_known_is_said_beside_the_total(capsys):
 
 
 @needs_vllm
-def test_prompts_that_are_longer_than_a_server_reads_are_refused(asked):
+def test_prompts_that_are_longer_than_a_server_reads_are_refused(smoke, lorapar, tmp_path):
     """Of a benchmark, and of a voter that is the base."""
     voter = "classify.voters=[{persona: role_play, engine: vllm}]"
     sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
-    done = asked(*flags(*sets))
+    done = lorapar("plan", config_file(smoke(*sets), tmp_path))
     longer = r": \d+ of \d+ are longer than {} tokens \(server.max_model_len, less {}\)"
     assert done.code == 65
     assert re.search("prompt of demo" + longer.format(40, 24), done.err)

@@ -19,8 +19,6 @@ from stages.plan.texts import Texts
 from stages.plan.tokens import Lengths, Span
 from stages.records import write_jsonl
 
-KNOWN = ("classify.strategy=known", "classify.known=intended", "data.limit=24")
-
 
 @pytest.fixture
 def certain(smoke):
@@ -162,17 +160,13 @@ def test_what_may_go_well_is_not_refused(certain, smoke, tiny, tmp_path):
     assert certain("classify.voters=[{base_url: http://127.0.0.1:1/v1, model: me/x, persona: steps}]") == []
 
 
-def test_labels_tell_of_more(smoke):
+def test_labels_tell_of_more(certain):
     """24 rows, half of them System 2, are too few for a step of 16; with rl.data=all they are enough."""
-    voted = resolved(smoke(*KNOWN[2:], "rl.prompts_per_step=16"))
-    assert problems(Texts(voted), list(plan_steps(voted).values())) == []
-    config = resolved(smoke(*KNOWN, "rl.prompts_per_step=16"))
-    steps = list(plan_steps(config).values())
-    [problem] = problems(Texts(config), steps)
-    assert problem.stopped == ("rl",) and "are fewer than the 16 of a step" in str(problem)
-    assert problems(Texts(config), [step for step in steps if step.name != "rl"]) == []
-    other = resolved(smoke(*KNOWN, "rl.prompts_per_step=16", "rl.data=all"))
-    assert problems(Texts(other), list(plan_steps(other).values())) == []
+    step = ("data.limit=24", "rl.prompts_per_step=16")
+    known = ("classify.strategy=known", "classify.known=intended")
+    [problem] = certain(*step, *known)
+    assert problem.startswith("rl: ") and "are fewer than the 16 of a step" in problem
+    assert certain(*step) == certain(*step, *known, "rl.data=all") == []
 
 
 def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, smoke, tmp_path):

@@ -36,6 +36,10 @@ def journals(config: Config, kind: str) -> list[Path]:
     return sorted((Path(config.runs_dir) / kind).glob("*.jsonl"))
 
 
+def lines_of(config: Config, kind: str) -> dict[str, list[bytes]]:
+    return {path.name: path.read_bytes().splitlines(keepends=True) for path in journals(config, kind)}
+
+
 @pytest.fixture
 def copied(finished, tiny, demo_data, tmp_path):
     """A copy of the finished run."""
@@ -91,12 +95,11 @@ def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
+    damaged = "partition:sft is damaged: sha256 of .*masks.safetensors differs"
+    folder = file.parent.resolve()
     for name in ("partition", "sft"):
-        with pytest.raises(
-            ArtifactError, match="partition:sft is damaged: sha256 of .*masks.safetensors differs"
-        ) as caught:
+        with pytest.raises(ArtifactError, match=damaged) as caught:
             make_steps(config, name)
-        folder = file.parent.resolve()
         assert caught.value.hint == f"move {folder} away and run the same command again"
     folder.rename(tmp_path / "away")
     made = make_steps(config)
@@ -136,10 +139,9 @@ def test_votes_that_are_asked_in_other_batches_end_in_the_same_labels(copied):
     config = copied("data.limit=16")
     (first, *_) = make_steps(config, "classify:train", force=True)["classify:train"]
     labels = read_labels(first.path / "labels.jsonl")
-    before = {}
-    for journal in journals(config, "votes"):
-        before[journal] = journal.read_bytes()
-        journal.write_bytes(b"".join(before[journal].splitlines(keepends=True)[:7]))
+    before = {journal: journal.read_bytes() for journal in journals(config, "votes")}
+    for journal, text in before.items():
+        journal.write_bytes(b"".join(text.splitlines(keepends=True)[:7]))
     (second, *_) = make_steps(config, "classify:train", force=True)["classify:train"]
     assert any(journal.read_bytes() != text for journal, text in before.items())
     for one, two in zip(labels, read_labels(second.path / "labels.jsonl"), strict=True):
@@ -153,27 +155,22 @@ def test_another_voter_asks_only_for_its_own(copied):
         [{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")]
     )
     config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")
-    before = {journal.name: journal.stat().st_size for journal in journals(config, "votes")}
+    before = lines_of(config, "votes")
     make_steps(config, "classify:train")
-    after = {journal.name: journal.stat().st_size for journal in journals(config, "votes")}
-    assert len(after) == len(before) + 1
-    assert all(after[name] == size for name, size in before.items())
-
-
-def _answers(config):
-    return {path.name: path.read_bytes().splitlines(keepends=True) for path in journals(config, "answers")}
+    after = lines_of(config, "votes")
+    assert len(after) == len(before) + 1 and all(after[name] == lines for name, lines in before.items())
 
 
 def test_answers_of_an_evaluation_are_journalled(copied):
     """A torn line is asked again and nothing else; base, init, sft and rl have a journal each."""
     config = copied()
-    before = _answers(config)
+    before = lines_of(config, "answers")
     assert len(before) == 4 and all(len(lines) == 16 for lines in before.values())
     shutil.rmtree(Store(config.root).folder("eval", plan_steps(resolved(config))["eval:rl@demo"].key))
     for path in journals(config, "answers"):
         path.write_bytes(b"".join(before[path.name][:10]) + b'{"question": "torn')
     make_steps(config, "eval:rl@demo")
-    after = _answers(config)
+    after = lines_of(config, "answers")
     assert all(after[name][:10] == lines[:10] for name, lines in before.items())
     assert sorted(len(lines) for lines in after.values()) == [11, 11, 11, 16]  # the torn ones were not opened
     assert any(sorted(after[name]) == sorted(lines) for name, lines in before.items())
@@ -190,10 +187,10 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
 @pytest.mark.parametrize("change", ["lora.r=2", "eval.benchmarks.demo.max_new_tokens=9"])
 def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
     config = copied(change)
-    before = _answers(config)
+    before = lines_of(config, "answers")
     made = make_steps(config, "score", "eval:init@demo")
     assert made["eval:init@demo"][1]
-    after = _answers(config)
+    after = lines_of(config, "answers")
     assert sum(map(len, after.values())) == sum(map(len, before.values())) + 16
 
 
