@@ -2,11 +2,9 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 from stages import ORDER
 
@@ -37,53 +35,46 @@ NAMED_IN = 8
 """Most files outside of a stage's folder that have its name as a string: as a value of settings, mostly."""
 
 
-def imports(text: str) -> Iterator[str]:
-    """Every module below `stages` that a source file names: `stages.lora.adapter.adapter`."""
-    for node in ast.walk(ast.parse(text)):
+@cache
+def imports(path: Path) -> list[list[str]]:
+    """Every name below `stages` or `lorapar_cli` in a source file, in parts: stages, lora, adapter."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and re.fullmatch(r"stages(\.\w+)+\.?", str(node.value)):
-            yield str(node.value)
+            names.append(str(node.value))
+    return [parts for name in names if (parts := name.split("."))[0] in ("stages", "lorapar_cli")]
 
 
-def upward(room: str, text: str) -> list[str]:
-    """What a file in this room must not name."""
-    found = []
-    for name in imports(text):
-        parts = name.split(".")
-        if parts[0] == "lorapar_cli":
-            found.append(name)
-        if parts[0] == "stages" and len(parts) > 1 and parts[1] in FLOOR:  # else the package's own names
-            other = parts[1]
-            down = other == room or FLOOR[other] < FLOOR[room] or FLOOR[other] == FLOOR[room] == 0
-            found += [] if down else [name]
-    return found
+def place(path: Path) -> tuple[str, ...]:
+    """The room of a source file, and what it is part of there."""
+    return tuple(part.removesuffix(".py") for part in path.relative_to(ROOT / "stages").parts)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_arrows_point_down(path: Path):
-    room = path.relative_to(ROOT / "stages").parts[0].removesuffix(".py")
-    if room != "__init__":
-        assert upward(room, path.read_text(encoding="utf-8")) == []
+def test_arrows_point_down():
+    upward = []
+    for path in FILES:
+        room = place(path)[0]
+        for package, *names in imports(path) if room != "__init__" else ():
+            other = names[0] if package == "stages" and names else ""
+            down = other == room or other not in FLOOR or FLOOR[other] < max(FLOOR[room], 1)
+            if package == "lorapar_cli" or not down:
+                upward.append((str(path), package, *names))
+    assert upward == []
 
 
-def modules_below(room: str) -> dict[str, set[str]]:
-    """Each folder or file of a room, and which others of the room it names."""
-    parts = {path.name.removesuffix(".py") for path in (ROOT / "stages" / room).iterdir()} - {"__init__"}
-    named: dict[str, set[str]] = {part: set() for part in parts}
-    for path in (ROOT / "stages" / room).rglob("*.py"):
-        part = path.relative_to(ROOT / "stages" / room).parts[0].removesuffix(".py")
-        if part in parts:
-            names = [name.split(".") for name in imports(path.read_text(encoding="utf-8"))]
-            named[part] |= {n[2] for n in names if n[:2] == ["stages", room] and n[2:] and n[2] in parts}
-    return {part: others - {part} for part, others in named.items()}
-
-
-@pytest.mark.parametrize("room", [path.parent.name for path in (ROOT / "stages").glob("*/__init__.py")])
-def test_no_circles_within_a_room(room: str):
-    TopologicalSorter(modules_below(room)).prepare()  # CycleError names the circle
+def test_no_circles_within_a_room():
+    below: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for path in FILES:
+        room, *parts = place(path)
+        if parts and parts[0] != "__init__":
+            named = {(room, n[2]) for n in imports(path) if n[1:2] == [room] and n[2:]}
+            below.setdefault((room, parts[0]), set()).update(named)
+    graph = {part: {other for other in named if other in below} - {part} for part, named in below.items()}
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_few_files_know_a_stage_by_name():
