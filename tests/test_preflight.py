@@ -9,38 +9,51 @@ import torch
 from conftest import config_file
 from safetensors.torch import load_file, save_file
 
-from stages.errors import DataError
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
-from stages.plan import preflight
-from stages.plan.preflight import problems, require_no_problem
+from stages.plan.preflight import problems
 from stages.plan.texts import Texts
 from stages.plan.tokens import Lengths, Span
-from stages.records import write_jsonl
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+ITEM = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "def f(): 1")
+LETTERS = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
+LABELLED = [{"question": f"Add {i}?", "answer": f"#### {i}", "intended": 1} for i in range(40)]
+FILES = {
+    "own.py": "def bare(completions):\n    return [0.0 for _ in completions]\n",
+    "broken.py": "import no_such_package\n\ndef mine(completions):\n    return []\n",
+    "labels.csv": "question,system\nOne?,easy\nTwo?,hard\n",
+    "fast.jsonl": lines(LABELLED),
+    "undecided.jsonl": lines([LABELLED[0], *({**row, "intended": None} for row in LABELLED[1:])]),
+    "bare.jsonl": lines([*LABELLED, *({"question": f"{i}?", "gold": i, "intended": 2} for i in range(40))]),
+    "items.jsonl": lines([ITEM]),
+    "letters.jsonl": lines([LETTERS]),
+}
+"""Files of a person, in the folder HERE."""
 
 
 @pytest.fixture
-def certain(smoke):
+def certain(smoke, tmp_path):
     """Returns the problems of the smoke config with these settings, of all its steps, as text."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
 
     def find(*settings: str) -> list[str]:
-        config = resolved(smoke(*settings))
+        config = resolved(smoke(*(text.replace("HERE", str(tmp_path)) for text in settings)))
         return [str(problem) for problem in problems(Texts(config), list(plan_steps(config).values()))]
 
     return find
 
 
 def test_a_quantized_checkpoint_is_not_trained(certain, monkeypatch):
-    monkeypatch.setattr(preflight.load_errors, "is_quantized", lambda model: True)
+    monkeypatch.setattr("stages.models.load_errors.is_quantized", lambda model: True)
     (problem,) = certain()
     assert problem.startswith("score, sft, rl: ") and "is quantized itself" in problem
-
-
-def test_labels_that_are_none_are_said_at_once(certain, tmp_path):
-    (tmp_path / "labels.csv").write_text("question,system\nOne?,easy\nTwo?,hard\n")
-    (problem,) = certain("classify.strategy=known", f"classify.labels_file={tmp_path / 'labels.csv'}")
-    assert problem.startswith("classify:train, classify:demo: 2 × label in ") and "neither 1 nor 2" in problem
 
 
 def add_token(model, use="chat_template"):
@@ -55,11 +68,6 @@ def add_token(model, use="chat_template"):
     else:
         file = model / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), use: "<|new|>"}))
-
-
-BARE_ITEM = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), "def f(): 1")
-LETTERS = {"question": "Why? " * 4000, "subject": "law", "choices": list("abcd"), "answer": 0}
-REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.0 for _ in completions]\n"
 
 
 @pytest.mark.parametrize(
@@ -80,24 +88,12 @@ REWARDS = "import no_such_package\n\ndef mine(completions, **_):\n    return [0.
              r"rl: 0 RL prompts \(64 too long\) are fewer than the 4 of a step",
              "eval:sft@m: prompt of m: 1 of 1 are longer than "],
         ),
-        (["rl.rewards={code_tests: 1.0}", "rl.sandbox.backend=unsafe-no-sandbox"],
-         ["rl: reward code_tests reads"]),
-        (["rl.rewards_file=HERE/rewards.py", "rl.rewards={mine: 1.0}"],
-         ["rl: .*does not load: ModuleNotFoundError"]),
     ],
 )  # fmt: skip
-def test_certain_failures_are_found_all_at_once(smoke, tmp_path, settings, found):
-    write_jsonl(tmp_path / "items.jsonl", [BARE_ITEM])
-    write_jsonl(tmp_path / "letters.jsonl", [LETTERS])
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    config = resolved(smoke(*(text.replace("HERE", str(tmp_path)) for text in settings)))
-    with pytest.raises(DataError) as caught:
-        require_no_problem(Texts(config), list(plan_steps(config).values()))
-    head, *lines = str(caught.value).splitlines()
-    number = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
-    assert head == f"{number} certain to stop this run"
-    lines = [line.strip() for line in lines if not line.startswith("    ")]
-    assert all(any(re.match(text, line) for line in lines) for text in found), lines
+def test_certain_failures_are_found_all_at_once(certain, settings, found):
+    problems = certain(*settings)
+    assert len(problems) == len(found), problems
+    assert all(any(re.match(text, problem) for problem in problems) for text in found), problems
 
 
 def cut_short(model):
@@ -118,6 +114,7 @@ def weights(change):
 
 NORM = "model.norm.weight"
 OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
+KNOWN = ["classify.strategy=known", "classify.known=intended", "data.limit=null"]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +129,31 @@ OWN = ["rl.rewards_file=HERE/own.py", "rl.rewards={bare: 1.0}"]
         (None, OWN, r"rl: reward bare\(completions\) cannot be called: .* unexpected keyword"),
         (None, ["classify.voters=[{base_url: http://127.0.0.1:1/v1, model: x}]"],
          "classify:train, classify:demo: base_url http://127.0.0.1:1/v1 cannot be reached"),
+        (None, ["rl.rewards={code_tests: 1.0}", "rl.sandbox.backend=unsafe-no-sandbox"],
+         "rl: reward code_tests reads"),
+        (None, ["rl.rewards_file=HERE/broken.py", "rl.rewards={mine: 1.0}"],
+         "rl: .*does not load: ModuleNotFoundError"),
+        (None, ["classify.strategy=known", "classify.labels_file=HERE/labels.csv"],
+         "classify:train, classify:demo: 2 × label in .*neither 1 nor 2"),
+        (None, [*KNOWN, "data.path=HERE/fast.jsonl"],
+         r"score, sft, rl: no example is labelled System 2 \(40 System 1, 0 System 2"),
+        (None, [*KNOWN, "data.path=HERE/undecided.jsonl"],
+         r"score, .*no example is labelled System 2 \(1 System 1, 0 System 2, 39 undecided\)"),
+        (None, [*KNOWN, "data.path=HERE/bare.jsonl"],
+         "score, sft: none of 40 rows labelled System 2 has a response"),
+        (None, ["runs_dir=HERE/own.py"], "classify: runs_dir: .* is no folder to write in"),
     ],
 )  # fmt: skip
 def test_each_certain_failure_is_found_without_loading_anything(
     certain, tiny, tmp_path, monkeypatch, damage, settings, found
 ):
     monkeypatch.setattr("stages.models.base._run_once", lambda _: pytest.fail("loaded"))
-    (tmp_path / "own.py").write_text("def bare(completions):\n    return [0.0 for _ in completions]\n")
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     if damage:
         damage(model)
     few = [f"model.name={model}", "data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]"]
-    [problem] = certain(*few, *(text.replace("HERE", str(tmp_path)) for text in settings))
+    [problem] = certain(*few, *settings)
     assert re.match(found, problem), problem
 
 
@@ -169,14 +178,13 @@ def test_labels_tell_of_more(certain):
     assert certain(*step) == certain(*step, *known, "rl.data=all") == []
 
 
-def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, smoke, tmp_path):
+def test_rows_without_a_verifiable_answer_may_be_of_system_1(certain, tmp_path):
     rows = [f'{{"question": "What is {i}?", "answer": "number {i}"}}' for i in range(4)]
     rows += [f'{{"question": "Add {i}?", "answer": "#### {i}"}}' for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    path = f"data.path={tmp_path / 'rows.jsonl'}"
-    assert certain(path) == []
+    assert certain("data.path=HERE/rows.jsonl") == []
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:4]))
-    [problem] = certain(path)
+    [problem] = certain("data.path=HERE/rows.jsonl")
     assert problem.startswith("rl: reward correctness reads gold, and 4 of 4 RL rows have none")
 
 
@@ -198,28 +206,11 @@ def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monk
     assert done == [every, "classify", every, "score", "partition", "sft"]
 
 
-def test_labels_of_one_system_and_a_file_for_a_folder_are_found(certain, tmp_path, demo_data):
-    rows = (demo_data / "train.jsonl").read_text().splitlines()
-    fast = [{**json.loads(line), "intended": 1} for line in rows[:40]]
-    write_jsonl(tmp_path / "fast.jsonl", fast)
-    (tmp_path / "file").write_text("")
-    known = ("classify.strategy=known", "classify.known=intended", f"data.path={tmp_path / 'fast.jsonl'}")
-    [one_system] = certain(*known)
-    bare = [{"question": f"What is {i}?", "gold": i, "intended": 2} for i in range(40)]
-    write_jsonl(tmp_path / "bare.jsonl", [*fast, *bare])
-    [scored] = certain(*known[:2], f"data.path={tmp_path / 'bare.jsonl'}", "data.limit=null")
-    assert scored.startswith("score, sft: none of 40 rows labelled System 2 has a response")
-    assert one_system.startswith("score, sft, rl: no example is labelled System 2 (40 System 1, 0 System 2")
-    few = [{**row, "intended": row["intended"] if row is fast[0] else None} for row in fast]
-    write_jsonl(tmp_path / "fast.jsonl", few)
-    assert "no example is labelled System 2 (1 System 1, 0 System 2, 39 undecided)" in certain(*known)[0]
-    [no_folder] = certain(f"runs_dir={tmp_path / 'file'}")
-    assert no_folder.startswith("classify: runs_dir: ") and "is no folder to write in" in no_folder
-
-
 def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkeypatch):
     monkeypatch.setattr("lorapar_cli.plan.estimate", lambda *_: pytest.fail("measured"))
     path = config_file(smoke("rl.prompts_per_step=66"), tmp_path)
     done = lorapar("plan", path)
     assert done.code == 65 and "1 thing is certain to stop this run\n  rl: 64 RL prompts" in done.err
+    two = lorapar("plan", path, "--set", "lora.target_modules=[query]")
+    assert two.code == 65 and "2 things are certain to stop this run\n  score: " in two.err
     assert lorapar("plan", path, "--check", "--to", "sft").code == 0
