@@ -51,8 +51,7 @@ def copied(finished, tiny, demo_data, tmp_path):
 def test_frozen_elements_are_identical_in_the_files(whole, stage, before):
     """Read back from disk, with weight decay 0.1 and a KL term: not one bit of a frozen element differs."""
     active = Masks.load(whole[f"partition:{stage}"].path / "masks.safetensors", stage).active
-    start = adapter.read(whole[before].path / {"score": "init", "sft": "adapter"}[before])
-    after = adapter.read(whole[stage].path / "adapter")
+    start, after = (adapter.read(whole[name].adapter) for name in (before, stage))
     changed = 0
     for name, old in start.items():
         assert torch.equal(after[name][~active[name]], old[~active[name]]), name
@@ -151,10 +150,9 @@ def test_votes_that_are_asked_in_other_batches_end_in_the_same_labels(copied):
 
 
 def test_another_voter_asks_only_for_its_own(copied):
-    voters = json.dumps(
-        [{"engine": "transformers", "persona": p} for p in ("steps", "effort", "simplicity", "judge")]
-    )
-    config = copied(f"classify.voters={voters}", "data.limit=8", "classify.show_answer=true")
+    personas = ("steps", "effort", "simplicity", "judge")
+    voters = [{"engine": "transformers", "persona": persona} for persona in personas]
+    config = copied(f"classify.voters={json.dumps(voters)}", "data.limit=8", "classify.show_answer=true")
     before = lines_of(config, "votes")
     make_steps(config, "classify:train")
     after = lines_of(config, "votes")
@@ -196,11 +194,8 @@ def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
 
 def test_force_asks_again(copied, monkeypatch):
     config = copied()
-    same = Completion([65], True)
-    monkeypatch.setattr(
-        "stages.engines.in_process.generate",
-        lambda _, __, prompts, *rest: enumerate([same] * len(prompts)),
-    )
+    generate, same = "stages.engines.in_process.generate", Completion([65], True)
+    monkeypatch.setattr(generate, lambda _, __, prompts, *rest: enumerate([same] * len(prompts)))
     assert make_steps(config, "eval:base@demo", force=True)["eval:base@demo"][1]
     rows = [row for _, row in read_jsonl(config.root / "eval/latest-base@demo/samples.jsonl")]
     assert len({row["output"] for row in rows}) == 1

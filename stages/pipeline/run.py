@@ -86,8 +86,7 @@ def calls_of_pending(
 
 def _sections(config: Config, step: Step) -> dict[str, Any]:
     """The config sections that the stage function takes."""
-    reads = (*step.planned.sections, *step.stage.unkeyed_sections)
-    return dict(section(config, path) for path in reads)
+    return dict(section(config, path) for path in (*step.planned.sections, *step.stage.unkeyed_sections))
 
 
 def _linked_artifact(store: Store, step: Step) -> Artifact | None:
@@ -131,10 +130,9 @@ def _context(
     from stages.models.dtype import resolve
 
     dtype = resolve(config.model) if "model" in step.planned.sections else ""
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
     checkpoints = Checkpoints(
         store.root / step.stage.name / "checkpoints" / step.key,
-        key_of({"inputs": digests}),
+        key_of({"inputs": {name: artifact.digest for name, artifact in inputs.items()}}),
         {"processes": str(ranks.world_size()), "dtype": dtype},
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}

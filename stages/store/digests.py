@@ -84,9 +84,6 @@ class DigestCache:
 
     def folder(self, path: Path) -> str:
         """Return one digest of the relative paths and contents of a folder's files, without hidden ones."""
-        digests = []
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path)
-            if file.is_file() and not is_hidden(name.as_posix()):
-                digests.append([name.as_posix(), self.file(file)])
-        return digest_of(digests)
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        names = [file.relative_to(path).as_posix() for file in files]
+        return digest_of([[n, self.file(f)] for n, f in zip(names, files, strict=True) if not is_hidden(n)])

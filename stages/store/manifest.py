@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from stages.errors import validation_messages
 from stages.store.digests import digest_of, key_of
 
-SCHEMA = 2
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 CHECKSUM = "seal"
 
@@ -64,7 +63,7 @@ class _Manifest(_Strict):
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest as JSON will read it back, plus the digest of its other fields."""
-    plain = json.loads(json.dumps({"schema": SCHEMA, **manifest}))
+    plain = json.loads(json.dumps({"schema": 2, **manifest}))
     return {**plain, CHECKSUM: _checksum(plain)}
 
 
