@@ -131,16 +131,6 @@ def tokenizer(tiny: Path) -> Any:
     return load_tokenizer(ModelSection(name=str(tiny)))
 
 
-@pytest.fixture
-def smoke(tiny: Path, demo_data: Path, tmp_path: Path) -> Callable[..., Config]:
-    """The smoke config on the session's model and data, runs below tmp_path, and the given settings."""
-
-    def make(*overrides: str) -> Config:
-        return load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, tmp_path), *overrides])
-
-    return make
-
-
 def paths(tiny: Path, data: Path, home: Path) -> list[str]:
     return [
         f"model.name={tiny}",
@@ -150,15 +140,31 @@ def paths(tiny: Path, data: Path, home: Path) -> list[str]:
     ]
 
 
+class Small:
+    """The smoke config with its runs in one folder, fewer rows, and the given settings changed."""
+
+    def __init__(self, tiny: Path, data: Path, home: Path, rows: int = 48) -> None:
+        self.home = [*paths(tiny, data, home), f"data.limit={rows}"]
+        """For those who start a command."""
+
+    def __call__(self, *more: str) -> Config:
+        return load(ROOT / "configs/smoke.yaml", [*self.home, *more])
+
+
+@pytest.fixture
+def smoke(tiny: Path, demo_data: Path, tmp_path: Path) -> Small:
+    return Small(tiny, demo_data, tmp_path, rows=64)
+
+
 def flags(*settings: str) -> list[str]:
     """The settings as options of a command."""
     return [part for text in settings for part in ("--set", text)]
 
 
 @pytest.fixture
-def smoke_flags(tiny: Path, demo_data: Path, tmp_path: Path) -> list[str]:
+def smoke_flags(smoke: Small) -> list[str]:
     """What makes `configs/smoke.yaml` the config of `smoke`."""
-    return flags(*paths(tiny, demo_data, tmp_path))
+    return flags(*smoke.home)
 
 
 def config_file(config: Config, folder: Path) -> Path:
@@ -305,17 +311,6 @@ def warned_anew() -> None:
     """What is said once in a process is said once in a test."""
     if flat := sys.modules.get("stages.packing.support"):
         flat._warn.cache_clear()
-
-
-class Small:
-    """The smoke config with 48 rows, its runs in one folder, and the given settings changed."""
-
-    def __init__(self, tiny: Path, data: Path, home: Path) -> None:
-        self.home = [*paths(tiny, data, home), "data.limit=48"]
-        """For those who start a command."""
-
-    def __call__(self, *more: str) -> Config:
-        return load(ROOT / "configs/smoke.yaml", [*self.home, *more])
 
 
 @pytest.fixture(scope="session")

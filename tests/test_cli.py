@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -183,25 +182,6 @@ def test_an_interrupt_while_it_begins_shows_no_trace(monkeypatch):
     assert caught.value.code == 130
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    program = "import os, signal; from lorapar_cli import app; import stages.data.demo as demo\n"
-    program += "demo.write = lambda *_: os.kill(os.getpid(), signal.SIGINT); app.main()"
-    command = [sys.executable, "-c", program, "demo-data", str(tmp_path / "demo")]
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **default)
-    said = "stopped; the same command goes on from what is finished\n"
-    assert done.returncode == 130 and done.stderr.endswith(said), done.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_exits_shows_no_trace(number, tmp_path):
-    at_exit = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))"
-    program = f"{at_exit}; from lorapar_cli.__main__ import main; main()"
-    command = [sys.executable, "-c", program, "demo-data", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -number and "Traceback" not in done.stderr
-
-
 @pytest.mark.slow
 def test_stages_do_not_import_from_the_folder_they_stand_in(config, tmp_path):
     (tmp_path / "statistics.py").write_text("raise SystemExit(99)")
@@ -219,10 +199,27 @@ def test_numbers_have_bounds(arguments, lorapar, tmp_path, monkeypatch):
     assert done.code == 2 and "Invalid value for" in done.err and not list(tmp_path.iterdir())
 
 
+WHILE_IT_WORKS = """
+import os, signal
+from lorapar_cli import app
+import stages.data.demo as demo
+
+demo.write = lambda *_: os.kill(os.getpid(), signal.NAME)
+app.main()
+"""
+WHILE_IT_EXITS = """
+import atexit, os, signal
+from lorapar_cli.__main__ import main
+
+atexit.register(lambda: os.kill(os.getpid(), signal.NAME))
+main()
+"""
 IN_A_DESTRUCTOR = """
-import os, signal, time
+import os, signal, sys, time
 from lorapar_cli import process
+
 process.set_up()
+sys.excepthook = lambda *_: None
 
 class Dying:
     def __del__(self):
@@ -232,11 +229,21 @@ class Dying:
 Dying()
 time.sleep(30)
 """
+"""Python drops the exception that the handler raises there, and would go on."""
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", -2)])
-def test_a_signal_inside_a_destructor_is_not_lost(name, code):
-    """Python drops the exception that the handler raises there, and would go on."""
-    command = [sys.executable, "-c", IN_A_DESTRUCTOR.replace("NAME", name)]
+@pytest.mark.parametrize(
+    ("program", "name", "code", "said"),
+    [
+        (WHILE_IT_WORKS, "SIGINT", 130, "stopped; the same command goes on from what is finished\n"),
+        (WHILE_IT_EXITS, "SIGTERM", -15, ""),
+        (WHILE_IT_EXITS, "SIGINT", -2, ""),
+        (IN_A_DESTRUCTOR, "SIGTERM", 143, ""),
+        (IN_A_DESTRUCTOR, "SIGINT", -2, ""),
+    ],
+)
+def test_a_signal_ends_it_and_shows_no_trace(program, name, code, said, tmp_path):
+    command = [sys.executable, "-c", program.replace("NAME", name), "demo-data", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == code and "Exception ignored" not in done.stderr
+    assert done.returncode == code and done.stderr.endswith(said), done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -14,7 +14,6 @@ DESCRIPTION = '''"""Count the labelled rows."""
 
 from stages.config import Section
 from stages.config.fields import setting
-from stages.errors import ConfigError
 from stages.pipeline.stage import Planned, Stage
 
 
@@ -22,19 +21,11 @@ class Count(Section):
     unit: str = setting("row", "What is counted.")
 
 
-def _checks(texts, step):
-    def check():
-        if texts.config.count.unit == "nothing":
-            raise ConfigError("count.unit is nothing", "choose a unit")
-
-    yield check
-
 
 STAGE = Stage(
     name="count",
     steps=lambda config: [Planned(sections=("count",), inputs=("classify:train",), asked_for=True)],
     files={"count.txt": "The number, and the unit."},
-    checks=_checks,
     section=Count,
 )
 '''
@@ -55,7 +46,6 @@ def source(tmp_path) -> Path:
     """A copy of the source."""
     for folder in ("stages", "lorapar_cli", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Makefile", tmp_path)
     return tmp_path
 
 
@@ -105,11 +95,10 @@ def test_a_stage_is_a_folder_and_a_name(source, lorapar, smoke_flags, labelled, 
     settings = flags("data.limit=48", "eval.targets=[base]", "count.unit=line")
     config = (ROOT / "configs/smoke.yaml", *smoke_flags, *settings)
 
-    help_, names, status, stopped, plan, run, shown, alone, stale, whole, report = lorapar(
+    help_, names, status, plan, run, shown, alone, stale, whole, report = lorapar(
         ("--help",),
         ("list",),
         ("status", *config),
-        ("run", *config, "--set", "count.unit=nothing", "--to", "count"),
         ("plan", *config, "--to", "count"),
         ("run", *config, "--to", "count"),
         ("show", *config, "count"),
@@ -120,15 +109,12 @@ def test_a_stage_is_a_folder_and_a_name(source, lorapar, smoke_flags, labelled, 
     )
     assert "count      Count the labelled rows.\n" in help_ and "exit 0" in names
     assert "count           missing  not run yet" in status
-    assert "count.unit is nothing\n    choose a unit" in stopped and "exit 65" in stopped
     assert "count" in plan and "rows: 48" in run and "count.txt" in shown
     assert "count.txt" not in alone and "is current" in alone and "exit 0" in alone
     assert "count.unit was line, now cell" in stale
     [written] = Path(tmp_path / "runs").rglob("count.txt")
     assert written.read_text() == "48 lines"
     assert "exit 0" in whole and "exit 0" in report and (tmp_path / "page/report.html").exists()
-    make = subprocess.run(["make", "help"], cwd=source, capture_output=True, text=True)
-    assert "count " in make.stdout
 
 
 FUNCTION = """
