@@ -1,24 +1,44 @@
-"""The commands of a few lines: status, list, config, demo-data and fetch."""
+"""The commands of a few lines: ask, status, list, config, demo-data and fetch."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Overrides, argument, flag, plan_of, value
+from lorapar_cli.options import ConfigPath, Overrides, argument, flag, plan_of, trained, value
+from stages.config import MODES
 from stages.config.fields import MAX_INT
 from stages.config.listing import annotated
 from stages.errors import ConfigError
 from stages.pipeline.state import state
 from stages.store.artifacts import refuse_store
 
+Question = Annotated[str | None, argument("None: it asks for one after the other.", "QUESTION")]
 Json = Annotated[bool, flag("--json", "Print a JSON object.")]
 KINDS = "scorers, strategies, rewards, benchmarks, engines, personas or examples; all by default."
 Kind = Annotated[str | None, argument(KINDS)]
 Folder = Annotated[Path, argument("Folder for train.jsonl and test.jsonl.", "DIR")]
 Seed = Annotated[int, value("Random seed; the same seed gives the same files.", min=0, max=MAX_INT)]
 Name = Annotated[str, argument("smollm2-135m-q4, or tiny-random for smoke tests.")]
+
+
+def ask(config: ConfigPath, question: Question = None, set_: Overrides = None) -> None:
+    settings, steps, store = plan_of(config, set_)
+    artifacts = trained(store, steps, list(MODES.values()))
+    from stages.ask import TrainedModel
+
+    terminal.say(f"loading {settings.model.name}")
+    model = TrainedModel(settings, artifacts)
+    if question is None:
+        terminal.say("a question in each line; Ctrl-D ends")
+    lines = sys.stdin if question is None else [question]
+    for text in filter(None, map(str.strip, lines)):
+        for answer in model.answers(text):
+            cut = "" if answer.complete else f", cut off at {model.limit}"
+            terminal.write(f"{answer.mode} ({answer.tokens} tokens{cut}, {answer.seconds:.1f} s)")
+            terminal.write("\n".join(f"  {line}" for line in answer.text.splitlines()))
 
 
 def status(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
@@ -74,6 +94,7 @@ def fetch(name: Name) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "ask": ask,
     "status": status,
     "list": list_names,
     "config": print_settings,
