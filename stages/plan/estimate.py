@@ -13,14 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stages.config import ModelSection
 from stages.errors import is_out_of_memory
 from stages.pipeline.stage import TRAIN
 from stages.pipeline.steps import Step
 from stages.plan.tokens import Span, Work
 from stages.runtime import libraries, resources
 from stages.runtime.resources import MIB
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -105,21 +109,13 @@ class _Measured:
         from stages.engines import Sampling
         from stages.engines.continuous_batching import generate
         from stages.lora.adapter import adapter
-        from stages.models.base import load_base
-        from stages.models.size import kv_cache_bytes
         from stages.packing import support
         from stages.packing.batch import PackedBatch
         from stages.packing.trainer_inputs import groups_of_rows
 
         config = texts.config
         self._on_gpu = torch.cuda.is_available()
-        resources.reset_peak()
-        begin = self._clock()
-        base = load_base(config.model)
-        self.loading_s = self._clock() - begin
-        self.weights_mib = sum({p.data_ptr(): p.nbytes for p in base.parameters()}.values()) / MIB
-        self.libraries_mib = max(0.0, resources.peak_device_memory() - self.weights_mib)
-        self.token_mib = kv_cache_bytes(base.config.get_text_config(), base.dtype.itemsize) / MIB
+        base = self._load(config.model)
         rank = config.lora.r * (2 if config.lora.compensated else 1)
         lora = config.lora.model_copy(update={"init": "normal", "r": rank})
         model = adapter.initial(base, lora, config.seed)
@@ -152,6 +148,19 @@ class _Measured:
         written_s, self.write_mib = self._time(write(1 + NEW_TOKENS))
         self.read_s = read_s / (SLOTS * len(prompt) / (8 if packs else 1))
         self.write_s = max(0.0, written_s - read_s) / (SLOTS * NEW_TOKENS)
+
+    def _load(self, model: ModelSection) -> PreTrainedModel:
+        from stages.models.base import load_base
+        from stages.models.size import kv_cache_bytes
+
+        resources.reset_peak()
+        begin = self._clock()
+        base = load_base(model)
+        self.loading_s = self._clock() - begin
+        self.weights_mib = sum({p.data_ptr(): p.nbytes for p in base.parameters()}.values()) / MIB
+        self.libraries_mib = max(0.0, resources.peak_device_memory() - self.weights_mib)
+        self.token_mib = kv_cache_bytes(base.config.get_text_config(), base.dtype.itemsize) / MIB
+        return base
 
     def cost(self, work: Work, speedup: float) -> Cost:
         thread_s = work.trained * self.train_s + work.read * self.read_s + work.written * self.write_s
