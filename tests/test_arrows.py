@@ -10,7 +10,7 @@ from stages import ORDER
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # from the ground up; a room may use those below it and itself
-    ("errors", "registry", "progress", "records", "escaping", "own_functions"),
+    ("errors", "registry", "progress", "records", "escaping"),
     ("runtime",),
     ("config", "store", "sandbox"),
     ("prompts",),

@@ -19,7 +19,7 @@ from stages.config.fields import (
     unkeyed,
 )
 from stages.config.sources import PromptSection
-from stages.own_functions import functions_in
+from stages.registry import functions_in
 
 SCORER_FILE = "score.scorer_file"
 

@@ -18,7 +18,7 @@ from stages.errors import (
     UnusableResult,
     is_out_of_memory,
 )
-from stages.own_functions import functions_in, own_function
+from stages.registry import functions_in, own_function
 from stages.rewards.builtin import rewards
 from stages.sandbox.pair import SandboxFailure
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config.training import SCORER_FILE
 from stages.errors import UnusableResult, is_out_of_memory
-from stages.own_functions import own_function
-from stages.registry import Registry
+from stages.registry import Registry, own_function
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
