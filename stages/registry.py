@@ -1,4 +1,4 @@
-"""What a config chooses by name: functions and modules of lorapar, and functions of a person's own file.
+"""Choices of a config by name: functions and modules of lorapar, and functions of a person's own file.
 
 Such a Python file, which a setting names, is read without running it, and imported once.
 """
