@@ -128,6 +128,11 @@ def _journals(model: ModelSection, classify: ClassifySection, context: StageCont
     return list(journals.values())
 
 
+def _model_of(journal: VoteJournal) -> tuple[str, ...]:
+    voter = journal.voter
+    return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
+
+
 def _collect_votes(
     journals: list[VoteJournal],
     model: ModelSection,
@@ -144,16 +149,10 @@ def _collect_votes(
     progress = context.progress
     missing = {journal.title: len(journal.missing()) for journal in journals}
     lanes: dict[str, list[VoteJournal]] = {}
-
-    def model_of(journal: VoteJournal) -> tuple[str, ...]:
-        voter = journal.voter
-        return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
-
-    for journal in sorted(journals, key=model_of):
+    for journal in sorted(journals, key=_model_of):
         if missing[journal.title]:
             lanes.setdefault(str(journal.voter.base_url or journal.voter.devices or ""), []).append(journal)
-    for journal in journals:
-        if not missing[journal.title]:
+        else:
             progress.say(f"{journal.title}: all votes are in its journal")
     stop, begun = threading.Event(), threading.Lock()  # the first lane with an engine takes the lock for good
 
