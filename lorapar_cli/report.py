@@ -10,6 +10,7 @@ from stages import escaping
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
+from stages.report.page import refuse_others, write
 from stages.store.artifacts import refuse_store
 from stages.sweep.file import is_table
 from stages.sweep.results import results
@@ -50,11 +51,11 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     requested, again = ancestors(steps, None), f"lorapar run {options.typed_config}"
     if not any(current_artifact(store, step) for step in requested.values()):
         raise MissingInputError(f"nothing to report: no step of {path} is current", again)
-    from stages.report import files, run_page
+    from stages.report import run_page
 
     page = out / "report.html"
-    files.refuse_others([page])
-    files.write({page: run_page.page(settings, requested, again)})
+    refuse_others([page])
+    write({page: run_page.page(settings, requested, again)})
     terminal.say(str(page))
 
 
@@ -68,14 +69,14 @@ def _report_tables(tables: list[Table], out: Path, arguments: list[str]) -> None
     if not any(table_results.any_there for table_results in all_results):
         hint = sweep(*(table.path for table in tables))
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
-    from stages.report import files, table_page
+    from stages.report import table_page
 
     page = out / "report.html"
     commands = [(table_results, sweep(table_results.table.path)) for table_results in all_results]
     texts = {out / f"{each.table.path.stem}.csv": table_page.csv_text(each) for each in all_results}
-    files.refuse_others([page, *texts])
+    refuse_others([page, *texts])
     texts[page] = table_page.page(commands)
-    files.write(texts)
+    write(texts)
     for each in all_results:
         values = each.values.values()
         complete = sum(value is not None for value in values)

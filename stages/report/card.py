@@ -53,11 +53,16 @@ def card(
     columns = {names[target]: _facts(config, target, artifact) for target, artifact in trained.items()}
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact, "–") for column in columns.values())] for fact in facts]
+    note = ""
+    if form == "merged" and config.model.load_in_4bit:
+        note = "Trained and evaluated on the base in 4 bits; merged into its weights before that."
+    elif form == "adapter" and not baseline:
+        note = "Elements that were not trained are those that training started from, to the bit."
     texts = [
         f"---\n{base_model}library_name: {'peft' if form == 'adapter' else 'transformers'}\n"
         f"tags: [lorapar, {baseline.method if baseline else 'lora'}]\n---",
         f"# {escaping.markdown(base.title)} after {_method_name(config)}: {', '.join(names.values())}",
-        f"Made by lorapar (arXiv 2507.20999). {_untrained_note(form, config)}",
+        f"Made by lorapar (arXiv 2507.20999). {note}",
         *_results(evaluated),
         *_usage(config, trained, names, form, folder),
         Grid(["", *columns], rows).markdown(),
@@ -73,22 +78,10 @@ def _method_name(config: Config) -> str:
     return {"importance": "LoRA-PAR", "all": "LoRA"}.get(strategy, f"LoRA-PAR ({strategy})")
 
 
-def _untrained_note(form: Form, config: Config) -> str:
-    """Say what became of a base in 4 bits, or of the elements that were not trained."""
-    if form == "merged" and config.model.load_in_4bit:
-        return "Trained and evaluated on the base in 4 bits; merged into its weights before that."
-    if form == "merged" or config.baseline:
-        return ""
-    return "Elements that were not trained are those that training started from, to the bit."
-
-
 def _facts(config: Config, target: str, artifact: Artifact) -> dict[str, str]:
     """Return what the adapter learned, and the settings on which it depends."""
-    manifest, summary, dtype = (
-        artifact.manifest,
-        artifact.manifest["summary"],
-        artifact.manifest["provenance"].get("dtype", ""),
-    )
+    manifest, summary = artifact.manifest, artifact.manifest["summary"]
+    dtype = manifest["provenance"].get("dtype", "")
     prompt = config.prompt_of(target)
     share = f"{summary['active']:,} of {summary['elements']:,} ({summary['active_share']:.1%})"
     facts = {

@@ -1,13 +1,24 @@
-"""A page of sections with text, tables and figures: one HTML file that needs no network and no script."""
+"""A page of sections with text, tables and figures: one HTML file that needs no network and no script.
+
+The files of a report are written all or none, over earlier ones and over nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from stages import escaping
+from stages.errors import OutputError
+from stages.store.whole_files import whole_files
+
+MARKS = {
+    ".html": '<meta name="generator" content="lorapar">',
+    ".csv": "row,column,paper,mean,items,",
+}
+"""What a file of a report has at its start; another one of its name has not."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +93,17 @@ def render(title: str, lead: Sequence[str | Tiles], sections: list[PageSection])
     )
     filled = [section for section in sections if section.blocks]
     return environment.get_template("page.html.j2").render(title=title, lead=lead, sections=filled)
+
+
+def refuse_others(files: Iterable[Path]) -> None:
+    """Raise OutputError if one of the files exists, and is not of an earlier report."""
+    for file in filter(Path.exists, files):
+        if not (file.is_file() and MARKS[file.suffix].encode() in file.read_bytes()[:400]):
+            raise OutputError(f"{file} exists already, and is not of a report", "another folder: --out DIR")
+
+
+def write(texts: dict[Path, str]) -> None:
+    """Write each text to its file."""
+    with whole_files(list(texts), replace=True) as drafts:
+        for draft, text in zip(drafts, texts.values(), strict=True):
+            draft.write_text(text, encoding="utf-8")
