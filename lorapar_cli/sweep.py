@@ -13,9 +13,8 @@ from stages import escaping
 from stages.config.yaml import parse_yaml
 from stages.errors import ConfigError
 from stages.runtime import gpu
-from stages.sweep.graph import build_graph
-from stages.sweep.local import Executor, Outcome, Workers, run
 from stages.sweep.slurm import HINT, Cluster
+from stages.sweep.steps import Executor, Outcome, Workers, build_graph, run
 from stages.sweep.table import Table
 from stages.sweep.table import table as load_table
 

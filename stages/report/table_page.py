@@ -177,7 +177,7 @@ def legend(results: Results) -> str:
         f"{name} of {cell.row}"
         for cell in cells
         for name, column in cell.columns.items()
-        if FLEXIBLE in {term.qualifier for term in column.terms}
+        if column.qualifier == FLEXIBLE
     }
     sentences += [f"By the flexible reading: {'; '.join(sorted(flexible))}."] if flexible else []
     if base := results.table.base:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,19 +22,14 @@ SEED = "{seed}"
 
 @dataclass(frozen=True)
 class Column:
-    """A parsed column: an accuracy, a difference of two accuracies, or a value of a step's summary."""
+    """A parsed column: an accuracy, or a value of a step's summary."""
 
     step: str
     qualifier: str
     """Text after the step: a group of items, `flexible`, or the dotted path of the value in the summary."""
-    minus: Column | None = None
-    """Accuracy that is subtracted, item by item."""
 
     @classmethod
     def from_text(cls, text: str) -> Column:
-        text, minus, subtrahend = text.partition(" - ")
-        if minus:
-            return replace(cls.from_text(text), minus=cls.from_text(subtrahend))
         step, _, qualifier = text.partition(".")
         return cls(f"eval:{step}" if "@" in text else step, qualifier)
 
@@ -42,32 +37,15 @@ class Column:
     def graded(self) -> bool:
         return self.step.startswith("eval:")
 
-    @property
-    def terms(self) -> list[Column]:
-        """The column itself, and what is subtracted from it if it is a difference."""
-        return [self, self.minus] if self.minus else [self]
-
-    @property
-    def steps(self) -> list[str]:
-        return [term.step for term in self.terms]
-
-
-def _is_accuracy(text: str) -> bool:
-    """True if a column's text is a single accuracy, not a difference of two."""
-    return "@" in text and " - " not in text
-
 
 def _can_be_shown(text: str) -> str:
     """Return a column's text; ValueError unless it is one of the forms that `TableFile.columns` describes."""
-    terms = [Column.from_text(term) for term in text.split(" - ")]
-    if len(terms) > 2 or (len(terms) == 2 and not all(term.graded for term in terms)):
-        raise ValueError(f"{text!r}: a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK")
-    for term in terms:
-        if not term.graded and not term.qualifier:
-            raise ValueError(f"{text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
-        if term.graded and term.qualifier not in ("", FLEXIBLE, *SYSTEMS) and "=" not in term.qualifier:
-            choice = f"expected {', '.join(SYSTEMS)}, FIELD=VALUE or {FLEXIBLE}"
-            raise ValueError(f"{text!r}: unknown group {term.qualifier!r}; {choice}")
+    column = Column.from_text(text)
+    if not column.graded and not column.qualifier:
+        raise ValueError(f"{text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
+    if column.graded and column.qualifier not in ("", FLEXIBLE, *SYSTEMS) and "=" not in column.qualifier:
+        choice = f"expected {', '.join(SYSTEMS)}, FIELD=VALUE or {FLEXIBLE}"
+        raise ValueError(f"{text!r}: unknown group {column.qualifier!r}; {choice}")
     return text
 
 
@@ -128,8 +106,8 @@ class TableFile(Section):
     missing."""
     columns: dict[str, ColumnText] = setting(..., min_length=1)
     """What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or .FIELD=VALUE
-    for a group of items, or by .flexible to parse answers flexibly. A difference of two accuracies, such as
-    `rl@demo - sft@demo`. Or a value of a step's summary, such as partition:sft.active_share."""
+    for a group of items, or by .flexible to parse answers flexibly. Or a value of a step's summary, such as
+    partition:sft.active_share."""
     paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting({})
     """Published values, by row and column."""
     compare: Comparisons = setting([])
@@ -161,10 +139,10 @@ class TableFile(Section):
         accuracies = [("compare.on", compare.on) for compare in self.compare]
         accuracies += [("plot.y", self.plot.y)] if self.plot else []
         for name, column in accuracies:
-            if not _is_accuracy(columns.get(column, "")):
+            if "@" not in columns.get(column, ""):
                 yield f"{name} {column!r} is not a column of accuracies"
         for row, column in itertools.product(rows, dict.fromkeys(column for _, column in accuracies)):
-            if (text := rows[row].columns.get(column)) and not _is_accuracy(text):
+            if (text := rows[row].columns.get(column)) and "@" not in text:
                 yield f"row {row!r}: its column {column!r} is compared or plotted: it must be an accuracy"
 
 

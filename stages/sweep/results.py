@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,10 +33,6 @@ OVER: tuple[Over, ...] = get_args(Over)
 """Intervals of a `Value` that have a p-value if it is a difference."""
 
 
-class _Missing(Exception):
-    """The artifact of a cell is missing."""
-
-
 class Artifacts:
     """Finds the artifacts of cells' steps, with one store per run, which caches what it has verified."""
 
@@ -44,22 +41,20 @@ class Artifacts:
         self._accuracies: dict[tuple[Path, str], ItemAccuracy] = {}
         """Artifact, qualifier of the column → accuracy of each item."""
 
-    def store(self, cell: Cell) -> Store:
-        return self._stores.setdefault(cell.config.root, Store(cell.config.root))
-
     def current(self, cell: Cell, step: str) -> Artifact | None:
         """Return a step's artifact; None if the cell has no such step, or the artifact is not current."""
-        return current_artifact(self.store(cell), cell.steps[step]) if step in cell.steps else None
+        store = self._stores.setdefault(cell.config.root, Store(cell.config.root))
+        return current_artifact(store, cell.steps[step]) if step in cell.steps else None
 
-    def needed(self, cell: Cell, column: Column) -> Artifact:
-        """Return the artifact of a column; _Missing if it is not current."""
-        if artifact := self.current(cell, column.step):
-            return artifact
-        raise _Missing
+    def needed(self, cell: Cell, name: str) -> Artifact:
+        """Return the artifact of a column, which must be current."""
+        artifact = self.current(cell, cell.columns[name].step)
+        assert artifact is not None
+        return artifact
 
-    def accuracy(self, cell: Cell, column: Column) -> ItemAccuracy:
-        """Return the accuracy of each item; _Missing if its artifact is."""
-        artifact = self.needed(cell, column)
+    def accuracy(self, cell: Cell, name: str) -> ItemAccuracy:
+        """Return the accuracy of each item in a column whose artifact is current."""
+        artifact, column = self.needed(cell, name), cell.columns[name]
         key = (artifact.path, column.qualifier)
         if key not in self._accuracies:
             samples = read_samples(artifact.path / "samples.jsonl")
@@ -113,47 +108,35 @@ def results(table: Table) -> Results:
         cells = table.cells_of(row)
         if not all(name in cell.columns for cell in cells):
             continue
+        if lacking := [cell.seed for cell in cells if not artifacts.current(cell, cell.columns[name].step)]:
+            values[row, name], missing[row, name] = None, lacking
+            continue
         try:
             values[row, name] = _value(artifacts, cells, name)
-        except _Missing:
-            steps = cells[0].columns[name].steps
-            values[row, name] = None
-            missing[row, name] = [
-                cell.seed for cell in cells if not all(artifacts.current(cell, step) for step in steps)
-            ]
         except NothingToShow:
             log.warning("%s: column %r has nothing to show: %s", row, name, table.file.columns[name])
     comparisons: dict[Contrast, Value | None] = {}
     for contrast in table.contrasts:
         reference, cells = table.cells_of(contrast.against), table.cells_of(contrast.row)
-        if all(contrast.on in cell.columns for cell in reference + cells):
-            try:
-                first, second = (
-                    [artifacts.accuracy(cell, cell.columns[contrast.on]) for cell in side]
-                    for side in (reference, cells)
-                )
+        if {(contrast.against, contrast.on), (contrast.row, contrast.on)} & missing.keys():
+            comparisons[contrast] = None
+        elif all(contrast.on in cell.columns for cell in reference + cells):
+            first, second = (
+                [artifacts.accuracy(cell, contrast.on) for cell in side] for side in (reference, cells)
+            )
+            with suppress(NothingToShow):
                 comparisons[contrast] = difference(first, second, _have_own_items(cells, contrast.on))
-            except _Missing:
-                comparisons[contrast] = None
-            except NothingToShow:
-                pass
     return Results(table, values, comparisons, artifacts, missing)
 
 
 def _value(artifacts: Artifacts, cells: list[Cell], name: str) -> Value:
-    """Return a column's value over the cells of one row; _Missing if a seed lacks its artifact."""
-    column = cells[0].columns[name]
-    if column.minus:  # paired by seed and item
-        first, second = (
-            [artifacts.accuracy(cell, term) for cell in cells] for term in (column.minus, column)
-        )
-        return difference(first, second, _have_own_items(cells, name))
+    """Return a column's value over the cells of one row, whose artifacts are current."""
     # Seeds that share an artifact, because the step does not depend on the seed, count once.
-    unique = {artifacts.needed(cell, column).manifest["key"]: cell for cell in cells}.values()
-    if column.graded:
-        by_seed = [artifacts.accuracy(cell, column) for cell in unique]
+    unique = {artifacts.needed(cell, name).manifest["key"]: cell for cell in cells}.values()
+    if cells[0].columns[name].graded:
+        by_seed = [artifacts.accuracy(cell, name) for cell in unique]
         return accuracy(by_seed, _have_own_items(cells, name))
-    return mean_of_numbers([_number(artifacts.needed(cell, column), column) for cell in unique])
+    return mean_of_numbers([_number(artifacts.needed(cell, name), cell.columns[name]) for cell in unique])
 
 
 def _is_in_group(sample: Sample, group: str) -> bool:

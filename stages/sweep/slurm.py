@@ -13,7 +13,7 @@ from stages.errors import ConfigError, ServerError
 from stages.runtime.process_guard import Guarded
 
 if TYPE_CHECKING:
-    from stages.sweep.graph import Node
+    from stages.sweep.steps import Node
 
 MAX_REQUEUES = 20
 """How often a job may reach its time limit and be queued again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -172,8 +172,8 @@ def _columns(
     texts = {**file.columns, **row.columns}
     columns = {name: Column.from_text(text) for name, text in texts.items() if text is not None}
     if rebased:
-        columns = {name: _rebased(column, config) for name, column in columns.items()}
-    produced = {name: column for name, column in columns.items() if steps.keys() >= set(column.steps)}
+        columns = {name: _rebased(column, list(config.eval.benchmarks)) for name, column in columns.items()}
+    produced = {name: column for name, column in columns.items() if column.step in steps}
     if missing := [name for name in row.columns if name in columns and name not in produced]:
         raise ConfigError(
             f"its own column {missing[0]!r} shows {texts[missing[0]]}, which its config does not produce"
@@ -181,14 +181,11 @@ def _columns(
     return produced
 
 
-def _rebased(column: Column, config: Config) -> Column:
+def _rebased(column: Column, benchmarks: list[str]) -> Column:
     """Return the column with the benchmark of another base, if that has exactly one."""
-    target = column.step.partition("@")[0]
-    benchmarks = list(config.eval.benchmarks)
     if not column.graded or len(benchmarks) != 1:
         return column
-    minus = _rebased(column.minus, config) if column.minus else None
-    return Column(f"{target}@{benchmarks[0]}", column.qualifier, minus)
+    return replace(column, step=f"{column.step.partition('@')[0]}@{benchmarks[0]}")
 
 
 def _unused_columns(file: TableFile, cells: list[Cell]) -> Iterator[str]:

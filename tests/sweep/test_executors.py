@@ -13,13 +13,13 @@ import worker_steps
 from conftest import alive, wait_for
 
 from stages.errors import ConfigError
-from stages.sweep import local, slurm
+from stages.sweep import slurm, steps
 
 
 @pytest.fixture
 def chain(monkeypatch, tmp_path):
     """Three steps, each made from the one before; an artifact is there once its file is."""
-    monkeypatch.setattr(local, "current_artifact", lambda store, step: (tmp_path / step.key).exists())
+    monkeypatch.setattr(steps, "current_artifact", lambda store, step: (tmp_path / step.key).exists())
     nodes = {}
     for number, stage in enumerate(("score", "sft", "rl")):
         step = SimpleNamespace(key=stage, stage=SimpleNamespace(name=stage))
@@ -32,7 +32,7 @@ def chain(monkeypatch, tmp_path):
 
 
 def workers(make_step, slots=2):
-    return local.Workers([None] * slots, worker_steps.begin, make_step)
+    return steps.Workers([None] * slots, worker_steps.begin, make_step)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def statuses(outcomes):
 def test_workers_and_jobs_make_the_same_steps_in_order(chain, cluster, tmp_path):
     for executor in (workers(worker_steps.touch), cluster):
         said: list[str] = []
-        done = local.run(chain, executor, tmp_path / "logs", said.append)
+        done = steps.run(chain, executor, tmp_path / "logs", said.append)
         assert statuses(done) == dict.fromkeys(("score", "sft", "rl"), ("done", 0))
         assert [text.split(",")[-1] for text in said if text.startswith("done")][-1] == " 0 left: step 2"
         for stage in ("score", "sft", "rl"):
@@ -70,7 +70,7 @@ def test_a_step_that_fails_stops_what_needs_it_alone(chain, tmp_path):
     last = list(chain.values())[-1]
     last.inputs.clear()
     for make_step, code in ((worker_steps.fail, 65), (worker_steps.make_nothing, 0), (worker_steps.die, 137)):
-        done = local.run(chain, workers(make_step, 1), tmp_path / "logs", lambda _: None)
+        done = steps.run(chain, workers(make_step, 1), tmp_path / "logs", lambda _: None)
         assert statuses(done) == {"score": ("failed", code), "sft": ("left out", None), "rl": ("done", 0)}
         (tmp_path / "rl").unlink()
 
@@ -86,7 +86,7 @@ def test_who_stops_a_sweep_stops_its_steps(chain, cluster, tmp_path, jobs):
     ).start()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with pytest.raises(KeyboardInterrupt):
-        local.run(chain, executor, tmp_path / "logs", lambda _: None)
+        steps.run(chain, executor, tmp_path / "logs", lambda _: None)
     started = {child.pid for child in psutil.Process().children(recursive=True)} - before
     assert wait_for(lambda: not any(map(alive, started)))
 

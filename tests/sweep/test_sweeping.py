@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from lorapar_cli import sweep
 from stages.errors import ConfigError
-from stages.sweep.local import Outcome
+from stages.sweep.steps import Outcome
 
 TABLE = """
 title: Two masks

@@ -20,7 +20,7 @@ from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
 from stages.report import table_page
 from stages.store.digests import sha256_file
-from stages.sweep import graph
+from stages.sweep import steps
 from stages.sweep.file import read
 from stages.sweep.results import results
 from stages.sweep.table import Contrast, table
@@ -38,7 +38,6 @@ columns:
   SFT: sft@demo
   "SFT, System 2": sft@demo.system2
   RL: rl@demo
-  gain: rl@demo - sft@demo
   active: partition:sft.active_share
 paper: {{"θ .9": {{SFT: 27.6}}}}
 compare: {{against: "θ .9", on: SFT}}
@@ -100,8 +99,8 @@ def test_another_base_takes_the_place_of_all_configs(small):
     assert planned.rows == ["GSM8K", "Dolly", "CodeAlpaca"] and {cell.base for cell in planned.cells} == {
         base
     }
-    graph_of_all = graph.build_graph(planned.cells)
-    assert len(graph_of_all) == len(graph.build_graph(planned.cells_of("GSM8K")))  # each artifact once
+    graph_of_all = steps.build_graph(planned.cells)
+    assert len(graph_of_all) == len(steps.build_graph(planned.cells_of("GSM8K")))  # each artifact once
     assert f"All rows are of {base}" in table_page.legend(results(planned))
 
 
@@ -153,26 +152,24 @@ def test_all_mistakes_are_said_at_once(small):
 
 
 THETA_5, ROW = '"θ .5": {partition.theta: 0.5}', '"β 0": {partition.theta: 0.9, partition.beta: 0}'
-PAPER, AGAINST, GAIN = '{"θ .9": {SFT: 27.6}}', 'against: "θ .9"', "rl@demo - sft@demo"
+PAPER, AGAINST = '{"θ .9": {SFT: 27.6}}', 'against: "θ .9"'
 COMPARE = f"compare: {{{AGAINST}, on: SFT}}"
 LACKS_RL = 'compare: [{row: "θ .5", against: "θ .9", on: RL}]'
-UNLIKE = "a difference must be TARGET@BENCHMARK - TARGET@BENCHMARK"
 REFUSED = [
     ("titel: Extra inputs are not permitted", "title: A small", "titel: A small"),
     ("compare.against 'none' is not a row", AGAINST, "against: none"),
     ("compare.row 'θ .9' is compared with itself", AGAINST, f'row: "θ .9", {AGAINST}'),
-    ("unknown group 'sytem1'", GAIN, "rl@demo.sytem1 - sft@demo"),
+    ("unknown group 'sytem1'", "rl@demo", "rl@demo.sytem1"),
     ("expected TARGET@BENCHMARK or STEP.VALUE", "active: partition:sft.active_share", "active: partition"),
     ("no row has partition.active_share; steps: classify:train, classify:demo, score, partition:sft, ",
      "partition:sft.active_share", "partition.active_share"),
-    (UNLIKE, GAIN, f"{GAIN} - base@demo"),
     ("rows.θ .5.base: Input should be a valid string", THETA_5, '"θ .5": {base: 3}'),
     ("rows.θ .5.columns.RL: Input should be a valid string", THETA_5, '"θ .5": {columns: {RL: 3}}'),
     ("'DPO' is not a column", THETA_5, '"θ .5": {columns: {DPO: base@demo}}'),
     ("its own column 'RL' shows init@demo, which its config does not produce",
      THETA_5, '"θ .5": {columns: {RL: init@demo}}'),
     ("its column 'SFT' is compared or plotted: it must be an accuracy",
-     THETA_5, f'"θ .5": {{columns: {{SFT: {GAIN}}}}}'),
+     THETA_5, '"θ .5": {columns: {SFT: sft.rows}}'),
     ("seed is set by the table's seeds", THETA_5, '"θ .5": {seed: 3}'),
     ("sft is a section: name its settings one by one, as sft.NAME", THETA_5, '"θ .5": {sft: {lr: 1}}'),
     ("plot.x 'actve' is not a column", "compare:", "plot: {x: actve, y: SFT}\ncompare:"),
@@ -197,7 +194,7 @@ def test_a_value_reaches_the_command_of_its_step_as_it_stands_in_the_table(small
     path = changed(small, ("rows:\n", f"rows:\n  odd: {json.dumps(odd, ensure_ascii=False)}\n"))
     voters = 'classify.voters=[{engine: transformers, persona: steps, words: ["⚡", "😀"]}]'
     planned = table(path, only=["odd"], seeds=[1], overrides=["classify.strategy=vote", voters])
-    [node] = [n for n in graph.build_graph(planned.cells).values() if n.step.name == "classify:train"]
+    [node] = [n for n in steps.build_graph(planned.cells).values() if n.step.name == "classify:train"]
     settings = [text for flag, text in zip(node.command, node.command[1:], strict=False) if flag == "--set"]
     config = load(Path(node.command[1]), settings)
     assert config.classify.voters[0].words == ("⚡", "😀")
@@ -234,7 +231,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
     lines = whole.communicate()[1].splitlines()
     made = [line for line in lines if line.startswith("done in")]
     runs = [f"runs_dir={tmp_path / 'whole'}"]
-    nodes = graph.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], overrides=runs).cells)
+    nodes = steps.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], overrides=runs).cells)
     assert whole.returncode == 0 and len(made) == len(nodes) == len(set(made))
     for number in (2, 3, 3):  # steps that are done before the kill
         child = begun(tmp_path / "killed")
@@ -298,11 +295,12 @@ def replicates(small, tmp_path) -> Path:
 
 def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     """Each seed has four items of its own, though their names are alike here."""
-    found = results(table(replicates))
-    sft, gain = found.values["θ .9", "SFT"], found.values["θ .9", "gain"]
+    both = f"compare: [{{{AGAINST}, on: SFT}}, {{{AGAINST}, on: RL}}]"
+    found = results(table(changed(replicates, (COMPARE, both))))
+    sft, rl = found.values["θ .9", "SFT"], found.comparisons[Contrast("β 0", "θ .9", "RL")]
     assert (sft.mean, sft.n, sft.of_seeds, sft.over_items) == (3 / 8, 8, [0.5, 0.25], None)
     assert astuple(sft.over_seeds) == (0, 1, None)
-    assert gain.mean == pytest.approx((0.25 + 2 / 3) / 2) and gain.n == 7  # b of seed 2 was not graded
+    assert (rl.mean, rl.n) == (-(0.75 + 1) / 2, 7)  # b of seed 2 was not graded
     half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
     assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
     assert astuple(half.over_seeds) == pytest.approx(OF_HALVES, abs=1e-4)
@@ -347,9 +345,9 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     assert done.code == 73 and (tmp_path / "out/small.csv").read_text() == "mine"
     (tmp_path / "out/small.csv").unlink()
     done = lorapar("report", small, "--out", tmp_path / "out")
-    assert done.code == 0 and "10 of 15 values are available" in done.err
+    assert done.code == 0 and "8 of 12 values are available" in done.err
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
-    assert len(rows) == 15 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
+    assert len(rows) == 12 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
     assert rows[-1]["over_items_p"] == "1.0" and rows[-1]["mean"] == "0.0"
     page = (tmp_path / "out/report.html").read_text()
     assert "A small table" in page and "(paper: 27.6)" in page and f"<pre>lorapar sweep {small}</pre>" in page
@@ -374,7 +372,7 @@ def test_importance_of_each_row(swept, monkeypatch):
 
 
 def test_each_command_makes_its_step_alone(small):
-    for node in graph.build_graph(table(small).cells).values():
+    for node in steps.build_graph(table(small).cells).values():
         stage, _, *rest = node.command
         assert stage == node.stage
         if stage == "eval":
