@@ -165,27 +165,24 @@ def _columns(
     """Return the columns of a cell: the table's, overridden by the row's, as far as the steps produce them.
 
     row: null removes the table's column; a column that the row names must be produced. rebased: the config is
-    the base of the command line, whose benchmark may have another name.
+    the base of the command line, whose benchmark, if it has one alone, takes the place of the named ones.
     """
     if unknown := row.columns.keys() - file.columns.keys():
         raise ConfigError(f"{sorted(unknown)[0]!r} is not a column of the table")
     texts = {**file.columns, **row.columns}
     columns = {name: Column.from_text(text) for name, text in texts.items() if text is not None}
-    if rebased:
-        columns = {name: _rebased(column, list(config.eval.benchmarks)) for name, column in columns.items()}
+    if rebased and len(config.eval.benchmarks) == 1:
+        (benchmark,) = config.eval.benchmarks
+        for name, column in columns.items():
+            if column.graded:
+                target, at, _ = column.step.partition("@")
+                columns[name] = replace(column, step=f"{target}{at}{benchmark}")
     produced = {name: column for name, column in columns.items() if column.step in steps}
     if missing := [name for name in row.columns if name in columns and name not in produced]:
         raise ConfigError(
             f"its own column {missing[0]!r} shows {texts[missing[0]]}, which its config does not produce"
         )
     return produced
-
-
-def _rebased(column: Column, benchmarks: list[str]) -> Column:
-    """Return the column with the benchmark of another base, if that has exactly one."""
-    if not column.graded or len(benchmarks) != 1:
-        return column
-    return replace(column, step=f"{column.step.partition('@')[0]}@{benchmarks[0]}")
 
 
 def _unused_columns(file: TableFile, cells: list[Cell]) -> Iterator[str]:
