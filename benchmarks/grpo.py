@@ -28,7 +28,7 @@ from stages.lora.adapter.elements import sparsify
 from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo import building, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
-from stages.lora.grpo.sampler import RolloutSampler
+from stages.lora.grpo.rollouts import RolloutSampler
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer

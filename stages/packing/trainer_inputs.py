@@ -7,22 +7,18 @@ padding, too. What TRL does with the log-probabilities afterwards, every loss an
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import types
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.packing import support
 from stages.packing.batch import PackedBatch, PrefixGroup, Suffix, common_prefix_length
 from stages.prompts.renderer import IGNORED
-
-log = logging.getLogger(__name__)
 
 MAX_MASK_CELLS = 2**22
 """Most cells of masks for prefixes of unequal lengths: 8 MiB in bfloat16, for each head of a key head."""
@@ -59,13 +55,6 @@ def accept_packed(base: PreTrainedModel) -> None:
         )
 
     base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
-
-
-def may_share(model: PeftModel) -> bool:
-    """Whether completions may share the pass over their prompt; if not, a warning says why."""
-    if has_dropout := support.has_active_dropout(model):
-        log.warning("with dropout each completion is computed with a prompt of its own; see rl.lora_dropout")
-    return not has_dropout
 
 
 def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:

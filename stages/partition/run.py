@@ -47,7 +47,7 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
             hint = f"raise partition.{'density' if by_density else f'theta or partition.{share}'}"
         raise UnusableResult(f"no element is active in {context.variant}", hint)
     active &= ~protected
-    Masks.from_flat(split.region, active, shapes).write(context.out / "masks.safetensors", context.variant)
+    Masks.from_flat(split.region, active, shapes).write(context.out, context.variant)
     # In the order of the numbers of regions. Shares are 0 of a system that needs no element.
     none, s1_only, s2_only, shared = torch.bincount(split.region, minlength=4).tolist()
     return {

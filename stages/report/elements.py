@@ -42,7 +42,7 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
     importance = read_importance(score.path / "importance.safetensors")
     scores = [flatten_weights(importance[system]).double() for system in (1, 2)]
     first, second = (values / values.norm().clamp(min=1e-300) for values in scores)
-    region = flatten_weights(Masks.load(masks.path / "masks.safetensors", masks.manifest["variant"]).region)
+    region = flatten_weights(Masks.load(masks.path, masks.manifest["variant"]).region)
     positive = (first > 0) & (second > 0)  # the axes are logarithmic
     groups = {}
     for name, code in REGIONS.values():

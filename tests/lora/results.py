@@ -36,7 +36,7 @@ def trained_weights(config: Config, stage: str) -> tuple[dict, dict, dict]:
     *_, masks, start = plan_steps(resolved(config))[stage].inputs
     made = artifacts(config, masks, start, stage)
     before, after = adapter.read(made[start].adapter), adapter.read(made[stage].adapter)
-    active = Masks.load(made[masks].path / "masks.safetensors", masks.partition(":")[2]).active
+    active = Masks.load(made[masks].path, masks.partition(":")[2]).active
     return before, after, {name: adapter.full_mask(name, mask, before[name]) for name, mask in active.items()}
 
 

@@ -33,7 +33,7 @@ def test_a_protected_element_is_the_same_to_the_bit_after_both_stages(begun, old
     for stage in ("sft", "rl"):
         end = flatten_weights(adapter.read(steps[stage].adapter))
         assert torch.equal(start[needed], end[needed])
-        active = Masks.load(steps[f"partition:{stage}"].path / "masks.safetensors", stage).active
+        active = Masks.load(steps[f"partition:{stage}"].path, stage).active
         assert torch.equal(flatten_weights(active), ~needed)
         assert steps[f"partition:{stage}"].manifest["summary"]["protected"] == int(needed.sum())
     assert (start != end)[~needed].float().mean() > 0.9

@@ -66,7 +66,7 @@ def test_prompts_that_are_too_long_are_dropped_or_cut_on_the_left(ready, rendere
 
     seen, usual = [], GRPOTrainer.compute_loss
     watched = lambda *given: seen.extend(given[2]) or generate(*given)  # noqa: E731
-    monkeypatch.setattr("stages.lora.grpo.sampler.generate", watched)
+    monkeypatch.setattr("stages.lora.grpo.rollouts.generate", watched)
     endless = float("inf")
     monkeypatch.setattr(GRPOTrainer, "compute_loss", lambda *a, **given: usual(*a, **given) + endless)
     cut = ready("rl.max_prompt_length=20", "rl.too_long=truncate_left")

@@ -133,7 +133,7 @@ def test_the_stage_writes_for_sft_and_rl_their_own_elements_and_tells_how_many(b
     made = artifacts(begun("partition.theta=0.5", "partition.alpha=0", "partition.beta=0"), "partition")
     for stage, only in (("sft", S1_ONLY), ("rl", S2_ONLY)):
         artifact = made[f"partition:{stage}"]
-        masks = Masks.load(artifact.path / "masks.safetensors", stage)
+        masks = Masks.load(artifact.path, stage)
         assert read_masks(artifact.path, stage).keys() == masks.active.keys()
         assert all(torch.equal(masks.active[name], region == only) for name, region in masks.region.items())
         told = artifact.manifest["summary"]

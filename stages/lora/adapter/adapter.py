@@ -10,7 +10,6 @@ the scaling alpha / rank is that of rank r.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,20 +52,17 @@ def linear_modules(base: PreTrainedModel) -> set[str]:
 
     ConfigError if there are none, as in GPT-2, whose modules are Conv1D.
     """
-    names = {name for name, _ in _linear(base)}
+    head, prefix = base.get_output_embeddings(), language_model_path(base)
+    names = {
+        path.rpartition(".")[2]
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and path.startswith(prefix)
+    }
     if not names:
         raise ConfigError(
             f"{type(base).__name__} has no linear modules except its head, so no adapter can be attached"
         )
     return names
-
-
-def _linear(base: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """Every one of these modules, with its name."""
-    head, prefix = base.get_output_embeddings(), language_model_path(base)
-    for path, module in base.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and path.startswith(prefix):
-            yield path.rpartition(".")[2], module
 
 
 def _with_lora(

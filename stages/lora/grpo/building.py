@@ -15,8 +15,7 @@ from stages.engines import Sampling
 from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo import int8, vllm_rollouts
 from stages.lora.grpo.prompts import RlPrompts
-from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.grpo.thought_limit import ThoughtLimit
+from stages.lora.grpo.rollouts import RolloutSampler, ThoughtLimit
 from stages.lora.training import loop
 from stages.lora.training.health import LongestBatch
 from stages.lora.training.start import Training
@@ -96,14 +95,12 @@ class Grpo(Training):
 
     def rewards(self) -> list[Callable[..., Any]]:
         """Those functions with checks of what they return; those that run code with the sandbox."""
-        runs_code = {
-            name for name in self.functions if loading.needs_sandbox([name], self.section.rewards_file)
-        }
-        sandbox = {"sandbox": self.backend}
-        return [
-            loading.with_checks(name, reward, **(sandbox if name in runs_code else {}))
-            for name, reward in self.functions.items()
-        ]
+        checked = []
+        for name, reward in self.functions.items():
+            runs_code = loading.needs_sandbox([name], self.section.rewards_file)
+            given = {"sandbox": self.backend} if runs_code else {}
+            checked.append(loading.with_checks(name, reward, **given))
+        return checked
 
     def build(self) -> GrpoTrainer:
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""

@@ -5,6 +5,7 @@ Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -18,11 +19,12 @@ from stages.config import RlSection
 from stages.lora.grpo import zero_signal
 from stages.lora.grpo.int8 import CORRECTION_MAX
 from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompts
-from stages.lora.grpo.sampler import RolloutSampler
-from stages.lora.grpo.thought_limit import Generated, ThoughtLimit
+from stages.lora.grpo.rollouts import Generated, RolloutSampler, ThoughtLimit
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
 from stages.prompts import thoughts
+
+log = logging.getLogger(__name__)
 
 
 class GrpoTrainer(ResumableTrainer, GRPOTrainer):
@@ -61,7 +63,11 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             f"or rl.max_completion_length from {rl.max_completion_length}",
         )
         self.rl, self.prompts, self.sampler, self.thought_limit = rl, prompts, sampler, thought_limit
-        self.prefix_sharing = rl.prefix_sharing == "auto" and trainer_inputs.may_share(sampler.adapted)
+        self.prefix_sharing = rl.prefix_sharing == "auto"
+        if self.prefix_sharing and support.has_active_dropout(sampler.adapted):
+            self.prefix_sharing = False
+            said = "with dropout each completion is computed with a prompt of its own; see rl.lora_dropout"
+            log.warning(said)
         trainer_inputs.accept_packed(sampler.adapted.get_base_model())
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -127,11 +133,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         return self.thought_limit.complete(prompt_ids, generate)
 
     def _calculate_rewards(
-        self,
-        inputs: list[dict[str, Any]],
-        prompts: Any,
-        completions: Any,
-        completion_ids_list: list[list[int]],
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
     ) -> Tensor:
         """Rewards of all processes, (completions, functions).
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stages.errors import ArtifactError
 from stages.lora.examples import PROTECTED
-from stages.store.artifacts import Artifact
 
+FILE = "masks.safetensors"
 REGION, ACTIVE = "region", "active"
 PREFIXES: dict[Any, str] = {1: "s1/", 2: "s2/", PROTECTED: f"{PROTECTED}/"}
 """Rows that elements are scored for, a system's or the protected ones → prefix of their tensors' names."""
@@ -58,26 +58,22 @@ class Masks:
 
         return cls(by_name(region), by_name(active))
 
-    def write(self, path: Path, stage: str) -> None:
+    def write(self, folder: Path, stage: str) -> None:
         """Write the tensors as `region/<name>` and `active/<stage>/<name>`."""
         tensors = {f"{REGION}/{name}": tensor for name, tensor in self.region.items()}
         tensors |= {f"{ACTIVE}/{stage}/{name}": tensor for name, tensor in self.active.items()}
-        save_file(tensors, path)
+        save_file(tensors, folder / FILE)
 
     @classmethod
-    def load(cls, path: Path, stage: str) -> Masks:
-        tensors = _load(path)
+    def load(cls, partition: Path, stage: str) -> Masks:
+        """The masks in the folder of an artifact of partition, of the variant for that stage."""
+        tensors = _load(partition / FILE)
         return cls(_with_prefix(f"{REGION}/", tensors), _with_prefix(f"{ACTIVE}/{stage}/", tensors))
-
-    @classmethod
-    def of(cls, partition: Artifact) -> Masks:
-        """The masks of one variant of partition."""
-        return cls.load(partition.path / "masks.safetensors", partition.manifest["variant"])
 
 
 def read_masks(partition: Path, stage: str) -> dict[str, Tensor]:
     """The elements that a stage (`sft` or `rl`) trains, for `sparsify`. partition: folder of an artifact."""
-    return Masks.load(Path(partition) / "masks.safetensors", stage).active
+    return Masks.load(Path(partition), stage).active
 
 
 def flatten_weights(tensors: dict[str, Tensor]) -> Tensor:

@@ -77,15 +77,12 @@ class Moments:
         """The sums over no example, of LoRA layers by parameter name."""
         import torch
 
-        def zeros() -> dict[str, Tensor]:
-            return {
-                name: torch.zeros_like(
-                    layer.weight, dtype=torch.promote_types(layer.weight.dtype, torch.float32)
-                )
-                for name, layer in weights.items()
-            }
-
-        return cls(zeros(), zeros(), 0, 0.0)
+        tensors = {name: layer.weight for name, layer in weights.items()}
+        wide = {name: torch.promote_types(x.dtype, torch.float32) for name, x in tensors.items()}
+        gradient, square = (
+            {name: torch.zeros_like(x, dtype=wide[name]) for name, x in tensors.items()} for _ in range(2)
+        )
+        return cls(gradient, square, 0, 0.0)
 
     def add(self, other: Moments) -> None:
         for own, others in ((self.gradient, other.gradient), (self.square, other.square)):

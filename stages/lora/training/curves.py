@@ -32,7 +32,8 @@ def history_figure(history: History) -> Figure:
     for position, (title, series) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(rows, columns, position)
         for label, name in series.items():
-            curve = points(history, name)
+            scale = 100 if name == NO_SIGNAL else 1
+            curve = [(row["step"], scale * row[name]) for row in history if name in row and "step" in row]
             marker = "." if len(curve) < 60 else None
             axes.plot(*zip(*curve, strict=True), label=label, linewidth=1.3, marker=marker)
         axes.set(title=title, xlabel="optimizer step")
@@ -43,12 +44,6 @@ def history_figure(history: History) -> Figure:
         if len(series) > 1:
             axes.legend(frameon=False, fontsize="small")
     return figure
-
-
-def points(history: History, name: str) -> list[tuple[float, float]]:
-    """The steps and values of one curve."""
-    scale = 100 if name == NO_SIGNAL else 1
-    return [(row["step"], scale * row[name]) for row in history if name in row and "step" in row]
 
 
 def panels(history: History) -> dict[str, dict[str, str]]:

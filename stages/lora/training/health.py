@@ -45,7 +45,9 @@ class ProgressCallback(TrainerCallback):
         self.progress.advance(1, line)
         if not self.patience or "frac_reward_zero_std" not in logs:
             return
-        equal = equal_rewards(state.log_history)
+        steps = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]
+        # The last steps in a row with equal rewards in every group.
+        equal = next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))
         if equal == 1:
             log.warning(
                 "all rewards of each group were equal in step %d: it taught nothing; if no other step does, "
@@ -64,12 +66,6 @@ class ProgressCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             # The adapter itself is saved next. From a checkpoint here the library would train one step more.
             control.should_save = False
-
-
-def equal_rewards(history: list[dict[str, Any]]) -> int:
-    """Number of the last steps in a row with equal rewards in every group."""
-    steps = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
-    return next((i for i, share in enumerate(reversed(steps)) if share < 1), len(steps))
 
 
 class LongestBatch(TrainerCallback):

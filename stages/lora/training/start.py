@@ -31,21 +31,17 @@ class StartingAdapter:
     untrained: dict[str, Tensor] = field(default_factory=dict)
     """Values of a baseline's parameters before training; a partition's are read from `folder`."""
 
-    def restore(self, model: PeftModel) -> None:
-        """Restore every LoRA weight from the file: TRL rounds the adapters of a 4-bit base to bfloat16."""
-        assert self.folder is not None
-        stored = adapter.read(self.folder)
-        for copy in ("default", "ref"):
-            for name, layer in adapter.lora_layers(model, copy).items():
-                layer.weight.data = stored[name].to(layer.weight.device)
-
     def begin(self, model: PeftModel) -> None:
         """Leave only the active elements as parameters; of a baseline, keep what all parameters were."""
         if self.active is None:
             parameters = adapter.trained_parameters(model).items()
             self.untrained.update({name: p.detach().cpu().clone() for name, p in parameters})
             return
-        self.restore(model)
+        assert self.folder is not None
+        stored = adapter.read(self.folder)
+        for copy in ("default", "ref"):  # TRL rounds the adapters of a 4-bit base to bfloat16
+            for name, layer in adapter.lora_layers(model, copy).items():
+                layer.weight.data = stored[name].to(layer.weight.device)
         # Masks and adapter are of one run: halves are those of a compensated one.
         elements.sparsify(model, self.active, compensated=True)
         trainable = sum(p.numel() for p in adapter.trained_parameters(model).values())
@@ -107,7 +103,8 @@ class Training:
     def start(self) -> StartingAdapter:
         """The other stage's adapter or the initial one, with the elements that train."""
         partition = self.context.partition
-        return StartingAdapter(self.context.adapter, Masks.of(partition).active if partition else None)
+        active = Masks.load(partition.path, partition.manifest["variant"]).active if partition else None
+        return StartingAdapter(self.context.adapter, active)
 
     def attach(self, base: PreTrainedModel) -> PeftModel:
         """Put the adapter on the base."""

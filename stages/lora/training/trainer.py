@@ -61,10 +61,19 @@ class ResumableTrainer:
         """Prepared batches since the last optimizer step."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The library's schedule, but that warm-up step i of w has i/w of the peak rate.
+
+        The library has (i - 1)/w there, so that its first step does nothing.
+        """
         if self.lr_scheduler is None:
             schedule = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = full_warmup(schedule, warmup_steps)
+            factor = schedule.lr_lambdas[0]  # the same for every group
+
+            def share_of_peak(steps_done: int) -> float:
+                return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else factor(steps_done)
+
+            self.lr_scheduler = LambdaLR(schedule.optimizer, share_of_peak)
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -211,16 +220,3 @@ def _shapes(batch: dict[str, Any]) -> str:
     """Sizes of the token ids in a batch, for an error message."""
     ids = {n: value for n, value in batch.items() if n.endswith("_ids") and isinstance(value, Tensor)}
     return ", ".join(f"{name} of {' × '.join(map(str, value.shape))} tokens" for name, value in ids.items())
-
-
-def full_warmup(schedule: Any, warmup_steps: int) -> Any:
-    """The library's schedule, but that warm-up step i of w has i/w of the peak rate.
-
-    The library has (i - 1)/w there, so that its first step does nothing. After the warm-up nothing changes.
-    """
-    factor = schedule.lr_lambdas[0]  # the same for every group
-
-    def share_of_peak(steps_done: int) -> float:
-        return (steps_done + 1) / warmup_steps if steps_done < warmup_steps else factor(steps_done)
-
-    return LambdaLR(schedule.optimizer, share_of_peak)
