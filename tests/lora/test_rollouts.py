@@ -18,13 +18,25 @@ from stages.engines import Sampling
 from stages.errors import ConfigError, OutOfMemoryError
 from stages.lora.adapter import adapter
 from stages.lora.adapter.merge import MergedCopy
-from stages.lora.grpo import sampler, vllm_rollouts
+from stages.lora.grpo import rollouts, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.runtime.batch_size import BatchSize
 
 COLOCATED = RolloutsSection(engine="vllm_colocate")
+PROMPTS = [list(range(5, 8 + i)) for i in range(16)]
+
+
+def sampler_of(tiny, temperature: float, merged: bool) -> rollouts.RolloutSampler:
+    """From a merged copy, or through the adapter's layers."""
+    section = ModelSection(name=str(tiny), dtype="float32")
+    base, tokenizer = load_base(section), load_tokenizer(section)
+    copy = MergedCopy(base) if merged else None
+    sampling = Sampling(12, (tokenizer.eos_token_id,), temperature)
+    size = BatchSize("rl.rollouts.batch_size", 16, "lower rl.max_completion_length")
+    model = adapter.initial(base, LoraSection(), 0)
+    return rollouts.RolloutSampler(model, copy, tokenizer, sampling, size)
 
 
 def test_colocated_samples_differ_by_the_seed(monkeypatch):
@@ -39,14 +51,9 @@ def test_colocated_samples_differ_by_the_seed(monkeypatch):
 
 def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeypatch, caplog):
     """What had ended is kept, and all are those of a machine with more memory. Nothing drops out of them."""
-    section = ModelSection(name=str(tiny))
-    model, tokenizer = adapter.initial(load_base(section), LoraSection(), 0), load_tokenizer(section)
-    sampling = Sampling(12, (tokenizer.eos_token_id,), 1.0)
-    size = BatchSize("rl.rollouts.batch_size", 16, "lower rl.max_completion_length")
-    rollouts = sampler.RolloutSampler(model, None, tokenizer, sampling, size)
-    model.train()
-    prompts = [list(range(5, 8 + i)) for i in range(16)]
-    with_memory, usual, sizes = rollouts.sample(prompts, "seed"), sampler.generate, []
+    sampler = sampler_of(tiny, 1.0, merged=False)
+    sampler.adapted.train()
+    with_memory, usual, sizes = sampler.sample(PROMPTS, "seed"), rollouts.generate, []
 
     def full(model, tokenizer, prompts, sampling, stops, seeds, slots, most=4):
         sizes.append((len(prompts), slots))
@@ -56,44 +63,36 @@ def test_without_memory_completions_are_sampled_in_smaller_batches(tiny, monkeyp
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")
             yield completion
 
-    monkeypatch.setattr(sampler, "generate", full)
+    monkeypatch.setattr(rollouts, "generate", full)
     written = [completion.ids for completion in with_memory]
-    assert [completion.ids for completion in rollouts.sample(prompts, "seed")] == written
+    assert [completion.ids for completion in sampler.sample(PROMPTS, "seed")] == written
     assert max(map(len, written)) > 1 and len(set(map(tuple, written))) == 16
     assert sizes == [(16, 16), (13, 8), (10, 4)]
     assert "out of memory with rl.rollouts.batch_size 16: going on with 8" in caplog.messages
-    monkeypatch.setattr(sampler, "generate", partial(full, most=0))
+    monkeypatch.setattr(rollouts, "generate", partial(full, most=0))
     with pytest.raises(OutOfMemoryError, match=r"out of memory with rl\.rollouts\.batch_size 1") as caught:
-        rollouts.sample(prompts, "seed")
+        sampler.sample(PROMPTS, "seed")
     assert caught.value.hint == "lower rl.max_completion_length"
 
 
 def test_8_bits_sample_from_nearly_the_same_model(tiny):
     """Their log-probabilities are the sampler's own, and the copy's weights stay as they are."""
-    section = ModelSection(name=str(tiny), dtype="float32")
-    base, tokenizer = load_base(section), load_tokenizer(section)
-    copy = MergedCopy(base)
-    sampling = Sampling(12, (tokenizer.eos_token_id,), 1.3)
-    size = BatchSize("rl.rollouts.batch_size", 16, "")
-    rollouts = sampler.RolloutSampler(
-        adapter.initial(base, LoraSection(), 0), copy, tokenizer, sampling, size
-    )
-    prompts = [list(range(5, 8 + i)) for i in range(16)]
-    exact = rollouts.sample(prompts, "s")
-    weights = {name: value.clone() for name, value in copy.model.named_parameters()}
-    completions = replace(rollouts, in_int8=True).sample(prompts, "s")
-    assert all(torch.equal(value, weights[name]) for name, value in copy.model.named_parameters())
+    sampler = sampler_of(tiny, 1.3, merged=True)
+    model, exact = sampler.copy.model, sampler.sample(PROMPTS, "s")
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    completions = replace(sampler, in_int8=True).sample(PROMPTS, "s")
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
 
     def logprobs(prompt, ids):
-        logits = copy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 1.3
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 1.3
         return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
     gaps = []
     with torch.no_grad():
-        for prompt, completion, float32 in zip(prompts, completions, exact, strict=True):
+        for prompt, completion, float32 in zip(PROMPTS, completions, exact, strict=True):
             told = torch.tensor(completion.logprobs)
             assert torch.allclose(logprobs(prompt, float32.ids), torch.tensor(float32.logprobs), atol=1e-4)
-            with linear_layers_in_int8(copy.model, prompt):
+            with linear_layers_in_int8(model, prompt):
                 assert torch.allclose(logprobs(prompt, completion.ids), told, atol=2e-3)
             gaps.append((logprobs(prompt, completion.ids) - told).abs().max())
     assert 1e-4 < max(gaps) < 0.1
