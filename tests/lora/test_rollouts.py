@@ -41,7 +41,8 @@ def sampler_of(tiny, temperature: float, merged: bool) -> rollouts.RolloutSample
 
 def test_colocated_samples_differ_by_the_seed(monkeypatch):
     """vLLM in this process has seeded all generators with the rank, whatever the config's seed is."""
-    trainer, drawn = SimpleNamespace(vllm_generation=SimpleNamespace()), []
+    process = SimpleNamespace(process_index=0)
+    trainer, drawn = SimpleNamespace(vllm_generation=SimpleNamespace(), accelerator=process), []
     for seed in (3, 3, 7):
         torch.manual_seed(0)
         vllm_rollouts.install_weights(trainer, None, seed)
