@@ -14,9 +14,7 @@ import logging
 import os
 import queue
 import re
-import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -45,6 +43,7 @@ from stages.engines.reply_checks import (
     parse_word,
 )
 from stages.errors import AnswerError, ConfigError, ServerError
+from stages.runtime.background import event_loop
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +135,10 @@ class Client:
     def _each(self, items: Iterable[Any], ask: Ask, at_first: int) -> Iterator[tuple[int, Any]]:
         """Yield each item's index and answer as soon as it arrives; a Failure where it cannot be answered.
 
-        at_first: items in flight until the first is answered. An event loop in a thread of its own runs the
-        requests, because a signal's exception would be lost in a task; it ends when this generator is left.
+        at_first: items in flight until the first is answered. All requests end when this generator is left.
         """
         outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        client, tasks = self._connect(), set[Any]()
-        loops, stopped, is_left = Future[asyncio.AbstractEventLoop](), asyncio.Event(), threading.Event()
+        client = self._connect()
 
         async def answer(i: int, item: Any) -> None:
             try:
@@ -149,30 +146,11 @@ class Client:
             except Exception as error:
                 outcomes.put((i, error))
 
-        def start(i: int, item: Any) -> None:
-            tasks.add(task := asyncio.create_task(answer(i, item)))
-            task.add_done_callback(tasks.discard)
-
-        async def serve() -> None:
-            if not is_left.is_set():
-                await stopped.wait()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        def run() -> None:
-            with asyncio.Runner() as runner:
-                loops.set_result(runner.get_loop())
-                runner.run(serve())
-
-        thread = threading.Thread(target=run, name="requests", daemon=True)
-        try:
-            thread.start()
-            loop = loops.result()
+        with event_loop() as start:
             waiting, most, numbered = 0, at_first, enumerate(items)
             while True:
-                for numbered_item in islice(numbered, most - waiting):
-                    loop.call_soon_threadsafe(start, *numbered_item)
+                for i, item in islice(numbered, most - waiting):
+                    start(partial(answer, i, item))
                     waiting += 1
                 if not waiting:
                     return
@@ -181,12 +159,6 @@ class Client:
                 if isinstance(answered, Exception):
                     raise answered
                 yield i, answered
-        finally:
-            is_left.set()  # seen by a thread that has no loop yet
-            if loops.done():
-                loops.result().call_soon_threadsafe(stopped.set)
-            if thread.is_alive():
-                thread.join()
 
     def _connect(self) -> Any:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
