@@ -97,7 +97,7 @@ def parts(small: bool) -> list[Part]:
         Part("doctor", lambda *_: ["-m", "lorapar_cli", "doctor"], facts, 1),
         Part(
             "frozen",
-            tests("lora/test_sparse_linear", "lora/test_four_bit", *alike, options=quick),
+            tests("lora/test_four_bit", *alike, options=quick),
             PASSED,
             2,
             TESTING,

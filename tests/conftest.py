@@ -84,7 +84,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_curves() -> Iterator[None]:
-    """Drawing its curves took half of a small run of RL; test_logged.py draws some."""
+    """Drawing its curves took half of a small run of RL; test_training.py draws some."""
     from stages.lora.training import curves
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,6 @@
-"""The examples of `docs/elements.md`, run as they stand: what they train, what they leave, what they save."""
+"""The examples of `docs/elements.md`, run as they stand: what they train, leave and save; and one layer."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,9 +10,11 @@ from datasets import Dataset
 from guide import blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from torch import nn
 
 from stages.errors import ArtifactError
 from stages.lora.adapter.adapter import lora_layers
+from stages.lora.adapter.elements import SparseLinear, frozen_weights
 from stages.runtime import libraries
 
 MODEL, *TRAINERS, TRAIN, LOOP = [block for block in blocks("python") if block.page == "elements.md"]
@@ -94,7 +97,7 @@ def test_example_trains_chosen_elements_alone(page, tiny, monkeypatch, example):
     base = type(model.get_base_model()).from_pretrained(str(tiny), num_labels=1)
     saved = lora_layers(PeftModel.from_pretrained(base, "adapter"))
     for name, layer in lora_layers(model).items():
-        assert type(layer) is torch.nn.Linear and layer.weight.requires_grad
+        assert type(layer) is nn.Linear and layer.weight.requires_grad
         assert torch.equal(layer.weight, trained[name]), name
         assert torch.equal(saved[name].weight, trained[name]), name
     assert trained.keys() == masks.keys() == saved.keys() == lora_layers(model).keys()
@@ -114,7 +117,7 @@ def test_masks_of_other_weights_are_refused(page):
     with pytest.raises(ArtifactError, match=shapes) as caught:
         page["sparsify"](model, halves)
     assert "compensated=True" in caught.value.hint
-    assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())
+    assert all(type(layer) is nn.Linear for layer in lora_layers(model).values())
     page["sparsify"](model, halves, compensated=True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trained == sum(half.numel() for half in halves.values())
@@ -124,7 +127,7 @@ def test_an_optimizer_made_before_trains_the_chosen_elements_at_its_rates(page):
     """PEFT's LoRA+ tells A from B by their shape, which is that of a vector afterwards."""
     model, masks = page["model"], page["masks"]
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.weight)  # with B = 0 no element of A has a gradient
+        nn.init.normal_(layer.weight)  # with B = 0 no element of A has a gradient
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     page["sparsify"](model, masks)
     start, ids = _weights(model), torch.arange(3, 30)[None]
@@ -137,31 +140,71 @@ def test_an_optimizer_made_before_trains_the_chosen_elements_at_its_rates(page):
         assert not moved[~masks[name]].any(), name
 
 
-@pytest.mark.parametrize(
-    ("options", "untouched"),
-    [
-        ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
-    ],
-)
-def test_what_no_mask_could_freeze_is_refused_before_anything_changes(page, tiny, options, untouched):
-    base = type(page["model"].get_base_model()).from_pretrained(str(tiny))
-    lora = LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
-    model = get_peft_model(base, lora)
-    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in _weights(model).items()}
-    with pytest.raises(ArtifactError, match=f"{untouched}.* trains, and no mask is for it"):
-        page["sparsify"](model, masks)
-    assert all(type(layer) is torch.nn.Linear for layer in lora_layers(model).values())
+def test_what_no_mask_could_freeze_is_refused_before_anything_changes(page, tiny):
+    def refused(model, said):
+        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in _weights(model).items()}
+        with pytest.raises(ArtifactError, match=said):
+            page["sparsify"](model, masks)
+        assert all(type(layer) is nn.Linear for layer in lora_layers(model).values())
 
-
-def test_a_second_adapter_that_trains_and_layers_that_share_a_weight_are_refused(page):
     model = page["model"]
+    for options, untouched in (
+        ({"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+    ):
+        base = type(model.get_base_model()).from_pretrained(str(tiny))
+        adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+        refused(adapted, f"{untouched}.* trains, and no mask is for it")
     model.add_adapter("other", model.peft_config["default"])
     model.set_adapter("other")
-    with pytest.raises(ArtifactError, match="lora_A.other.weight trains, and no mask is for it"):
-        page["sparsify"](model, page["masks"])
+    refused(model, "lora_A.other.weight trains, and no mask is for it")
     model.set_adapter("default")
     first, second, *_ = (layer for name, layer in lora_layers(model).items() if "q_proj.lora_A" in name)
     second.weight = first.weight
-    with pytest.raises(ArtifactError, match="two layers share LoRA weights"):
-        page["sparsify"](model, page["masks"])
+    refused(model, "two layers share LoRA weights")
+
+
+def layer() -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 7, bias=False)
+    return linear, torch.rand(7, 12) < 0.4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_of_the_plain_layer(autocast):
+    linear, mask = layer()
+    packed, x = SparseLinear(copy.deepcopy(linear), mask), torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        linear(x).square().sum().backward()
+        packed(x).square().sum().backward()
+    assert torch.equal(packed.values.grad, linear.weight.grad[mask])
+
+
+def test_state_dict_is_dense_under_the_plain_name_and_loads_back():
+    linear, mask = layer()
+    packed = SparseLinear(linear, mask)
+    state = packed.state_dict()
+    assert list(state) == ["weight"] and torch.equal(state["weight"], linear.weight)
+    state["weight"][mask] += 1
+    packed.load_state_dict(state)
+    assert torch.equal(packed.weight[mask], linear.weight[mask] + 1)
+    state["weight"][~mask] += 1
+    with pytest.raises(RuntimeError, match="differs in frozen elements"):
+        packed.load_state_dict(state)
+    frozen = SparseLinear(linear, torch.zeros_like(mask))
+    assert list(frozen.parameters()) == [] and list(frozen.state_dict()) == ["weight"]
+    assert torch.equal(frozen.weight, linear.weight)
+
+
+def test_fixed_weights_are_made_once_and_train_again_afterwards():
+    linear, mask = layer()
+    packed = SparseLinear(linear, mask)
+    with torch.no_grad():
+        packed.values += 1
+    with frozen_weights(nn.Sequential(packed)):
+        assert torch.equal(packed.weight[mask], linear.weight[mask] + 1)
+        assert packed.weight is packed.weight
+    with torch.no_grad():
+        packed.values -= 0.5
+    packed(torch.randn(5, 12)).sum().backward()
+    assert packed.values.grad.any() and torch.equal(packed.weight[mask], packed.values)

@@ -14,7 +14,8 @@ from stages.config import ModelSection, PromptSection, SftSection
 from stages.errors import DataError
 from stages.lora import examples
 from stages.lora.adapter import adapter
-from stages.lora.training import loop
+from stages.lora.training import curves, loop
+from stages.lora.training.curves import draw  # conftest replaces it before the first test
 from stages.lora.training.start import StartingAdapter
 from stages.lora.training.trainer import ResumableTrainer
 from stages.models.tokenizer import load_tokenizer
@@ -134,3 +135,16 @@ def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):
     few = [row for row in rows if row.system == 1] + [row for row in rows if row.system == 2][:2]
     assert len(examples.trained_by_sft(few, SftSection(system2_share=0.3), 0)) == 12
     assert caplog.messages == ["sft.system2_share 0.3 asks for 3 System 2 rows, and 2 have a response"]
+
+
+def test_the_figure_has_a_panel_for_all_that_there_is_and_does_not_tell_when_it_was_made(tmp_path):
+    logged = {"rewards/a/mean": 1.0, "rewards/b/mean": 2.0}
+    steps = [{"step": step, "loss": 1 / step, "reward": float(step), **logged} for step in (1, 2, 3)]
+    drawn = {axes.get_title(): axes for axes in curves.history_figure(steps).axes}
+    assert list(drawn) == ["loss", "reward"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn["reward"].lines}
+    assert lines == {"all, weighted": [1, 2, 3], "a": [1, 1, 1], "b": [2, 2, 2]}
+    draw(steps, tmp_path / "one.png")
+    draw(steps, tmp_path / "two.png")
+    made = (tmp_path / "one.png").read_bytes()
+    assert made.startswith(b"\x89PNG") and made == (tmp_path / "two.png").read_bytes()

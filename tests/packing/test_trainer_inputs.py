@@ -1,6 +1,7 @@
 """Rows without padding give the trainers' losses and gradients as TRL's own padded batches do."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -60,12 +61,6 @@ def batch() -> dict[str, Tensor]:
         "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1, 0.8, -0.9, 0.7, -0.6], device=device()),
         "num_items_in_batch": torch.tensor(3 * sum(LENGTHS), device=device()),
     }
-
-
-def noisy(values: Tensor) -> Tensor:
-    """With the same noise on every device: generators of a GPU draw other numbers."""
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
-    return values + 0.3 * noise.to(values.device)
 
 
 def log_probs(trainer, model, inputs: dict[str, Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -130,7 +125,9 @@ def test_every_loss_and_its_gradient_are_trl_s(grpo, monkeypatch, kind, referenc
         inputs["advantages"][silent] = 0
         with torch.no_grad():
             if iterations == 2:
-                inputs["old_per_token_logps"] = noisy(log_probs(trainer, model, inputs)[0])
+                # Of a CPU, because generators of a GPU draw other numbers.
+                noise = torch.randn(8, max(LENGTHS), generator=torch.Generator().manual_seed(2)).to(device())
+                inputs["old_per_token_logps"] = log_probs(trainer, model, inputs)[0] + 0.3 * noise
             if reference:
                 with use_adapter(model, None if reference == "base" else "ref"):
                     inputs["ref_per_token_logps"] = log_probs(trainer, model, inputs)[0]
@@ -167,19 +164,14 @@ def test_where_no_completion_has_an_advantage_the_shortest_is_computed(grpo, mon
     assert not logged.keys() & {"entropy", "tokens_saved"}
 
 
-TWO_STEPS = [
-    "rl.start_from=init", "rl.max_steps=2", "rl.num_train_epochs=9", "rl.learning_rate=0.001",
-    "rl.kl_reference=base",
-]  # fmt: skip
-
-
 def test_whole_steps_are_trl_s_where_groups_are_split(own, tmp_path):
     """Micro batches hold half a group; TRL shuffles completions over them."""
     rewards = tmp_path / "mine.py"
     rewards.write_text(
         "def odd(completions, **_):\n    return [sum(map(ord, t)) % 97 / 97 for t in completions]\n"
     )
-    odd = [*TWO_STEPS, f"rl.rewards_file={rewards}", "rl.rewards={odd: 1}"]
+    odd = ["rl.start_from=init", f"rl.rewards_file={rewards}", "rl.rewards={odd: 1}", "rl.kl_reference=base"]
+    odd += ["rl.max_steps=2", "rl.num_train_epochs=9", "rl.learning_rate=0.001"]
     ways = [["rl.prefix_sharing=off"], ["rl.per_device_train_batch_size=2"]]
     runs = (make_step(own(*odd, *way), "rl").path for way in ways)
     usual, shared = (json.loads((folder / "history.json").read_text()) for folder in runs)
@@ -234,12 +226,6 @@ def collated(trainer, rows) -> dict[str, Tensor]:
     return {name: value.to(device()) for name, value in trainer.data_collator(rows).items()}
 
 
-def sft_step(trainer, model, rows, number: int | None = None):
-    trainer._total_train_tokens = 0
-    inputs = collated(trainer, rows)
-    return trained(trainer, model, lambda: trainer.compute_loss(model, inputs, num_items_in_batch=number))
-
-
 @pytest.mark.parametrize(
     ("kind", "shares"),
     [*((kind, i % 2 == 0) for i, kind in enumerate(ROWS)), ("as rendered", True), ("as rendered", False)],
@@ -251,13 +237,15 @@ def test_sft_s_loss_gradient_and_metrics_are_trl_s(sft, monkeypatch, kind, share
     tokens, usual = [], support.packed_hidden_states
     watched = lambda *given: tokens.append(given[1].numel()) or usual(*given)  # noqa: E731
     monkeypatch.setattr(support, "packed_hidden_states", watched)
+    inputs = collated(trainer, rows)
     for number in (None, torch.tensor(50)):
-        found = {}
+        found, loss = {}, partial(trainer.compute_loss, model, inputs, num_items_in_batch=number)
         for way in (True, False):
             monkeypatch.setattr(trainer, "_supports_packing", lambda *_, way=way: way)
             assert support.supports_packing(model, [5, 6, 7])
             tokens.clear()
-            found[way] = sft_step(trainer, model, rows, number)
+            trainer._total_train_tokens = 0
+            found[way] = trained(trainer, model, loss)
             assert len(tokens) == way
             if way:
                 read = tokens[0]
