@@ -33,7 +33,7 @@ from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 from stages.rewards import loading
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize
 from stages.store.checkpoints import Checkpoints
 
 SIDES = ("TRL", "lorapar")

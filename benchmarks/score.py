@@ -24,7 +24,7 @@ from stages.lora.adapter import adapter
 from stages.lora.importance.scorers import moments
 from stages.models.base import load_base
 from stages.prompts.renderer import IGNORED, Row
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize
 
 WAYS = ("plain", "ours")
 PAD = 0

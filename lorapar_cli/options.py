@@ -1,5 +1,6 @@
 """Options that several commands share, and helpers that turn them into a config and its steps."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,7 @@ def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, 
         local_file(config.data)  # a wrong name is told at once; to ask the hub for a model takes long
     config = resolved(config)
     if config.model.device == "cpu":
-        gpu.hide()
+        os.environ[gpu.VISIBLE] = ""  # for this process, which has used none yet, and those it starts
     return config, plan_steps(config), Store(config.root)
 
 

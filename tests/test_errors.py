@@ -22,7 +22,7 @@ from stages.models.base import load_adapted, load_base
 from stages.models.load_errors import load_errors
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
-from stages.runtime import network
+from stages.runtime import libraries
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_what_the_machine_lacks_is_no_fault_of_the_model_nor_a_missing_package_o
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(network, "getproxies", dict)
+    monkeypatch.setattr(libraries, "getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     lookup = Mock()
-    monkeypatch.setattr(network.socket, "getaddrinfo", lookup)
-    network.offline_without_network.__wrapped__()
+    monkeypatch.setattr(libraries.socket, "getaddrinfo", lookup)
+    libraries.offline_without_network.__wrapped__()
     assert lookup.call_args.args[0] == "huggingface.co" and not constants.HF_HUB_OFFLINE
     lookup.side_effect = OSError("no host")
-    network.offline_without_network.__wrapped__()
+    libraries.offline_without_network.__wrapped__()
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"

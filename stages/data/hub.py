@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stages.errors import HUB_HINT, MissingInputError, first_line
-from stages.runtime.network import offline_without_network
+from stages.runtime.libraries import offline_without_network
 
 
 @functools.cache

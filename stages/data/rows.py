@@ -23,7 +23,7 @@ from stages.data.hub import resolve_commit
 from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line, sought
 from stages.prompts.answers import is_answer
 from stages.records import Example, data_error
-from stages.runtime.network import offline_without_network
+from stages.runtime.libraries import offline_without_network
 
 log = logging.getLogger(__name__)
 _say_once = functools.cache(log.info)

@@ -70,11 +70,8 @@ class InProcess:
         writes its thinking first. That takes long, so choices are made for one chunk of requests at a time.
         """
         pending = list(requests)
-        chunk = (
-            THINKING_BATCHES * self.batch_size
-            if any(request.max_thinking_tokens for request in pending)
-            else max(1, len(pending))
-        )
+        thinks = any(request.max_thinking_tokens for request in pending)
+        chunk = THINKING_BATCHES * self.batch_size if thinks else max(1, len(pending))
         for start in range(0, len(pending), chunk):
             for i, choice in self._choose_chunk(pending[start : start + chunk]):
                 yield start + i, choice

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, PositiveInt
 
 from stages.config import ModelSection, ServerSection
 from stages.engines import EngineSpec
 from stages.engines.openai import CONCURRENCY, Client
-from stages.engines.vllm_log import last_error
 from stages.errors import ConfigError, LoraparError, ServerError
 from stages.models.base import save_merged
 from stages.models.dtype import has_float32_head, resolve
@@ -43,6 +41,13 @@ API_KEY_ENV = "VLLM_API_KEY"
 
 FLOAT32_HEAD = {"head_dtype": "float32"}
 """Has vLLM compute logits in float32, see `has_float32_head`."""
+
+LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) ?|^(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\] ?")
+"""Name of the process, then level, time and place, which stand before the lines of a server's log."""
+LOG_ERROR = re.compile(r"^(?:[\w.]*\b\w*(?:Error|Exception)|\S+\.py: error): .*|^[\w.]*\w+Error$")
+"""Last line of a traceback, or a message of its argument parser."""
+NO_CAUSE = ("Engine core initialization failed", "EngineDeadError", "EngineCore encountered an issue")
+"""Errors by which the API server reports that its engine ended; the engine's own stands above them."""
 
 IN_FLIGHT = 512
 """Requests in flight to a server on a GPU, which takes several hundred at a time."""
@@ -110,16 +115,12 @@ def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
             snapshot_download(model.name, revision=model.revision, ignore_patterns=list(UNREAD_FILES))
 
 
-class _Adapter(BaseModel):
-    r: PositiveInt
-
-
 def lora_flags(modules: dict[str, Path]) -> list[str]:
     """Return vLLM's arguments to serve these adapters, all loaded, each as a model of its name.
 
     modules: name → folder of the adapter. ConfigError if a rank is larger than vLLM serves.
     """
-    ranks = [read_json(folder / "adapter_config.json", _Adapter).r for folder in modules.values()]
+    ranks = [read_json(folder / "adapter_config.json", dict[str, Any])["r"] for folder in modules.values()]
     max_rank = next((rank for rank in LORA_RANKS if rank >= max(ranks)), None)
     if max_rank is None:
         raise ConfigError(f"an adapter has rank {max(ranks)}, and vLLM serves at most {LORA_RANKS[-1]}")
@@ -214,8 +215,9 @@ def context_length(model: ModelSection, server: ServerSection) -> int:
     the model by vLLM's own settings.
     """
     if "max_model_len" in server.vllm:
-        chosen = _length(server.vllm["max_model_len"])
-        return chosen or max_positions(load_config(model)) or server.max_model_len
+        chosen = server.vllm["max_model_len"]  # vLLM also reads `auto`, -1 and 32k
+        is_length = isinstance(chosen, int) and chosen > 0
+        return chosen if is_length else max_positions(load_config(model)) or server.max_model_len
     overrides = server.vllm.get("hf_overrides") or {}
     # Other overrides, of rope_scaling say, may stretch the context: then the config's length is no limit.
     changes_head_only = isinstance(overrides, dict) and overrides.keys() <= FLOAT32_HEAD.keys()
@@ -226,13 +228,6 @@ def context_length(model: ModelSection, server: ServerSection) -> int:
     except LoraparError:  # vLLM may know how to read it; if not, it says so
         context = None
     return min(server.max_model_len, context or server.max_model_len)
-
-
-def _length(value: Any) -> int | None:
-    """Parse vLLM's `max_model_len`: 4096, 32k (thousands), 32K (of 1,024), or None if vLLM chooses it."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(value).strip())
-    factors = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
-    return int(float(match[1]) * factors[match[2]]) if match else None
 
 
 def _environment(devices: str | None, key: str) -> dict[str, str]:
@@ -266,18 +261,27 @@ def _wait_until_healthy(guard: Guarded, port: int, limit: float, log: str) -> No
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise ServerError(f"the vLLM server was not ready in {limit:.0f} s: {last_error(Path(log))}", _hint(log))
+    raise _failure(f"was not ready in {limit:.0f} s", log)
 
 
 def _exit_error(guard: Guarded, log: str) -> ServerError | None:
     """Return the error that describes the server's exit, or None while it runs."""
-    if guard.poll() is None:
-        return None
-    return ServerError(
-        f"the vLLM server ended with code {guard.returncode}: {last_error(Path(log))}", _hint(log)
-    )
+    return None if guard.poll() is None else _failure(f"ended with code {guard.returncode}", log)
 
 
-def _hint(log: str) -> str:
+def _failure(what: str, log: str) -> ServerError:
     without = "--set eval.engine=transformers, and engine: transformers in the entries of classify.voters"
-    return f"its log is {log}; to do without vLLM: {without}"
+    hint = f"its log is {log}; to do without vLLM: {without}"
+    return ServerError(f"the vLLM server {what}: {last_error(Path(log))}", hint)
+
+
+def last_error(log: Path) -> str:
+    """Return the last error in the log with the line after it, which a validation error needs; shortened."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [LOG_PREFIX.sub("", LOG_PREFIX.sub("", line)) for line in text.splitlines()]
+    errors = [i for i, line in enumerate(lines) if LOG_ERROR.match(line)]
+    causes = [i for i in errors if not any(text in lines[i] for text in NO_CAUSE)] or errors
+    if not causes:
+        return "no error in its log"
+    following = [line.strip() for line in lines[causes[-1] + 1 :][:1] if line.startswith("  ")]
+    return " ".join([lines[causes[-1]], *following])[:300]

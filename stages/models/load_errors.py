@@ -22,7 +22,7 @@ from stages.errors import (
     sought,
 )
 from stages.runtime import gpu
-from stages.runtime.network import offline_without_network
+from stages.runtime.libraries import offline_without_network
 
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 """Errors of this machine, not of the files."""

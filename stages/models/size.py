@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ModelSection
-from stages.runtime.network import offline_without_network
+from stages.runtime.libraries import offline_without_network
 
 
 def parameters(model: ModelSection) -> int | None:

@@ -14,11 +14,6 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 MEND = "update its driver, or install a torch that it can run"
 
 
-def hide() -> None:
-    """Hide all GPUs from this process, if it has not used one yet, and from those that it starts."""
-    os.environ[VISIBLE] = ""
-
-
 def driver_version() -> str:
     """Version of the loaded NVIDIA driver; `of unknown version` if the system does not tell."""
     try:

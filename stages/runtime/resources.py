@@ -1,19 +1,25 @@
-"""Measures the machine as this process sees it: cores, memory in MiB (2²⁰ bytes)."""
+"""The machine as this process sees it: cores, memory in MiB (2²⁰ bytes), and where that runs out."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import re
+import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from stages.errors import OutOfMemoryError, is_out_of_memory
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 MIB = 2**20
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUP_ROOT, _CGROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """How long a waiting thread spins: loop iterations in GNU's OpenMP, milliseconds in LLVM's and Intel's."""
@@ -21,12 +27,7 @@ _OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 
 def usable_cores() -> int:
     """Number of cores that this process may use: a batch job or a container may have less than all."""
-    return max(1, min([_affine_cores(), *map(math.ceil, _cpu_quotas())]))
-
-
-def _affine_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min([len(os.sched_getaffinity(0)), *map(math.ceil, _cpu_quotas())]))
 
 
 THREADS = "LORAPAR_THREADS"
@@ -48,20 +49,15 @@ def tame_libraries() -> None:
     """
     if not set(_OPENMP).union(["OMP_WAIT_POLICY"]) & os.environ.keys():
         os.environ.update(_OPENMP)
-    if usable_cores() < _affine_cores() and "OMP_NUM_THREADS" not in os.environ:
+    if usable_cores() < len(os.sched_getaffinity(0)) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(usable_cores())
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 def release_memory() -> None:
-    """Return freed memory, which the allocators of libc and torch keep otherwise, to the system and the GPU.
-
-    Does nothing for main memory where the C library has no `malloc_trim`.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    """Return freed memory, which the allocators of libc and torch keep, to the system and the GPU."""
+    ctypes.CDLL(None).malloc_trim(0)
     if torch := _torch_with_gpu():
         torch.cuda.empty_cache()
 
@@ -70,14 +66,17 @@ def reset_peak() -> None:
     """Return freed memory and reset the counters of `peak_memory`, as far as the system allows."""
     release_memory()
     with suppress(OSError):
-        _CLEAR_REFS.write_text("5", encoding="utf-8")  # sets VmHWM to the current usage, see proc(5)
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")  # VmHWM becomes the current usage, see proc(5)
     if torch := _torch_with_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, int]:
     """Peak memory in MiB since `reset_peak`: `process`, and `device` if torch has reserved GPU memory."""
-    peaks = {"process": _peak_of_process()}
+    # Only VmHWM can be reset; where the system has none, it is the peak since the start.
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
+    kib = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peaks = {"process": kib // 1024}
     if (torch := _torch_with_gpu()) and (reserved := torch.cuda.max_memory_reserved()):
         peaks["device"] = reserved // MIB
     return peaks
@@ -122,8 +121,8 @@ def _cgroup_texts(controller: str, version2: str, version1: str | None = None) -
 
     version2, version1: the name of the file in the two versions of control groups.
     """
-    listing = _CGROUP_OF_PROCESS
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
+    exists = _CGROUP_OF_PROCESS.exists()
+    lines = _CGROUP_OF_PROCESS.read_text(encoding="utf-8").splitlines() if exists else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         name = {"": version2, controller: version1}.get(controllers)
         if name is None:
@@ -134,12 +133,29 @@ def _cgroup_texts(controller: str, version2: str, version1: str | None = None) -
                 yield (folder / name).read_text(encoding="utf-8").strip()
 
 
-def _peak_of_process() -> int:
-    """Peak resident memory in MiB. Only VmHWM can be reset; elsewhere it is the peak since the start."""
-    with suppress(OSError):
-        if match := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"), re.MULTILINE):
-            return int(match[1]) // 1024
-    import resource
+@dataclass
+class BatchSize:
+    """The batch size of a setting, and how small it may become."""
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // MIB
+    setting: str
+    now: int
+    hint: str
+    """Advice for where no smaller batch helps."""
+    least: int = 1
+
+    def attempt(self, number: int, compute: Callable[..., T], *arguments: Any) -> T | None:
+        """Return the result of `compute` for a batch of `number` examples, or None if memory ran out.
+
+        Then `now` is half of `number`, and a warning says so; OutOfMemoryError if that was the least batch.
+        """
+        try:
+            return compute(*arguments)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if number <= self.least:
+                raise OutOfMemoryError(f"out of memory with {self.setting} {number}", self.hint) from error
+        self.now = max(self.least, number // 2)
+        log.warning("out of memory with %s %d: going on with %d", self.setting, number, self.now)
+        release_memory()  # not in the `except` block, in which the error holds the batch's tensors
+        return None

@@ -19,8 +19,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.context import StageContext
 from stages.prompts.renderer import Renderer, Row
 from stages.records import read_labels
-from stages.runtime import resources
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize, release_memory
 
 GROUPS: dict[Any, tuple[str, str]] = {
     1: ("system1", "System 1"),
@@ -79,7 +78,7 @@ def _sums(adapted: PeftModel, rows: list[Row], size: BatchSize, context: StageCo
     first, each batch would need larger blocks than are free, a fifth more memory in all on a CPU.
     """
     # The blocks that the other system left in torch's memory pool are too small for the longest rows.
-    resources.release_memory()
+    release_memory()
     adapted.requires_grad_(False)
     adapted.eval()
     longest_first = sorted(rows, key=lambda row: -len(row.input_ids))

@@ -22,7 +22,7 @@ from stages.lora.grpo import rollouts, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize
 
 COLOCATED = RolloutsSection(engine="vllm_colocate")
 PROMPTS = [list(range(5, 8 + i)) for i in range(16)]

@@ -14,7 +14,7 @@ from stages.models.base import load_base
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import IGNORED, Row
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize
 
 
 def rows(count: int = 7) -> list[Row]:

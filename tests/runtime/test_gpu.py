@@ -36,7 +36,7 @@ def test_the_reason_is_torch_s_own(old_driver, monkeypatch, tiny):
     assert doctor._device()[2] is False
     monkeypatch.setattr(torch.version, "cuda", None)
     assert gpu.unusable_reason() == f"torch {torch.__version__} is built without CUDA"
-    gpu.hide()
+    monkeypatch.setenv(gpu.VISIBLE, "")
     assert gpu.unusable_reason() is None and not gpu.is_visible()
 
 

@@ -49,7 +49,7 @@ def test_the_limit_of_a_container_or_a_job_counts(mine, files, limit, cgroups):
 @pytest.mark.parametrize(("text", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)])
 def test_the_quota_of_a_container_counts(text, cores, cgroups, monkeypatch):
     cgroups("0::/", {"cpu.max": f"{text}\n"})
-    monkeypatch.setattr(resources, "_affine_cores", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     monkeypatch.setattr(os, "environ", dict[str, str]())
     resources.tame_libraries()
     assert resources.usable_cores() == (cores or 64)

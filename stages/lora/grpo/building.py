@@ -24,7 +24,7 @@ from stages.models.load_errors import check_training
 from stages.packing.batch import padded
 from stages.rewards import loading
 from stages.runtime import libraries
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize
 from stages.store.checkpoints import Checkpoints
 
 if TYPE_CHECKING:

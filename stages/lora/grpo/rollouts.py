@@ -23,7 +23,7 @@ from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.packing.support import eval_mode
 from stages.prompts.renderer import Renderer
-from stages.runtime.batch_size import BatchSize
+from stages.runtime.resources import BatchSize
 
 Generated = tuple[list[list[int]], list[Any] | None]
 """Token ids of completions, and their log-probabilities if the engine tells them."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from stages.packing.batch import PackedBatch
     from stages.prompts.renderer import Row
-    from stages.runtime.batch_size import BatchSize
+    from stages.runtime.resources import BatchSize
 
 scorers: Registry = Registry("scorer")
 """Formulas score(φ, g, F): φ is an element, g the mean over examples of its gradient, F that of its square.
