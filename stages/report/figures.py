@@ -84,8 +84,8 @@ def line_plot(
     for colour, name in zip(colours(names), names, strict=True):
         points = sorted(series.get(name, []), key=lambda point: (point[0], point[1].mean))
         for at, value in points:
-            if value.interval:
-                ends = [100 * value.interval.low, 100 * value.interval.high]
+            if reach := value.over_items or value.over_seeds:
+                ends = [100 * reach.low, 100 * reach.high]
                 axes.plot([at, at], ends, color=colour, linewidth=1.4, alpha=0.6)
         if points:
             means = [100 * value.mean for _, value in points]

@@ -26,10 +26,8 @@ NUMBERS = (
 
 def page(tables: list[tuple[Results, str]]) -> str:
     """Render the page. tables: each with the command that makes or completes it."""
-    titles = [results.table.file.title for results, _ in tables]
-    verdicts = [_verdict(results) for results, _ in tables]
-    lead = [f"{title}. {verdict}" for title, verdict in zip(titles, verdicts, strict=True) if verdict]
-    title = titles[0] if len(titles) == 1 else "lorapar: tables"
+    lead = [f"{each.table.file.title}. {verdict}" for each, _ in tables if (verdict := _verdict(each))]
+    title = tables[0][0].table.file.title if len(tables) == 1 else "lorapar: tables"
     return render(title, lead, [_section(results, command) for results, command in tables])
 
 

@@ -101,9 +101,6 @@ class TableFile(Section):
     rows: Annotated[dict[str, TableRow], WithoutFalse] = setting(..., min_length=1)
     """Settings of each row, by their dotted names; `base` and `columns` override the table's."""
     seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
-    make_data: str = setting("")
-    """Command that writes the data of a seed, named with {seed}. It is not run, but shown where data are
-    missing."""
     columns: dict[str, ColumnText] = setting(..., min_length=1)
     """What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or .FIELD=VALUE
     for a group of items, or by .flexible to parse answers flexibly. Or a value of a step's summary, such as

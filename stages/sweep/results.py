@@ -5,26 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import statistics
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
-from stages.evaluation.statistics import Interval, holm
+from stages.evaluation.statistics import Interval, holm, over_replicates
 from stages.pipeline.state import current_artifact
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
 from stages.sweep.table import Cell, Contrast, Table
-from stages.sweep.values import (
-    ItemAccuracy,
-    NothingToShow,
-    Value,
-    accuracy,
-    difference,
-    mean_of_numbers,
-)
+from stages.sweep.values import ItemAccuracy, NothingToShow, Value, accuracy, difference
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +130,9 @@ def _value(artifacts: Artifacts, cells: list[Cell], name: str) -> Value:
     if cells[0].columns[name].graded:
         by_seed = [artifacts.accuracy(cell, name) for cell in unique]
         return accuracy(by_seed, _have_own_items(cells, name))
-    return mean_of_numbers([_number(artifacts.needed(cell, name), cell.columns[name]) for cell in unique])
+    of_seeds = [_number(artifacts.needed(cell, name), cell.columns[name]) for cell in unique]
+    spread = over_replicates(of_seeds)  # its p-value is of a mean of 0
+    return Value(statistics.fmean(of_seeds), of_seeds, over_seeds=spread and replace(spread, p=None))
 
 
 def _is_in_group(sample: Sample, group: str) -> bool:

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,6 @@ KILLED = 128 + signal.SIGKILL
 
 @dataclass
 class Node:
-    id: ArtifactId
     config: Config
     step: Step
     command: list[str]
@@ -70,7 +69,7 @@ def build_graph(cells: list[Cell]) -> dict[ArtifactId, Node]:
             if artifact not in nodes:
                 current = bool(current_artifact(store, step))
                 command = _command(cell, step)
-                nodes[artifact] = Node(artifact, cell.config, step, command, inputs, current=current)
+                nodes[artifact] = Node(cell.config, step, command, inputs, current=current)
             nodes[artifact].cells.append((cell.table, cell.row, cell.seed))
     return nodes
 
@@ -91,16 +90,6 @@ def _command(cell: Cell, step: Step) -> list[str]:
     return [*command, "--only", step.title] if len(others) > 1 else command
 
 
-class Job(Protocol):
-    """A step that is being made; a Future is one."""
-
-    def done(self) -> bool: ...
-
-    def result(self) -> int:
-        """Return the exit code; an exception if the process ended without one."""
-        ...
-
-
 class Executor(Protocol):
     poll_s: float
     """Seconds between two looks at the jobs."""
@@ -108,8 +97,12 @@ class Executor(Protocol):
     @property
     def has_room(self) -> bool: ...
 
-    def submit(self, node: Node, log: Path) -> Job:
-        """Begin to make a step, with all output in this file."""
+    def submit(self, node: Node, log: Path) -> Future[int]:
+        """Begin to make a step, with all output in this file.
+
+        The result, or that of another job with `done` and `result`, is the exit code, or an exception if the
+        process ended without one.
+        """
         ...
 
     def close(self, interrupted: bool) -> None:
@@ -138,7 +131,7 @@ def run(
     done = {artifact for artifact, node in nodes.items() if node.current}
     waiting = [artifact for artifact in nodes if artifact not in done]
     ended: dict[ArtifactId, Outcome] = {}
-    running: dict[ArtifactId, tuple[Job, float]] = {}
+    running: dict[ArtifactId, tuple[Future[int], Path, float]] = {}
     try:
         while waiting or running:
             for artifact in list(waiting):
@@ -148,13 +141,14 @@ def run(
                     ended[artifact] = Outcome(node, "left out")
                 elif executor.has_room and done.issuperset(node.inputs):
                     waiting.remove(artifact)
-                    running[artifact] = executor.submit(node, _log(logs, node)), time.monotonic()
+                    log = logs / f"{node.stage}-{node.step.key}.log"
+                    running[artifact] = executor.submit(node, log), log, time.monotonic()
                     say(f"started: {node.title}")
-            for artifact, (job, started) in list(running.items()):
+            for artifact, (job, log, started) in list(running.items()):
                 if not job.done():
                     continue
                 del running[artifact]
-                ended[artifact] = outcome = _outcome(job, nodes[artifact], _log(logs, nodes[artifact]), say)
+                ended[artifact] = outcome = _outcome(job, nodes[artifact], log, say)
                 if outcome.status == "done":
                     done.add(artifact)
                     left = len(waiting) + len(running)
@@ -166,21 +160,17 @@ def run(
     return list(ended.values())
 
 
-def _outcome(job: Job, node: Node, log: Path, say: Callable[[str], None]) -> Outcome:
+def _outcome(job: Future[int], node: Node, log: Path, say: Callable[[str], None]) -> Outcome:
     """Outcome of a job that ended: a step is done if its artifact is there, whatever its process says."""
     try:
         code = job.result()
     except Exception as error:  # of the worker's process, or of the cluster
         code = KILLED
         say(f"{node.title}: {first_line(error)}")
-    if code == 0 and current_artifact(Store(Path(node.id[0])), node.step):
+    if code == 0 and current_artifact(Store(node.config.root), node.step):
         return Outcome(node, "done", 0, log)
     say(f"failed with exit code {code}: {node.title}; see {log}")
     return Outcome(node, "failed", code, log)
-
-
-def _log(logs: Path, node: Node) -> Path:
-    return logs / f"{node.stage}-{node.step.key}.log"
 
 
 class Workers:
@@ -200,7 +190,7 @@ class Workers:
     def has_room(self) -> bool:
         return bool(self.free)
 
-    def submit(self, node: Node, log: Path) -> Job:
+    def submit(self, node: Node, log: Path) -> Future[int]:
         slot = self.free.pop()
         call = partial(self.make_step, node.config, node.step, node.command, log)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,9 +14,6 @@ from stages.errors import ConfigError, LoraparError, MissingInputError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.steps import Step, plan_steps
 from stages.sweep.file import SEED, Column, TableFile, TableRow, mistakes_error, read
-
-MAX_CELLS = 1000
-"""Largest number of cells: planning one takes some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -90,29 +86,23 @@ def table(
     if any(text.partition("=")[0].strip() == "seed" for text in overrides or ()):
         raise ConfigError("--set seed: a table has seeds of its own", "--seeds 1,2,3")
     rows = _matching(path, only, list(file.rows)) if only else list(file.rows)
-    numbers = seeds or file.seeds
-    if (cells := len(rows) * len(numbers)) > MAX_CELLS:
-        raise ConfigError(f"{path}: {cells:,} cells are more than {MAX_CELLS:,}", "--only ROW, --seeds N")
-    if repeated := [seed for seed, times in Counter(numbers).items() if times > 1]:
-        raise ConfigError(f"{path}: seed {repeated[0]} is named twice, and gives the same run")
     errors: dict[str, dict[str, None]] = {}
     hints: dict[str, None] = {}
     planned = []
-    for seed, row in itertools.product(numbers, rows):
+    for seed, row in itertools.product(dict.fromkeys(seeds or file.seeds), rows):
         try:
             planned.append(_cell(path, file, row, seed, base, overrides or []))
         except LoraparError as error:
             errors.setdefault(str(error), {})[repr(row)] = None
-            if isinstance(error, MissingInputError):
-                makes = "no data file" in str(error)
-                hints[error.hint or (file.make_data.replace(SEED, str(seed)) if makes else "")] = None
+            if isinstance(error, MissingInputError) and error.hint:
+                hints[error.hint] = None
     mistakes = [f"row {', '.join(names)}: {error}" for error, names in errors.items()]
     mistakes += (
         _unused_columns(file, planned) if not only or not any(cell.columns for cell in planned) else []
     )
     mistakes += _incomparable(file, planned) if base is None else []
     if mistakes:
-        raise mistakes_error(path, mistakes, "; ".join(filter(None, hints)) or None)
+        raise mistakes_error(path, mistakes, "; ".join(hints) or None)
     return Table(path, file, planned, base)
 
 

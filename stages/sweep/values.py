@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from stages.evaluation.statistics import (
     Interval,
@@ -34,11 +34,6 @@ class Value:
     over_seeds: Interval | None = None
     """By Student's t over the means of the seeds; None for one seed, or if all means are equal."""
 
-    @property
-    def interval(self) -> Interval | None:
-        """The interval that figures draw."""
-        return self.over_items or self.over_seeds
-
     def text(self) -> str:
         """Write the mean, its interval over items and p, and in another line those over seeds.
 
@@ -64,12 +59,6 @@ class Value:
 
 class NothingToShow(Exception):
     """All artifacts exist, but lack the value or have no item in common."""
-
-
-def mean_of_numbers(of_seeds: list[float]) -> Value:
-    """Average numbers of the steps' summaries over seeds."""
-    spread = over_replicates(of_seeds)
-    return Value(statistics.fmean(of_seeds), of_seeds, over_seeds=spread and replace(spread, p=None))
 
 
 def accuracy(by_seed: list[ItemAccuracy], own_items: bool = False) -> Value:

@@ -25,8 +25,8 @@ def chain(monkeypatch, tmp_path):
         step = SimpleNamespace(key=stage, stage=SimpleNamespace(name=stage))
         inputs = list(nodes)[-1:]
         nodes[str(tmp_path), stage, stage] = SimpleNamespace(
-            id=(str(tmp_path), stage, stage), stage=stage, step=step, title=f"step {number}", current=False,
-            inputs=inputs, config=None, command=[stage, str(tmp_path / stage)],
+            stage=stage, step=step, title=f"step {number}", current=False, inputs=inputs,
+            config=SimpleNamespace(root=tmp_path), command=[stage, str(tmp_path / stage)],
         )  # fmt: skip
     return nodes
 

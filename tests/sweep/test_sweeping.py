@@ -1,42 +1,14 @@
-"""What `sweep` says before and after, its view meanwhile, and what it refuses at once."""
+"""What `sweep` says at its end, and how it reads the devices and the parameters of jobs."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 import typer
-from conftest import ROOT
 
 from lorapar_cli import sweep
 from stages.errors import ConfigError
 from stages.sweep.steps import Outcome
-
-TABLE = """
-title: Two masks
-base: base.yaml
-rows: {one: {partition.theta: 0.9}, two: {partition.theta: 0.5}}
-seeds: [1, 2]
-columns: {SFT: sft@demo}
-"""
-
-
-def test_a_wrong_table_and_a_missing_file_stop_all(tiny, demo_data, tmp_path, lorapar):
-    base = tmp_path / "base.yaml"
-    base.write_text(
-        f"extends: {ROOT / 'configs/smoke.yaml'}\nruns_dir: {tmp_path / 'runs'}\nmodel: {{name: {tiny}}}\n"
-        f"data: {{path: {demo_data / 'train.jsonl'}}}\n"
-        f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
-    )
-    good, wrong, out = tmp_path / "good.yaml", tmp_path / "wrong.yaml", tmp_path / "out"
-    good.write_text(TABLE)
-    wrong.write_text(TABLE.replace("sft@demo", "dpo@demo"))
-    for command in (("sweep", good, wrong, "--dry-run"), ("report", good, wrong, "--out", out)):
-        done = lorapar(*command)
-        assert done.code == 78 and "no row has dpo@demo" in done.err
-    done = lorapar("sweep", good, tmp_path / "none.yaml", "--dry-run")
-    assert done.code == 66 and "none.yaml\n  hint: an example: lorapar init --example tables/" in done.err
-    done = lorapar("report", tmp_path / "none.yaml", "--out", out)
-    assert done.code == 66 and "no file" in done.err and not out.exists()
 
 
 def test_devices_are_those_that_are_visible(monkeypatch):

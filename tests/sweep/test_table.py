@@ -126,10 +126,9 @@ def test_a_table_over_another(small, tmp_path):
 def test_rows_are_chosen_by_name_or_pattern(small):
     assert table(small, only=["θ*"]).rows == ["θ .9", "θ .5"]
     assert table(small, only=["β 0", "*.5"]).rows == ["θ .5", "β 0"]
-    assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 3]).cells] == [2, 3]
+    assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 3, 2]).cells] == [2, 3]
     for choice, said in (
         ({"only": ["θ 7"]}, "no row 'θ 7'"),
-        ({"seeds": [2, 2, 3]}, "seed 2 is named twice, and gives the same run"),
         ({"overrides": ["seed=5"]}, "--set seed: a table has seeds of its own"),
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
@@ -284,13 +283,12 @@ def by_hand(tmp_path, monkeypatch):
 
 @pytest.fixture
 def replicates(small, tmp_path) -> Path:
-    """The table with data of its own for each of two seeds."""
+    """The table with data of its own for each of two seeds; those of others are not there."""
     for seed in (1, 2):
         write(tmp_path / f"data-{seed}", seed)
     train, test = (f"'{tmp_path}/data-{{seed}}/{split}.jsonl'" for split in ("train", "test"))
     quoted = f"data.path: {train}, eval.benchmarks.demo.path: {test}"
-    command = f'make_data: "lorapar demo-data {tmp_path}/data-{{seed}} --seed {{seed}}"\n'
-    return changed(small, ("set: {", f"set: {{{quoted}, "), ("seeds: [1, 2]\n", f"seeds: [1, 2]\n{command}"))
+    return changed(small, ("set: {", f"set: {{{quoted}, "))
 
 
 def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
@@ -311,11 +309,18 @@ def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     assert one.over_items is not None and one.over_seeds is None
 
 
-def test_missing_data_of_a_replicate_come_with_the_command_that_writes_them(replicates, lorapar, tmp_path):
+def test_a_wrong_table_and_missing_files_stop_all(small, replicates, lorapar, tmp_path):
+    out, none = tmp_path / "out", tmp_path / "none.yaml"
     done = lorapar("sweep", replicates, "--seeds", "1,7,8", "--dry-run")
     assert done.code == 78 and f"no data file {tmp_path}/data-7/train.jsonl" in done.err
-    commands = (f"lorapar demo-data {tmp_path}/data-{seed} --seed {seed}" for seed in (7, 8))
-    assert f"hint: {'; '.join(commands)}\n" in done.err
+    wrong = changed(small, ("rl@demo", "dpo@demo"))
+    for command in (("sweep", small, wrong, "--dry-run"), ("report", small, wrong, "--out", out)):
+        done = lorapar(*command)
+        assert done.code == 78 and "no row has dpo@demo" in done.err
+    done = lorapar("sweep", small, none, "--dry-run")
+    assert done.code == 66 and "none.yaml\n  hint: an example: lorapar init --example tables/" in done.err
+    done = lorapar("report", none, "--out", out)
+    assert done.code == 66 and "no file" in done.err and not out.exists()
 
 
 def test_planned_comparisons_are_those_that_are_named(small, by_hand):
@@ -381,14 +386,3 @@ def test_each_command_makes_its_step_alone(small):
             assert "eval.engine=transformers" in rest
         elif node.step.variant:
             assert rest[-2:] == ["--only", node.step.variant]
-
-
-def test_too_many_cells_are_refused_before_they_are_made(small, tmp_path):
-    rows = {str(i): {"partition.theta": i / 2000} for i in range(1, 1002)}
-    content = {"title": "x", "base": "base.yaml", "rows": rows, "columns": {"a": "sft@demo"}}
-    path = tmp_path / "many.yaml"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    for file, seeds, said in ((path, [1], "1,001"), (small, range(99_000), "297,000")):
-        with pytest.raises(ConfigError, match=f"{said} cells are more than 1,000") as caught:
-            table(file, seeds=list(seeds))
-        assert "--only" in caught.value.hint
