@@ -64,35 +64,26 @@ def test_a_setting_changes_the_keys_of_what_reads_it_and_no_others(smoke, change
 
 
 @pytest.mark.parametrize(
-    ("strategy", "unread", "read"),
+    ("step", "settings", "unread", "read"),
     [
-        ("classify.strategy=known", "classify.voters=[{}]", "classify.known=x"),
-        ("classify.strategy=random", "classify.quorum=1", "classify.seed=1"),
-        ("partition.strategy=all", "partition.theta=.5", "partition.strategy=random"),
-        ("partition.strategy=topk", "partition.theta=.5", "partition.density=.3"),
-        ("partition.strategy=importance", "partition.density=.3", "partition.theta=.5"),
+        ("sft", ["classify.strategy=known"], "classify.voters=[{}]", "classify.known=x"),
+        ("sft", ["classify.strategy=random"], "classify.quorum=1", "classify.seed=1"),
+        ("sft", ["partition.strategy=all"], "partition.theta=.5", "partition.strategy=random"),
+        ("sft", ["partition.strategy=topk"], "partition.theta=.5", "partition.density=.3"),
+        ("sft", ["partition.strategy=importance"], "partition.density=.3", "partition.theta=.5"),
+        # the sandbox where code is run, and the server where it answers
+        ("rl", ["rl.rewards={code_tests: 1}"], "eval.sandbox.seconds=9", "rl.sandbox.seconds=9"),
+        ("eval:base@humaneval", ["eval.benchmarks={humaneval: {path: x.jsonl}}"],
+         "rl.sandbox.seconds=9", "eval.sandbox.seconds=9"),
+        pytest.param(
+            "eval:base@demo", ["eval.engine=vllm", "eval.benchmarks.demo.label=false"],
+            "server.vllm={max_num_seqs: 3}", "server.vllm={quantization: fp8}", marks=needs_vllm,
+        ),
     ],
-)
-def test_a_strategy_is_keyed_by_what_it_reads(smoke, strategy, unread, read):
-    same, other, key = (keys(smoke(strategy, *change))["sft"] for change in ([unread], [read], []))
+)  # fmt: skip
+def test_a_step_is_keyed_by_what_it_reads(smoke, step, settings, unread, read):
+    same, other, key = (keys(smoke(*settings, *change))[step] for change in ([unread], [read], []))
     assert same == key != other
-
-
-@needs_vllm
-def test_arguments_of_the_server_count_where_it_answers(smoke):
-    served = ("eval.engine=vllm", "eval.benchmarks.demo.label=false")
-    one, two, three = (
-        keys(smoke(*served, *more))["eval:base@demo"]
-        for more in ((), ("server.vllm={quantization: fp8}",), ("server.vllm={max_num_seqs: 3}",))
-    )
-    assert one == three != two
-
-
-def test_the_sandbox_counts_where_code_is_run(smoke):
-    code = ("eval.benchmarks={humaneval: {path: x.jsonl}}", "rl.rewards={code_tests: 1}")
-    one, two = keys(smoke(*code)), keys(smoke(*code, "eval.sandbox.seconds=9", "rl.sandbox.seconds=9"))
-    assert one["eval:base@humaneval"] != two["eval:base@humaneval"]
-    assert one["rl"] != two["rl"] and one["sft"] == two["sft"]
 
 
 def test_the_type_of_a_voter_counts_and_that_of_the_machine_does_not(smoke, monkeypatch):
