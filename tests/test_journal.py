@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from pydantic import BaseModel
@@ -20,15 +21,21 @@ class Share(BaseModel):
     share: float
 
 
-def test_a_torn_last_line_is_cut_off_and_what_was_whole_stays(tmp_path: Path):
-    path = tmp_path / "votes/j.jsonl"
+def written(path: Path, *names: str) -> Journal:
+    """A journal with an answer of each name."""
     journal = Journal(path, Anything)
     with journal.writing(print):
-        journal.add(("a", 0), {"mass": 1})
+        for name in names:
+            journal.add((name, 0), {"share": 0.5})
+    return journal
+
+
+def test_a_torn_last_line_is_cut_off_and_what_was_whole_stays(tmp_path: Path):
+    path = written(tmp_path / "votes/j.jsonl", "a").path
     with path.open("ab") as file:
         file.write(b'{"question": "b", "sam')
     journal = Journal(path, Anything)
-    assert ("a", 0) in journal and journal["a", 0] == {"mass": 1}
+    assert ("a", 0) in journal and journal["a", 0] == {"share": 0.5}
     with journal.writing(print):
         journal.add(("b", 1), {"text": "a\rb\u2028c"})
         journal.add(("a", 0), {"mass": 2})
@@ -38,9 +45,7 @@ def test_a_torn_last_line_is_cut_off_and_what_was_whole_stays(tmp_path: Path):
 
 
 def test_a_file_that_was_moved_away_is_forgotten(tmp_path: Path):
-    journal = Journal(tmp_path / "j.jsonl", Anything)
-    with journal.writing(print):
-        journal.add(("a", 0), {})
+    journal = written(tmp_path / "j.jsonl", "a")
     journal.path.rename(tmp_path / "old.jsonl")
     with journal.writing(print):
         assert ("a", 0) not in journal
@@ -104,10 +109,7 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, row):
 
 def test_an_answer_that_was_edited_is_asked_again(tmp_path, caplog):
     path = tmp_path / "j.jsonl"
-    journal = Journal(path, Share)
-    with journal.writing(print):
-        for name in "abcd":
-            journal.add((name, 0), {"share": 0.5})
+    written(path, *"abcd")
     a, b, c, d = path.read_text().splitlines()
     (without_seal := json.loads(b)).pop(SEAL)
     changed = [a.replace("0.5", "0.9"), json.dumps(without_seal), c, d.replace('"d"', '"a"')]
@@ -119,20 +121,13 @@ def test_an_answer_that_was_edited_is_asked_again(tmp_path, caplog):
 
 def test_half_a_line_is_not_kept_and_the_next_one_stands_alone(tmp_path: Path):
     """A nearly full disk takes part of a write without an error."""
-    path = tmp_path / "j.jsonl"
-    journal = Journal(path, Anything)
+    journal = written(tmp_path / "j.jsonl", "a")
     with journal.writing(print):
-        journal.add(("a", 0), {})
         usual = journal._file
-
-        class Full:
-            def write(self, line):
-                return usual.write(line[:9])
-
-        journal._file = Full()
+        journal._file = Mock(write=lambda line: usual.write(line[:9]))
         with pytest.raises(OSError, match="No space left"):
             journal.add(("b", 0), {})
         journal._file = usual
         journal.add(("c", 0), {})
-    again = Journal(path, Anything)
+    again = Journal(journal.path, Anything)
     assert ("a", 0) in again and ("b", 0) not in again and ("c", 0) in again

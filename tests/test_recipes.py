@@ -1,6 +1,5 @@
 """The recipes of CONTRIBUTING: what they say is all that is needed, and every command knows it then."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -49,31 +48,17 @@ def source(tmp_path) -> Path:
     return tmp_path
 
 
-PROGRAM = """
-import json, sys
-from lorapar_cli.__main__ import main
-for command in json.load(sys.stdin):
-    sys.argv[1:] = command
-    try:
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    print(f"exit {code}\\n\\0", end="", flush=True)
-"""
-
-
 @pytest.fixture
 def lorapar(source):
-    """Runs commands from the copy, one after the other in one process; returns what each prints."""
+    """Runs a command from the copy; returns what it prints."""
 
-    def run(*commands: tuple[object, ...]) -> list[str]:
+    def run(*command: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", PROGRAM], cwd=source, env=os.environ | {"PYTHONPATH": str(source)},
-            input=json.dumps(commands, default=str),
+            [sys.executable, "-P", "-m", "lorapar_cli", *map(str, command)],
+            cwd=source, env=os.environ | {"PYTHONPATH": str(source)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        return done.stdout.split("\0")[:-1]
+        return f"{done.stdout}exit {done.returncode}\n"
 
     return run
 
@@ -95,26 +80,19 @@ def test_a_stage_is_a_folder_and_a_name(source, lorapar, smoke_flags, labelled, 
     settings = flags("data.limit=48", "eval.targets=[base]", "count.unit=line")
     config = (ROOT / "configs/smoke.yaml", *smoke_flags, *settings)
 
-    help_, names, status, plan, run, shown, alone, stale, whole, report = lorapar(
-        ("--help",),
-        ("list",),
-        ("status", *config),
-        ("plan", *config, "--to", "count"),
-        ("run", *config, "--to", "count"),
-        ("show", *config, "count"),
-        ("count", *config),
-        ("status", *config, "--set", "count.unit=cell"),
-        ("run", *config),
-        ("report", *config, "--out", tmp_path / "page"),
-    )
-    assert "count      Count the labelled rows.\n" in help_ and "exit 0" in names
-    assert "count           missing  not run yet" in status
-    assert "count" in plan and "rows: 48" in run and "count.txt" in shown
+    assert "count      Count the labelled rows.\n" in lorapar("--help")
+    assert "count           missing  not run yet" in lorapar("status", *config)
+    assert "count" in lorapar("plan", *config, "--to", "count")
+    assert "rows: 48" in lorapar("run", *config, "--to", "count")
+    assert "count.txt" in lorapar("show", *config, "count")
+    alone = lorapar("count", *config)
     assert "count.txt" not in alone and "is current" in alone and "exit 0" in alone
-    assert "count.unit was line, now cell" in stale
+    assert "count.unit was line, now cell" in lorapar("status", *config, "--set", "count.unit=cell")
     [written] = Path(tmp_path / "runs").rglob("count.txt")
     assert written.read_text() == "48 lines"
-    assert "exit 0" in whole and "exit 0" in report and (tmp_path / "page/report.html").exists()
+    assert "exit 0" in lorapar("run", *config)
+    assert "exit 0" in lorapar("report", *config, "--out", tmp_path / "page")
+    assert (tmp_path / "page/report.html").exists()
 
 
 FUNCTION = """
@@ -164,8 +142,8 @@ def test_scorers_and_others_are_a_function_or_a_file_and_a_name(source, lorapar,
         "partition: {strategy: my_strategy}\nrl: {rewards: {my_reward: 1}}\n"
         "classify: {voters: [{persona: my_persona, engine: my_engine}]}\n"
     )
-    listed, greeting, help_, status = lorapar(("list",), ("greet",), ("--help",), ("status", "config.yaml"))
+    listed = lorapar("list")
     names = ("my_scorer", "my_strategy", "my_persona", "my_reward", "my_benchmark", "my_engine")
     assert [name for name in names if name not in listed] == []
-    assert greeting == "hello\nexit 0\n" and "greet      Greet." in help_
-    assert "no data file none.jsonl in " in status  # no name is unknown
+    assert lorapar("greet") == "hello\nexit 0\n" and "greet      Greet." in lorapar("--help")
+    assert "no data file none.jsonl in " in lorapar("status", "config.yaml")  # no name is unknown
