@@ -49,6 +49,16 @@ OTHER_NAMES = {
 """Settings whose name in the library is another one, or is not of the section's usual class."""
 
 
+INTRODUCTION = [
+    "Settings stand in a YAML file, in sections. `--set section.key=value` overrides one of them, and",
+    "`extends: FILE` takes all others from another file. `lorapar config` prints this list.",
+    "",
+    "Editors complete and check a config that begins with a line such as the one in `configs/demo.yaml`.",
+]
+"""Of the page of settings."""
+HEAD = ["setting", "default", "meaning", "in TRL, PEFT"]
+
+
 def commands() -> str:
     from lorapar_cli.app import app
 
@@ -85,25 +95,13 @@ def _default(parameter: Any) -> str:
 
 
 def settings() -> str:
-    lines = ["# Settings", "", GENERATED, "", *_settings_introduction(), ""]
+    lines = ["# Settings", "", GENERATED, "", *INTRODUCTION, ""]
     top = [n for n, f in Config.model_fields.items() if not (section_type(f))]
     lines += ["## Top level", "", *_table(HEAD, [_setting("", name, Config) for name in top]), ""]
     for name, field in Config.model_fields.items():
         if section := section_type(field):
             lines += [f"## {name}", "", _cell(field.description or ""), "", *_section(f"{name}.", section)]
     return "\n".join(lines)
-
-
-HEAD = ["setting", "default", "meaning", "in TRL, PEFT"]
-
-
-def _settings_introduction() -> list[str]:
-    return [
-        "Settings stand in a YAML file, in sections. `--set section.key=value` overrides one of them, and",
-        "`extends: FILE` takes all others from another file. `lorapar config` prints this list.",
-        "",
-        "Editors complete and check a config that begins with a line such as the one in `configs/demo.yaml`.",
-    ]
 
 
 def _section(prefix: str, section: type[Section]) -> Iterator[str]:
@@ -164,16 +162,13 @@ def choices() -> str:
 
 
 def artifacts() -> str:
-    lines = ["# Files of each artifact", "", GENERATED, ""]
-    lines += [
-        "An artifact is the folder `<runs_dir>/<run>/<stage>/<key>/`. Every one has a `manifest.json`.",
-        "",
-    ]
+    folder = "An artifact is the folder `<runs_dir>/<run>/<stage>/<key>/`. Every one has a `manifest.json`."
+    lines = ["# Files of each artifact", "", GENERATED, "", folder, ""]
     for stage in all_stages():
         rows = [[f"`{name}`", text] for name, text in stage.files.items()]
         lines += [f"## {stage.name}", "", *_table(["file", "content"], rows), ""]
-    rows = [[name, text] for name, text in MANIFEST.items()]
-    return "\n".join([*lines, "## manifest.json", "", *_table(["field", "content"], rows), ""])
+    table = _table(["field", "content"], list(map(list, MANIFEST.items())))
+    return "\n".join([*lines, "## manifest.json", "", *table, ""])
 
 
 def _cell(text: str) -> str:
@@ -185,34 +180,25 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
 def pages() -> dict[str, str]:
     """Return the text of each generated file by its name."""
-    return {
-        "commands.md": commands(),
-        "settings.md": settings(),
-        "choices.md": choices(),
-        "artifacts.md": artifacts(),
-        "config.schema.json": _json(json_schema()),
-        "table.schema.json": _json(json_schema(TableFile)),
-    }
+    texts = {f"{page.__name__}.md": page() for page in (commands, settings, choices, artifacts)}
+    for name, kind in (("config", Config), ("table", TableFile)):
+        schema = json.dumps(json_schema(kind), indent=1, ensure_ascii=False)
+        texts[f"{name}.schema.json"] = f"{schema}\n"
+    return texts
 
 
 def main() -> int:
-    stale = []
-    for name, text in pages().items():
-        path = FOLDER / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(name)
-            if "--check" not in sys.argv:
-                path.write_text(text, encoding="utf-8")
+    files = {FOLDER / name: text for name, text in pages().items()}
+    stale = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    names = ", ".join(path.name for path in stale)
     if "--check" in sys.argv and stale:
-        print(f"FAIL: {', '.join(stale)} in docs/reference do not fit the code; run: make reference")
+        print(f"FAIL: {names} in docs/reference do not fit the code; run: make reference")
         return 1
-    print(f"docs/reference: {', '.join(stale) or 'nothing'} {'written' if stale else 'to change'}")
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8")
+    print(f"docs/reference: {names or 'nothing'} {'written' if stale else 'to change'}")
     return 0
 
 

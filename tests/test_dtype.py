@@ -71,12 +71,12 @@ def test_vllm_computes_logits_in_float32_where_that_costs_no_copy(monkeypatch, t
 
 
 def test_journals_tell_answers_of_a_float32_head_from_others(monkeypatch, tiny):
-    for engine, weights, gpu, precision in (
-        ("vllm", "bfloat16", True, "bfloat16, head float32"),
-        ("vllm", "float32", True, "float32"),
-        ("transformers", "bfloat16", True, "bfloat16"),
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for engine, weights, precision in (
+        ("vllm", "bfloat16", "bfloat16, head float32"),
+        ("vllm", "float32", "float32"),
+        ("transformers", "bfloat16", "bfloat16"),
     ):
-        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
         assert dtype.answer_dtype(ModelSection(name=str(tiny), dtype=weights), engine) == precision
 
 

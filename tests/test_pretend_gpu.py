@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,32 +33,31 @@ CASES = {
 REWARD = "def odd(completions, **_):\n    return [sum(map(ord, text)) % 97 / 97 for text in completions]\n"
 
 
+@dataclass
 class Pretending:
     """Commands of lorapar in processes that see pretend GPUs."""
 
-    def __init__(self, home: Path, settings: list[str]) -> None:
-        self.home, self.settings = home, settings
+    home: Path
+    settings: list[str]
 
     def command(self, name: str, *more: str, gpus: int = 1, fault: str = "") -> subprocess.Popen:
-        folders = [ROOT / "tests/pretend_gpu", ROOT]
         environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, folders)),
-            "PRETEND_GPUS": str(gpus),
-            "PRETEND_REPORT": str(self.home),
-            "PRETEND_FAULT": fault,
-        }
+            "PYTHONPATH": f"{ROOT / 'tests/pretend_gpu'}{os.pathsep}{ROOT}", "PRETEND_GPUS": str(gpus),
+            "PRETEND_REPORT": str(self.home), "PRETEND_FAULT": fault,
+        }  # fmt: skip
         arguments = [name, "configs/smoke.yaml", *flags(*self.settings, *more)]
         return subprocess.Popen(
             [sys.executable, "-m", "lorapar_cli", *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def refused(self) -> list[str]:
-        """What was refused in all processes; at least one must have computed."""
+    def finish(self, run: subprocess.Popen) -> tuple[str, list[str]]:
+        """What a command says, and what was refused in all its processes; at least one must have computed."""
+        said = run.communicate(timeout=600)[0]
         reports = [json.loads(file.read_text(encoding="utf-8")) for file in self.home.glob("*.json")]
         assert sum(report["calls"] for report in reports) > 1000
-        return [refusal for report in reports for refusal in report["refused"]]
+        return said, [refusal for report in reports for refusal in report["refused"]]
 
 
 @pytest.fixture
@@ -74,23 +74,24 @@ def test_nothing_is_on_a_wrong_device(pretending, demo_data, case):
     old.write_text("\n".join(rows[-12:]), encoding="utf-8")
     settings = [setting.format(old=old) if "{old}" in setting else setting for setting in CASES[case]]
     run = pretending.command("run", *settings, gpus=2 if case == "two" else 1)
-    said = run.communicate(timeout=600)[0]
-    assert (run.returncode, pretending.refused()) == (0, []), said
+    said, refused = pretending.finish(run)
+    assert (run.returncode, refused) == (0, []), said
 
 
 def test_a_killed_training_goes_on(pretending):
-    run = pretending.command("run", "eval.targets=[sft]", "sft.save_steps=1", "sft.max_steps=40")
+    command = ("run", "eval.targets=[sft]", "sft.save_steps=1", "sft.max_steps=40")
+    run = pretending.command(*command)
     assert wait_for(lambda: list(pretending.home.rglob("checkpoint-2")), 120)
     run.send_signal(signal.SIGKILL)
     run.communicate(timeout=600)
-    run = pretending.command("run", "eval.targets=[sft]", "sft.save_steps=1", "sft.max_steps=40")
-    said = run.communicate(timeout=600)[0]
-    assert (run.returncode, pretending.refused()) == (0, []) and "resuming from checkpoint-" in said, said
+    run = pretending.command(*command)
+    said, refused = pretending.finish(run)
+    assert (run.returncode, refused) == (0, []) and "resuming from checkpoint-" in said, said
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_seen(pretending, fault):
     two = fault in IN_TWO_PROCESSES
     run = pretending.command("run", *(TWO if two else ()), gpus=2 if two else 1, fault=fault)
-    said = run.communicate(timeout=600)[0]
-    assert run.returncode and pretending.refused(), said
+    said, refused = pretending.finish(run)
+    assert run.returncode and refused, said
