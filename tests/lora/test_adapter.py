@@ -49,6 +49,8 @@ def test_an_adapter_starts_as_the_base_leaves_it_as_it_was_and_loads_in_plain_pe
     torch.testing.assert_close(logits(peft), logits(model), rtol=0, atol=0)
     again = adapter.attach(base(tiny), lora, tmp_path / "a")
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    served = cancellation.rewrite(tmp_path / "a", tmp_path / "served")  # a copy where weights cancel
+    assert (served == tmp_path / "a") == (init in ("normal", "default"))
 
 
 def test_pissa_trains_as_pissa_on_the_residual(tiny):
@@ -108,8 +110,6 @@ def test_ranks_and_modules_that_do_not_fit_are_refused(tiny, tmp_path):
         lora = LoraSection(r=64, init=init, target_modules=["q_proj", "k_proj"])
         with pytest.raises(ConfigError, match=f"lora.r 64: init {init} gives .*k_proj.* 32 at most"):
             adapter.initial(base(tiny), lora, 0)
-    with pytest.raises(ConfigError, match=r"lora.target_modules: no q_prj in LlamaForCausalLM"):
-        adapter.initial(base(tiny), LoraSection(target_modules=["q_proj", "q_prj"]), 0)
     adapter.save(adapter.initial(base(tiny), LoraSection(r=4), 0), tmp_path / "a", ModelSection(name="x"))
     with pytest.raises(ArtifactError, match=r"does not fit the model: .* is \(4, 64\), expected \(8, 64\)"):
         adapter.attach(base(tiny), LoraSection(r=8), tmp_path / "a")
@@ -137,7 +137,7 @@ def test_layers_that_read_one_input_share_one_cast_of_it(tiny, monkeypatch):
     assert (slope - plain_slope).norm() < 0.05 * slope.norm()  # sums are rounded once, not three times
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "normal"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_small_update_of_a_compensated_adapter_survives_16_bits(tiny, tmp_path, init):
     lora = LoraSection(r=4, init=init)
     model = adapter.initial(base(tiny), lora, 0)
@@ -147,9 +147,6 @@ def test_a_small_update_of_a_compensated_adapter_survives_16_bits(tiny, tmp_path
             part.add_(5e-4 * torch.randn(part.shape, generator=torch.Generator().manual_seed(len(name))))
     adapter.save(model, tmp_path / "a", ModelSection(name=str(tiny)))
     served = cancellation.rewrite(tmp_path / "a", tmp_path / "m")
-    if init == "normal":
-        assert served == tmp_path / "a"  # nothing cancels: no copy
-        return
 
     def update(folder, dtype):
         weights = {name: weight.to(dtype).double() for name, weight in adapter.read(folder).items()}

@@ -43,39 +43,28 @@ def test_a_non_finite_number_stops_before_the_step_and_names_rows(own, monkeypat
     assert saved == {"checkpoint-1"}
 
 
-def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch):
-    """The second call is the first step's: before it, the longest micro batch was tried."""
-    usual, calls = SFTTrainer.compute_loss, []
-
-    def compute_loss(*args, **kwargs):
-        calls.append(None)
-        if len(calls) > 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
-        return usual(*args, **kwargs)
-
-    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
-    said = r"out of memory in step 1, input_ids of 4 × \d+ tokens"
-    with pytest.raises(OutOfMemoryError, match=said) as caught:
-        make_step(own(), "sft")
-    assert caught.value.exit_code == 74
-    assert "lower sft.per_device_train_batch_size from 4" in caught.value.hint
-
-
 @pytest.mark.parametrize(
-    ("stage", "said"),
+    ("stage", "number", "said"),
     [
-        ("sft", r"in the longest micro batch, 4 rows of up to \d+ tokens"),
-        ("rl", r"in the longest micro batch, 8 completions of 12 tokens, prompts of up to \d+"),
+        ("sft", 1, r"in the longest micro batch, 4 rows of up to \d+ tokens"),
+        ("rl", 1, r"in the longest micro batch, 8 completions of 12 tokens, prompts of up to \d+"),
+        ("sft", 2, r"in step 1, input_ids of 4 × \d+ tokens"),
     ],
 )
-def test_the_longest_micro_batch_is_tried_before_anything(own, monkeypatch, stage, said):
-    def without_memory(*_):
-        raise MemoryError
+def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch, stage, number, said):
+    """The longest micro batch is tried before anything."""
+    calls = []
 
-    monkeypatch.setattr("stages.packing.support.packed_logprobs", without_memory)
-    monkeypatch.setattr("stages.packing.support.supports_packing", lambda *_: True)
-    with pytest.raises(OutOfMemoryError, match=f"out of memory {said}"):
+    def supports_packing(*_):
+        calls.append(None)
+        if len(calls) == number:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("stages.packing.support.supports_packing", supports_packing)
+    with pytest.raises(OutOfMemoryError, match=f"out of memory {said}") as caught:
         make_step(own("rl.start_from=init"), stage)
+    assert caught.value.exit_code == 74
+    assert f"lower {stage}.per_device_train_batch_size from " in caught.value.hint
 
 
 @pytest.mark.slow

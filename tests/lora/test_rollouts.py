@@ -108,8 +108,7 @@ def test_colocated_vllm_loads_the_revision(monkeypatch, tiny):
         assert base.name_or_path == called
 
 
-@pytest.mark.parametrize(("free", "share"), [(33, (14.185 + 3 + 5.25) / 48), (17, None)])
-def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch, free, share):
+def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch):
     """Of Qwen2.5-7B: 256 completions of 384 tokens of 56 KiB are 5.25 GiB, less than half of what is free."""
     layers = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
     config = Qwen2Config(**layers, hidden_size=3584)
@@ -118,12 +117,10 @@ def test_the_share_is_of_the_card_and_one_that_is_set_stays(monkeypatch, free, s
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert vllm_rollouts.memory_share(paper, base) == 0.3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 48 * 2**30))
-    if share:
-        assert vllm_rollouts.memory_share(paper, base) == pytest.approx(share, abs=0.001)
-        return
-    said = r"17\.0 GiB of the GPU are free, and vLLM needs 14\.2"
-    with pytest.raises(ConfigError, match=said) as caught:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (33 * 2**30, 48 * 2**30))
+    assert vllm_rollouts.memory_share(paper, base) == pytest.approx((14.185 + 3 + 5.25) / 48, abs=0.001)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (17 * 2**30, 48 * 2**30))
+    with pytest.raises(ConfigError, match=r"17\.0 GiB of the GPU are free, and vLLM needs 14\.2") as caught:
         vllm_rollouts.memory_share(paper, base)
     assert "rl.rollouts.engine=transformers" in caught.value.hint
 

@@ -27,14 +27,10 @@ def rows(count: int = 7) -> list[Row]:
     return made
 
 
-def adapted(tiny, lora: LoraSection, dtype: torch.dtype):
-    base = load_base(ModelSection(name=str(tiny))).to(dtype)
-    return adapter.initial(base, lora, 0).to(dtype).eval()
-
-
-def frozen(tiny, dtype: torch.dtype = torch.float32):
+def frozen(tiny, dtype: torch.dtype = torch.float32, init: str = "normal"):
     """As it is scored."""
-    return adapted(tiny, LoraSection(r=3), dtype).requires_grad_(False)
+    base = load_base(ModelSection(name=str(tiny))).to(dtype)
+    return adapter.initial(base, LoraSection(r=3, init=init), 0).to(dtype).eval().requires_grad_(False)
 
 
 def scored(model, examples: list[Row], size: int, counted: list[int] | None = None) -> Moments:
@@ -71,7 +67,7 @@ def one_by_one(model, examples) -> tuple[dict, dict]:
 def test_batched_moments_equal_single_ones(tiny, monkeypatch, dtype, bound, init, fits):
     if not fits:
         monkeypatch.setattr("stages.packing.losses.supports_packing", lambda *_: False)
-    model = adapted(tiny, LoraSection(r=3, init=init), dtype)
+    model = frozen(tiny, dtype, init)
     wanted = one_by_one(model, rows())
     model.requires_grad_(False)
     counted: list[int] = []

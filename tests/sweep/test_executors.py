@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,8 +70,9 @@ def test_a_step_that_fails_stops_what_needs_it_alone(chain, tmp_path):
     """Also one that ends well and has made another artifact, and one whose process is killed."""
     last = list(chain.values())[-1]
     last.inputs.clear()
-    for make_step, code in ((worker_steps.fail, 65), (worker_steps.make_nothing, 0), (worker_steps.die, 137)):
-        done = steps.run(chain, workers(make_step, 1), tmp_path / "logs", lambda _: None)
+    for score, code in ((65, 65), (0, 0), (-signal.SIGKILL, 137)):
+        executor = workers(partial(worker_steps.touch, score=score), 1)
+        done = steps.run(chain, executor, tmp_path / "logs", lambda _: None)
         assert statuses(done) == {"score": ("failed", code), "sft": ("left out", None), "rl": ("done", 0)}
         (tmp_path / "rl").unlink()
 

@@ -214,38 +214,33 @@ def swept(small):
 def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tmp_path):
     """SIGKILL of the sweep and its children at three moments, then to the end, then nothing is to do."""
 
-    def begun(runs: Path) -> subprocess.Popen:
-        part = ["--seeds", "1", "--only", "θ .9", "--only", "β 0", "--set", f"runs_dir={runs}"]
-        command = [sys.executable, "-m", "lorapar_cli", "sweep", str(small), *part]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True, env=environment
-        )
+    def adapters(runs: str) -> dict[str, str]:
+        files = (tmp_path / runs).glob("*/*/*/adapter/adapter_model.safetensors")
+        return {str(p.relative_to(tmp_path / runs)): sha256_file(p) for p in files if "latest" not in str(p)}
 
-    def adapters(runs: Path) -> dict[str, str]:
-        files = runs.glob("*/*/*/adapter/adapter_model.safetensors")
-        return {str(p.relative_to(runs)): sha256_file(p) for p in files if "latest" not in str(p)}
-
-    whole = begun(tmp_path / "whole")
-    lines = whole.communicate()[1].splitlines()
-    made = [line for line in lines if line.startswith("done in")]
-    runs = [f"runs_dir={tmp_path / 'whole'}"]
-    nodes = steps.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1], overrides=runs).cells)
-    assert whole.returncode == 0 and len(made) == len(nodes) == len(set(made))
-    for number in (2, 3, 3):  # steps that are done before the kill
-        child = begun(tmp_path / "killed")
+    def sweep(runs: str, number: int | None = None) -> list[str]:
+        """What is said of steps that are done; at so many of them the sweep is killed."""
+        part = ["--seeds", "1", "--only", "θ .9", "--only", "β 0", "--set", f"runs_dir={tmp_path / runs}"]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lorapar_cli", "sweep", str(small), *part], stderr=subprocess.PIPE,
+            text=True, cwd=ROOT, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        done = []
         for line in child.stderr:
-            number -= line.startswith("done in")
-            if not number:
+            done += [line] if line.startswith(("done in", "nothing to do")) else []
+            if len(done) == number:
+                os.killpg(child.pid, signal.SIGKILL)
                 break
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    last = begun(tmp_path / "killed")
-    rest = [line for line in last.communicate()[1].splitlines() if line.startswith("done in")]
-    assert last.returncode == 0 and 0 < len(rest) < len(nodes)
-    assert adapters(tmp_path / "killed") == adapters(tmp_path / "whole") != {}
-    again = begun(tmp_path / "killed")
-    assert "nothing to do: every artifact is current" in again.communicate()[1]
+        assert child.wait() == (-signal.SIGKILL if number else 0)
+        return done
+
+    nodes = steps.build_graph(table(small, only=["θ .9", "β 0"], seeds=[1]).cells)
+    assert len(set(sweep("whole"))) == len(nodes)
+    for number in (2, 3, 3):
+        sweep("killed", number)
+    assert 0 < len(sweep("killed")) < len(nodes)
+    assert adapters("killed") == adapters("whole") != {}
+    assert sweep("killed") == ["nothing to do: every artifact is current\n"]
 
 
 RIGHT = {  # row, target → for each seed, which of four items are answered correctly
