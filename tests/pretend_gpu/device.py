@@ -50,17 +50,15 @@ class DeviceTensor(torch.Tensor):
         return self.number
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _on_cpu(self).__reduce_ex__(protocol)
+        return _on_cpu(self.detach()).__reduce_ex__(protocol)
 
 
 class Device:
-    """The cards, and the one that this process has chosen."""
+    """The cards, and the one that this process has chosen: then nothing may lie on another one."""
 
     def __init__(self, count: int) -> None:
         self.types = [type(f"On{n}", (DeviceTensor,), {"number": n}) for n in range(count)]
-        self.chosen = 0
-        self.is_chosen = False
-        """Whether the process has called `set_device`: then nothing may lie on another card."""
+        self.chosen, self.is_chosen = 0, False
 
     def choose(self, device: Any) -> None:
         self.chosen, self.is_chosen = self.number(device), True
@@ -106,35 +104,22 @@ class Pretend(TorchFunctionMode):
         plain = [torch.device("cpu") if _names(value, "cuda") else value for value in arguments]
         args, kwargs = tree_unflatten(plain, shape)
         if name == "register_hook" and marked:
-            args = (args[0], self._marking(args[1], type(marked[0])))
+            hook, of_device = args[1], type(marked[0])
+            args = (args[0], lambda gradient: hook(self._mark(gradient, of_device)))
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs)
         if name == "__set__" and function.__self__ is torch.Tensor.data and isinstance(args[1], DeviceTensor):
             self._move(args[0], type(args[1]))
         if marked and (name == "cpu" or (name == "to" and to_cpu)):
-            return _on_cpu_as_is(result, marked[0])
-        if to_cpu and target is None:
-            return result
-        if target is None and not marked:
+            return _on_cpu(result, marked[0])
+        if target is None and (to_cpu or not marked):
             return result
         if name == "to" and result is args[0] and not isinstance(result, DeviceTensor):
-            result = (
-                result.clone() if result.requires_grad and not result.is_leaf else result.detach().clone()
-            )
+            result = (result if result.requires_grad and not result.is_leaf else result.detach()).clone()
         return self._mark(result, self.device.types[marked[0].number if target is None else target])
 
-    def _check(
-        self,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        tensors: list[Any],
-        marked: list[Any],
-        target: Any,
-        to_cpu: bool,
-    ) -> None:
+    def _check(self, name, args, kwargs, tensors, marked, target, to_cpu):
         """Raise what CUDA would say about the operands of a call."""
-        in_backward = torch._C._current_graph_task_id() != -1
         numbers = {tensor.number for tensor in marked} | ({target} if target is not None else set())
         strangers = numbers - {self.device.chosen}
         if self.device.is_chosen and strangers:
@@ -146,10 +131,10 @@ class Pretend(TorchFunctionMode):
             on_device = target is not None or (bool(marked) and not to_cpu)
             if on_device != (generator in _device_generators):
                 self._refuse(f"Expected a generator of the other device type, in {name}")
-        if in_backward:
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass
             return
         on_cpu = [tensor for tensor in tensors if tensor.dim() and not isinstance(tensor, DeviceTensor)]
-        on_cpu = [tensor for tensor in on_cpu if _real_device(tensor) == "cpu"]
+        on_cpu = [tensor for tensor in on_cpu if torch.Tensor.device.__get__(tensor).type == "cpu"]
         if marked and (on_cpu or len({tensor.number for tensor in marked}) > 1) and name not in ACROSS:
             self._refuse(f"Expected all tensors to be on the same device, in {name}")
         if name == "__getitem__" and marked and not isinstance(args[0], DeviceTensor):
@@ -160,11 +145,9 @@ class Pretend(TorchFunctionMode):
                 self._refuse("index_put_ of a value on the CPU into device memory")
 
     def _refuse(self, message: str, kind: type[Exception] = RuntimeError) -> None:
-        frames = [
-            f for f in traceback.extract_stack() if "torch/" not in f.filename and __file__ != f.filename
-        ]
-        place = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
-        REFUSED.append(f"{message}; {place}")
+        stack = traceback.extract_stack()
+        *_, last = (f for f in stack if "torch/" not in f.filename and __file__ != f.filename)
+        REFUSED.append(f"{message}; {last.filename}:{last.lineno}: {last.line}")
         raise kind(message)
 
     def _mark(self, result: Any, of_device: type[DeviceTensor]) -> Any:
@@ -181,31 +164,14 @@ class Pretend(TorchFunctionMode):
     def _move(self, tensor: torch.Tensor, to: type[DeviceTensor]) -> None:
         """A tensor or parameter goes with its data."""
         if isinstance(tensor, torch.nn.Parameter):
-            tensor.__class__, tensor._is_param = to, True
-        else:
-            tensor.__class__ = to
-
-    def _marking(self, hook: Any, of_device: type[DeviceTensor]) -> Any:
-        """A hook that gets its gradient marked."""
-        return lambda gradient: hook(self._mark(gradient, of_device))
+            tensor._is_param = True
+        tensor.__class__ = to
 
 
-def _real_device(tensor: torch.Tensor) -> str:
-    kind: str = torch.Tensor.device.__get__(tensor).type
-    return kind
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+def _on_cpu(tensor: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor on the CPU, in memory of its own and not that of `source`."""
     with torch._C.DisableTorchFunction():
-        copy = tensor.detach().clone()
-        copy.__class__ = torch.Tensor
-        return copy
-
-
-def _on_cpu_as_is(result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The result of a move to the CPU, in memory of its own."""
-    with torch._C.DisableTorchFunction():
-        moved = result.clone() if result.data_ptr() == source.data_ptr() else result
+        moved = tensor.clone() if source is None or tensor.data_ptr() == source.data_ptr() else tensor
         if isinstance(moved, DeviceTensor):
             moved.__class__ = torch.Tensor
         return moved
@@ -230,8 +196,7 @@ class _Nothing:
     def __enter__(self) -> _Nothing:
         return self
 
-    def __exit__(self, *_: Any) -> bool:
-        return False
+    def __exit__(self, *_: Any) -> None: ...
 
 
 class _Properties:
@@ -243,7 +208,7 @@ def install(count: int) -> None:
     """Make this process see so many cards, from now on."""
     device = Device(count)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    torch.Generator = _Generator  # type: ignore[misc, assignment]
+    torch.Generator = _Generator
     _keep_parameters_that_are_there()
     for name, value in _answers(device).items():
         setattr(torch.cuda, name, value)

@@ -4,6 +4,7 @@ import math
 import operator
 import struct
 import subprocess
+import sys
 import time
 
 import pytest
@@ -63,10 +64,7 @@ def test_a_program_that_reads_its_own_answers_ends_nothing_but_itself(each):
     ("program", "status"),
     [
         (ADD, "passed"),
-        (
-            f"from dataclasses import dataclass\n@dataclass\nclass N:\n    n: 'N' = None\n{ADD}",
-            "passed",
-        ),
+        (f"from dataclasses import dataclass\n@dataclass\nclass N:\n    n: 'N' = None\n{ADD}", "passed"),
         ("def add(a, b):\n    return 3\n", "failed"),
         ("def add(a, b):\n    raise KeyError(a)\n", "failed"),
         ("def add(a, b):\n    return complex(a, 0) + b if a == 1 else iter(())\n", "failed"),
@@ -213,17 +211,13 @@ def test_the_choice_of_a_sandbox(monkeypatch):
 
 
 keys = st.none() | st.booleans() | st.integers() | st.text() | st.tuples(st.integers(), st.text())
-simple = keys | st.floats(allow_nan=False) | st.binary() | st.complex_numbers(allow_nan=False)
-sets = st.sets(keys) | st.frozensets(keys)
-values = st.recursive(
-    simple | sets,
-    lambda below: st.lists(below) | st.tuples(below, below) | st.dictionaries(keys, below),
-    max_leaves=8,
-)
+numbers = st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
+simple = keys | numbers | st.binary() | st.sets(keys) | st.frozensets(keys)
+below = lambda some: st.lists(some) | st.tuples(some, some) | st.dictionaries(keys, some)  # noqa: E731
 
 
 @settings(max_examples=15)
-@given(values)
+@given(st.recursive(simple, below, max_leaves=8))
 def test_plain_data_crosses_unchanged(value):
     back = inside.decode(inside.json.loads(inside.json.dumps(inside.encode(value))))
     assert back == value and type(back) is type(value)
@@ -261,12 +255,10 @@ def _action(program, arch, call, arguments=()):
         elif code == 0x06:  # return
             return {0x7FFF0000: "allow", 0x00050026: "ENOSYS"}.get(k, "kill" if k < 0x30000 else hex(k))
         else:
-            raise AssertionError(f"instruction {code:#x}")
+            pytest.fail(f"instruction {code:#x}")
 
 
 X86, ARM = 0xC000003E, 0xC00000B7
-
-
 CALLS = {  # numbers on x86_64 and aarch64, arguments, and whether the filter allows the call
     "read": (0, 63, [], True),
     "sendto": (44, 206, [3, 4096, 1, 0, 0, 0], True),
@@ -309,7 +301,7 @@ def test_filters(arch, machine):
 
 
 LEFT_BEHIND = {
-    "sleeping": "",
+    "sleeping": "pass",
     "without a parent-death signal": "libc.prctl(1, 0, 0, 0, 0)",
     "ignoring signals": "for n in {*range(1, 65)} - {9, 19, 32, 33}: signal.signal(n, signal.SIG_IGN)",
     "in a session of its own": "os.setsid()",
@@ -323,34 +315,26 @@ LEFT_BEHIND = {
 
 @pytest.mark.parametrize("way", quick(LEFT_BEHIND, "without a parent-death signal"))
 def test_nothing_of_the_sandbox_outlives_a_killed_caller(each, way):
-    ends_with_its_caller(each.name, LEFT_BEHIND[way])
-    if way == "sleeping":
-        ends_with_its_caller("unsafe-no-sandbox")
+    """It is killed when the program has had time to go its way, or has ended."""
+    indented = "\n".join(f"    {line}" for line in LEFT_BEHIND[way].splitlines())
+    program = (
+        "import ctypes, os, signal, sys, threading, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"try:\n{indented}\nexcept BaseException: pass\ntime.sleep(600)\n"
+    )
+    for name in (each.name, *(["unsafe-no-sandbox"] if way == "sleeping" else [])):
+        given = f"Sandbox({name!r}, Limits(seconds=600)).check({program!r}, '', 'f')"
+        with descendants() as living:
+            before = living()
+            caller = subprocess.Popen([sys.executable, "-c", f"from stages.sandbox import *; {given}"])
+            begun = lambda: (living() - before) & set(processes("inside.py\0candidate"))  # noqa: B023, E731
+            assert wait_for(lambda: begun() or caller.poll() is not None)  # noqa: B023
+            time.sleep(1)  # the program begins to run only after it was loaded
+            caller.kill()
+            caller.wait()
+            assert wait_for(lambda: not living() - before)  # noqa: B023
 
 
 def test_each_back_end_lets_a_good_program_through_and_ends_an_endless_one(each):
     assert each.check(ADD, TESTS, "add").passed
     brief = Sandbox(each.name, Limits(seconds=1))
     assert brief.check("def add(a, b):\n    while True: pass\n", TESTS, "add").status == "timeout"
-
-
-def ends_with_its_caller(name, way=""):
-    """Kill the caller when the program has had time to go its way, or has ended."""
-    indented = "\n".join(f"    {line}" for line in way.splitlines()) or "    pass"
-    program = (
-        "import ctypes, os, signal, sys, threading, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        f"try:\n{indented}\nexcept BaseException: pass\ntime.sleep(600)\n"
-    )
-    code = f"from stages.sandbox import *; Sandbox({name!r}, Limits(seconds=600)).check({program!r}, '', 'f')"
-    with descendants() as living:
-        before = living()
-        caller = subprocess.Popen([inside.sys.executable, "-c", code])
-        assert wait_for(lambda: _candidates(living() - before) or caller.poll() is not None)
-        time.sleep(1)  # the program begins to run only after it was loaded
-        caller.kill()
-        caller.wait()
-        assert wait_for(lambda: not living() - before)
-
-
-def _candidates(those):
-    return those & set(processes("inside.py\0candidate"))

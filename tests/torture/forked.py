@@ -6,12 +6,11 @@ import resource
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-KILLED = 137
+KILLED, LIMIT_S = 137, 120
 CALLS = ("rename", "remove", "rmdir", "mkdir", "symlink", "link", "truncate", "chmod")
 CHANGES = {f"os.{name}" for name in CALLS}
 """Events of the interpreter (sys.addaudithook) before it changes the file system; and `open`, to write."""
@@ -76,25 +75,20 @@ def small_files(largest: int, kills: bool) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
 
-def command(arguments: list[str], before: Callable[[], None] = lambda: None, limit: float = 120) -> Ended:
+def command(arguments: list[str], before: Callable[[], None] = lambda: None) -> Ended:
     """Run `lorapar ARGUMENTS` in a child, after `before` there."""
     with tempfile.TemporaryFile() as said:
         child = os.fork()
         if child == 0:
             _inside(arguments, before, said.fileno())
-        deadline = time.monotonic() + limit
-        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return Ended(None, "")
-            time.sleep(0.01)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
-        return Ended(os.waitstatus_to_exitcode(done[1]), said.read().decode(errors="replace"))
+        return Ended(None if code == -signal.SIGALRM else code, said.read().decode(errors="replace"))
 
 
 def _inside(arguments: list[str], before: Callable[[], None], said: int) -> None:
     code = 99
+    signal.alarm(LIMIT_S)
     try:
         os.dup2(said, 1)
         os.dup2(said, 2)

@@ -74,19 +74,14 @@ def spoilt(data: bytes, rng: random.Random) -> bytes:
     """The bytes with a bit flipped, cut, longer, with a hole, or others; or JSON of another shape."""
     if rng.random() < 0.4 and (other := misshapen(data, rng)) is not None:
         return other
-    at = rng.randrange(len(data)) if data else 0
-    how = rng.randrange(6)
-    if how == 0 and data:
-        return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
-    if how == 1:
-        return data[:at]
-    if how == 2:
-        return data + rng.randbytes(rng.randint(1, 9))
-    if how == 3 and data:
-        return data[:at] + bytes(len(data) - at)
-    if how == 4:
-        return rng.randbytes(len(data) or 1)
-    return b"" if data else b"x"
+    if not data:
+        return rng.randbytes(rng.randint(1, 9))
+    at = rng.randrange(len(data))
+    return rng.choice([
+        data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :],
+        data[:at], data + rng.randbytes(rng.randint(1, 9)), data[:at] + bytes(len(data) - at),
+        rng.randbytes(len(data)), b"",
+    ])  # fmt: skip
 
 
 def misshapen(data: bytes, rng: random.Random) -> bytes | None:

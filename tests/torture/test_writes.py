@@ -33,20 +33,17 @@ class Pipeline:
     """A config in a folder of its own, with the stages before one made once and for all."""
 
     def __init__(self, folder: Path, tiny: Path, data: Path) -> None:
-        self.folder = folder
-        self.runs = folder / "runs"
+        self.folder, self.runs = folder, folder / "runs"
         settings = [*paths(tiny, data, folder), *SETTINGS]
         self.config = resolved(load(ROOT / "configs/smoke.yaml", settings))
         self.file = folder / "config.json"
         self.file.write_text(json.dumps(self.config.model_dump(mode="json")), encoding="utf-8")
-        self.files: dict[str, dict] = {}
-        self.counts: dict[str, int] = {}
+        self.files, self.counts = dict[str, dict](), dict[str, int]()
+        self.runs.mkdir()
         for stage in STAGES:
-            self.runs.mkdir(exist_ok=True)
             shutil.copytree(self.runs, folder / f"before-{stage}", symlinks=True)
             counted = folder / f"count-{stage}"
-            count = partial(forked.writes, self.runs, forked.counting(counted))
-            ended = self.make(stage, count)
+            ended = self.make(stage, partial(forked.writes, self.runs, forked.counting(counted)))
             assert ended.code == 0, ended.said
             self.counts[stage] = int(counted.read_text(encoding="utf-8"))
             self.files[stage] = self.made(stage)
@@ -80,13 +77,25 @@ def pipeline(tiny, demo_data, tmp_path_factory) -> Pipeline:
     return Pipeline(tmp_path_factory.mktemp("torture"), tiny, demo_data)
 
 
-def again(pipeline: Pipeline, tally: Tally, stage: str, title: str) -> None:
-    """The same command, without the fault: the same artifacts, byte by byte."""
-    ended = pipeline.make(stage)
+def hurt(pipeline: Pipeline, tally: Tally, stage: str, title: str, fault: Callable, *ends: int) -> None:
+    """The stage with a fault, and then without: the same artifacts, byte by byte.
+
+    ends: exit codes that the fault may give. A disk that refuses is 73, or nothing that counts: links and
+    caches may be missing.
+    """
+    pipeline.back_to(stage)
+    tally.tried += 1
+    ended = pipeline.make(stage, fault)
+    if ended.traceback:
+        tally.tracebacks.append(f"{title}: {ended.said[-400:]}")
+    elif ended.code is None:
+        tally.hangs.append(title)
+    elif ended.code not in ends:
+        tally.lost.append(f"{title}: exit code {ended.code}: {ended.said[-300:]}")
+    ended, made = pipeline.make(stage), pipeline.made(stage)
     if ended.code is None:
         tally.hangs.append(title)
-    elif ended.code or pipeline.made(stage) != pipeline.files[stage]:
-        made = pipeline.made(stage)
+    elif ended.code or made != pipeline.files[stage]:
         other = [
             f"{step}/{name}"
             for step, files in pipeline.files[stage].items()
@@ -96,58 +105,28 @@ def again(pipeline: Pipeline, tally: Tally, stage: str, title: str) -> None:
         tally.lost.append(f"{title}: then code {ended.code}, unlike: {other}: {ended.said[-200:]}")
 
 
-def points(pipeline: Pipeline, tally: Tally, number: int | None = None) -> list[tuple[str, int]]:
-    """Writes of all stages: each one, so many of them at random, or a sample."""
+AT_MOST = {"kill": None, "ENOSPC": None, "EACCES": None, "EIO": 40, "EMFILE": 40}
+"""What happens at a write → at how many of them it is tried, at random; None for each one."""
+
+
+@pytest.mark.parametrize("what", AT_MOST)
+def test_faults_at_writes(pipeline, tally, what):
+    """A kill before one write, or errors from one on, as on a disk that is full or read-only."""
     every = [(stage, n) for stage in STAGES for n in range(1, pipeline.counts[stage] + 1)]
-    if FULL and number is None:
-        return every
-    return sorted(tally.random.sample(every, number if FULL and number else 4))
-
-
-def test_kills_before_each_write(pipeline, tally):
-    for stage, at in points(pipeline, tally):
-        pipeline.back_to(stage)
-        tally.tried += 1
-        ended = pipeline.make(stage, partial(forked.writes, pipeline.runs, forked.killed_at(at)))
-        if ended.code != forked.KILLED:
-            tally.lost.append(f"{stage} {at}: not reached, code {ended.code}: {ended.said[-300:]}")
-        again(pipeline, tally, stage, f"{stage}, killed at write {at}")
-
-
-def _judge(ended: forked.Ended, tally: Tally, title: str) -> None:
-    """A disk that refuses is code 73, or nothing that counts: links and caches may be missing."""
-    if ended.traceback:
-        tally.tracebacks.append(f"{title}: {ended.said[-400:]}")
-    elif ended.code is None:
-        tally.hangs.append(title)
-    elif ended.code not in (0, 73):
-        tally.lost.append(f"{title}: exit code {ended.code}: {ended.said[-300:]}")
-
-
-AT_MOST = {"ENOSPC": None, "EACCES": None, "EIO": 40, "EMFILE": 40}
-
-
-@pytest.mark.parametrize("error", AT_MOST)
-def test_errors_from_each_write_on(pipeline, tally, error):
-    number = getattr(errno, error)
-    for stage, at in points(pipeline, tally, AT_MOST[error]):
-        pipeline.back_to(stage)
-        tally.tried += 1
-        title = f"{stage}, {error} from write {at} on"
-        ended = pipeline.make(stage, partial(forked.writes, pipeline.runs, forked.failing_from(at, number)))
-        _judge(ended, tally, title)
-        again(pipeline, tally, stage, title)
+    number = (AT_MOST[what] or len(every)) if FULL else 4
+    for stage, at in sorted(tally.random.sample(every, number)):
+        kills = what == "kill"
+        act = forked.killed_at(at) if kills else forked.failing_from(at, getattr(errno, what))
+        fault = partial(forked.writes, pipeline.runs, act)
+        ends = [forked.KILLED] if kills else [0, 73]
+        hurt(pipeline, tally, stage, f"{stage}, {what} at write {at}", fault, *ends)
 
 
 @pytest.mark.parametrize("end", ["full disk", "kill"])
 def test_in_the_middle_of_a_file(pipeline, tally, end):
-    kills = end == "kill"
     for _ in range(60 if FULL else 4):
         stage, largest = tally.random.choice(STAGES), int(2 ** tally.random.uniform(0, 16))
-        pipeline.back_to(stage)
-        tally.tried += 1
         title = f"{stage}, {end} after {largest} bytes of a file"
-        ended = pipeline.make(stage, partial(forked.small_files, largest, kills))
-        if not (kills and ended.code == -signal.SIGXFSZ):
-            _judge(ended, tally, title)
-        again(pipeline, tally, stage, title)
+        fault = partial(forked.small_files, largest, end == "kill")
+        ends = (0, 73, -signal.SIGXFSZ) if end == "kill" else (0, 73)
+        hurt(pipeline, tally, stage, title, fault, *ends)
