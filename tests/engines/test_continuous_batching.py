@@ -1,5 +1,7 @@
 """Answers written in slots: those of the library's own generation, each from its own seed."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from transformers import (
@@ -155,12 +157,8 @@ def test_the_first_and_the_last_draw_are_tokens_that_can_be():
 def calls(monkeypatch):
     """Tokens of each row that is computed."""
     seen, usual = [], support.packed_hidden_states
-
-    def hidden(model, input_ids, *rest):
-        seen.append(input_ids.shape[1])
-        return usual(model, input_ids, *rest)
-
-    monkeypatch.setattr(support, "packed_hidden_states", hidden)
+    spy = Mock(side_effect=lambda model, ids, *rest: seen.append(ids.shape[1]) or usual(model, ids, *rest))
+    monkeypatch.setattr(support, "packed_hidden_states", spy)
     return seen
 
 
@@ -182,17 +180,9 @@ def test_a_model_that_does_not_fit_writes_by_the_library(tokenizer, calls, caplo
     """Prompts that see eight tokens back, in batches of as many as there are slots."""
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)).double().eval()
-    batches, usual = [], model.generate
-
-    def generate(**given):
-        batches.append(given["input_ids"].shape)
-        return usual(**given)
-
-    model.generate = generate
-    prompts = PROMPTS["different"]
-    sampling = Sampling(12, tuple(range(100, 140)))
+    prompts, sampling = PROMPTS["different"], Sampling(12, tuple(range(100, 140)))
     wanted = by_library(model, tokenizer, prompts, sampling)
-    batches.clear()
+    model.generate = Mock(wraps=model.generate)
     assert answers(model, tokenizer, prompts, sampling, slots=3) == wanted
-    assert [rows for rows, _ in batches] == [3, 3] and not calls
+    assert [len(call.kwargs["input_ids"]) for call in model.generate.mock_calls] == [3, 3] and not calls
     assert "MistralForCausalLM computes every sequence by itself" in caplog.text
