@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
 from itertools import cycle
 from typing import Any
 
@@ -12,19 +11,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from stages.config import SYSTEMS
 from stages.store.digests import id_of
 from stages.sweep.values import Value
 
 INK = "#010203"
 """Placeholder for the text colour of the page; no figure uses this colour for anything else."""
 PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
-OWN = {
-    "base": PALETTE[5], "init": PALETTE[5],
-    "system 1": PALETTE[0], "system 1 only": PALETTE[0], "system 2": PALETTE[4], "system 2 only": PALETTE[4],
-    "shared by both": PALETTE[3], **{target: PALETTE[4 * (system - 1)] for target, system in SYSTEMS.items()},
-}  # fmt: skip
-"""Name in lower case → colour of a system, and of the target or the elements that are its own."""
 STYLE: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "figure.facecolor": "none",
@@ -59,13 +51,6 @@ def _new() -> tuple[Figure, Any]:
     return figure, axes
 
 
-def colours(names: Iterable[str]) -> list[str]:
-    """Return a colour for each series: its own, the same in every figure, or one that no other has here."""
-    fixed = [OWN.get(name.lower(), "") for name in names]
-    free = cycle([colour for colour in PALETTE if colour not in fixed])
-    return [colour or next(free) for colour in fixed]
-
-
 @rc_context(STYLE)
 def line_plot(
     series: dict[str, list[tuple[float, Value]]],
@@ -80,8 +65,7 @@ def line_plot(
     values, in the colour of the series of that name.
     """
     figure, axes = _new()
-    names = list(dict.fromkeys([*series, *published]))
-    for colour, name in zip(colours(names), names, strict=True):
+    for name, colour in zip(dict.fromkeys([*series, *published]), cycle(PALETTE), strict=False):
         points = sorted(series.get(name, []), key=lambda point: (point[0], point[1].mean))
         for at, value in points:
             if reach := value.over_items or value.over_seeds:
@@ -109,7 +93,7 @@ def scatter(groups: dict[str, tuple[list[float], list[float]]], title: str) -> F
     groups: name → first values, second values.
     """
     figure, axes = _new()
-    for (name, (first, second)), colour in zip(groups.items(), colours(groups), strict=True):
+    for (name, (first, second)), colour in zip(groups.items(), PALETTE, strict=False):
         # Rasterized: thousands of dots as SVG elements would take megabytes.
         axes.scatter(first, second, s=3, color=colour, alpha=0.35, linewidths=0, rasterized=True)
         axes.scatter([], [], s=14, color=colour, label=name)

@@ -62,19 +62,17 @@ def _section(results: Results, command: str) -> PageSection:
         blocks.append(comparisons)
     if file.chosen_on:
         blocks.append(Text(f"Choices made on items: {file.chosen_on.strip()}", quiet=True))
-    blocks += _line_plot(results, file.plot)
+    blocks += _line_plot(results, file.plot) if file.plot else []
     blocks += _importance(results) if file.importance else []
     blocks += [Text("This command makes or completes the table:", quiet=True), Command(command)]
     return PageSection(re.sub(r"\W+", "-", results.table.path.stem), file.title, blocks)
 
 
-def _line_plot(results: Results, plot: Plot | None) -> list[Picture]:
+def _line_plot(results: Results, plot: Plot) -> Iterator[Picture]:
     """Plot one column over another; nothing while there is nothing to plot.
 
     A row called `SERIES: NAME` is a point of that series, any other row a horizontal line.
     """
-    if plot is None:
-        return []
     series: dict[str, list[tuple[float, Value]]] = {}
     lines: dict[str, float] = {}
     for row in results.table.rows:
@@ -91,11 +89,10 @@ def _line_plot(results: Results, plot: Plot | None) -> list[Picture]:
             published.setdefault(group, []).append((values[plot.x], values[plot.y]))
         elif row in results.table.rows and not colon and plot.y in values:
             lines[f"{row}, published"] = values[plot.y]
-    if not series:
-        return []
-    svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
-    text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
-    return [Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals.")]
+    if series:
+        svg = figures.svg(figures.line_plot(series, published, lines, plot.x, f"{plot.y}, %"))
+        text = f"{plot.y} over {plot.x} for {', '.join(series)}; the numbers are in the table above."
+        yield Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals.")
 
 
 def _importance(results: Results) -> Iterator[Picture]:

@@ -28,8 +28,6 @@ ArtifactId = tuple[str, str, str]
 """Folder of the run, stage, cache key."""
 MakeStep = Callable[[Config, Step, list[str], Path], int]
 """Makes a step, with all output in this file, and returns the exit code that its command would have."""
-KILLED = 128 + signal.SIGKILL
-"""Exit code of a step whose process ended without one."""
 
 
 @dataclass
@@ -165,7 +163,7 @@ def _outcome(job: Future[int], node: Node, log: Path, say: Callable[[str], None]
     try:
         code = job.result()
     except Exception as error:  # of the worker's process, or of the cluster
-        code = KILLED
+        code = 128 + signal.SIGKILL
         say(f"{node.title}: {first_line(error)}")
     if code == 0 and current_artifact(Store(node.config.root), node.step):
         return Outcome(node, "done", 0, log)
