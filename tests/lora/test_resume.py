@@ -79,15 +79,38 @@ def _make(config, stage: str, runs: tuple[tuple[int | None, Path | None], ...]) 
         (config.root / stage).rename(folder)
 
 
-def killed_at(config, stage: str, steps: list[int], aside: Path, file: str = adapter.ADAPTER) -> None:
+# What goes wrong with RL or SHARED goes wrong with MIXED, too, which has all of it and more.
+QUICK = [("sft", SFT), ("rl", MIXED)]
+SLOW = [
+    ("sft", ["sft.save_steps=2"]),
+    ("sft", ["sft.lora_dropout=0"]),
+    ("sft", ["eval.targets=[sft]", "baseline.method=p_tuning"]),
+    ("rl", [*RL, "rl.beta=0"]),
+    ("rl", [*RL, "rl.beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
+    ("rl", [*SHARED, "rl.beta=0.04"]),
+    ("rl", [*SHARED, "rl.prefix_sharing=off"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "steps"),
+    [
+        *((*case, [3]) for case in QUICK),
+        *(pytest.param(*case, [4, 6], marks=pytest.mark.slow) for case in SLOW),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_a_kill_at_any_step_changes_no_byte(own, stage, settings, steps, tmp_path):
     """Undisturbed once, then killed at each of the steps and run again, in one process more than steps.
 
-    A process that has made what it should begins the next run, which is killed. Asserts equal bytes of `file`
-    and equal losses. aside: folder for the runs.
+    A process that has made what it should begins the next run, which is killed.
     """
+    file = baselines.STATE if "baseline" in settings[-1] else adapter.ADAPTER
+    steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else steps
+    config = own(*SFT, *settings)
     home = config.root / stage
     shutil.rmtree(home, ignore_errors=True)
-    whole = aside / WHOLE
+    whole = tmp_path / WHOLE
     assert in_a_child(config, stage, (None, whole), (steps[0], None)) == -signal.SIGKILL
     artifact = (whole / "latest").resolve()
     wanted, history = sha256_file(artifact / "adapter" / file), untimed(artifact)
@@ -99,46 +122,13 @@ def killed_at(config, stage: str, steps: list[int], aside: Path, file: str = ada
         kept = sorted(path.name for path in home.glob("checkpoints/*/checkpoint-*"))
         # It is killed before the checkpoint of that step is written.
         assert bool(kept) == (step > first_saved) and len(kept) <= 2, kept
-        again = aside / f"killed at {step}"
+        again = tmp_path / f"killed at {step}"
         ended = in_a_child(config, stage, (None, again), *([(following, None)] if following else []))
         assert ended == (-signal.SIGKILL if following else 0)
         artifact = (again / "latest").resolve()
         assert untimed(artifact) == history
         assert not list(again.glob("checkpoints/*/*"))
         assert sha256_file(artifact / "adapter" / file) == wanted
-
-
-@pytest.mark.parametrize(
-    ("stage", "settings"),
-    # What goes wrong with RL or SHARED goes wrong with MIXED, too, which has all of it and more.
-    [pytest.param("sft", SFT, id="sft"), pytest.param("rl", MIXED, id="rl of both systems")],
-)
-def test_a_kill_in_mid_epoch_changes_no_byte(own, stage, settings, tmp_path):
-    killed_at(own(*SFT, *settings), stage, [3], tmp_path)
-
-
-@pytest.mark.slow
-def test_a_baseline_goes_on_as_exactly(own, tmp_path):
-    config = own(*SFT, "baseline.method=p_tuning", "eval.targets=[sft]")
-    killed_at(config, "sft", [3], tmp_path, baselines.STATE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "settings"),
-    [
-        ("sft", [*SFT, "sft.save_steps=2"]),
-        ("rl", [*RL, "rl.beta=0"]),
-        ("rl", [*RL, "rl.beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
-        ("sft", [*SFT, "sft.lora_dropout=0"]),
-        ("rl", [*SHARED, "rl.beta=0.04"]),
-        ("rl", [*SHARED, "rl.prefix_sharing=off"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[-1],
-)
-def test_a_kill_at_every_step_changes_no_byte(own, stage, settings, tmp_path):
-    steps = list(range(1, STEPS + 1)) if "LORAPAR_THOROUGH" in os.environ else [4, 6]
-    killed_at(own(*SFT, *settings), stage, steps, tmp_path)
 
 
 def test_each_seed_and_epoch_has_an_order_of_its_own():

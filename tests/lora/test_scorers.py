@@ -40,20 +40,14 @@ def scored(model, examples: list[Row], size: int, counted: list[int] | None = No
 
 def one_by_one(model, examples) -> tuple[dict, dict]:
     """Σ g and Σ g² by autograd, an example at a time, without padding: the definition."""
-    layers = adapter.lora_layers(model)
-    sums = {n: torch.zeros_like(m.weight) for n, m in layers.items()}
-    squares = {n: torch.zeros_like(m.weight) for n, m in layers.items()}
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    weights = {n: layer.weight.requires_grad_(True) for n, layer in adapter.lora_layers(model).items()}
+    slopes = []
     for row in examples:
-        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
-        targets = torch.tensor(row.labels[1:])
-        loss = torch.nn.functional.cross_entropy(logits[targets != IGNORED], targets[targets != IGNORED])
-        grads = torch.autograd.grad(loss, [m.weight for m in layers.values()])
-        for (name, _), grad in zip(layers.items(), grads, strict=True):
-            sums[name] += grad
-            squares[name] += grad**2
-    return sums, squares
+        logits, targets = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1], row.labels[1:]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), ignore_index=IGNORED)
+        slopes.append(torch.autograd.grad(loss, list(weights.values())))
+    by_name = dict(zip(weights, map(torch.stack, zip(*slopes, strict=True)), strict=True))
+    return {n: g.sum(0) for n, g in by_name.items()}, {n: g.square().sum(0) for n, g in by_name.items()}
 
 
 @pytest.mark.parametrize(
