@@ -90,7 +90,6 @@ def config(smoke_flags):
          f"no data file data/demo/none.jsonl in {ROOT}\n  hint: lorapar demo-data data/demo writes it\n"),
         ("status CONFIG --set data.path=none.jsonl", 66, f"no data file none.jsonl in {ROOT}\n"),
         ("status CONFIG --set data.path=/tmp", 66, "/tmp is a folder, not a file\n"),
-        ("status CONFIG --set data.path=null", 78, "data.path is not set\n"),
         ("score CONFIG --set lora.target_modules=[q_prj,k_proj] --set partition.strategy=all", 78,
          "lora.target_modules: no q_prj in LlamaForCausalLM\n  hint: choose from: down_proj, gate_proj"),
         ("list things", 78, "nothing to list under 'things'\n  hint: choose from: scorers"),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, config_file, make_steps
@@ -25,9 +26,9 @@ ROWS = 60
 QUICK = {"concurrency": 8, "timeout_s": 1}
 
 
-def config_in(folder: Path, tiny: Path):
-    """A function from the mock's URL to a config with one remote voter and ROWS rows."""
-    rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
+def config_in(folder: Path, tiny: Path, number: int = ROWS):
+    """A function from the mock's URL to a config with one remote voter and so many rows."""
+    rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(number)]
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "config.yaml").write_text(
         f"{{run: faults, runs_dir: {folder}/runs, model: {{name: {tiny}}}, "
@@ -62,21 +63,21 @@ def system_of(artifact) -> list[int | None]:
     return [row.system for row in read_labels(artifact.path / "labels.jsonl")]
 
 
+def report_in(artifact) -> dict[str, Any]:
+    """What it says of the voter."""
+    return json.loads((artifact.path / "report.json").read_text())["voters"]["judge/role_play"]
+
+
 def votes_in(config) -> Counter:
     """How often each ballot is in the journal."""
     (path,) = (Path(config.runs_dir) / "votes").glob("*.jsonl")
     return Counter(row["question"] for _, row in read_jsonl(path) if "question" in row)
 
 
-def first(kind, detail, number):
-    return lambda n, path, body: (kind, detail) if n in number else None
-
-
-SPELL = range(20, 45)
 FAULTS = {
-    "reset after k answers": first("reset", None, SPELL),
-    "429 with Retry-After": first("status", (429, {"Retry-After": "1"}, "slow down"), SPELL),
-    "garbage": first("body", b"\xff\x00 not json", SPELL),
+    "reset after k answers": ("reset", None),
+    "429 with Retry-After": ("status", (429, {"Retry-After": "1"}, "slow down")),
+    "garbage": ("body", b"\xff\x00 not json"),
 }
 """torture/test_servers.py tries more of them, at random."""
 
@@ -88,16 +89,16 @@ def undisturbed(tiny, tmp_path_factory):
         return system_of(classify(config_in(tmp_path_factory.mktemp("healthy"), tiny)(healthy.url)))
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_no_vote_is_lost_and_labels_are_as_without_faults(config, undisturbed, name):
-    with serve(Mock(FAULTS[name])) as mock:
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_no_vote_is_lost_and_labels_are_as_without_faults(config, undisturbed, fault):
+    with serve(Mock(lambda n, path, body: fault if 20 <= n < 45 else None)) as mock:
         given = config(mock.url)
         artifact = classify(given)
         asked = sum(1 for key in mock.log if "Question" in key)
     assert asked >= ROWS
     assert system_of(artifact) == undisturbed and set(undisturbed) == {1, 2}
     assert set(votes_in(given).values()) == {1} and len(votes_in(given)) == ROWS + 32
-    report = json.loads((artifact.path / "report.json").read_text())["voters"]["judge/role_play"]
+    report = report_in(artifact)
     assert report["valid"] == ROWS and not report["failed"]
 
 
@@ -113,8 +114,7 @@ def test_one_question_that_always_fails_stops_no_other(config):
         artifact = classify(config(mock.url))
         assert all("Question 7?" in key or "Hello" in key for key in mock.log[before:] if "Question" in key)
         assert Counter(system_of(artifact))[None] == 1
-        report = json.loads((artifact.path / "report.json").read_text())
-        assert report["voters"]["judge/role_play"]["failed"] == {"server_error": 1}
+        assert report_in(artifact)["failed"] == {"server_error": 1}
         mock.fault = None
         assert None not in system_of(classify(config(mock.url), force=True))
 
@@ -136,9 +136,7 @@ def test_answers_that_are_no_label_are_a_class_of_their_own(config, monkeypatch)
         assert "'I would rather not say.'" in str(caught.value)
         monkeypatch.setattr("stages.labelling.votes.MAX_INVALID", 1.0)
         artifact = classify(config(mock.url))
-    assert set(system_of(artifact)) == {None}
-    report = json.loads((artifact.path / "report.json").read_text())
-    assert report["voters"]["judge/role_play"]["invalid"] == ROWS
+    assert set(system_of(artifact)) == {None} and report_in(artifact)["invalid"] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -170,13 +168,11 @@ def test_voters_at_several_servers_run_side_by_side(config):
         return lambda n, path, body: (at[name].append(time.monotonic()), time.sleep(0.05))[1]
 
     with serve(Mock(slow("a"))) as one, serve(Mock(slow("b"), weights="b")) as two:
-        voters = [
-            {"model": model, "base_url": m.url, "persona": "judge", "name": n}
-            for n, m, model in (("a", one, "judge"), ("b", two, "jury"))
-        ]
-        artifact = classify(config(one.url, voters=voters))
+        voter = {"model": "judge", "base_url": one.url, "persona": "judge", "name": "a"}
+        other = {**voter, "base_url": two.url, "name": "b"}
+        artifact = classify(config(one.url, voters=[voter, {**other, "model": "jury"}]))
         with pytest.raises(ConfigError, match="a and b have one model and persona, but other URLs"):
-            classify(config(one.url, voters=[{**voter, "model": "judge"} for voter in voters]))
+            classify(config(one.url, voters=[voter, other]))
     votes = read_labels(artifact.path / "labels.jsonl")[0].votes
     # A request may be sent again where the machine is slow.
     assert list(votes) == ["a", "b"] and len(set(one.log)) == len(set(two.log)) > ROWS
@@ -185,12 +181,10 @@ def test_voters_at_several_servers_run_side_by_side(config):
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(config, tmp_path):
+def test_kill_at_any_moment_repeats_no_more_than_what_was_in_flight(tiny, tmp_path):
     """kill -9 of the stage at ten moments, then the same command: each ballot once in the journal."""
     with serve(Mock(lambda n, path, body: time.sleep(0.02))) as mock:
-        rows = [{"question": f"Question {i}?", "answer": f"It is {i}."} for i in range(1500)]
-        write_jsonl(tmp_path / "rows.jsonl", rows)
-        given = config(mock.url)
+        given = config_in(tmp_path, tiny, 1500)(mock.url)
         given = given.model_copy(update={"server": ServerSection(concurrency=8)})
         start = [sys.executable, "-m", "lorapar_cli", "classify", str(config_file(given, tmp_path))]
         kills = 0

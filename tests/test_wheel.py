@@ -15,18 +15,15 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "configs", "lorapar_cli", "stages")
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as `make dist` does, in a copy, for a build writes beside its sources."""
     home = tmp_path_factory.mktemp("source")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, home)
+    for name in ("configs", "lorapar_cli", "stages"):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, home)
     run(sys.executable, "-m", "build", "--no-isolation", home)
     return next((home / "dist").glob("*.whl"))
 
@@ -46,9 +43,7 @@ def test_the_wheel_has_every_file_and_links_that_lead_somewhere(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = message_from_bytes(archive.read(next(n for n in archive.namelist() if "METADATA" in n)))
-    files = [
-        path for name in ("lorapar_cli", "stages") for path in (ROOT / name).rglob("*") if path.is_file()
-    ]
+    files = [path for name in ("lorapar_cli", "stages") for path in (ROOT / name).rglob("*.*")]
     sources = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
     examples = {f"stages/init/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert packed == sources | examples
