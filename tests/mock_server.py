@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,7 +33,7 @@ class Mock:
         self.fault, self.constrains, self.weights, self.say = fault, constrains, weights, say
         self.log: list[str] = []
         self.bodies: list[dict[str, Any]] = []
-        self.headers: dict[str, str] = {}
+        self.headers: Mapping[str, str] = {}
         self.lock = threading.Lock()
         self.url = ""
 
@@ -84,7 +84,7 @@ OF_CHOICES: list[dict[str, Any]] = [
 
 
 @contextmanager
-def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
+def serve(mock: Mock) -> Iterator[Mock]:
     """Run it in this process; `mock.url` is its base URL."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -99,15 +99,13 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             with mock.lock:
                 mock.log.append(key)
                 mock.bodies.append(body)
-                mock.headers = {name.lower(): value for name, value in self.headers.items()}
+                mock.headers = self.headers
                 number = len(mock.log) - 1
             fault = mock.fault(number, self.path, body) if mock.fault else None
-            text = json.dumps(mock.reply(self.path, body)).encode()
-            if fault and self._fail(*fault, text):
-                return None
-            return self._send(200, text)
+            whole = json.dumps(mock.reply(self.path, body)).encode()
+            self._answer(*(fault or ("body", whole)), whole)
 
-        def _fail(self, kind: str, detail: Any, whole: bytes) -> bool:
+        def _answer(self, kind: str, detail: Any, whole: bytes) -> None:
             if kind == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
@@ -126,15 +124,14 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
             elif kind == "twice":
                 self._send(200, whole)
                 self._send(200, whole)
-            return True
 
         def _send(self, code: int, body: Any, headers: dict[str, Any] | None = None) -> None:
             text = body if isinstance(body, bytes | str) else json.dumps(body)
             data = text.encode() if isinstance(text, str) else text
             self.send_response(code)
             kind = "text/event-stream" if data.startswith(b"data: ") else "application/json"
-            given = {"Content-Length": len(data), "Content-Type": kind, **(headers or {})}
-            for name, value in given.items():
+            usual = {"Content-Length": len(data), "Content-Type": kind}
+            for name, value in (usual | (headers or {})).items():
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(data)
@@ -147,7 +144,7 @@ def serve(mock: Mock, port: int = 0) -> Iterator[Mock]:
 
         def handle_error(self, *_: object) -> None: ...
 
-    with Server(("127.0.0.1", port), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         mock.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:

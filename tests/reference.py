@@ -134,23 +134,19 @@ def library_name(setting: str) -> str:
     section, _, name = setting.rpartition(".")
     if setting in OTHER_NAMES:
         return OTHER_NAMES[setting]
-    for prefix, kind in {"sft": "SFTConfig", "rl": "GRPOConfig", "lora": "LoraConfig"}.items():
-        if section == prefix and name in fields_of_libraries()[kind]:
-            return f"`{kind}.{name}`"
-    if section == "rl.rollouts" and f"vllm_{name}" in fields_of_libraries()["GRPOConfig"]:
-        return f"`GRPOConfig.vllm_{name}`"
-    return ""
-
-
-def fields_of_libraries() -> dict[str, set[str]]:
-    """Return the fields of the config classes that settings go to."""
     with libraries.hide_packages(*libraries.UNUSED):
         from peft import LoraConfig
         from trl import GRPOConfig, SFTConfig
 
-    return {
-        kind.__name__: {field.name for field in fields(kind)} for kind in (SFTConfig, GRPOConfig, LoraConfig)
+    kinds_of: dict[str, Any] = {
+        "sft": SFTConfig,
+        "rl": GRPOConfig,
+        "lora": LoraConfig,
+        "rl.rollouts": GRPOConfig,
     }
+    name = f"vllm_{name}" if section == "rl.rollouts" else name
+    kind = kinds_of.get(section)
+    return f"`{kind.__name__}.{name}`" if kind and name in {field.name for field in fields(kind)} else ""
 
 
 def choices() -> str:

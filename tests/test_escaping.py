@@ -23,11 +23,6 @@ BAD = [
 ]  # fmt: skip
 
 
-def shown(text: str) -> str:
-    """The text as a person sees it in one line, white space apart."""
-    return " ".join(escaping.one_line(text).split())
-
-
 def harmless(text: str) -> bool:
     return all(c == "\n" or c == "\t" or c.isprintable() for c in text)
 
@@ -46,7 +41,7 @@ def test_markdown(text):
         if source.startswith("|"):
             assert len(inline) == 4 and seen[1] == "b" and seen[3] == "c"
             seen = seen[2:3]
-        assert " ".join("".join(seen).split()) == shown(text)
+        assert " ".join("".join(seen).split()) == " ".join(escaping.one_line(text).split())
 
 
 @pytest.mark.parametrize("text", BAD)

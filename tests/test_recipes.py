@@ -104,20 +104,13 @@ def {name}({parameters}):
 """
 FUNCTIONS = {
     "lora/importance/scorers.py": ("scorers", "my_scorer", "value, gradient, fisher", "value.abs()"),
-    "lora/importance/strategies.py": (
-        "strategies", "my_strategy", "scores, section, seed, sizes",
-        'strategies.pick("importance")(scores, section, seed, sizes)',
-    ),
-    "labelling/personas.py": (
-        "personas", "my_persona", "example, context", 'personas.pick("judge")(example, context)',
-    ),
+    "lora/importance/strategies.py": ("strategies", "my_strategy", "*all", 'strategies.pick("all")(*all)'),
+    "labelling/personas.py": ("personas", "my_persona", "*all", 'personas.pick("judge")(*all)'),
     "rewards/builtin.py": ("rewards", "my_reward", "completions, **_", "[1.0 for _ in completions]"),
 }  # fmt: skip
 MODULES = {
-    "evaluation/benchmarks/my_benchmark.py": (
-        '"""Mine."""\n\nfrom stages.evaluation.benchmarks.jsonl import *\n'
-    ),
-    "engines/my_engine.py": '"""Mine."""\n\nfrom stages.engines.in_process import open_engine\n',
+    "evaluation/benchmarks/my_benchmark.py": "from stages.evaluation.benchmarks.jsonl import *",
+    "engines/my_engine.py": "from stages.engines.in_process import open_engine",
 }
 
 
@@ -126,14 +119,11 @@ def test_scorers_and_others_are_a_function_or_a_file_and_a_name(source, lorapar,
         fields = dict(zip(("registry", "name", "parameters", "value"), parts, strict=True))
         add(source / "stages" / file, FUNCTION.format(**fields))
     for file, text in MODULES.items():
-        add(source / "stages" / file, text)
+        add(source / "stages" / file, f'"""Mine."""\n\n{text}\n')
     add(source / "stages/config/training.py", '"my_strategy", ', after="BY_THETA = (")
     add(source / "stages/evaluation/benchmarks/__init__.py", '"my_benchmark", ', after="BUILT_IN = (")
-    add(
-        source / "stages/engines/__init__.py",
-        '\n        "my_engine": "stages.engines.my_engine",',
-        after='"transformers": "stages.engines.in_process",',
-    )
+    mine, theirs = '"my_engine": "stages.engines.my_engine", ', '"transformers": "stages.engines.in_process",'
+    add(source / "stages/engines/__init__.py", mine, after=theirs)
     add(source / "lorapar_cli/greet.py", "def command() -> None:\n    print('hello')\n")
     add(source / "lorapar_cli/commands.py", '"greet": "Greet.",\n        ', after='"Look": {\n        ')
 

@@ -134,16 +134,6 @@ def test_votes_are_rounded_so_that_the_batch_they_are_asked_in_changes_no_label(
     assert votes and all(vote == round(vote, 6) for vote in votes)
 
 
-def test_another_voter_asks_only_for_its_own(copied):
-    personas = ("steps", "effort", "simplicity", "judge")
-    voters = [{"engine": "transformers", "persona": persona} for persona in personas]
-    config = copied(f"classify.voters={json.dumps(voters)}", "data.limit=8", "classify.show_answer=true")
-    before = lines_of(config, "votes")
-    make_steps(config, "classify:train")
-    after = lines_of(config, "votes")
-    assert len(after) == len(before) + 1 and all(after[name] == lines for name, lines in before.items())
-
-
 def test_answers_of_an_evaluation_are_journalled(copied):
     """A torn line is asked again and nothing else; base, init, sft and rl have a journal each."""
     config = copied()
@@ -167,14 +157,26 @@ def test_an_answer_is_asked_for_once_whatever_is_done_with_it(copied, monkeypatc
     assert len(made) == 2 and all(now for _, now in made.values())
 
 
-@pytest.mark.parametrize("change", ["lora.r=2", "eval.benchmarks.demo.max_new_tokens=9"])
-def test_another_adapter_prompt_or_length_reuses_no_answer(copied, change):
-    config = copied(change)
-    before = lines_of(config, "answers")
-    made = make_steps(config, "score", "eval:init@demo")
-    assert made["eval:init@demo"][1]
-    after = lines_of(config, "answers")
-    assert sum(map(len, after.values())) == sum(map(len, before.values())) + 16
+VOTERS = [
+    {"engine": "transformers", "persona": persona} for persona in ("steps", "effort", "simplicity", "judge")
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "change"),
+    [
+        ("votes", ["classify:train"],
+         [f"classify.voters={json.dumps(VOTERS)}", "data.limit=8", "classify.show_answer=true"]),
+        ("answers", ["score", "eval:init@demo"], ["lora.r=2"]),
+        ("answers", ["score", "eval:init@demo"], ["eval.benchmarks.demo.max_new_tokens=9"]),
+    ],
+)  # fmt: skip
+def test_another_voter_adapter_or_length_is_asked_anew_and_alone(copied, kind, steps, change):
+    config = copied(*change)
+    before = lines_of(config, kind)
+    assert make_steps(config, *steps)[steps[-1]][1]
+    after = lines_of(config, kind)
+    assert len(after) == len(before) + 1 and all(after[name] == lines for name, lines in before.items())
 
 
 def test_force_asks_again(copied, monkeypatch):
