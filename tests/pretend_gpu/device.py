@@ -32,8 +32,6 @@ ACROSS = {
     "register_hook", "__get__", "__set__", "__setitem__", "__getitem__",
 }  # fmt: skip
 """Functions whose operands may be on two devices; indexing has rules of its own."""
-WITH_REAL_DEVICE = {"device", "_parse_to"}
-"""Functions that must see the device as it was written."""
 _real_generator = torch.Generator
 _device_generators: weakref.WeakSet[torch.Generator] = weakref.WeakSet()
 
@@ -88,7 +86,7 @@ class Pretend(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", str(function))
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
-        if name in WITH_REAL_DEVICE:
+        if name in ("device", "_parse_to"):  # they must see the device as it was written
             return function(*args, **kwargs)
         if name == "pin_memory":
             return args[0]

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -92,8 +91,7 @@ def misshapen(data: bytes, rng: random.Random) -> bytes | None:
         tree = [json.loads(data if at is None else lines[at])]
     except ValueError:
         return None
-    place: Any = tree
-    key: Any = 0
+    place, key = tree, 0
     while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
         place = place[key]
         key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
@@ -110,14 +108,6 @@ def misshapen(data: bytes, rng: random.Random) -> bytes | None:
     return text if at is None else b"".join([*lines[:at], text + b"\n", *lines[at + 1 :]])
 
 
-def says_the_same(before: bytes, after: bytes) -> bool:
-    """As with one more line break at the end: what is sealed is the content."""
-    try:
-        return bool(json.loads(before) == json.loads(after))
-    except ValueError:
-        return False
-
-
 def test_damaged_files(store, tally):
     """Artifacts: manifests and what they list. The step is then not current, whatever it is called."""
     root = store.root
@@ -131,8 +121,9 @@ def test_damaged_files(store, tally):
         file = tally.random.choice(files)
         before = file.read_bytes()
         after = spoilt(before, tally.random)
-        if after == before or (file.name == "manifest.json" and says_the_same(before, after)):
-            continue
+        with suppress(ValueError):  # of a manifest the content is sealed: it may have one more line break
+            if after == before or (file.name == "manifest.json" and json.loads(before) == json.loads(after)):
+                continue
         file.write_bytes(after)
         folder = root / Path(*file.relative_to(root).parts[:2])
         with trying(tally, str(file)):
@@ -152,19 +143,17 @@ ODD = [
 
 
 def test_odd_settings(tiny, demo_data, tmp_path, tally):
-    """Every setting with every odd value."""
+    """Every setting with every odd value; and damaged files of settings."""
     known = [*paths(tiny, demo_data, tmp_path), "data.limit=4"]
     pairs = [(name, value) for name in setting_names(Config) for value in ODD]
     for name, value in pairs if FULL else tally.random.sample(pairs, 500):
         with trying(tally, f"{name}={value[:40]}"):
             config = load(ROOT / "configs/smoke.yaml", [*known, f"{name}={value}"])
             json.dumps(config.model_dump(mode="json"), allow_nan=False)
-
-
-def test_odd_files_of_settings(tmp_path, tally):
-    whole = (ROOT / "configs/demo.yaml").read_bytes()
     for _ in range(250 * TIMES):
-        (tmp_path / "config.yaml").write_bytes(spoilt(whole, tally.random))
+        (tmp_path / "config.yaml").write_bytes(
+            spoilt((ROOT / "configs/demo.yaml").read_bytes(), tally.random)
+        )
         with trying(tally, "a file"):
             load(tmp_path / "config.yaml", [])
 

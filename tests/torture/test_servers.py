@@ -70,8 +70,7 @@ def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
         settings = [
             f"model.name={tiny}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path / runs}",
             f"classify={json.dumps({'voters': [voter], 'max_failed': 0, 'accept_weak': True})}",
-            "eval.targets=[base]",
-            "server={concurrency: 8, timeout_s: 2}",
+            "eval.targets=[base]", "server={concurrency: 8, timeout_s: 2}",
         ]  # fmt: skip
         config = resolved(load(tmp_path / "config.yaml", settings))
         artifact = make_steps(config, "classify:train")["classify:train"][0]
