@@ -123,7 +123,10 @@ def test_a_table_over_another(small, tmp_path):
     assert bases["Dolly"] == ROOT / "configs/paper/table4/mmlu-dolly.yaml"
 
 
-def test_rows_are_chosen_by_name_or_pattern(small):
+def test_rows_are_chosen_by_name_or_pattern_and_may_lack_columns(small):
+    row = "{eval.targets: [sft], columns: {active: null}}"
+    [cell] = table(changed(small, ("rows:\n", f"rows:\n  short: {row}\n")), only=["short"], seeds=[1]).cells
+    assert cell.columns.keys() == {"SFT", "SFT, System 2"}
     assert table(small, only=["θ*"]).rows == ["θ .9", "θ .5"]
     assert table(small, only=["β 0", "*.5"]).rows == ["θ .5", "β 0"]
     assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 3, 2]).cells] == [2, 3]
@@ -329,13 +332,6 @@ def test_planned_comparisons_are_those_that_are_named(small, by_hand):
     assert list(found.comparisons) == [first, second, third]
     assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
     assert table(path, only=["β 0", "θ .5"]).contrasts == [first]
-
-
-def test_a_row_may_lack_a_column_and_be_made_alone(small):
-    row = "{eval.targets: [sft], columns: {active: null}}"
-    path = changed(small, ("rows:\n", f"rows:\n  short: {row}\n"))
-    (cell,) = table(path, only=["short"], seeds=[1]).cells
-    assert cell.columns.keys() == {"SFT", "SFT, System 2"}
 
 
 def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small, lorapar, tmp_path):
