@@ -25,10 +25,8 @@ def history(artifact: Artifact) -> list[dict]:
 
 def untimed(folder: Path) -> list[dict]:
     """The history of a run without what only a clock knows."""
-    return [
-        {k: v for k, v in row.items() if "time" not in k and "per_second" not in k}
-        for row in json.loads((folder / "history.json").read_text())
-    ]
+    rows = json.loads((folder / "history.json").read_text())
+    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
 
 
 def trained_weights(config: Config, stage: str) -> tuple[dict, dict, dict]:

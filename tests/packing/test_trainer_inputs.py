@@ -98,8 +98,7 @@ KINDS = ["grpo", "bnpo", "dr_grpo", "dapo"]
 
 
 def set_loss(trainer, monkeypatch, kind: str, beta: float) -> None:
-    settings = {"loss_type": kind, "beta": beta, "current_gradient_accumulation_steps": 2}
-    for name, value in settings.items():
+    for name, value in {"loss_type": kind, "beta": beta, "current_gradient_accumulation_steps": 2}.items():
         monkeypatch.setattr(trainer, name, value, raising=False)
 
 

@@ -1,6 +1,7 @@
 """Tables of many runs: what is refused, what cells share, how a sweep goes on, and what a cell shows."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -27,20 +28,20 @@ from stages.sweep.table import Contrast, table
 
 FILE = """
 title: A small table
-base: {base}
-set: {{sft.max_steps: 1, rl.max_steps: 1, score.examples: 2, eval.targets: [base, sft, rl]}}
+base: base.yaml
+set: {sft.max_steps: 1, rl.max_steps: 1, score.examples: 2, eval.targets: [base, sft, rl]}
 rows:
-  "θ .9": {{partition.theta: 0.9}}
-  "θ .5": {{partition.theta: 0.5}}
-  "β 0": {{partition.theta: 0.9, partition.beta: 0}}
+  "θ .9": {partition.theta: 0.9}
+  "θ .5": {partition.theta: 0.5}
+  "β 0": {partition.theta: 0.9, partition.beta: 0}
 seeds: [1, 2]
 columns:
   SFT: sft@demo
   "SFT, System 2": sft@demo.system2
   RL: rl@demo
   active: partition:sft.active_share
-paper: {{"θ .9": {{SFT: 27.6}}}}
-compare: {{against: "θ .9", on: SFT}}
+paper: {"θ .9": {SFT: 27.6}}
+compare: {against: "θ .9", on: SFT}
 """
 
 
@@ -58,7 +59,7 @@ def small(tiny, demo_data, common_folder, tmp_path_factory) -> Path:
         f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
     )
     path = folder / "small.yaml"
-    path.write_text(FILE.format(base="base.yaml"))
+    path.write_text(FILE)
     return path
 
 
@@ -72,10 +73,7 @@ def changed(path: Path, *pairs: tuple[str, str]) -> Path:
     return other
 
 
-TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/tables").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_tables_of_the_project_are_sound_and_can_be_made_on_the_demo(path, tiny, demo_data):
     benchmark = "eval.benchmarks.demo"
     files = {"data.path": "train", f"{benchmark}.path": "test", f"{benchmark}.shots_path": "train"}
@@ -96,11 +94,9 @@ def test_the_tables_of_the_project_are_sound_and_can_be_made_on_the_demo(path, t
 def test_another_base_takes_the_place_of_all_configs(small):
     base = small.with_name("base.yaml")
     planned = table(ROOT / "configs/tables/importance.yaml", base=base)
-    assert planned.rows == ["GSM8K", "Dolly", "CodeAlpaca"] and {cell.base for cell in planned.cells} == {
-        base
-    }
-    graph_of_all = steps.build_graph(planned.cells)
-    assert len(graph_of_all) == len(steps.build_graph(planned.cells_of("GSM8K")))  # each artifact once
+    assert planned.rows == ["GSM8K", "Dolly", "CodeAlpaca"] and {c.base for c in planned.cells} == {base}
+    every, of_one = (len(steps.build_graph(cells)) for cells in (planned.cells, planned.cells_of("GSM8K")))
+    assert every == of_one  # each artifact once
     assert f"All rows are of {base}" in table_page.legend(results(planned))
 
 
@@ -188,7 +184,7 @@ def test_a_wrong_table_is_refused(small, said, pairs):
         table(changed(small, *zip(pairs[::2], pairs[1::2], strict=True)))
 
 
-def test_a_value_reaches_the_command_of_its_step_as_it_stands_in_the_table(small):
+def test_a_command_makes_its_step_alone_and_has_values_as_they_stand_in_the_table(small):
     odd = {
         "prompt.system": 'Think: 😀 "twice", #now', "sft.learning_rate": 2e-5, "data.limit": None,
         "run": "null",
@@ -196,9 +192,16 @@ def test_a_value_reaches_the_command_of_its_step_as_it_stands_in_the_table(small
     path = changed(small, ("rows:\n", f"rows:\n  odd: {json.dumps(odd, ensure_ascii=False)}\n"))
     voters = 'classify.voters=[{engine: transformers, persona: steps, words: ["⚡", "😀"]}]'
     planned = table(path, only=["odd"], seeds=[1], overrides=["classify.strategy=vote", voters])
-    [node] = [n for n in steps.build_graph(planned.cells).values() if n.step.name == "classify:train"]
-    settings = [text for flag, text in zip(node.command, node.command[1:], strict=False) if flag == "--set"]
-    config = load(Path(node.command[1]), settings)
+    commands = {}
+    for node in steps.build_graph(planned.cells).values():
+        commands[node.step.name] = stage, _, *rest = node.command
+        assert stage == node.stage
+        if stage == "eval":
+            target = node.step.variant.partition("@")[0]
+            assert {f"eval.targets=[{target}]", "eval.engine=transformers"} <= set(rest)
+        assert not node.step.variant or rest[-2:] == ["--only", node.step.variant]
+    _, base, *rest = commands["classify:train"]
+    config = load(Path(base), [text for flag, text in itertools.pairwise(rest) if flag == "--set"])
     assert config.classify.voters[0].words == ("⚡", "😀")
     assert (config.prompt.system, config.sft.learning_rate) == (odd["prompt.system"], 2e-5)
     assert (config.data.limit, config.run) == (None, "null")
@@ -325,12 +328,9 @@ def test_planned_comparisons_are_those_that_are_named(small, by_hand):
     planned = 'compare: [{row: "β 0", against: "θ .5", on: RL}, {against: "θ .9", on: SFT}]'
     path = changed(small, (COMPARE, planned))
     found = results(table(path))
-    first, second, third = (
-        Contrast("β 0", "θ .5", "RL"),
-        *(Contrast(row, "θ .9", "SFT") for row in ("θ .5", "β 0")),
-    )
-    assert list(found.comparisons) == [first, second, third]
-    assert found.corrected_p("over_items") == {first: 1, second: 1, third: 1}  # of 1, .75 and 1
+    first = Contrast("β 0", "θ .5", "RL")
+    assert list(found.comparisons) == [first, *(Contrast(row, "θ .9", "SFT") for row in ("θ .5", "β 0"))]
+    assert found.corrected_p("over_items") == dict.fromkeys(found.comparisons, 1)  # of 1, .75 and 1
     assert table(path, only=["β 0", "θ .5"]).contrasts == [first]
 
 
@@ -365,15 +365,3 @@ def test_importance_of_each_row(swept, monkeypatch):
         assert f"{alone:.1f} % of System {system}" in captions[0]
     assert len(captions) == 2 and captions[1].startswith("β 0: ")
     assert re.search(r"Jaccard index 0\.\d{3}\.$", captions[1])
-
-
-def test_each_command_makes_its_step_alone(small):
-    for node in steps.build_graph(table(small).cells).values():
-        stage, _, *rest = node.command
-        assert stage == node.stage
-        if stage == "eval":
-            target = node.step.variant.partition("@")[0]
-            assert f"eval.targets=[{target}]" in rest and rest[-2:] == ["--only", node.step.variant]
-            assert "eval.engine=transformers" in rest
-        elif node.step.variant:
-            assert rest[-2:] == ["--only", node.step.variant]
