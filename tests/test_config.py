@@ -13,9 +13,9 @@ from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.resolve import load
 
 
-def written(tmp_path: Path, text: str) -> Path:
+def written(tmp_path: Path, text: str, model: str = "model: {name: x}\n") -> Path:
     path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(model + text, encoding="utf-8")
     return path
 
 
@@ -72,7 +72,7 @@ def test_a_config_over_another(tmp_path):
     (tmp_path / "sub").mkdir()
     written(
         tmp_path,
-        "model: {name: x}\nsft: {learning_rate: 1, num_train_epochs: 3}\n"
+        "sft: {learning_rate: 1, num_train_epochs: 3}\n"
         "classify: {voters: [{persona: judge}, {persona: steps}]}\n"
         "rl: {rewards: {correctness: 1, integer: .2}}\neval: {benchmarks: {gsm8k: {}, mmlu: {}}}\n",
     )
@@ -88,7 +88,7 @@ def test_a_config_over_another(tmp_path):
     assert "at least 1 item" in message(above, "rl.rewards={correctness: false}")
     above.write_text("extends: above.yaml\n")
     assert message(above) == f"{above} extends itself"
-    assert message(written(tmp_path, "run: a\n")) == "model is missing"
+    assert message(written(tmp_path, "run: a\n", model="")) == "model is missing"
     with pytest.raises(MissingInputError, match="no config file"):
         load(tmp_path / "none.yaml")
 
@@ -122,7 +122,7 @@ MISTAKES = {
     "server.vllm=" + "[" * 600 + "]" * 600: "is nested too deeply",
     "run=!!python/object/apply:os.system ['exit']": "is not YAML",
 }
-BASE = "run: a\nmodel: {name: x}\neval:\n  # every setting is commented out\npartition:\n"
+BASE = "run: a\neval:\n  # every setting is commented out\npartition:\n"
 
 
 @pytest.mark.parametrize(("override", "text"), MISTAKES.items(), ids=lambda text: text[:30])
@@ -132,19 +132,16 @@ def test_mistakes(tmp_path, override, text):
 
 
 def test_a_key_that_is_there_twice_is_refused_and_a_merged_one_is_not(tmp_path):
-    path = written(tmp_path, "model: {name: x}\nsft: {max_steps: 1}\nrl: {max_steps: 2}\nsft: {seed: 3}\n")
+    path = written(tmp_path, "sft: {max_steps: 1}\nrl: {max_steps: 2}\nsft: {seed: 3}\n")
     assert message(path) == f"{path} is not YAML: 'sft' appears twice, in lines 2 and 4"
-    merged = "model: {name: x}\nsft: &a {learning_rate: 0.1, max_steps: 2}\nrl: {<<: *a, max_steps: 3}\n"
+    merged = "sft: &a {learning_rate: 0.1, max_steps: 2}\nrl: {<<: *a, max_steps: 3}\n"
     config = load(written(tmp_path, merged))
     assert (config.sft.max_steps, config.rl.learning_rate, config.rl.max_steps) == (2, 0.1, 3)
 
 
 def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
-    path = written(
-        tmp_path,
-        "model: {name: x}\neval: {benchmarks: {mmlu: {limit: 5}, own: {kind: mmlu, path: mine.jsonl}}}\n",
-    )
-    benchmarks = load(path).eval.benchmarks
+    text = "eval: {benchmarks: {mmlu: {limit: 5}, own: {kind: mmlu, path: mine.jsonl}}}\n"
+    benchmarks = load(written(tmp_path, text)).eval.benchmarks
     mmlu, own = benchmarks["mmlu"], benchmarks["own"]
     assert (mmlu.path, mmlu.subset, mmlu.limit, len(mmlu.revision)) == ("cais/mmlu", "all", 5, 40)
     assert (own.path, own.subset, own.revision) == ("mine.jsonl", None, "main")
@@ -153,7 +150,7 @@ def test_a_benchmark_brings_its_settings_and_its_pinned_data(tmp_path):
 
 def test_numbers_are_read_as_yaml_1_2_reads_them(tmp_path):
     """PyYAML, which has YAML 1.1, finds texts there, and no model says that a number is meant."""
-    path = written(tmp_path, "model: {name: x}\nserver: {vllm: {a: 1e3}}\n")
+    path = written(tmp_path, "server: {vllm: {a: 1e3}}\n")
     vllm = load(path, ["server.vllm.b=[9e-1, -2.5E+3, .5e1, 1.e2, 7]"]).server.vllm
     assert vllm == {"a": 1000, "b": [0.9, -2500, 5, 100, 7]}
     assert load(path, ["seed=1e3", "sft.learning_rate=2e-4"]).seed == 1000
@@ -163,7 +160,7 @@ def test_numbers_are_read_as_yaml_1_2_reads_them(tmp_path):
 
 
 def test_names_of_models_and_data_are_in_no_key(tmp_path):
-    path = written(tmp_path, "model: {name: x}\n")
+    path = written(tmp_path, "")
     config, other = load(path), load(path, ["model.name=y", "data.path=z"])
     assert cache_key_fields(config.model) == cache_key_fields(other.model)
     assert cache_key_fields(config.data) == cache_key_fields(other.data)
@@ -181,7 +178,7 @@ def test_an_override_of_one_place_leaves_others_that_share_it(tmp_path):
     """An alias is one object in several places, and so is a section below a merge key."""
     path = written(
         tmp_path,
-        "model: {name: x}\nprompt: &p {template: plain, answer_format: hash}\n"
+        "prompt: &p {template: plain, answer_format: hash}\n"
         "sft: {prompt: *p}\nrl: {prompt: *p}\n"
         "eval: {benchmarks: {a: &a {kind: demo, path: a, prompt: {template: plain}}, b: {<<: *a}}}\n",
     )
