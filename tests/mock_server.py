@@ -129,8 +129,7 @@ def serve(mock: Mock) -> Iterator[Mock]:
             text = body if isinstance(body, bytes | str) else json.dumps(body)
             data = text.encode() if isinstance(text, str) else text
             self.send_response(code)
-            kind = "text/event-stream" if data.startswith(b"data: ") else "application/json"
-            usual = {"Content-Length": len(data), "Content-Type": kind}
+            usual = {"Content-Length": len(data), "Content-Type": "application/json"}
             for name, value in (usual | (headers or {})).items():
                 self.send_header(name, str(value))
             self.end_headers()

@@ -70,7 +70,7 @@ def commands() -> str:
         arguments = [_usage(p) for p in parameters if p.param_type_name == "argument"]
         lines += [f"## {name}", "", COMMANDS[name], "", "```text"]
         lines += [" ".join(["lorapar", name, *arguments, "[OPTIONS]"]), "```", ""]
-        rows = [[_names(p), _cell(p.help or "") + _default(p)] for p in parameters]
+        rows = [_option(parameter) for parameter in parameters]
         lines += [*_table(["option", "meaning"], rows), ""] if rows else []
     return "\n".join(lines)
 
@@ -80,18 +80,14 @@ def _usage(parameter: Any) -> str:
     return metavar if parameter.required else f"[{metavar}]"
 
 
-def _names(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        return f"`{_usage(parameter)}`"
-    names = [name for name in parameter.opts if name.startswith("--")]
-    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.upper()}"
-    return f"`{names[0]}{value}`"
-
-
-def _default(parameter: Any) -> str:
+def _option(parameter: Any) -> list[str]:
+    """Return the cells of its row."""
+    name = next((name for name in parameter.opts if name.startswith("--")), _usage(parameter))
+    if name.startswith("--") and not parameter.is_flag:
+        name += f" {parameter.metavar or parameter.name.upper()}"
     default = parameter.default
     shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
-    return f" Default: `{default}`." if shown else ""
+    return [f"`{name}`", _cell(parameter.help or "") + (f" Default: `{default}`." if shown else "")]
 
 
 def settings() -> str:

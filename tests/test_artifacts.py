@@ -100,19 +100,19 @@ def test_a_second_process_is_told_who_holds_the_stage_and_a_kill_frees_it(store)
 
 @pytest.mark.parametrize("before", ["{}", "[]", '{"a": [1, 2]}', "{", "[" * 5000])
 def test_digest_cache_follows_content_and_may_be_damaged(tmp_path, before):
-    (tmp_path / "full/cache.json").mkdir(parents=True)  # no file can be moved there
-    (tmp_path / "cache.json").write_text(before)
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/a").write_text("0")
-    DigestCache(tmp_path / "full/cache.json").folder(tmp_path / "m")
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["cache.json"]
-    cache = DigestCache(tmp_path / "cache.json")
-    one = cache.folder(tmp_path / "m")
-    assert cache.file(tmp_path / "m/a") == hashlib.sha256(b"0").hexdigest()
-    assert DigestCache(tmp_path / "cache.json").folder(tmp_path / "m") == one
-    (tmp_path / "m/a").write_text("2")
-    os.utime(tmp_path / "m/a", ns=(1, 1))
-    assert cache.folder(tmp_path / "m") != one
+    model, file, full = tmp_path / "m", tmp_path / "cache.json", tmp_path / "full"
+    (full / "cache.json").mkdir(parents=True)  # no file can be moved there
+    file.write_text(before)
+    model.mkdir()
+    (model / "a").write_text("0")
+    cache = DigestCache(file)
+    digest = cache.folder(model)
+    assert digest == DigestCache(file).folder(model) == DigestCache(full / "cache.json").folder(model)
+    assert [path.name for path in full.iterdir()] == ["cache.json"]
+    assert cache.file(model / "a") == hashlib.sha256(b"0").hexdigest()
+    (model / "a").write_text("2")
+    os.utime(model / "a", ns=(1, 1))
+    assert cache.folder(model) != digest
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import typer
 from conftest import ROOT, Small, flags
 
+from lorapar_cli import terminal
 from lorapar_cli.__main__ import main as begin
 from lorapar_cli.app import app
 from lorapar_cli.commands import COMMANDS
@@ -196,6 +197,19 @@ def test_numbers_have_bounds(arguments, lorapar, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = lorapar(*arguments.split())
     assert done.code == 2 and "Invalid value for" in done.err and not list(tmp_path.iterdir())
+
+
+def test_columns_stand_below_their_heads_and_nothing_is_cut_or_obeyed(capsys, monkeypatch):
+    """At a terminal, and in files and pipes."""
+    monkeypatch.setenv("COLUMNS", "40")
+    why = "sft.learning_rate was 0.01, now 0.003, sft.num_train_epochs was 1.0, now 2.0, sft.batch_size was 8"
+    rows = [["eval:sft@demo", "stale", "7", why], ["漢字", "current", "12", "\x1b[31m"]]
+    terminal.table(["step", "state", "n", "why"], rows, to_left=("state", "why"))
+    assert capsys.readouterr().out.splitlines() == [
+        "step           state     n  why",
+        f"eval:sft@demo  stale     7  {why}",
+        "漢字           current  12  \\x1b[31m",
+    ]
 
 
 WHILE_IT_WORKS = """

@@ -60,20 +60,15 @@ def test_pinned_versions_are_in_the_declared_ranges():
         assert pins[requirement.name] in requirement.specifier
 
 
-def script() -> str:
-    """The cells of `docs/quickstart.ipynb` as a script of the shell."""
+@pytest.mark.slow
+def test_the_notebook_runs_from_the_wheel_alone(wheel, tmp_path):
+    """The new environment has lorapar, and takes all other packages from the one that runs the tests."""
     cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     commands = [
         re.sub("^!", "", text, flags=re.M) if text.startswith("!") else f"python -P - <<'END'\n{text}\nEND"
         for text in texts
     ]
-    return "\n".join(["set -e", *commands])
-
-
-@pytest.mark.slow
-def test_the_notebook_runs_from_the_wheel_alone(wheel, tmp_path):
-    """The new environment has lorapar, and takes all other packages from the one that runs the tests."""
     environment, home = tmp_path / "environment", tmp_path / "home"
     home.mkdir()
     run(sys.executable, "-m", "venv", "--without-pip", environment)
@@ -86,5 +81,5 @@ def test_the_notebook_runs_from_the_wheel_alone(wheel, tmp_path):
         file = run(python, "-P", "-c", f"import {module}; print({module}.__file__)", cwd=home)
         assert Path(file.strip()).is_relative_to(environment)
     path = f"{environment / 'bin'}:{os.environ['PATH']}"
-    run("env", f"PATH={path}", "bash", "-c", script(), cwd=home)
+    run("env", f"PATH={path}", "bash", "-c", "\n".join(["set -e", *commands]), cwd=home)
     assert (home / "report/report.html").exists()
