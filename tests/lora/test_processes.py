@@ -27,8 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def command(name: str, settings: list[str]) -> list[str]:
-    config = str(ROOT / "configs/smoke.yaml")
-    return [sys.executable, "-m", "lorapar_cli", name, config, *flags(*settings)]
+    return [sys.executable, "-m", "lorapar_cli", name, str(ROOT / "configs/smoke.yaml"), *flags(*settings)]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:

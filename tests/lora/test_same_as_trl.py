@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, labels_of, make_step, paths
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from results import artifacts, history
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -29,9 +29,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     options = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
     lora = LoraConfig(**options, target_modules=config.lora.target_modules)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32), lora)
-    model.load_state_dict(
-        {n.replace(".weight", ".default.weight"): w for n, w in start.items()}, strict=False
-    )
+    set_peft_model_state_dict(model, start)
     arguments = SFTConfig(
         output_dir=str(tmp_path), report_to="none", save_strategy="no", use_cpu=not torch.cuda.is_available(),
         max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_length=None,
@@ -40,11 +38,7 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     )  # fmt: skip
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
-    plain = {
-        n.replace(".default.weight", ".weight"): p.detach().cpu()  # as those of files
-        for n, p in model.named_parameters()
-        if ".default." in n
-    }
+    plain = {name: weight.cpu() for name, weight in get_peft_model_state_dict(model).items()}  # as in files
     assert plain.keys() == ours.keys()
     for name, weight in plain.items():
         assert (weight - start[name]).abs().max() > 1e-3, name

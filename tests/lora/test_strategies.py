@@ -48,8 +48,7 @@ def split(one, two, sizes=None, **settings):
 
 @pytest.mark.parametrize(
     ("one", "two", "theta", "wanted"),
-    [
-        # θ as typed: 0.9 of 10 is 9, reached exactly by 5 + 4; a float sum of 0.9 would ask for more.
+    [  # θ as typed: 0.9 of 10 is 9, reached exactly by 5 + 4; a float sum of 0.9 would ask for more.
         ([5.0, 4.0, 1.0], [1.0, 1.0, 8.0], 0.9, [S1_ONLY | S2_ONLY, S1_ONLY, S2_ONLY]),
         ([0.0, 1.0], [1.0, 1.0], 1, [SHARED, SHARED]),
         ([-0.0, 1.0], [1.0, 1.0], 0.9, [S2_ONLY, SHARED]),

@@ -118,7 +118,11 @@ def test_wrong_parameters_are_refused(chain, tmp_path, monkeypatch, settings, sa
         slurm.Cluster(tmp_path, settings, 1).submit(list(chain.values())[0], Path("log"))
 
 
-def test_devices_are_those_that_are_visible(monkeypatch):
+def test_parameters_of_jobs_are_read_as_settings_are_and_devices_are_those_that_are_visible(monkeypatch):
+    read = sweep._parameters(["timeout_min=5", "slurm_setup=[module load cuda]", "rl.mem_gb=8"])
+    assert read == {"timeout_min": 5, "slurm_setup": ["module load cuda"], "rl.mem_gb": 8}
+    with pytest.raises(ConfigError, match="--slurm timeout_min: expected KEY=VALUE"):
+        sweep._parameters(["timeout_min"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert sweep._slots(3, None) == [None] * 3 and sweep._slots(None, "0+1,2 + 3") == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
@@ -148,10 +152,3 @@ def test_the_end_says_what_failed_and_why(tmp_path, capfd):
     rl, after = said.out.splitlines()[1:]
     assert re.match(r"rl 0a1b +failed +65 +see .*rl.log \(one, seed 1; two, seed 2\)", rl)
     assert re.match(r"eval:rl@demo 0a1b +left out +a step that it needs failed \(two, seed 2\)", after)
-
-
-def test_parameters_of_jobs_are_read_as_settings_are():
-    read = sweep._parameters(["timeout_min=5", "slurm_setup=[module load cuda]", "rl.mem_gb=8"])
-    assert read == {"timeout_min": 5, "slurm_setup": ["module load cuda"], "rl.mem_gb": 8}
-    with pytest.raises(ConfigError, match="--slurm timeout_min: expected KEY=VALUE"):
-        sweep._parameters(["timeout_min"])

@@ -254,8 +254,6 @@ RIGHT = {  # row, target → for each seed, which of four items are answered cor
     ("θ .5", "sft"): ("0000", "0001"), ("θ .5", "rl"): ("0000", "0001"),
     ("β 0", "sft"): ("1100", "1000"), ("β 0", "rl"): ("0000", "0000"),
 }  # fmt: skip
-OF_HALVES = (-0.25 - 12.7062 / 4, -0.25 + 12.7062 / 4, 0.5)
-"""Interval and p over seeds of -1/2 and 0: the standard error is 1/4, and t of one degree 12.7062."""
 
 
 @pytest.fixture
@@ -302,7 +300,8 @@ def test_items_of_replicates_are_not_averaged_over_seeds(replicates, by_hand):
     assert (rl.mean, rl.n) == (-(0.75 + 1) / 2, 7)  # b of seed 2 was not graded
     half = found.comparisons[Contrast("θ .5", "θ .9", "SFT")]
     assert (half.mean, half.n, half.over_items) == (-0.25, 8, None)
-    assert astuple(half.over_seeds) == pytest.approx(OF_HALVES, abs=1e-4)
+    reach = 12.7062 / 4  # over seeds of -1/2 and 0: the standard error is 1/4, and t of one degree 12.7062
+    assert astuple(half.over_seeds) == pytest.approx((-0.25 - reach, -0.25 + reach, 0.5), abs=1e-4)
     said = table_page.legend(found)
     assert said.startswith("Seeds 1, 2, each with data of its own.")
     assert table_page.comparison_grid(found).head == ["comparison", "points", "over seeds"]
