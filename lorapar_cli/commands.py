@@ -14,10 +14,10 @@ GROUPS = {
         "init": "Read your rows and write a config that fits them and the model; or copy an example.",
         "plan": "Show what a run would do; estimate time and memory of each step from short measurements.",
         "run": "Run every stage that is missing or stale.",
-        "ask": "Ask both modes of a trained model a question, in this process.",
+        "ask": "Ask a trained model a question in each of its modes, in this process.",
         "report": "Write a page on one run, or on tables, with intervals and published values.",
         "export": "Export a trained adapter, or the merged model, with a model card.",
-        "serve": "Serve both modes behind one OpenAI-compatible address.",
+        "serve": "Serve a trained model, in all of its modes, by vLLM.",
     },
     "One stage": {name: about(name) for name in ORDER},
     "Look": {

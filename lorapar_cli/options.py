@@ -8,8 +8,9 @@ import typer
 
 from lorapar_cli import terminal
 from stages import ORDER, escaping
-from stages.config import Config
+from stages.config import TRAINED, Config
 from stages.data.rows import local_file, missing_path_error
+from stages.errors import ConfigError
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.stage import all_stages
 from stages.pipeline.state import require_current
@@ -79,9 +80,14 @@ def plan_of(path: Path, overrides: list[str] | None) -> tuple[Config, dict[str, 
     return config, plan_steps(config), Store(config.root)
 
 
-def trained(store: Store, steps: dict[str, Step], targets: list[str]) -> dict[str, Artifact]:
-    """Map each target to the artifact that trained it. MissingInputError if one is not current."""
-    if not set(targets) <= set(steps):
+def trained(config: Config, store: Store, steps: dict[str, Step], stage: str | None = None) -> Artifact:
+    """The adapter of a training stage; of the last one that is evaluated, if none is named.
+
+    MissingInputError if it is not current.
+    """
+    stage = stage or (config.eval.trained or TRAINED)[-1]
+    if stage not in TRAINED:
+        raise ConfigError(f"--target {stage}: expected one of {', '.join(TRAINED)}")
+    if stage not in steps:
         raise missing_path_error()
-    last = steps[targets[-1]]
-    return {target: require_current(store, steps[target], last) for target in targets}
+    return require_current(store, steps[stage])

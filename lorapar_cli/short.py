@@ -8,7 +8,6 @@ from typing import Annotated
 
 from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, argument, flag, plan_of, trained, value
-from stages.config import MODES
 from stages.config.fields import MAX_INT
 from stages.config.listing import annotated
 from stages.errors import ConfigError
@@ -26,18 +25,19 @@ Name = Annotated[str, argument("smollm2-135m-q4, or tiny-random for smoke tests.
 
 def ask(config: ConfigPath, question: Question = None, set_: Overrides = None) -> None:
     settings, steps, store = plan_of(config, set_)
-    artifacts = trained(store, steps, list(MODES.values()))
+    artifact = trained(settings, store, steps)
     from stages.ask import TrainedModel
 
     terminal.say(f"loading {settings.model.name}")
-    model = TrainedModel(settings, artifacts)
+    model = TrainedModel(settings, artifact)
     if question is None:
         terminal.say("a question in each line; Ctrl-D ends")
     lines = sys.stdin if question is None else [question]
     for text in filter(None, map(str.strip, lines)):
         for answer in model.answers(text):
             cut = "" if answer.complete else f", cut off at {model.limit}"
-            terminal.write(f"{answer.mode} ({answer.tokens} tokens{cut}, {answer.seconds:.1f} s)")
+            cost = f"({answer.tokens} tokens{cut}, {answer.seconds:.1f} s)"
+            terminal.write(f"{answer.mode} {cost}".lstrip())
             terminal.write("\n".join(f"  {line}" for line in answer.text.splitlines()))
 
 

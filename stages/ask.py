@@ -1,16 +1,16 @@
-"""Ask both modes of a trained model a question, in this process."""
+"""Ask a trained model a question in each of its modes, in this process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.config import MODES, SYSTEMS, Config
+from stages.config import Config
 from stages.engines import Sampling
 from stages.prompts import thoughts
-from stages.prompts.renderer import Renderer
+from stages.prompts.renderer import renderers_of
 from stages.records import Example
 
 if TYPE_CHECKING:
@@ -28,33 +28,23 @@ class Answer:
 
 
 class TrainedModel:
-    """A base with the adapter of each mode beside its weights, on this process's device."""
+    """A base with a trained adapter beside its weights, on this process's device."""
 
-    def __init__(self, config: Config, inputs: Mapping[str, Artifact]) -> None:
-        """inputs: the artifacts of both modes, by target."""
+    def __init__(self, config: Config, trained: Artifact) -> None:
         from stages.models.base import load_adapted
         from stages.models.tokenizer import load_tokenizer
 
         self.limit = config.rl.max_completion_length
         self.tokenizer = load_tokenizer(config.model)
-        self.renderers = {
-            mode: Renderer(self.tokenizer, config.prompt_of(target), system=SYSTEMS[target])
-            for mode, target in MODES.items()
-        }
-        first, *later = ((mode, inputs[target].adapter) for mode, target in MODES.items())
-        self.model = load_adapted(config.model, first[1])
-        self.names = {first[0]: self.model.active_adapter}
-        """Mode → PEFT's name of its adapter."""
-        for mode, adapter in later:
-            self.model.load_adapter(str(adapter), mode)
-            self.names[mode] = mode
+        prompt = config.prompt_of(trained.manifest["stage"])
+        self.renderers = renderers_of(self.tokenizer, prompt, config.modes)
+        self.model = load_adapted(config.model, trained.adapter)
 
     def answers(self, question: str) -> Iterator[Answer]:
-        """Yield the likeliest answer of each mode, under the message with which it was trained."""
+        """Yield the likeliest answer in each mode, or the only one."""
         from stages.engines.continuous_batching import generate
 
         for mode, renderer in self.renderers.items():
-            self.model.set_adapter(self.names[mode])
             prompt = renderer.prompt(question, example=Example("", question, "", None))
             sampling = Sampling(self.limit, tuple(renderer.stop_ids))
             begun = time.perf_counter()

@@ -1,4 +1,5 @@
-"""Export a trained adapter as plain PEFT files, both modes, or the merged model, with a card."""
+"""Export a trained adapter as plain PEFT files, or the merged model: with a tokenizer whose chat template has
+the modes, and a card."""
 
 from __future__ import annotations
 
@@ -8,54 +9,67 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.config import MODES, Config
+from stages.config import Config
 from stages.errors import ConfigError, OutputError, ServerError, first_line
 from stages.models.base import save_merged
+from stages.prompts.chat_template import with_modes
 from stages.report.card import Form, card
 from stages.store.artifacts import Artifact, make_readable, refuse_store
 
 
 def write(
-    trained: dict[str, Artifact], config: Config, out: Path, form: Form, evaluated: Sequence[Artifact] = ()
+    trained: Artifact, config: Config, out: Path, form: Form, evaluated: Sequence[Artifact] = ()
 ) -> None:
-    """Write the adapter of a target into `out`, or the merged model with its tokenizer, with a card.
+    """Write a trained adapter into `out`, or the merged model, with the tokenizer and a card.
 
-    trained: the artifact by target. Those of both modes become `fast/`, the adapter of SFT, and `slow/`, that
-    of RL; the card says how to serve both. evaluated: the evaluations, for the card.
-    OutputError if `out` exists, or would lie among the artifacts of a run. ConfigError for a trained prompt,
-    which cannot be merged, and for two modes that no server loads as LoRA modules: those of a baseline, and
-    adapters of a 4-bit base.
+    evaluated: the evaluations, for the card. OutputError if `out` exists, or would lie among the artifacts of
+    a run; ConfigError for a trained prompt, which cannot be merged.
     """
-    views = len(trained) > 1
     if form == "merged" and config.baseline is not None and config.baseline.method != "ia3":
         raise ConfigError(
             f"--merged: {config.baseline.method} trains a prompt, which no weight can hold", "leave it out"
         )
-    if views and not config.served_by_vllm:
-        cause = f"baseline {config.baseline.method}" if config.baseline else "the 4-bit base of this adapter"
-        raise ConfigError(
-            f"--views are served by vLLM, which cannot serve {cause}",
-            "a mode at a time, --target sft, then the slow one, with --merged",
-        )
     refuse_existing(out)
     refuse_store(out)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir(parents=True)
+        folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+        folder.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:
-        for mode, target in MODES.items():
-            if target in trained:
-                folder = partial / mode if views else partial
-                folder.mkdir(exist_ok=True)
-                _fill(folder, trained[target], config, form)
-        text = card(config, trained, form, partial, evaluated)
-        (partial / "README.md").write_text(text, encoding="utf-8")
-        make_readable(partial)
-        partial.rename(out)
+        fill(folder, trained, config, form)
+        text = card(config, trained, form, folder, evaluated)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        make_readable(folder)
+        folder.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fill(folder: Path, trained: Artifact, config: Config, form: Form) -> None:
+    """Write weights and tokenizer; its chat template then has the modes, if there are any."""
+    from transformers import AutoTokenizer
+
+    from stages.lora.adapter import baselines
+    from stages.models import cancellation
+
+    adapter = trained.path / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    prompt = config.prompt_of(trained.manifest["stage"])
+    if prompt.template == "chat":
+        tokenizer.chat_template = with_modes(tokenizer.get_chat_template(), prompt, config.modes)
+    if form == "merged":
+        save_merged(config.model, adapter, folder)
+        tokenizer.save_pretrained(folder)
+        return
+    shutil.copytree(adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
+    tokenizer.save_pretrained(folder)
+    cancellation.rewrite(folder, folder)  # whoever serves it may round it to 16 bits
+    if not config.model.may_be_on_hub:  # with the base's whole path the adapter loads from any folder
+        file = folder / "adapter_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = str(Path(config.model.name).absolute())
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def push(folder: Path, repository: str) -> str:
@@ -74,20 +88,3 @@ def refuse_existing(out: Path) -> None:
     """Raise OutputError if there is such a folder."""
     if out.exists():
         raise OutputError(f"{out} exists", "name a folder that does not")
-
-
-def _fill(folder: Path, artifact: Artifact, config: Config, form: Form) -> None:
-    from stages.lora.adapter import baselines
-    from stages.models import cancellation
-
-    trained = artifact.path / "adapter"
-    if form == "merged":
-        save_merged(config.model, trained, folder)
-        return
-    shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
-    cancellation.rewrite(folder, folder)  # whoever serves it may round it to 16 bits
-    if not config.model.may_be_on_hub:  # with the base's whole path the adapter loads from any folder
-        file = folder / "adapter_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings["base_model_name_or_path"] = str(Path(config.model.name).absolute())
-        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")

@@ -31,7 +31,7 @@ PAPER = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
     },
     "data": {"max_length": 512, "too_long": "truncate"},
-    "classify": {"strategy": "vote", "rule": "majority", "quorum": 0.5, "min_agreement": 0},
+    "classify": {"strategy": "vote", "quorum": 0.5, "min_agreement": 0},
     "score": {"scorer": "taylor2", "examples": 100, "batch_size": 8},
     "partition": {"strategy": "importance", "theta": 0.9, "alpha": 1, "beta": 1},
     "sft": {

@@ -65,6 +65,17 @@ def test_worked_answers_are_right(splits):
         assert row["intended"] == (2 if expected > 1 else 1)
 
 
+def test_few_two_step_rows_of_one_file_are_worked(tmp_path):
+    demo.write(tmp_path, 0)
+    full, few = ([row for _, row in read_jsonl(tmp_path / f"{name}.jsonl")] for name in ("train", demo.FEW))
+    assert Counter(row["kind"] for row in few if "answer" in row)["two_step"] == demo.WORKED
+    for row, other in zip(full, few, strict=True):
+        gold = row["answer"].rpartition("#### ")[2]
+        assert other == row or (
+            row["kind"] == "two_step" and {**other, "answer": row["answer"]} == {**row, "gold": gold}
+        )
+
+
 def test_the_same_seed_gives_the_same_bytes_and_a_file_with_other_rows_stays(tmp_path):
     assert demo.write(tmp_path, 7) == demo.write(tmp_path, 7)
     (tmp_path / "train.jsonl").write_text("mine")

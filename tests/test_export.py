@@ -1,9 +1,10 @@
 """An exported adapter or model answers as what was trained."""
 
+import importlib.util
+import itertools
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,13 @@ from conftest import ROOT, flags, make_steps
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from stages import export
-from stages.config import SYSTEMS, BaselineSection
+from stages.config import MODES, BaselineSection, ModesSection, prompt_under
 from stages.errors import ConfigError, OutputError
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
-from stages.report.card import QUESTION, card, code
+from stages.records import Example
+from stages.report.card import QUESTION, card
 from stages.store.artifacts import Artifact, Store
 
 SETTINGS = ["sft.max_steps=3", "sft.learning_rate=0.1", "sft.num_train_epochs=9", "lora.lora_alpha=256"]
@@ -28,13 +30,6 @@ SETTINGS = ["sft.max_steps=3", "sft.learning_rate=0.1", "sft.num_train_epochs=9"
 def trained(begun):
     config = begun(*SETTINGS)
     return config, list(make_steps(config, "score", "partition", "sft").values())[-1][0]
-
-
-@pytest.fixture(scope="module")
-def another(begun):
-    """An adapter that answers otherwise, and says that it is RL's."""
-    made = make_steps(begun(*SETTINGS, "lora.lora_alpha=2000"), "score", "partition", "sft")["sft"][0]
-    return replace(made, manifest={**made.manifest, "stage": "rl"})
 
 
 def same_files(folder: Path, artifact: Artifact) -> None:
@@ -49,16 +44,16 @@ def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
     config, artifact = trained
     (tmp_path / ".a.partial").mkdir()  # like a temporary folder, and a person's own
     (tmp_path / ".a.partial/mine").write_text("mine")
-    export.write({"sft": artifact}, config, tmp_path / "a", "adapter")
+    export.write(artifact, config, tmp_path / "a", "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a"]
     assert (tmp_path / ".a.partial/mine").read_text() == "mine"
     same_files(tmp_path / "a", artifact)
     text = (tmp_path / "a/README.md").read_text()
     assert artifact.manifest["key"] in text and "| sft.learning_rate | 0.1 |" in text
-    assert f'from_pretrained("{config.model.name}")' in text
+    assert f'from_pretrained("{config.model.name}"' in text
     assert "base_model" not in text  # the model is a folder, and the hub takes only its own names
     with pytest.raises(OutputError, match="a exists"):
-        export.write({"sft": artifact}, config, tmp_path / "a", "adapter")
+        export.write(artifact, config, tmp_path / "a", "adapter")
 
 
 def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
@@ -70,7 +65,7 @@ def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
     settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
     (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
     model = config.model.model_copy(update={"name": str(tmp_path / "base")})
-    export.write({"sft": artifact}, config.model_copy(update={"model": model}), tmp_path / "m", "merged")
+    export.write(artifact, config.model_copy(update={"model": model}), tmp_path / "m", "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token
     ids = torch.arange(5, 60).view(1, -1)
@@ -83,57 +78,51 @@ def test_the_merged_model_loads_by_itself_and_answers_alike(trained, tmp_path):
 def test_nothing_is_exported_among_artifacts_or_onto_a_full_disk(trained, tmp_path, full_disk):
     config, artifact = trained
     with pytest.raises(OSError, match="full"):
-        export.write({"sft": artifact}, config, tmp_path / "a", "adapter")
+        export.write(artifact, config, tmp_path / "a", "adapter")
     assert not list(tmp_path.iterdir())
     for name in ("adapter/new", "../new"):
         with pytest.raises(OutputError, match="would lie among the artifacts of a run"):
-            export.write({"sft": artifact}, config, artifact.path / name, "adapter")
+            export.write(artifact, config, artifact.path / name, "adapter")
     assert Store(artifact.path.parents[1]).integrity_error(artifact) is None
 
 
-def test_views_are_two_adapters_with_the_command_that_serves_both(trained, another, tmp_path, monkeypatch):
+def test_the_card_says_how_vllm_serves_it(trained, tmp_path, monkeypatch):
     config, artifact = trained
-    both = {"sft": artifact, "rl": another}
-    export.write(both, config, tmp_path / "out/v", "adapter")
-    for view, source in (("fast", artifact), ("slow", another)):
-        same_files(tmp_path / "out/v" / view, source)
-    text = (tmp_path / "out/v/README.md").read_text(encoding="utf-8")
+    export.write(artifact, config, tmp_path / "out/a", "adapter")
+    text = (tmp_path / "out/a/README.md").read_text(encoding="utf-8")
     how = "--generation-config vllm --dtype float32 --max-model-len 4096"
-    served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules fast=fast slow=slow"
-    assert f"{served} --max-loras 2 --max-lora-rank 8\n" in text
-    assert "| system message |" in text and "| prompt template | chat | chat |" in text
-    learned = "| learned | System 1, to answer at once: SFT | System 2, to work it out: GRPO |"
-    assert learned in text and 'model.set_adapter("slow")  # or "fast"' in text
+    served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules {config.run}=."
+    assert f"{served} --max-loras 1 --max-lora-rank 8 --chat-template chat_template.jinja\n" in text
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/m").mkdir(parents=True)
     other = config.model_copy(update={"model": config.model.model_copy(update={"name": "models/m"})})
-    text = card(other, both, "adapter", tmp_path / "out/v")
+    text = card(other, artifact, "adapter", tmp_path / "out/a")
     assert "vllm serve ../../models/m --generation-config vllm" in text
-    for mode in ("fast", "slow"):  # vLLM serves ranks up to 512
-        file = tmp_path / "out/v" / mode / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))
-    text = card(config, both, "adapter", tmp_path / "out/v")
+    file = tmp_path / "out/a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))  # vLLM serves ranks up to 512
+    text = card(config, artifact, "adapter", tmp_path / "out/a")
     assert "vllm serve" not in text and "PeftModel.from_pretrained" in text
-    ia3 = config.model_copy(update={"baseline": BaselineSection(method="ia3")})
-    with pytest.raises(ConfigError, match="--views are served by vLLM, which cannot serve baseline ia3"):
-        export.write(both, ia3, tmp_path / "w", "adapter")
+    tuned = config.model_copy(update={"baseline": BaselineSection(method="prompt_tuning")})
+    with pytest.raises(ConfigError, match="--merged: prompt_tuning trains a prompt"):
+        export.write(artifact, tuned, tmp_path / "w", "merged")
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged", "views"])
-def test_the_code_of_a_card_answers_as_the_adapter_does(
-    trained, another, tmp_path, monkeypatch, capsys, form
-):
+SAY = ("At once.", 'Say "it\'s"\n```\nin {{ one }} line.', "As you like: 數 {% raw %}.")
+MESSAGES = ModesSection(**{mode: {"system": text} for mode, text in zip(MODES, SAY, strict=True)})
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "modes"])
+def test_the_code_of_a_card_answers_as_the_adapter_does(trained, tmp_path, monkeypatch, capsys, form):
     """Merged with the template plain, else with chat."""
     config, artifact = trained
-    folder, system = tmp_path / "x", 'Say "it\'s"\n```\nin one line.'
-    template = "plain" if form == "merged" else "chat"
-    prompt = config.prompt.model_copy(update={"system": system, "template": template})
-    config = config.model_copy(update={"prompt": prompt})
-    trained_modes = {"sft": another, "rl": artifact} if form == "views" else {"rl": artifact}
-    export.write(trained_modes, config, folder, "merged" if form == "merged" else "adapter")
+    folder, template = tmp_path / "x", "plain" if form == "merged" else "chat"
+    prompt = config.prompt.model_copy(update={"system": SAY[1], "template": template})
+    modes = MESSAGES if form == "modes" else None
+    config = config.model_copy(update={"prompt": prompt, "modes": modes})
+    export.write(artifact, config, folder, "merged" if form == "merged" else "adapter")
     text = (folder / "README.md").read_text(encoding="utf-8")
-    renderer = Renderer(load_tokenizer(config.model), prompt)
+    renderer = Renderer(load_tokenizer(config.model), prompt_under(prompt, modes, "auto"))
     (python,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(folder)
     capsys.readouterr()
@@ -145,15 +134,48 @@ def test_the_code_of_a_card_answers_as_the_adapter_does(
     assert capsys.readouterr().out == f"{answer}\n"
 
 
-def test_a_view_is_used_with_its_template_arguments(trained):
-    config, _ = trained
-    modes = {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}
-    prompt = config.prompt.model_copy(update={"chat_template_kwargs_by_system": modes})
-    config = config.model_copy(update={"prompt": prompt})
-    for target, system in SYSTEMS.items():
-        python = code(config, target, "", Path("x"), "")
-        assert f"enable_thinking={modes[system]['enable_thinking']})" in python
-    compile(python, "code", "exec")
+SWITCH = {
+    "fast": {"chat_template_kwargs": {"enable_thinking": False}},
+    "slow": {"system": "Think.", "chat_template_kwargs": {"enable_thinking": True}},
+    "auto": {"chat_template_kwargs": {"enable_thinking": True, "note": None}},
+}
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ note if note is defined and note }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("modes", [MESSAGES, ModesSection(**SWITCH), None], ids=["said", "switch", "none"])
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_the_exported_template_writes_what_training_rendered(trained, tmp_path, modes, system):
+    """Token for token, also earlier turns, and a system message of the chat's own for that of the prompt."""
+    config, artifact = trained
+    tokenizer = load_tokenizer(config.model)
+    if modes and modes.fast.chat_template_kwargs:
+        shutil.copytree(config.model.name, tmp_path / "base")
+        tokenizer.chat_template = THINKS
+        tokenizer.save_pretrained(tmp_path / "base")
+        model = config.model.model_copy(update={"name": str(tmp_path / "base")})
+        config = config.model_copy(update={"model": model})
+    prompt = config.prompt.model_copy(update={"system": system})
+    config = config.model_copy(update={"prompt": prompt, "modes": modes})
+    export.write(artifact, config, tmp_path / "x", "adapter")
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(tmp_path / "x")
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    asked = {"role": "user", "content": "And 2 + 2?"}
+    example = Example("", asked["content"], "", None, turns=(("1 + 1?", "2"),))
+    for mode, own in itertools.product(MODES if modes else ("auto",), (None, "In French.")):
+        trained_prompt = prompt.model_copy(update={"system": own or system})
+        renderer = Renderer(tokenizer, prompt_under(trained_prompt, modes, mode))
+        messages = [*([{"role": "system", "content": own}] if own else []), *turns, asked]
+        named = {} if mode == "auto" else {"mode": mode}
+        ids = exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **named)
+        assert ids["input_ids"] == renderer.ids(renderer.prompt(asked["content"], example=example))
+    with pytest.raises(Exception, match="mode is one of"):
+        exported.apply_chat_template([asked], mode="quick")
 
 
 def test_a_push_uploads_what_was_exported_or_the_command_says_why_not(
@@ -169,13 +191,26 @@ def test_a_push_uploads_what_was_exported_or_the_command_says_why_not(
     command = ("export", ROOT / "configs/smoke.yaml", *flags(*begun.home, *SETTINGS), "--target", "sft")
     done = lorapar(*command, tmp_path / "x", "--push", "me/mine")
     assert done.code == 0 and "pushed to https://hub/me/mine" in done.out + done.err
-    names = sorted(path.name for path in (tmp_path / "hub").iterdir())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    names = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"} <= names
     for status, message, *options in (
         (69, "cannot push to mine: no token(.|\n)*hf auth", "--push", "mine"),
         (66, "sft is (missing|stale)", "--set", "sft.learning_rate=0.77"),  # stale if another test made it
-        (78, "--views exports both modes as adapters: leave out --target", "--views"),
+        (78, "--target base: expected one of sft, rl", "--target", "base"),
     ):
         done = lorapar(*command, tmp_path / str(status), *options)
         assert done.code == status and re.search(f"^error: {message}", done.err, re.MULTILINE)
         assert (tmp_path / str(status)).exists() == (status == 69)
+
+
+def test_serve_says_what_is_lacking(smoke_flags, lorapar, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for vllm, message, *options in (
+        (None, "lorapar serve needs vLLM, which is not installed"),
+        (object(), "--host 0.0.0.0 would let anyone ask", "--host", "0.0.0.0"),
+        (object(), "sft is missing", "--set", "eval.targets=[sft]"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda n, spec=vllm: spec if n == "vllm" else find(n))
+        done = lorapar("serve", ROOT / "configs/smoke.yaml", *smoke_flags, *options)
+        assert done.code in (66, 78) and message in done.err and "hint:" in done.err

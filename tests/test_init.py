@@ -52,9 +52,9 @@ WITHOUT_REASON = re.compile("name|path|duplicates: first")
 
 def test_numbers_and_lengths(tiny, written):
     found, said = written(rows(300))
-    assert found["run"] == "my-rows" and found["prompt"]["system"].endswith("after ####.")
+    assert found["run"] == "my-rows" and found["modes"]["auto"]["system"].endswith("after ####.")
     assert found["rl"]["rewards"] == {"correctness": 1.0} and "answers: number 300" in said
-    assert "which rows measure success" in said and "eval" not in found
+    assert "which rows measure success" in said and "benchmarks" not in found["eval"]
     assert "empty" not in found["data"] and "prompts_per_step" not in found["rl"]
     seen = survey(ModelSection(name=str(tiny)), DataSection(path=found["data"]["path"]), [])
     assert seen.row.longest <= found["data"]["max_length"] < seen.row.longest + config_writer.STEP
@@ -92,11 +92,16 @@ def test_rows_without_answers_are_not_passed_over(written):
 
 def test_a_small_model_gets_the_rates_of_the_demo_and_a_cold_start(written, monkeypatch):
     found, said = written(rows(40))
+    assert found["sft"] == {"learning_rate": 2e-3} and found["rl"]["learning_rate"] == 1.5e-4
+    assert found["eval"]["targets"] == ["base", "sft:auto", "rl:fast", "rl:slow", "rl:auto"]
+    assert "of 40, 40 show working" in said and "how RL finds" not in said
+    few = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    found, said = written([*few, *rows(5)])
+    assert "modes" not in found and "fewer than 8 rows show how their answer is worked out" in said
     assert (found["sft"]["learning_rate"], found["sft"]["system2_share"]) == (2e-3, 0.3)
-    assert found["rl"]["learning_rate"] == 1.5e-4 and "how RL finds" not in said
     monkeypatch.setattr(data_profile, "parameters", lambda _: 7_000_000_000)
-    found, said = written(rows(40))
-    assert not {"learning_rate", "system2_share"} & (found["sft"].keys() | found["rl"].keys())
+    found, said = written([*few, *rows(5)])
+    assert "sft" not in found and "learning_rate" not in found["rl"]
     assert "how RL finds" in said
 
 
@@ -146,19 +151,26 @@ def test_test_rows_get_the_benchmark_that_reads_them_and_a_name_of_its_own(writt
 
 
 WITHOUT_SYSTEM = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}<|im_end|>"
-SWITCHES = {"qwen3_8": {1: {"enable_thinking": False}, 2: {"enable_thinking": True}}}
-SWITCHES |= {"gptoss": {1: {"reasoning_effort": "low"}, 2: {"reasoning_effort": "high"}}}
+SWITCHES = {
+    "qwen3_8": ("enable_thinking", False, True),
+    "gptoss": ("reasoning_effort", "low", "high"),
+    "deepseek_r1_distill": None,
+}
 
 
-@pytest.mark.parametrize(("template", "modes"), [*SWITCHES.items(), ("deepseek_r1_distill", None)])
-def test_the_switch_of_a_template_makes_the_two_modes(written, tiny, tmp_path, template, modes):
+@pytest.mark.parametrize(("template", "switch"), SWITCHES.items())
+def test_the_switch_of_a_template_makes_the_modes(written, tiny, tmp_path, template, switch):
     """Completions are long enough for a thought, also where the template has no switch and always thinks."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     chat_template = folder / "chat_template.jinja"
     shutil.copy(Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja", chat_template)
     write_jsonl(tmp_path / "test.jsonl", rows(2))
     found, said = written(rows(40), "--test", str(tmp_path / "test.jsonl"), model=folder)
-    assert found["prompt"].get("chat_template_kwargs_by_system") == modes
+    if switch:
+        name, off, on = switch
+        given = {mode: section["chat_template_kwargs"] for mode, section in found["modes"].items()}
+        assert given == {"fast": {name: off}, "slow": {name: on}, "auto": {name: on}}
+        assert found["prompt"]["system"] == "Write the final answer after ####."
     assert (found["rl"]["max_thinking_length"], found["rl"]["max_completion_length"]) == (1024, 1280)
     (benchmark,) = found["eval"]["benchmarks"].values()
     assert (benchmark["max_thinking_tokens"], benchmark["max_new_tokens"]) == (1024, 256)

@@ -121,4 +121,4 @@ def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lor
     assert config["eval"]["benchmarks"]["sales-test"]["path"] == "sales-test.jsonl"
     lorapar("init", "sales.csv", "--model", tiny, "--out", "whole.yaml", "--no-hold-out")
     whole = yaml.safe_load(Path("whole.yaml").read_text(encoding="utf-8"))
-    assert whole["data"]["path"] == "sales-rows.jsonl" and "eval" not in whole
+    assert whole["data"]["path"] == "sales-rows.jsonl" and "benchmarks" not in whole["eval"]

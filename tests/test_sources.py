@@ -167,14 +167,14 @@ def test_thoughts_of_rows_and_of_messages(tmp_path):
     row = {"question": "2 + 2?", "answer": "It is 4.\n#### 4"}
     tagged = row | {"answer": f"<think>\nTwo and two.\n</think>\n\n{row['answer']}"}
     rows = [row | {"reasoning_content": "Two and two."}, tagged, row]
-    field, tags, without = (formats.examples("gsm8k", row)[0] for row in rows)
+    field, tags, without = (formats.example("gsm8k", row) for row in rows)
     assert (field.response, field.thought, field.extra) == ("It is 4.\n#### 4", "Two and two.", {})
     assert replace(tags, id="") == replace(field, id="") and without.thought == ""
     assert tags.id == field.id != without.id
     said = [("user", "a?"), ("assistant", "<think>x</think>A"), ("user", "b?"), ("assistant", "B")]
     messages = [{"role": role, "content": text} for role, text in said]
     messages[-1]["reasoning"] = "Hm."
-    (last,) = formats.examples("messages", {"messages": messages})
+    last = formats.example("messages", {"messages": messages})
     assert (last.turns, last.response, last.thought) == ([["a?", "A"]], "B", "Hm.")
     write_labels(tmp_path / "labels.jsonl", [Labelled(one, 1, {}) for one in (last, without)])
     assert [row.example for row in read_labels(tmp_path / "labels.jsonl")] == [last, without]

@@ -44,15 +44,6 @@ def test_a_row_needs_a_response_or_what_verifies_one(tmp_path):
     assert _read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
 
 
-def test_what_verifies_the_last_answer_of_a_chat_verifies_no_other(tmp_path):
-    turns = (("user", "f?"), ("assistant", "def f(): pass"), ("user", "g?"))
-    chat = [{"role": role, "content": text} for role, text in turns]
-    test = {"test": "assert g()", "entry_point": "g"}
-    first, last = _read(tmp_path, {"messages": chat, "from": "x"} | test, format="messages_all")
-    assert (first.prompt, first.response, first.extra) == ("f?", "def f(): pass", {"from": "x"})
-    assert (last.prompt, last.response, last.extra) == ("g?", "", test | {"from": "x"})
-
-
 def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
     rows = [{"prompt": "Any even number?", "gold": gold} for gold in ("2", "4")]
     assert len({example.id for example in _read(tmp_path, *rows)}) == 2
@@ -81,19 +72,23 @@ ROWS = [
 ]
 
 
+def imitated(sft: SftSection, rows: list[Labelled] = ROWS) -> list[Example]:
+    return examples.trained_by_sft(rows, sft, None, 0)[""]
+
+
 def test_score_and_sft_read_rows_with_a_response():
     for chosen in examples.scored(ROWS, ScoreSection(examples=8), 0)[0].values():
         assert len(chosen) == 8 and all(example.response for example in chosen)
-    mixed = examples.trained_by_sft(ROWS, SftSection(system2_share=0.5), 0)
+    mixed = imitated(SftSection(system2_share=0.5))
     assert len(mixed) == 8 + 4 and all(example.response for example in mixed)
-    taught = examples.trained_by_sft(ROWS, SftSection(system1_targets="answer", system2_share=0.0), 0)
+    taught = imitated(SftSection(system1_targets="answer", system2_share=0.0))
     assert {example.response for example in taught} == {f"#### {i}" for i in range(0, 24, 2)}
-    assert len(examples.trained_by_sft(ROWS, SftSection(data="all"), 0)) == 16
+    assert len(imitated(SftSection(data="all"))) == 16
     bare = [replace(row, example=replace(row.example, response="")) for row in ROWS if row.system == 2]
     with pytest.raises(DataError, match="none of 12 rows labelled System 2 has a response"):
         examples.scored([*ROWS[::2], *bare], ScoreSection(), 0)
     with pytest.raises(DataError, match="no row has a response for SFT to imitate"):
-        examples.trained_by_sft(bare, SftSection(data="all"), 0)
+        imitated(SftSection(data="all"), bare)
 
 
 @pytest.mark.slow
@@ -115,7 +110,6 @@ def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
     without = {1: len(fast[::2]), 2: len(slow[::2])}
     assert len(labels_of(config)) == 48
     assert summaries["score"]["without_response"] == without[1] + without[2]
-    assert summaries["sft"]["without_response"] == without[1]
     rl = {"prompts": len(slow), "replayed_prompts": len(fast) - 1, "unrewardable_prompts": 1}
     assert rl.items() <= summaries["rl"].items()
     assert len(Texts(config).training_rows(config.sft)) == 48 - without[1] - without[2]

@@ -14,9 +14,6 @@ from stages.labelling.known import system_of
 from stages.labelling.votes import VoteJournal
 from stages.records import Labelled
 
-POOR_MASS = 0.01
-"""A constrained choice says little if the label words have less than this share of the probability."""
-
 
 def counts(rows: list[Labelled]) -> dict[str, Any]:
     """Numbers of rows: all, by label, and with a gold answer."""
@@ -47,7 +44,6 @@ def content(
             "failed": dict(Counter(failure.reason for _, failure in journal.failures)),
             "system2_share": len(result.system2_ids) / valid if valid else None,
             "threshold": rounded(result.threshold),
-            "mass_on_words": rounded(journal.mass()),
             "held_out_auc": calibration.auc,
             "held_out_interval": calibration.interval,
             "held_out_examples": calibration.examples,
@@ -57,7 +53,7 @@ def content(
 
 
 def check_voters(voters: dict[str, Any], section: ClassifySection, say: Callable[[str], None]) -> None:
-    """Warn of each voter that hardly tells known examples apart, or whose label words are unlikely.
+    """Warn of each voter that hardly tells known examples apart.
 
     AnswerError instead if no voter reaches `min_auc` on known examples, and that was not accepted.
     """
@@ -74,10 +70,6 @@ def check_voters(voters: dict[str, Any], section: ClassifySection, say: Callable
         (low, high), number = voters[title]["held_out_interval"], voters[title]["held_out_examples"]
         interval = f"AUC {area:.2f} [{low:.2f}-{high:.2f}] on {number} labelled examples"
         say(f"warning: {title} hardly tells the systems apart: {interval}")
-    for title, voter in voters.items():
-        if voter["mass_on_words"] is not None and voter["mass_on_words"] < POOR_MASS:
-            mass = f"{voter['mass_on_words']:.2%} of its probability on the label words"
-            say(f"warning: {title} puts {mass}: it would say something else")
 
 
 def compare_with_known(

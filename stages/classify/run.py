@@ -73,7 +73,7 @@ def run(
         journal.check(classify.max_failed)
         calibrations[journal.title] = calibration = _calibrate_voter(journal, labelled)
         probabilities = {example.id: journal.vote(example) for example in examples}
-        result = VoterResult(probabilities, calibration.threshold, journal.voter.weight)
+        result = VoterResult(probabilities, calibration.threshold)
         results[journal.title] = result.decided(classify.system2_share)
     rows = aggregate(examples, results, classify)
     write_labels(context.out / "labels.jsonl", rows)

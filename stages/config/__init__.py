@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from stages.config.evaluation import (
-    MODES,
-    SYSTEMS,
     TRAINED,
     UNTRAINED_TARGETS,
     BenchmarkSection,
     EvalSection,
     SandboxSection,
-    system_asked,
+    split_target,
 )
 from stages.config.fields import Section, setting
 from stages.config.labels import UNVOTED, ClassifySection, ServerSection, ThinkingSection, Voter
+from stages.config.modes import AUTO, FAST, MODES, SLOW, ModesSection, prompt_under
 from stages.config.rl import RlSection
 from stages.config.sources import DataSection, LoraSection, ModelSection, PromptSection, SourceSection
 from stages.config.training import (
@@ -43,6 +42,8 @@ class Config(Section):
     data: DataSection = setting(DataSection(), "The training rows.")
     prompt: PromptSection = setting(PromptSection())
     """How score, sft, rl and eval format a question as a prompt."""
+    modes: ModesSection | None = setting(None)
+    """Messages under which the model answers at once (fast), works it out (slow), or decides that (auto)."""
     lora: LoraSection = setting(LoraSection(), "The adapter.")
     baseline: BaselineSection | None = setting(None, advanced=True)
     """PEFT method to train in place of LoRA, with all its parameters; score and partition are skipped."""
@@ -77,6 +78,11 @@ class Config(Section):
                 "sft and rl start from each other; "
                 "the reversed order is sft.start_from=rl with rl.start_from=init"
             )
+        chosen = {name: getattr(self.sft, name) for name in ("data", "system2_share", "system1_targets")}
+        if self.modes and chosen != {"data": "system1", "system2_share": 0, "system1_targets": "full"}:
+            yield f"modes say what SFT learns from; leave out sft.{', sft.'.join(chosen)}"
+        if in_mode := [target for target in self.eval.targets if ":" in target and not self.modes]:
+            yield f"eval.targets: {in_mode[0]} is asked in a mode, and there is no section modes"
         if self.baseline is not None:
             yield from self._conflicts_of_baseline(self.baseline.method)
         if self.model.load_in_4bit:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from stages.config.fields import (
     Samples,
@@ -18,22 +18,22 @@ from stages.config.fields import (
     unkeyed,
     without_false,
 )
+from stages.config.modes import AUTO, MODES
 from stages.config.sources import Engine, PromptSection, SourceSection
 
 UNTRAINED_TARGETS = ("base", "init")
 """Targets without any training."""
 TRAINED = ("sft", "rl")
 """Targets with a trained adapter: that of the stage of this name."""
-SYSTEMS = {"sft": 1, "rl": 2}
-"""Target → the system whose rows its adapter learned from last, and whose mode it therefore is."""
-MODES = {"fast": "sft", "slow": "rl"}
-"""The modes of System 1 and System 2, and the target whose adapter each has."""
+_WEIGHTS = "|".join((*UNTRAINED_TARGETS, *TRAINED))
+Target = Annotated[str, Field(pattern=rf"^({_WEIGHTS})(:({'|'.join(MODES)}))?$")]
 Benchmark = Annotated[str, registry_name("benchmarks")]
 
 
-def system_asked(target: str, prompt: PromptSection) -> int | None:
-    """Return the system in whose mode a target is asked every item; None if the item's label decides."""
-    return SYSTEMS.get(target) if prompt.has_modes else None
+def split_target(target: str) -> tuple[str, str]:
+    """The weights that a target has, such as `rl`, and the mode in which it is asked."""
+    weights, _, mode = target.partition(":")
+    return weights, mode or AUTO
 
 
 of_answers = partial(setting, ignored_by="classify")
@@ -86,9 +86,9 @@ class SandboxSection(Section):
 
 
 class EvalSection(Section):
-    targets: list[Literal["base", "init", "sft", "rl"]] = unkeyed(
+    targets: list[Target] = unkeyed(
         ["base", "sft", "rl"],
-        "base; init: with the initial adapter; sft, rl: after SFT, after RL.",
+        "base; init: with the initial adapter; sft, rl: after SFT, after RL. In a mode: rl:fast; else auto.",
         min_length=1,
     )
     benchmarks: dict[str, BenchmarkSection] = unkeyed({}, "Benchmarks, each under a name of your choice.")
@@ -103,9 +103,16 @@ class EvalSection(Section):
         if self.engine == "openai":
             yield "engine openai gives no tokens to grade; use vllm or transformers"
 
+    @property
+    def trained(self) -> list[str]:
+        """The trainings whose adapters are evaluated, in order."""
+        weights = {split_target(target)[0] for target in self.targets}
+        return [name for name in TRAINED if name in weights]
+
     def as_asked(self, benchmark: BenchmarkSection, target: str) -> BenchmarkSection:
         """The benchmark with the worked examples that a target gets."""
-        shots = self.untrained_shots if target in UNTRAINED_TARGETS and benchmark.takes_shots else 0
+        is_untrained = split_target(target)[0] in UNTRAINED_TARGETS
+        shots = self.untrained_shots if is_untrained and benchmark.takes_shots else 0
         return benchmark.model_copy(update={"shots": benchmark.shots + shots}) if shots else benchmark
 
     @field_validator("benchmarks", mode="before")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from stages.config.fields import (
     JsonValue,
@@ -47,7 +47,6 @@ class Voter(Section):
     temperature: NonNegativeFloat = setting(0.0)
     """For voters that think, and for servers that cannot constrain a choice."""
     samples: Samples = setting(1, "How often each question is asked; the vote is the mean of the answers.")
-    weight: PositiveFloat = advanced(1.0, "Weight of the voter with rule weighted.")
     calibration: Literal["auto", "none", "held_out"] = advanced("auto")
     """Threshold on the probability of System 2. none: 0.5; held_out: the median over labelled examples; auto:
     none for chat personas, else held_out."""
@@ -109,9 +108,8 @@ class ClassifySection(Section):
     """known: of the rows or labels_file; random: a control."""
     labels_file: str | None = unkeyed(None)
     """Labels for strategy known: JSON, JSON Lines or CSV; none: the rows have them."""
-    voters: list[Voter] = of_votes([Voter()], "Models that vote on each example.", min_length=1)
-    rule: Literal["majority", "weighted", "mean_probability"] = of_votes("majority")
-    """How votes become a label; the mean probability decides a tie."""
+    voters: list[Voter] = of_votes([Voter()], min_length=1)
+    """Models that vote on each example; the majority decides, and in a tie the mean probability."""
     quorum: Share = advanced_of_votes(0.5, "Share of valid votes below which an example is undecided.")
     min_agreement: Share = of_votes(0)
     """Share of the votes for the larger side below which an example is undecided; 1: unless all agree."""

@@ -15,7 +15,6 @@ from stages.config.fields import (
     setting,
     unkeyed,
 )
-from stages.records import System
 
 ALL_LINEAR = "all-linear"
 """PEFT's value of target_modules for all linear layers but the head."""
@@ -59,10 +58,8 @@ class SourceSection(Section):
     subset: str | None = setting(None, "Configuration (subset) of a hub data set.")
     split: str = setting("train", "Split of a hub data set.")
     revision: str = advanced_unkeyed("main", "Branch, tag or commit of a hub data set.")
-    format: Literal["auto", "gsm8k", "alpaca", "messages", "messages_all", "prompt_completion"] = setting(
-        "auto"
-    )
-    """messages: the last answer of each conversation; messages_all: every answer."""
+    format: Literal["auto", "gsm8k", "alpaca", "messages", "prompt_completion"] = setting("auto")
+    """messages: the last answer of each conversation."""
     limit: PositiveInt | None = setting(None, "Use only the first N rows; none: all.")
     empty: Literal["error", "drop", "keep"] = advanced("error")
     """Rows without a prompt, or without response, gold and test; keep: for rewards of your own."""
@@ -82,38 +79,18 @@ TemplateArguments = Annotated[dict[str, Any], JsonValue]
 
 class PromptSection(Section):
     system: str | None = setting(None, "System message; none: the default of the chat template, if any.")
-    by_system: dict[System, str] = advanced({})
-    """System messages by system, e.g. {1: …, 2: …}, in place of `system`; the modes are asked with them."""
     chat_template_kwargs: TemplateArguments = advanced({})
     """Arguments of the chat template, such as {enable_thinking: false}."""
-    chat_template_kwargs_by_system: dict[System, TemplateArguments] = advanced({})
-    """As by_system: {1: {enable_thinking: false}, 2: {enable_thinking: true}}."""
     template: Literal["chat", "plain", "bare"] = setting("chat")
     """chat: the tokenizer's; plain: `Question: … Answer:`; bare: the question and EOS."""
     answer_format: Literal["hash", "xml"] = setting("hash")
     """hash: `#### answer` in the last line; xml: <reasoning>…</reasoning><answer>…</answer>."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        if (self.system or self.by_system) and self.template == "bare":
-            yield (
-                "template bare has no system message; leave out system and by_system, or choose chat or plain"
-            )
-        if self.template != "chat" and (self.chat_template_kwargs or self.chat_template_kwargs_by_system):
+        if self.system and self.template == "bare":
+            yield "template bare has no system message; leave out system, or choose chat or plain"
+        if self.template != "chat" and self.chat_template_kwargs:
             yield f"template {self.template} takes no chat_template_kwargs; choose chat"
-
-    def system_message(self, system: int | None) -> str | None:
-        """The system message for rows labelled `system`, or for rows without a label."""
-        return self.system if system is None else self.by_system.get(system, self.system)
-
-    def template_arguments(self, system: int | None) -> dict[str, Any]:
-        """The arguments of the chat template for rows labelled `system`, or for rows without a label."""
-        of_system = {} if system is None else self.chat_template_kwargs_by_system.get(system, {})
-        return {**self.chat_template_kwargs, **of_system}
-
-    @property
-    def has_modes(self) -> bool:
-        """True if the two systems get different prompts."""
-        return bool(self.by_system or self.chat_template_kwargs_by_system)
 
 
 SUBTRACTED = ("pissa", "olora")

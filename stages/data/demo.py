@@ -23,6 +23,9 @@ SPLITS = {
     "test": {"one_step": 100, "two_step": 200},
 }
 """Split → kind of item → number of these. Splits and kinds are generated in this order."""
+FEW = "train-few"
+"""The rows of `train`, of which WORKED two-step ones are worked; the others have their final answer alone."""
+WORKED = 20
 STEPS = {"one_step": 1, "two_step": 2}
 """Kind of chain → its number of operations."""
 
@@ -85,7 +88,9 @@ Without this rule, 61 to 67 % of one-step test items had their worked answer in 
 
 
 Item = dict[str, str | int]
-"""A row: question, worked answer (its last line is `#### ` and the final one), intended system, and kind."""
+"""A row: question, worked answer (its last line is `#### ` and the final one), intended system, and kind.
+
+In FEW most rows have `gold`, the final answer, in place of the worked one."""
 
 
 @dataclass
@@ -106,7 +111,7 @@ class _Story:
 
 
 def write(folder: Path, seed: int) -> dict[str, int]:
-    """Write one file per split to `folder`; return the number of items in each.
+    """Write one file per split to `folder`, and FEW; return the number of items in each.
 
     OutputError if a file has other rows. The same seed gives the same bytes. The splits share no question and
     no worked answer.
@@ -114,12 +119,25 @@ def write(folder: Path, seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     questions: set[str] = set()
     # `make` takes the last file as proof of all.
-    with whole_files([folder / f"{split}.jsonl" for split in SPLITS], "another folder") as files:
-        for new, split in zip(files, SPLITS, strict=True):
-            items = list(_items(rng, split, questions))
-            rng.shuffle(items)
-            write_jsonl(new, items)
-    return {split: sum(numbers.values()) for split, numbers in SPLITS.items()}
+    names = ("train", FEW, "test")
+    with whole_files([folder / f"{name}.jsonl" for name in names], "another folder") as files:
+        for new, name in zip(files, names, strict=True):
+            if name != FEW:
+                items = list(_items(rng, name, questions))
+                rng.shuffle(items)
+            write_jsonl(new, _with_few_worked(items) if name == FEW else items)
+    return {name: sum(SPLITS[name.partition("-")[0]].values()) for name in names}
+
+
+def _with_few_worked(items: list[Item]) -> Iterator[Item]:
+    two_steps = 0
+    for item in items:
+        two_steps += item["kind"] == "two_step"
+        if item["kind"] == "two_step" and two_steps > WORKED:
+            answer = str(item["answer"])
+            item = {name: value for name, value in item.items() if name != "answer"}
+            item["gold"] = answer.rpartition("#### ")[2]
+        yield item
 
 
 def _items(rng: random.Random, split: str, questions: set[str]) -> Iterator[Item]:

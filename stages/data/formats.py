@@ -1,7 +1,6 @@
 """Formats of rows: which fields a row has, and the examples that it makes.
 
-A row in chat format with several turns makes one example, of its last answer and with the turns before as
-context; under `messages_all` it makes one of each answer.
+A row in chat format with several turns makes an example of its last answer, with the turns before as context.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 from stages.errors import DataError
 from stages.prompts import thoughts
-from stages.prompts.answers import extract_letter, gold_from_response, gold_letter, same_text
+from stages.prompts.answers import gold_from_response
 from stages.records import Example
 from stages.store.digests import id_of
 
@@ -27,7 +26,6 @@ NAMES = {
     "gsm8k": "question and answer",
     "alpaca": "instruction and output",
     "messages": "chat",
-    "messages_all": "chat, every answer a row",
     "prompt_completion": "prompt and completion",
 }
 """Format → what people call it."""
@@ -45,7 +43,7 @@ RESPONSES = {"answer", "output", "completion"}
 VERIFYING = ("gold", "test")
 """Fields of which one lets RL reward an answer; a row with one of them may have no response."""
 CHOICE = re.compile(r"[A-J]|(?i:(?:option|choice)[ _-]?[a-j])")
-"""Name of a field with one of a question's choices, such as `A` and `option_a`; it ends in the letter."""
+"""Name of a field with one of a question's choices, such as `A` and `option_a`."""
 
 
 class EmptyRowError(ValueError):
@@ -69,7 +67,7 @@ def detect(where: str, row: dict[str, Any], keeps_empty: bool = False) -> str:
     )
 
 
-def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[Example]:
+def example(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> Example:
     """Convert a row in format `kind`; fields other than prompt, response and gold go to `extra`.
 
     A row whose answers can be verified by one of its fields, or any row with `keeps_empty`, may have no
@@ -81,34 +79,20 @@ def examples(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> list[
         row = _with_one_name(row)
         name = _response_field(row, "output", may_lack)
         answer = _answer(row, name, may_lack)
-        return [_example(_instruction(row), [], answer, row, {"instruction", "input", name}, may_lack)]
-    if kind.startswith("messages"):
-        chats = _conversations(row.get("messages", row.get("conversations")))
-        # Each of prompt, earlier turns and response; only the last one may do without a response.
-        usable = [
-            chat
-            for chat in chats
-            if chat[0].strip() and (chat[2].strip() or (may_lack and chat is chats[-1]))
-        ]
-        chosen = usable if kind == "messages_all" and usable else chats[-1:]
-        used = {"messages", "conversations"}
-        # What verifies an answer is about the last one.
-        earlier = {name: value for name, value in row.items() if name not in {*VERIFYING, "entry_point"}}
-        rows = [row if chat is chats[-1] else earlier for chat in chosen]
-        return [_example(*chat, own, used, may_lack) for chat, own in zip(chosen, rows, strict=True)]
+        return _example(_instruction(row), [], answer, row, {"instruction", "input", name}, may_lack)
+    if kind == "messages":
+        chat = _conversation(row.get("messages", row.get("conversations")))
+        return _example(*chat, row, {"messages", "conversations"}, may_lack)
     prompt_field, response_field = FIELDS[kind]
     response_field = _response_field(row, response_field, may_lack)
     prompt, answer = text_field(row, prompt_field), _answer(row, response_field, may_lack)
-    return [_example(prompt, [], answer, row, {prompt_field, response_field}, may_lack)]
+    return _example(prompt, [], answer, row, {prompt_field, response_field}, may_lack)
 
 
 def _example(
     prompt: str, turns: list[list[str]], answer: Any, row: dict[str, Any], used: set[str], may_lack: bool
 ) -> Example:
-    """Make an example; an answer that is a number or a boolean is verifiable as it stands.
-
-    So is one of the choices in fields of their own, which are written below the question.
-    """
+    """Make an example; an answer that is a number or a boolean is verifiable as it stands."""
     is_text = isinstance(answer, str)
     if not is_text and "choices" in row:
         raise ValueError(
@@ -126,39 +110,11 @@ def _example(
     if not prompt.strip() or not (response.strip() or may_lack):
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
-    choices = choices_of(row)
-    if not all(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt) for text in choices.values()):
-        if right := _right_choice(gold or response, choices):
-            prompt, gold = with_choices(prompt, choices), gold or right
-        elif re.fullmatch("[0-9]", response) and int(response) <= len(choices) > 2:  # from 0, or from 1?
-            problem = f"answer {response} is none of the choices {', '.join(choices)}"
-            raise ValueError(f"{problem}: write the letter of the right one")
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     # Without a response, two rows with one prompt are told apart by the answer that is right.
     named = [prompt, response, *([turns] if turns else []), *([] if response.strip() else [gold])]
     named += [thought] if thought else []
     return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns, thought)
-
-
-def choices_of(row: dict[str, Any]) -> dict[str, str]:
-    """Return the choices that a row has in fields of their own, by letter; none without A and B."""
-    fields = {name[-1].upper(): row[name] for name in row if CHOICE.fullmatch(name)}
-    simple = {letter: text for letter, text in fields.items() if isinstance(text, str | int | float)}
-    texts = {letter: text for letter in sorted(simple) if (text := str(simple[letter]).strip())}
-    return texts if {"A", "B"} <= texts.keys() else {}
-
-
-def _right_choice(answer: str, choices: dict[str, str]) -> str | None:
-    """Return the choice that an answer is: the letter, if it has that, or the text; None if it is neither."""
-    letter = extract_letter(answer, leading_only=True)
-    if letter in choices and (gold_letter(answer) or choices[letter] in answer):
-        return letter
-    return answer if any(same_text(answer, text) for text in choices.values()) else None
-
-
-def with_choices(question: str, choices: dict[str, str]) -> str:
-    """Return a question with its choices, letter → text, below it: a line each, as in MMLU."""
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in choices.items())])
 
 
 def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:
@@ -233,8 +189,8 @@ def _with_one_name(row: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
-    """Return prompt, earlier turns and response of each answer; the first prompt gets the system message.
+def _conversation(messages: Any) -> tuple[str, list[list[str]], str]:
+    """Return prompt, earlier turns and response of the last answer; the first prompt gets the system message.
 
     If the user has the last word, the response is empty.
     """
@@ -257,9 +213,9 @@ def _conversations(messages: Any) -> list[tuple[str, list[list[str]], str]]:
     texts = [text for _, text in turns]
     if head.strip():
         texts[0] = f"{head}\n\n{texts[0]}"
-    pairs = [texts[at : at + 2] for at in range(0, len(texts), 2)]
+    *pairs, (prompt, response) = [texts[at : at + 2] for at in range(0, len(texts), 2)]
     earlier = [[user, thoughts.split(assistant)[1]] for user, assistant in pairs]  # as templates show them
-    return [(prompt, earlier[:at], response) for at, (prompt, response) in enumerate(pairs)]
+    return prompt, earlier, response
 
 
 def _turn(message: dict[str, Any]) -> tuple[str, str]:

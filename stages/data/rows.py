@@ -61,8 +61,8 @@ def read_rows(source: SourceSection) -> Rows:
     keeps = source.empty == "keep"
     kind = source.format if source.format != "auto" else formats.detect(where, rows[0][1], keeps)
     _say_once(f"{where}: {len(rows)} rows, {formats.NAMES[kind]}")
-    needs = f"each row needs {' and '.join(formats.FIELDS[kind.removesuffix('_all')])}"
-    located, empty = parse_rows(source, lambda row, _: formats.examples(kind, row, keeps), needs, rows)
+    needs = f"each row needs {' and '.join(formats.FIELDS[kind])}"
+    located, empty = parse_rows(source, lambda row, _: formats.example(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
     if all(example.gold is not None or is_answer(example.response) for example in examples):
         examples = [replace(e, gold=e.response.strip()) if e.gold is None else e for e in examples]
@@ -77,13 +77,13 @@ def read_rows(source: SourceSection) -> Rows:
 
 def parse_rows(
     source: SourceSection,
-    parse: Callable[[dict[str, Any], int], Example | list[Example]],
+    parse: Callable[[dict[str, Any], int], Example],
     needs: str,
     rows: list[tuple[int, dict[str, Any]]] | None = None,
 ) -> tuple[list[tuple[str, Example]], int]:
     """Parse every row of a source; return the examples with their locations, and the number of empty rows.
 
-    parse: makes an example, or several, from a row and its number; raises EmptyRowError for an empty one.
+    parse: makes an example from a row and its number; raises EmptyRowError for an empty one.
     needs: hint of the DataError that lists all bad rows. rows: the rows of the source, if already read.
     """
     located: list[tuple[str, Example]] = []
@@ -92,12 +92,11 @@ def parse_rows(
     for number, row in raw_rows(source) if rows is None else rows:
         location = f"{source.path}:{number}"
         try:
-            parsed = parse(row, number)
-            for example in parsed if isinstance(parsed, list) else [parsed]:
-                length = sum(map(len, (example.prompt, example.response, *chain(*example.turns))))
-                if length > MAX_CHARACTERS:
-                    raise ValueError(f"a text of {length:,} characters, more than {MAX_CHARACTERS:,}")
-                located.append((location, example))
+            example = parse(row, number)
+            length = sum(map(len, (example.prompt, example.response, *chain(*example.turns))))
+            if length > MAX_CHARACTERS:
+                raise ValueError(f"a text of {length:,} characters, more than {MAX_CHARACTERS:,}")
+            located.append((location, example))
         except EmptyRowError as error:
             if source.empty == "error":
                 bad.append(f"{location}: {error}")
@@ -198,9 +197,9 @@ def _without_nan(value: Any) -> Any:
 
 def _unseen(example: Example) -> set[str]:
     """Return the fields, PASSAGES or single choices, with a text or texts that are not in the prompt."""
-    has_choices, unseen = bool(formats.choices_of(example.extra)), set()
+    unseen = set()
     for name, value in example.extra.items():
-        if name.casefold() in PASSAGES or (has_choices and formats.CHOICE.fullmatch(name)):
+        if name.casefold() in PASSAGES or formats.CHOICE.fullmatch(name):
             texts = value if isinstance(value, list) else [value]
             if any(isinstance(text, str) and text.strip() not in example.prompt for text in texts):
                 unseen.add(name)

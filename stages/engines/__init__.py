@@ -63,8 +63,6 @@ class ChoiceRequest:
 class ChoiceResult:
     probabilities: tuple[float, ...]
     """Probability of each word, relative to the other words; empty if the reply was none of them."""
-    mass: float
-    """Probability that any of the words comes next; -1 if the engine cannot tell."""
     text: str = ""
     """The end of the reply, if the choice was read from its text."""
 

@@ -110,8 +110,7 @@ class InProcess:
                     )
                 # Relative to the other words; even if all of them underflow to 0.
                 probabilities = tuple((masses / mass).tolist()) if mass else (1 / len(words),) * len(words)
-                # After the words' common beginning nothing tells how probable that was.
-                yield i, ChoiceResult(probabilities, -1.0 if tokens[requests[i].words][0] else mass)
+                yield i, ChoiceResult(probabilities)
 
     def generate(
         self, requests: list[GenerateRequest], sampling: Sampling

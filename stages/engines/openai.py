@@ -237,7 +237,7 @@ class Client:
             return await self._choose_by_text(client, request)
         body = choice_body(request, MAX_WORD_TOKENS, request.words)
         read = partial(choice_probabilities, words=request.words)
-        return ChoiceResult(await self._send(client, body, read), -1.0)
+        return ChoiceResult(await self._send(client, body, read))
 
     async def _constrains(self, client: Any, request: ChoiceRequest) -> bool:
         """True if the server obeys a constraint and gives log-probabilities; tried once.
@@ -266,4 +266,4 @@ class Client:
         index = parse_word(text, request.words)
         # The chosen word has probability 1, the others 0.
         probabilities = () if index is None else tuple(float(i == index) for i in range(len(request.words)))
-        return ChoiceResult(probabilities, -1.0, text[-KEPT_TEXT:])
+        return ChoiceResult(probabilities, text[-KEPT_TEXT:])

@@ -29,7 +29,7 @@ from stages.models.dtype import has_float32_head, resolve
 from stages.models.load_errors import is_quantized, load_config, max_positions
 from stages.records import read_json
 from stages.runtime import resources
-from stages.runtime.process_guard import Guarded
+from stages.runtime.process_guard import Guarded, run
 
 HOST = "127.0.0.1"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -115,6 +115,13 @@ def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
             snapshot_download(model.name, revision=model.revision, ignore_patterns=list(UNREAD_FILES))
 
 
+def run_server(arguments: list[str], folder: Path) -> int:
+    """Run `vllm serve ARGUMENTS` in a folder, under a guard, and return its exit code."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments]
+    command += [] if _have_gpu() else ["--enforce-eager"]
+    return run(command, env=_environment(None), cwd=folder)
+
+
 def lora_flags(modules: dict[str, Path]) -> list[str]:
     """Return vLLM's arguments to serve these adapters, all loaded, each as a model of its name.
 
@@ -156,7 +163,8 @@ def _serving(
         log = tempfile.NamedTemporaryFile(prefix="lorapar-vllm-", suffix=".log", delete=False)
         failed = True
         key = secrets.token_hex(16)
-        guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(devices, key))
+        environment = _environment(devices) | {API_KEY_ENV: key}
+        guard = Guarded(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             start = time.monotonic()
             say(f"starting a vLLM server for {title or model.name}, log in {log.name}")
@@ -230,8 +238,8 @@ def context_length(model: ModelSection, server: ServerSection) -> int:
     return min(server.max_model_len, context or server.max_model_len)
 
 
-def _environment(devices: str | None, key: str) -> dict[str, str]:
-    """Return the server's environment: defaults, this process's variables, its key, the visible devices."""
+def _environment(devices: str | None) -> dict[str, str]:
+    """Return the server's environment: defaults, this process's variables, the visible devices."""
     visible = {"CUDA_VISIBLE_DEVICES": devices} if devices is not None else {}
     return {
         **({} if _have_gpu() else ON_CPU),
@@ -239,7 +247,6 @@ def _environment(devices: str | None, key: str) -> dict[str, str]:
         "VLLM_MAX_STOP_STRINGS": "64",  # by default it refuses more than a few; HumanEval has ten
         **os.environ,
         **visible,
-        API_KEY_ENV: key,
     }
 
 

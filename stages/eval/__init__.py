@@ -1,6 +1,6 @@
 """Grade base, init, sft and rl on the benchmarks.
 
-A variant is TARGET@BENCHMARK.
+A variant is TARGET@BENCHMARK, and a target in a mode is such as rl:fast.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.config import TRAINED, UNTRAINED_TARGETS, BenchmarkSection, Config
+from stages.config import TRAINED, UNTRAINED_TARGETS, BenchmarkSection, Config, split_target
 from stages.evaluation.benchmarks import benchmarks
 from stages.pipeline.stage import BENCHMARKS, INITIAL, Planned, Stage
 
@@ -27,12 +27,12 @@ def _step(config: Config, target: str, name: str) -> Planned:
     shots = [f"shots:{name}"] if evaluation.as_asked(benchmark, target).shots else []
     served = evaluation.engine == "vllm"
     code = ["eval.sandbox"] if getattr(benchmarks.pick(benchmark.kind), "SANDBOX", False) else []
-    of_untrained = ("eval.untrained_items", "eval.untrained_shots")
+    of_untrained, weights = ("eval.untrained_items", "eval.untrained_shots"), split_target(target)[0]
     return Planned(
         variant=f"{target}@{name}",
-        inputs=_inputs(benchmark, target, name),
-        sections=("model", "prompt", "eval", f"{BENCHMARKS}{name}", "server", *code),
-        settings=of_untrained if target in UNTRAINED_TARGETS else (),
+        inputs=_inputs(benchmark, weights, name),
+        sections=("model", "prompt", "modes", "eval", f"{BENCHMARKS}{name}", "server", *code),
+        settings=of_untrained if weights in UNTRAINED_TARGETS else (),
         reads=("model", f"rows:{name}", *shots, *(["server"] if served else [])),
         asked_for=True,
         holds_base=not served,
@@ -41,11 +41,11 @@ def _step(config: Config, target: str, name: str) -> Planned:
     )
 
 
-def _inputs(benchmark: BenchmarkSection, target: str, name: str) -> tuple[str, ...]:
+def _inputs(benchmark: BenchmarkSection, weights: str, name: str) -> tuple[str, ...]:
     labels = (f"classify:{name}",) if benchmark.label else ()
-    if target in TRAINED:
-        return (*labels, target)
-    return (*labels, INITIAL) if target == "init" else labels
+    if weights in TRAINED:
+        return (*labels, weights)
+    return (*labels, INITIAL) if weights == "init" else labels
 
 
 def _spans(texts: Texts, variant: str) -> Iterator[Span]:
@@ -70,13 +70,14 @@ def _work(texts: Texts, variant: str) -> Work | None:
     target, _, name = variant.partition("@")
     evaluation, rows = texts.config.eval, texts.rows[name]
     section = evaluation.benchmarks[name]
-    if target in UNTRAINED_TARGETS:
+    is_untrained = split_target(target)[0] in UNTRAINED_TARGETS
+    if is_untrained:
         rows = rows[: evaluation.untrained_items]
     if not rows:
         return None
     limit, slots = generation_limit(section), min(texts.config.server.batch_size, len(rows))
     prompts = texts.prompts(name, target)
-    trained = target not in UNTRAINED_TARGETS and texts.rows["train"]
+    trained = texts.rows["train"] and not is_untrained
     response = texts.response_tokens(limit) if trained else float(limit)
     answers, served = len(rows) * section.samples, evaluation.engine == "vllm"
     checked = served and not section.temperature

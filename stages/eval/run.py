@@ -16,10 +16,12 @@ from stages.config import (
     BenchmarkSection,
     EvalSection,
     ModelSection,
+    ModesSection,
     PromptSection,
     SandboxSection,
     ServerSection,
-    system_asked,
+    prompt_under,
+    split_target,
 )
 from stages.engines import EngineSpec
 from stages.eval.answer_cache import AnswerCache
@@ -44,6 +46,7 @@ class Evaluation:
     context: StageContext
     model: ModelSection
     prompt: PromptSection
+    modes: ModesSection | None
     eval: EvalSection
     benchmark: BenchmarkSection
     server: ServerSection
@@ -70,7 +73,8 @@ class Evaluation:
     def cache(self, adapter: Path | None) -> AnswerCache:
         """The cache of the target's answers; without labels of the benchmark all items are undecided."""
         context = self.context
-        limit = self.eval.untrained_items if self.target in UNTRAINED_TARGETS else None
+        weights, mode = split_target(self.target)
+        limit = self.eval.untrained_items if weights in UNTRAINED_TARGETS else None
         if "classify" in context.inputs:
             rows = read_labels(context.labels)[:limit]
         else:
@@ -84,9 +88,8 @@ class Evaluation:
             "engine": self.eval.engine,
             "server": context.outside.get("server"),
         }
-        prompt = self.benchmark.prompt or self.prompt
-        system = system_asked(self.target, prompt)
-        renderer = Renderer(load_tokenizer(self.model), prompt, () if system else rows, system)
+        prompt = prompt_under(self.benchmark.prompt or self.prompt, self.modes, mode)
+        renderer = Renderer(load_tokenizer(self.model), prompt)
         return AnswerCache(rows, self.asked, renderer, identity, context.journals / "answers", context.force)
 
 
@@ -141,7 +144,7 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
         return
     evaluations = [Evaluation(context, **sections) for context, sections in calls]
     # Should another process's server answer on the same port, it has no model of such a name.
-    names = {evaluation.target: f"{evaluation.target}-{os.getpid()}" for evaluation in evaluations}
+    names = {each.target: f"{each.target}-{os.getpid()}".replace(":", "-") for each in evaluations}
     adapters = {names[e.target]: adapter for e in evaluations if (adapter := e.context.adapter) is not None}
     first = evaluations[0]
     with ExitStack() as stack:

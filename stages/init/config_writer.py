@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from stages import escaping
-from stages.config import BenchmarkSection, LoraSection, RlSection, ServerSection
+from stages.config import AUTO, TRAINED, BenchmarkSection, LoraSection, RlSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.config.yaml import on_one_line
 from stages.evaluation.benchmarks import benchmarks
-from stages.init.data_profile import VERIFIED, DataProfile
+from stages.init.data_profile import FEWEST_WORKED, VERIFIED, DataProfile
 from stages.plan.tokens import Lengths
 
 FAR = 2
@@ -27,8 +27,6 @@ ROLE_PLAY = 3e9
 """Parameters from which on a base is asked to play a role, as the paper's voters are."""
 STEP = 16
 """Lengths are rounded up to multiples of this."""
-AT_ONCE = "Answer at once: only the final answer after ####."
-"""System message of the fast mode of a model whose template has no switch, as in the demo."""
 BARE = 0.8
 """Where more of the rows have an answer without its working, the others say little of its length."""
 THOUGHT = 1024
@@ -84,7 +82,10 @@ def choices(
     rl = list(_rl(profile))
     limits = {choice.name: choice.value for choice in rl}
     yield from [] if profile.imitable else RL_ALONE
-    yield from SFT_ALONE if profile.unverifiable else rl
+    if profile.unverifiable:
+        yield from [] if profile.modes else SFT_ALONE
+    else:
+        yield from rl
     yield from _small(profile) if profile.is_small else ()
     answer = limits["rl.max_prompt_length"] + limits["rl.max_completion_length"]
     if (needed := max(answer, profile.row.longest) + VOTE) > ServerSection().max_model_len:
@@ -94,20 +95,27 @@ def choices(
 
 
 def _prompt(profile: DataProfile) -> Iterator[Choice]:
-    """Template and messages: two modes by the template's switch or, to verify answers, by a message."""
+    """Template and messages: modes by the template's switch or, to verify answers, by messages."""
     section = profile.section
     if section.template == "plain":
         yield Choice("prompt.template", "plain", "the tokenizer has no chat template")
     if section.system:
         yield Choice("prompt.system", section.system, "so that answers can be verified")
-    if switch := section.chat_template_kwargs_by_system:
-        why = "the chat template's switch: System 1 answers without a thought, System 2 with one"
-        yield Choice("prompt.chat_template_kwargs_by_system", switch, why)
-    elif section.system and not profile.unverifiable:
-        why = "the fast mode's message; the other one is the slow mode's, and the base's"
-        yield Choice("prompt.by_system", {1: AT_ONCE}, why)
-        if profile.imitable:
-            yield Choice("sft.system1_targets", "answer", "the fast mode writes no working")
+    if profile.modes:
+        evidence = (
+            f"{profile.thoughts} have a thought" if profile.thinks else f"{profile.worked} show working"
+        )
+        taught = {
+            "fast": "System 1 rows, by their answer alone",
+            "slow": f"rows of both systems that are worked: of {len(profile.rows.examples)}, {evidence}",
+            "auto": "System 1 rows by their answer, System 2 rows worked: it learns when to do which",
+        }
+        for mode, why in taught.items():
+            of_mode = getattr(profile.modes, mode).model_dump(exclude_defaults=True)
+            yield Choice(f"modes.{mode}", of_mode, why)
+        *earlier, last = TRAINED[:1] if profile.unverifiable else TRAINED
+        targets = ["base", *(f"{name}:{AUTO}" for name in earlier), *(f"{last}:{mode}" for mode in taught)]
+        yield Choice("eval.targets", targets, "each mode after the last training")
 
 
 def _labels(profile: DataProfile, labels: str | None) -> Iterator[Choice]:
@@ -126,7 +134,7 @@ def _small(profile: DataProfile) -> Iterator[Choice]:
     """Rates of a small model, and a cold start; the defaults are the paper's, for 7 billion parameters."""
     if profile.imitable:
         yield Choice("sft.learning_rate", 2e-3, "a small model learns slowly: the demo's rate")
-    if profile.imitable and not profile.unverifiable and not profile.thinks:
+    if profile.imitable and not profile.unverifiable and not profile.modes:
         why = "else a small model has hardly a right answer to System 2, and RL no signal"
         yield Choice("sft.system2_share", 0.3, why)
     if not profile.unverifiable:
@@ -138,14 +146,15 @@ def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: 
     total, without_answer = len(profile.rows.examples), profile.answers["none"]
     verifiable, imitable, labelled = not profile.unverifiable, profile.imitable, profile.system2_rows
     thoughtless = profile.thinks and imitable and not profile.thoughts
-    needs_cold_start = imitable and verifiable and not thoughtless and not profile.is_small
+    needs_cold_start = imitable and verifiable and not profile.modes and not profile.is_small
     questions = {
         "no row has a verifiable answer (a field gold, --columns gold=COLUMN, or #### and the answer at its "
         "end), so no row is held out, and there is no RL without a reward of your own": not verifiable,
         f"{without_answer} of {total} rows have no verifiable answer, and RL's reward of correctness needs "
         "one on each System 2 row: a field gold, or leave them out": verifiable and without_answer > 0,
         "how the model is told to end in `#### answer`: its chat template takes no system message, and SFT "
-        "alone teaches it": profile.answers.keys() <= VERIFIED and not profile.section.system,
+        "alone teaches it": profile.answers.keys() <= VERIFIED
+        and not (profile.section.system or profile.modes),
         "what is imitated: no row has a response, so RL alone trains, by what the base gets right now and "
         "then; a few rows with a response allow scores and SFT, too": not imitable,
         "what System 2 learns from: no row is labelled System 2": labelled == 0,
@@ -154,7 +163,11 @@ def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: 
         "who votes: the model itself is cheap and may be weak, a larger one is better (classify.voters: "
         "[{model: NAME}]). Or bring labels: --labels FILE": labelled is None and labels is None,
         "how the model thinks: no row has a thought (reasoning_content, or <think>…</think> in the "
-        "response), so SFT on System 2 rows would teach it not to; leave sft.system2_share at 0": thoughtless,
+        "response), so RL alone teaches the slow mode": thoughtless,
+        "what a slow mode learns from, so there are no modes: fewer than "
+        f"{FEWEST_WORKED} rows show how their answer is worked out": imitable
+        and verifiable
+        and not profile.modes,
         "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
         "answer to System 2; sft.system2_share: 0.3 is a cold start": needs_cold_start,
         "learning rates, passes over the rows and LoRA's rank: these are a start": True,
@@ -208,7 +221,7 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
     prompt, prompt_why = _limit(profile.prompt, profile.positions)
     response, response_why = _limit(profile.response, profile.positions)
     shows_thoughts = profile.thoughts or not profile.thinks
-    shows_working = profile.imitable and profile.bare <= BARE * number
+    shows_working = profile.imitable and profile.worked >= (1 - BARE) * number
     guess = THOUGHT if not shows_thoughts else 0 if shows_working else defaults.max_completion_length
     if response < guess:
         response, lacking = guess, "thoughts" if not shows_thoughts else "working"

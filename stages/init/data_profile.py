@@ -7,11 +7,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
+from stages.config import (
+    SLOW,
+    BenchmarkSection,
+    DataSection,
+    ModelSection,
+    ModesSection,
+    PromptSection,
+    prompt_under,
+)
+from stages.config.modes import ModeSection
 from stages.data.rows import Rows, local_file, read_rows
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.known import system_of
+from stages.lora.examples import is_worked
 from stages.models.size import parameters
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.tokens import Lengths
@@ -19,15 +29,20 @@ from stages.prompts.answers import extract_letter, parse_number
 from stages.prompts.chat_template import arguments_of
 from stages.prompts.renderer import IGNORED, PROBE, Renderer
 from stages.prompts.thoughts import opened
-from stages.records import Labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.records import Example
 
-ASKS = "Work it out, then write the final answer after ####."
-"""System message for rows whose answers can be verified, as in the demo."""
+ASKS = "Write the final answer after ####."
+"""System message for rows whose answers can be verified: the mode auto; then those of slow and fast."""
+WORK = "Work it out, then write the final answer after ####."
+AT_ONCE = "Answer at once: only the final answer after ####."
+THINK = "Think it through before you answer."
+"""Message of the slow mode of a model that thinks under auto, too, if it chooses to."""
+FEWEST_WORKED = 8
+"""Rows that show their working that a slow mode learns from, at the least."""
 SMALL = 1e9
 """Parameters below which the rates of the demo's model are proposed."""
 VERIFIED = {"number", "letter", "text"}
@@ -50,8 +65,8 @@ class DataProfile:
     row: Lengths
     unanswered: int
     """Number of rows without a response, which are not in `response`, unless none has one."""
-    bare: int
-    """Number of rows with an answer to verify and nothing before it: no response, or the answer alone."""
+    worked: int
+    """Number of rows whose response has more in it than the final answer."""
     system2_rows: int | None
     """Number of System 2 rows, if every row has a label in the field `system`; else None."""
     thinks: bool
@@ -59,7 +74,9 @@ class DataProfile:
     thoughts: int
     """Number of rows with a thought."""
     section: PromptSection
-    """The prompt settings with which the rows were rendered."""
+    """The prompt settings."""
+    modes: ModesSection | None
+    """By a switch of the chat template or, to verify answers, by messages; in slow the rows were rendered."""
     positions: int | None
     """Number of tokens that the model can read, if its config says."""
     parameters: int | None
@@ -103,7 +120,12 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
             "give each row a field gold, or test and entry_point, or write a config with your own reward",
         )
     asks = kinds.keys() <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
-    renderer = _renderer(tokenizer, ASKS if asks else None, rows.examples)
+    section = _section(tokenizer, ASKS if asks else None)
+    worked = sum(map(is_worked, rows.examples))
+    switch, modes = _switch(tokenizer, section), None
+    if answered and (switch or worked >= FEWEST_WORKED):
+        section, modes = _modes(section, switch)
+    renderer = Renderer(tokenizer, prompt_under(section, modes, SLOW))
     systems = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)
     return DataProfile(
@@ -111,11 +133,12 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         answers=kinds,
         **_lengths(renderer, rows.examples, bool(answered)),
         unanswered=len(rows.examples) - len(answered),
-        bare=sum(e.gold is not None and e.response in ("", e.gold) for e in rows.examples),
+        worked=worked,
         system2_rows=systems.count(2) if None not in systems else None,
-        thinks=bool(renderer.section.chat_template_kwargs_by_system or opened(renderer.prompt("?"))),
+        thinks=bool(switch or opened(renderer.prompt("?"))),
         thoughts=sum(bool(example.thought) for example in rows.examples),
-        section=renderer.section,
+        section=section,
+        modes=modes,
         positions=getattr(base.config, "max_position_embeddings", None),
         parameters=parameters(model),
         linear=linear_modules(base),
@@ -134,27 +157,37 @@ def _lengths(renderer: Renderer, examples: list[Example], imitable: bool) -> dic
     return {"prompt": Lengths(prompts), "response": Lengths(responses), "row": Lengths(lengths)}
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase, system: str | None, examples: list[Example]) -> Renderer:
-    """Render with the system message, or without it if the chat template takes none.
-
-    If the template has two modes, examples are shown and measured in the slow one, whose rows are longer.
-    """
+def _section(tokenizer: PreTrainedTokenizerBase, system: str | None) -> PromptSection:
+    """The prompt with the system message, or without it if the chat template takes none."""
     section = PromptSection(template="chat" if tokenizer.chat_template else "plain", system=system)
     try:
-        renderer = Renderer(tokenizer, section)
+        Renderer(tokenizer, section)
     except ConfigError:
         if system is None:
             raise
         section = section.model_copy(update={"system": None})
-        renderer = Renderer(tokenizer, section)
-    if not (modes := _modes_of(tokenizer, section)):
-        return renderer
-    section = section.model_copy(update={"chat_template_kwargs_by_system": modes})
-    return Renderer(tokenizer, section, [Labelled(example, 2, {}) for example in examples])
+        Renderer(tokenizer, section)
+    return section
 
 
-def _modes_of(tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> dict[int, dict[str, Any]]:
-    """Return the arguments of the chat template for System 1 and System 2; empty if it has no switch.
+def _modes(
+    section: PromptSection, switch: tuple[dict[str, Any], dict[str, Any]] | None
+) -> tuple[PromptSection, ModesSection | None]:
+    """The prompt and its modes: by a switch of the chat template, else by messages that ask for an answer."""
+    if switch:
+        off, on = switch
+        slow, auto = ModeSection(system=THINK, chat_template_kwargs=on), ModeSection(chat_template_kwargs=on)
+        return section, ModesSection(fast=ModeSection(chat_template_kwargs=off), slow=slow, auto=auto)
+    if section.system is None:
+        return section, None
+    fast, slow, auto = (ModeSection(system=message) for message in (AT_ONCE, WORK, section.system))
+    return section.model_copy(update={"system": None}), ModesSection(fast=fast, slow=slow, auto=auto)
+
+
+def _switch(
+    tokenizer: PreTrainedTokenizerBase, section: PromptSection
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the arguments of the chat template for no thought and for thoughts; None if it has no switch.
 
     A name in the template's source does not tell what it does: a switch changes the prompt, and the template
     takes both of its values.
@@ -171,8 +204,8 @@ def _modes_of(tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> dic
     for name in [name for name in SWITCHES if name in arguments]:
         off, on = ({name: value} for value in SWITCHES[name])
         if "" not in (prompts := {prompt(off), prompt(on)}) and len(prompts) == 2:
-            return {1: off, 2: on}
-    return {}
+            return off, on
+    return None
 
 
 def benchmark_of(path: str) -> BenchmarkSection:

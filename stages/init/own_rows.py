@@ -153,7 +153,7 @@ def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, 
         if row.get("gold") is not None:
             continue
         try:
-            example = formats.examples(kind, row)[-1]
+            example = formats.example(kind, row)
         except (ValueError, DataError):
             continue  # `read_rows` says what is wrong with it
         verifiable += example.gold not in (None, example.response)  # a number is an answer as it stands
@@ -217,7 +217,7 @@ def hold_out(path: str, name: str, written: list[Path]) -> tuple[str, BenchmarkS
     questions = {}
     for number, row in rows:
         with suppress(EmptyRowError):
-            questions[number] = formats.examples(kind, row)[-1].conversation
+            questions[number] = formats.example(kind, row).conversation
     verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
     chosen = set(random.Random(0).sample(verifiable, min(MOST, len(verifiable) // ONE_IN)))
     if not chosen:

@@ -70,12 +70,11 @@ def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tup
 
 @dataclass(frozen=True)
 class VoterResult:
-    """The probabilities that one voter gave, with its threshold and weight."""
+    """The probabilities that one voter gave, with its threshold."""
 
     probabilities: Mapping[str, float | None]
     """Probability of System 2 per example id; None where the voter gave no valid answer."""
     threshold: float = 0.5
-    weight: float = 1.0
     system2_ids: Set[str] = frozenset()
     """The ids of the examples for which it votes 2, once `decided`."""
 
@@ -109,42 +108,26 @@ class VoterResult:
 def aggregate(
     examples: list[Example], voters: Mapping[str, VoterResult], section: ClassifySection
 ) -> list[Labelled]:
-    """Decide the labels by `section.rule`, from `decided` results by voter.
+    """Decide the labels by the majority of `decided` results by voter.
 
-    - Voters without a valid answer for an example are left out. If the share of valid voters is below
-      `quorum`, the example is undecided (None).
-    - Rules majority and weighted: the side with more voters, or more weight. A tie is decided by the mean
-      calibrated probability, and if that is 0.5 too, for 2.
-    - Rule mean_probability: 2 if the mean is above 0.5; if it is 0.5, the side with more voters.
-    - If the larger side has less than `min_agreement` of the voters (or weight), the example is undecided.
+    Voters without a valid answer for an example are left out. The example is undecided (None) if the share of
+    valid voters is below `quorum`, or that of the larger side among them below `min_agreement`. A tie is
+    decided by the mean calibrated probability, and if that is 0.5 too, for 2.
     """
     rows = []
     for example in examples:
         votes = {title: result.calibrated(example.id) for title, result in voters.items()}
-        valid = [
-            (value, example.id in voter.system2_ids, voter.weight if section.rule == "weighted" else 1.0)
-            for value, voter in zip(votes.values(), voters.values(), strict=True)
-            if value is not None
-        ]
-        quorate = valid and len(valid) >= section.quorum * len(votes)
-        rounded_votes = {title: rounded(value) for title, value in votes.items()}
-        rows.append(Labelled(example, _label(valid, section) if quorate else None, rounded_votes))
+        valid = {title: value for title, value in votes.items() if value is not None}
+        system = None
+        if valid and len(valid) >= section.quorum * len(votes):
+            share_of_2 = sum(example.id in voters[title].system2_ids for title in valid) / len(valid)
+            # The margins of 1e-9 make shares and means that differ by rounding alone count as equal.
+            if max(share_of_2, 1 - share_of_2) >= section.min_agreement - 1e-9:
+                is_tie = abs(share_of_2 - 0.5) < 1e-9
+                decisive = sum(valid.values()) / len(valid) + 1e-9 if is_tie else share_of_2
+                system = 2 if decisive >= 0.5 else 1
+        rows.append(Labelled(example, system, {title: rounded(value) for title, value in votes.items()}))
     return rows
-
-
-def _label(valid_votes: list[tuple[float, bool, float]], section: ClassifySection) -> int | None:
-    """The label from (probability, whether it votes 2, weight) of the valid voters; see `aggregate`."""
-    total = sum(weight for _, _, weight in valid_votes)
-    share_of_2 = sum(weight for _, votes_2, weight in valid_votes if votes_2) / total
-    mean = sum(value * weight for value, _, weight in valid_votes) / total
-    # The margins of 1e-9 make shares and means that differ by rounding alone count as equal.
-    if max(share_of_2, 1 - share_of_2) < section.min_agreement - 1e-9:
-        return None
-    if section.rule == "mean_probability" and abs(mean - 0.5) > 1e-9:
-        return 2 if mean > 0.5 else 1
-    if abs(share_of_2 - 0.5) < 1e-9:
-        return 2 if mean >= 0.5 - 1e-9 else 1
-    return 2 if share_of_2 > 0.5 else 1
 
 
 def rounded(value: float | None) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.data.files import read_file
-from stages.data.formats import choices_of, instruction
+from stages.data.formats import instruction
 from stages.errors import DataError
 from stages.records import Example, Labelled, data_error, read_bytes
 
@@ -60,10 +60,7 @@ def with_known_labels(
 def _keys(example: Example, by_row_id: bool) -> list[str]:
     """The keys by which a file may name an example, the most specific first."""
     row_id = example.extra.get("id") if by_row_id else None
-    keys = [example.id, example.conversation.strip(), *([str(row_id)] if row_id is not None else [])]
-    if choices_of(example.extra):  # which reading the row has written below its question
-        keys.insert(2, example.prompt.partition("\nA. ")[0].strip())
-    return keys
+    return [example.id, example.conversation.strip(), *([str(row_id)] if row_id is not None else [])]
 
 
 def system_of(value: Any) -> int | None:

@@ -25,12 +25,11 @@ VoteRequest = tuple[Example, int]
 
 
 class Vote(BaseModel):
-    """One answer in the journal; mass: see `engines.ChoiceResult`."""
+    """One answer in the journal."""
 
     example: str
     system2: Annotated[float, Field(ge=0, le=1 + 1e-6)] | None
     """Probability of System 2; None if the answer was none of the words."""
-    mass: Annotated[float, Field(ge=-1, le=1 + 1e-3)]
     text: str = ""
 
 
@@ -114,7 +113,7 @@ class VoteJournal:
             self.failures.append((example.id, result))
             return
         system2 = result.probabilities[1] if result.probabilities else None
-        answer = {"example": example.id, "system2": system2, "mass": result.mass}
+        answer = {"example": example.id, "system2": system2}
         if result.text:
             answer["text"] = result.text
         self._journal.add((self._key(example), sample), answer)
@@ -149,11 +148,6 @@ class VoteJournal:
     def invalid(self, examples: Iterable[Example]) -> int:
         """The number of answers that are none of the voter's words."""
         return sum(answer["system2"] is None for answer in self._answers(examples))
-
-    def mass(self) -> float | None:
-        """Mean probability of the label words among all tokens; None where the engine cannot tell it."""
-        masses = [answer["mass"] for answer in self._answers() if answer["mass"] >= 0]
-        return sum(masses) / len(masses) if masses else None
 
     def _answers(self, examples: Iterable[Example] | None = None) -> Iterator[dict[str, Any]]:
         """The journalled answers on these examples, by default on all examples to vote on."""

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from stages.config import ScoreSection, SftSection, SourceSection
+from stages.config import AUTO, FAST, SLOW, ModesSection, ScoreSection, SftSection, SourceSection
 from stages.data.rows import read
 from stages.errors import DataError
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
@@ -52,38 +52,38 @@ def protected(path: str, score: ScoreSection, seed: int) -> tuple[dict[Any, list
     return {PROTECTED: sample}, len(rows) - len(answered)
 
 
-def with_targets(labels: list[Labelled], sft: SftSection) -> list[Labelled]:
-    """The rows with what SFT imitates as their response: that of System 1 may be its answer alone."""
-    if sft.system1_targets != "answer":
-        return labels
-    return [
-        replace(row, example=replace(row.example, response=f"#### {row.example.gold}"))
-        if row.system == 1 and row.example.gold is not None
-        else row
-        for row in labels
-    ]
+def bare(example: Example) -> Example:
+    """The example answered at once: without its thought, and by its final answer alone if it has one."""
+    response = example.response if example.gold is None else f"#### {example.gold}"
+    return replace(example, response=response, thought="")
 
 
-def without_response(labels: list[Labelled], sft: SftSection) -> int:
-    """Number of rows of the systems that SFT is for, cold start aside, that it cannot imitate."""
-    systems = (1, 2) if sft.data == "all" else (1,)
-    return sum(row.system in systems and not row.example.response for row in with_targets(labels, sft))
+def is_worked(example: Example) -> bool:
+    """True if an example's response has more in it than the final answer."""
+    gold = example.gold or ""
+    return bool(example.thought or example.response.strip() not in ("", gold, f"#### {gold}"))
 
 
-def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[Example]:
-    """The System 1 examples with the cold start's System 2 examples, or all labelled ones; in file order.
+def trained_by_sft(
+    labels: list[Labelled], sft: SftSection, modes: ModesSection | None, seed: int
+) -> dict[str, list[Example]]:
+    """The examples that SFT imitates, by the mode in which they are asked: see `ModesSection`.
 
-    Only those that have a response. DataError if System 1 is to answer at once and none of its rows has an
-    answer to give.
+    Without modes they are under "": System 1's with the cold start's of System 2, or all labelled ones, in
+    file order. DataError if there is nothing to imitate.
     """
-    labels = with_targets(labels, sft)
+    if modes is not None:
+        return _by_mode(labels, modes, seed)
+    if sft.system1_targets == "answer":
+        labels = [replace(row, example=bare(row.example)) if row.system == 1 else row for row in labels]
     if sft.data == "all":
         if labels and not (labels := with_response(labels)):
             raise DataError(
                 "no row has a response for SFT to imitate",
                 "RL alone: partition.strategy=all, rl.start_from=init, eval.targets=[base, rl]",
             )
-        return labelled_examples(labels)
+        labelled_examples(labels)  # raises the error about labels that are all undecided
+        return {"": [_imitated(row) for row in labels if row.system]}
     system1 = _examples_with_response(labels, 1)
     if sft.system1_targets == "answer" and not any(example.gold for example in system1):
         raise DataError(
@@ -99,14 +99,40 @@ def trained_by_sft(labels: list[Labelled], sft: SftSection, seed: int) -> list[E
             sft.system2_share, cold_rows, len(system2),
         )  # fmt: skip
     cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
-    chosen = {example.id for example in [*system1, *cold_start]}
-    return [row.example for row in labels if row.example.id in chosen]
+    chosen = {example.id: example for example in [*system1, *cold_start]}
+    return {"": [chosen[row.example.id] for row in labels if row.example.id in chosen]}
+
+
+def _by_mode(labels: list[Labelled], modes: ModesSection, seed: int) -> dict[str, list[Example]]:
+    system1, system2 = (examples_of_system(labels, system) for system in (1, 2))
+    # Where slow has arguments of the chat template it thinks, which a row without a thought would unteach.
+    shows_working = (lambda row: bool(row.thought)) if modes.slow.chat_template_kwargs else is_worked
+    at_once = [answered for answered in map(bare, system1) if answered.response]
+    worked1, worked2 = (list(filter(shows_working, rows)) for rows in (system1, system2))
+    number = round(modes.system1_under_slow * len(worked1))
+    slow = [*random.Random(f"{seed} slow").sample(worked1, number), *worked2]
+    if not at_once:
+        raise DataError(
+            f"none of {len(system1)} System 1 rows has an answer, which the mode fast learns",
+            "rows need `gold`, or a response",
+        )
+    if not slow and not modes.slow.chat_template_kwargs:
+        raise DataError(
+            "no row shows how its answer is worked out, which the mode slow learns",
+            "give some rows a response with more in it than the answer",
+        )
+    return {FAST: at_once, AUTO: [*at_once, *worked2], **({SLOW: slow} if slow else {})}
+
+
+def _imitated(row: Labelled) -> Example:
+    """The example as its system answers it: System 1 has no thought."""
+    return replace(row.example, thought="") if row.system == 1 else row.example
 
 
 def _examples_with_response(labels: list[Labelled], system: int) -> list[Example]:
     """The examples of a system that can be imitated; DataError if there is none."""
     examples = examples_of_system(labels, system)
-    answered = [example for example in examples if example.response]
+    answered = [_imitated(row) for row in labels if row.system == system and row.example.response]
     if not answered:
         raise DataError(
             f"none of {len(examples)} rows labelled System {system} has a response",

@@ -7,7 +7,16 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stages.config import BenchmarkSection, Config, RlSection, ScoreSection, TrainSection, Voter
+from stages.config import (
+    SLOW,
+    BenchmarkSection,
+    Config,
+    RlSection,
+    ScoreSection,
+    TrainSection,
+    Voter,
+    prompt_under,
+)
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
@@ -67,13 +76,14 @@ class Texts:
         except LoraparError as error:
             return error
 
-    def renderer(self, section: Imitating, labels: list[Labelled]) -> Renderer:
-        """The renderer of the rows of score, sft or rl, whose section this is."""
-        return Renderer(self.tokenizer, section.prompt or self.config.prompt, labels)
+    def renderer(self, section: Imitating, mode: str = SLOW) -> Renderer:
+        """The renderer of the rows of score, sft or rl, whose section this is, in the mode of most tokens."""
+        prompt = prompt_under(section.prompt or self.config.prompt, self.config.modes, mode)
+        return Renderer(self.tokenizer, prompt)
 
-    def check_lengths(self, section: Imitating, rows: list[Example]) -> None:
+    def check_lengths(self, section: Imitating, rows: list[Example], mode: str = SLOW) -> None:
         """Raise DataError about a row that is too long, or too few rows, for score or sft."""
-        self.renderer(section, self.labels).rows(sampled(rows, TRAINING_SAMPLE), self.config.data)
+        self.renderer(section, mode).rows(sampled(rows, TRAINING_SAMPLE), self.config.data)
 
     def check_prompts(self, step: Step) -> None:
         """Raise DataError if more prompts of voters or a benchmark than may fail are too long."""
@@ -88,10 +98,9 @@ class Texts:
 
     def training_rows(self, stage: Imitating) -> list[Row]:
         """Training rows in the prompt of score, sft or rl."""
-        section = stage.prompt or self.config.prompt
+        renderer = self.renderer(stage)
         rows = [row for row in self.rows[TRAIN] if row.response or isinstance(stage, RlSection)]
-        if (key := f"{len(rows)} {section.model_dump_json()}") not in self._training_rows:
-            renderer = Renderer(self.tokenizer, section)
+        if (key := f"{len(rows)} {renderer.section.model_dump_json()}") not in self._training_rows:
             examples = sampled(rows, TRAINING_SAMPLE)
             self._training_rows[key] = [renderer.row(example) for example in examples]
         return self._training_rows[key]
@@ -147,7 +156,8 @@ class Texts:
         """Token ids of prompts of a benchmark, with the worked examples that a target gets."""
         section = self.config.eval.as_asked(self.config.eval.benchmarks[name], target)
         if (name, section.shots) not in self._prompts:
-            renderer = Renderer(self.tokenizer, section.prompt or self.config.prompt)
+            prompt = section.prompt or self.config.prompt
+            renderer = Renderer(self.tokenizer, prompt_under(prompt, self.config.modes, SLOW))
             sample = sampled(self.rows[name], PROMPT_SAMPLE)
             asked = benchmarks.pick(section.kind).ask(sample, section, renderer) if sample else []
             self._prompts[name, section.shots] = [prompt.ids for prompt in asked]

@@ -1,4 +1,4 @@
-"""What a stage says of its steps before they run, in tokens: lengths beside their limits, and the work."""
+"""The tokens of a step before it runs: lengths beside their limits, and the work."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from stages.prompts.thoughts import after_thought
+from stages.prompts.thoughts import after_thought, split
 
 _ANSWER_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
@@ -47,6 +47,13 @@ def extract(text: str, answer_format: str) -> Extracted:
     if parse_number(strict) is not None:
         return Extracted(strict, strict)
     return Extracted(strict, _last_number(remainder or "") or strict)
+
+
+def works_out(text: str, answer_format: str) -> bool:
+    """True if a text has a thought, or anything before its final answer."""
+    thought, answer = split(text)
+    head, marker, _ = answer.partition(_OPENING_TAG if answer_format == "xml" else "####")
+    return bool(thought or (marker and re.sub(r"</?reasoning>|\s", "", head)))
 
 
 def _last_number(text: str) -> str | None:

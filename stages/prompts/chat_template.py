@@ -7,6 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from stages.config import AUTO, MODES, ModesSection, PromptSection, prompt_under
 from stages.errors import ConfigError, DataError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -45,6 +46,36 @@ def chat(
             f"the chat template refuses a chat of {roles}: {kind}{error}",
             "do without a system message, or --set prompt.template=plain",
         ) from None
+
+
+def with_modes(template: str, prompt: PromptSection, modes: ModesSection | None) -> str:
+    """A chat template that renders a chat as training did, in the mode that its variable `mode` names.
+
+    It defaults to auto. A system message of the chat's own stands in place of `prompt.system`. A wrong mode
+    is the template's error, which servers pass on to those who ask.
+    """
+    names = MODES if modes else (AUTO,)
+    head = "{%- set mode = mode if mode is defined else 'auto' -%}"
+    for mode in names:
+        section = prompt_under(prompt, modes, mode)
+        added = (getattr(modes, mode).system if modes else None) or ""
+        assigned = {**section.chat_template_kwargs, "_added": added, "_system": section.system or ""}
+        # JSON, but jinja calls null `none`.
+        texts = {n: "none" if v is None else json.dumps(v, ensure_ascii=False) for n, v in assigned.items()}
+        sets = "".join(f"{{%- set {name} = {text} -%}}" for name, text in texts.items())
+        head += f"{{%- {'if' if mode == names[0] else 'elif'} mode == '{mode}' -%}}{sets}"
+    wrong = f"mode is one of {', '.join(names)}"
+    return f"{head}{{%- else -%}}{{{{- raise_exception('{wrong}') -}}}}{{%- endif -%}}{_PREPEND}{template}"
+
+
+_PREPEND = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}{%- if _added -%}"
+    "{%- set messages = [{'role': 'system', 'content': messages[0]['content'] ~ '\n\n' ~ _added}]"
+    " + messages[1:] -%}{%- endif -%}"
+    "{%- elif _system -%}"
+    "{%- set messages = [{'role': 'system', 'content': _system}] + messages -%}{%- endif -%}"
+)
+"""Puts the message of a mode behind the chat's own system message, or before a chat without one."""
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:

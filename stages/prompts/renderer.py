@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.config import DataSection, PromptSection
+from stages.config import MODES, DataSection, ModesSection, PromptSection, prompt_under
 from stages.config.fields import cache_key_fields
 from stages.errors import ConfigError, DataError
 from stages.prompts import thoughts
 from stages.prompts.answers import rewrite
 from stages.prompts.chat_template import arguments_of, chat, ids_to_continue, tokenise
-from stages.records import Example, Labelled, data_error
+from stages.records import Example, data_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,24 +63,26 @@ def _plain_system(message: str | None) -> str:
     return f"{message}\n\n" if message else ""
 
 
+def renderers_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: PromptSection, modes: ModesSection | None
+) -> dict[str, Renderer]:
+    """A renderer for each mode, or one under "" if there are no modes. ConfigError if two ask the same."""
+    names = MODES if modes else ("",)
+    renderers = {mode: Renderer(tokenizer, prompt_under(prompt, modes, mode)) for mode in names}
+    if len({renderer.prompt(PROBE) for renderer in renderers.values()}) < len(names):
+        raise ConfigError(
+            "two modes have the same prompt: the chat template leaves out what tells them apart",
+            "give each mode another message (modes.fast.system and so on)",
+        )
+    return renderers
+
+
 class Renderer:
     """Renders questions as prompts and examples as token rows, following a PromptSection."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        section: PromptSection,
-        labels: Iterable[Labelled] = (),
-        system: int | None = None,
-    ) -> None:
-        """labels: labelled examples, from which `prompt.by_system` takes the system of an example.
-
-        system: that of all examples which have no label here.
-        """
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> None:
         self.tokenizer = tokenizer
         self.section = section
-        self.labels = {row.example.id: row.system for row in labels}
-        self.system = system
         if section.template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 "prompt.template is chat, and the tokenizer has no chat template",
@@ -104,15 +106,12 @@ class Renderer:
         self._probe = self.completion(probe, self.prompt(PROBE, example=probe))
         """The completion of a row, so that a template whose rows cannot be rendered is refused early."""
 
-    def _label(self, example: Example | None) -> int | None:
-        return self.labels.get(example.id, self.system) if example else None
+    def _chat(self, messages: list[dict[str, str]], ask: bool = True) -> str:
+        return chat(self.tokenizer, messages, ask, **self.section.chat_template_kwargs)
 
-    def _chat(self, messages: list[dict[str, str]], example: Example | None, ask: bool = True) -> str:
-        return chat(self.tokenizer, messages, ask, **self.section.template_arguments(self._label(example)))
-
-    def _messages(self, question: str, shots: Shots, example: Example | None) -> list[dict[str, str]]:
+    def _messages(self, question: str, shots: Shots) -> list[dict[str, str]]:
         """Return the messages of a chat: system message, worked examples as turns, and the question."""
-        system = self.section.system_message(self._label(example))
+        system = self.section.system
         messages = [{"role": "system", "content": system}] if system else []
         for shot_question, shot_answer in shots:
             messages.append({"role": "user", "content": shot_question})
@@ -122,7 +121,7 @@ class Renderer:
     def prompt(self, question: str, shots: Shots = (), example: Example | None = None) -> str:
         """Render the text that a model continues: worked examples, earlier turns, then the question.
 
-        example: what the question is from; its label selects the system message.
+        example: what the question is from, for its earlier turns.
 
         The template `bare` follows the reference script of arXiv 2507.20999: the question and EOS, then the
         answer and EOS, for worked examples too. Scoring rows here have that last EOS, those of the script do
@@ -131,27 +130,26 @@ class Renderer:
         if example and example.turns:
             shots = [*shots, *((user, assistant) for user, assistant in example.turns)]
         if self.section.template == "chat":
-            return self._chat(self._messages(question, shots, example), example)
+            return self._chat(self._messages(question, shots))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
         worked = "".join(
             f"Question: {shot_question}\nAnswer:\n{shot_answer}\n\n" for shot_question, shot_answer in shots
         )
-        return plain(question, self.section.system_message(self._label(example)), worked)
+        return plain(question, self.section.system, worked)
 
-    def few_shot(self, head: str, shots: Shots, last: str, example: Example) -> tuple[str, list[int]]:
+    def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
         """Return text and token ids of a benchmark's few-shot prompt, as plain text or as a chat.
 
-        head: text before the worked examples. last: the question. example: the one that the question is from.
+        head: text before the worked examples. last: the question.
         """
         if self.section.template == "chat":
             turns = [*shots, (last, "")]
             turns[0] = (head + turns[0][0], turns[0][1])
-            text = self._chat(self._messages(turns[-1][0], turns[:-1], example), example)
+            text = self._chat(self._messages(turns[-1][0], turns[:-1]))
         else:
             worked = "".join(f"{shot_question} {shot_answer}\n\n" for shot_question, shot_answer in shots)
-            message = self.section.system_message(self._label(example))
-            text = _plain_system(message) + head + worked + last
+            text = _plain_system(self.section.system) + head + worked + last
         return text, self.ids(text)
 
     def ids(self, prompt: str) -> list[int]:
@@ -175,12 +173,12 @@ class Renderer:
 
         It is what the chat template writes for the whole conversation, if that begins as the prompt does. It
         does not where the template leaves a thought out of conversations that the prompt opens or says to be
-        empty: then the completion closes that thought as the template does. System 1 rows have no thought,
-        and no row has one after an empty one. Raises ConfigError if the template writes answers otherwise.
+        empty: then the completion closes that thought as the template does. No row has a thought after an
+        empty one. Raises ConfigError if the template writes answers otherwise.
         """
         response = rewrite(example.response, example.gold, self.section.answer_format)
         tag, is_closed = thoughts.opened(prompt), thoughts.is_closed(prompt)
-        thought = "" if self._label(example) == 1 or is_closed else example.thought
+        thought = "" if is_closed else example.thought
         if self.section.template != "chat" or not response.strip():
             return f"{self._tagged(thought)}{response}{self.end}"
         for written in dict.fromkeys((thought, "")):
@@ -206,7 +204,7 @@ class Renderer:
         fields = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought) if thought else {}
         answer = {"role": "assistant", "content": response, **fields}
         shots = [(user, assistant) for user, assistant in example.turns]
-        return self._chat([*self._messages(example.prompt, shots, example), answer], example, ask=False)
+        return self._chat([*self._messages(example.prompt, shots), answer], ask=False)
 
     def _tagged(self, thought: str) -> str:
         """Return a thought as it stands before an answer, in the tags that the chat template knows."""
@@ -275,15 +273,14 @@ class Renderer:
         """Return the text that the chat template writes after an answer, or EOS if it writes none."""
         if self.section.template != "chat":
             return str(self.tokenizer.eos_token)
-        turns = [*self._messages("?", (), None), {"role": "assistant", "content": "@@"}]
-        tail = self._chat(turns, None, ask=False).rpartition("@@")[2]
+        turns = [*self._messages("?", ()), {"role": "assistant", "content": "@@"}]
+        tail = self._chat(turns, ask=False).rpartition("@@")[2]
         # Some templates write the beginning of an answer even where they are not asked for one.
         return thoughts.before(tail).strip() or str(self.tokenizer.eos_token)
 
     def _check_arguments(self) -> None:
         """Raise ConfigError for an argument that the chat template does not read, so that it does nothing."""
-        names = [name for system in (None, 1, 2) for name in self.section.template_arguments(system)]
-        if not names:
+        if not (names := self.section.chat_template_kwargs):
             return
         arguments = arguments_of(self.tokenizer.get_chat_template())
         for name in names:

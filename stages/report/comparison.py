@@ -55,7 +55,12 @@ class Measured:
 
 
 def measured(store: Store, steps: list[Step], by: str) -> dict[str, list[Measured]]:
-    """Measure each benchmark: each target and group of items.
+    """Measure each benchmark: each target and group of items. by: see `answers_of`."""
+    return {name: list(compared(answers)) for name, answers in answers_of(store, steps, by).items()}
+
+
+def answers_of(store: Store, steps: list[Step], by: str) -> dict[str, Answers]:
+    """Read the graded answers to each benchmark.
 
     by: `system`, or the field of the items that groups them. ConfigError if no item has that field.
     """
@@ -76,7 +81,7 @@ def measured(store: Store, steps: list[Step], by: str) -> dict[str, list[Measure
                 answers.setdefault(name, []).append(sample)
     if answers_by_benchmark and by not in fields:
         raise ConfigError(f"no item has a field {by!r}", f"choose from: {', '.join(sorted(fields))}")
-    return {benchmark: list(compared(answers)) for benchmark, answers in answers_by_benchmark.items()}
+    return answers_by_benchmark
 
 
 def compared(answers_by_target: Answers) -> Iterator[Measured]:

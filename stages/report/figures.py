@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
@@ -58,13 +59,15 @@ def line_plot(
     lines: dict[str, float],
     x: str,
     y: str,
+    mixture: Sequence[tuple[float, float]] = (),
 ) -> Figure:
     """Draw a line for each series, a dashed one for each published series, and `lines` as horizontal lines.
 
     series: name → position on the x axis, and accuracy, of each point. published: series → positions and
-    values, in the colour of the series of that name.
+    values, in the colour of the series of that name. mixture: ends of one more line.
     """
     figure, axes = _new()
+    axes.plot([at for at, _ in mixture], [percent for _, percent in mixture], "--", color=INK, linewidth=0.9)
     for name, colour in zip(dict.fromkeys([*series, *published]), cycle(PALETTE), strict=False):
         points = sorted(series.get(name, []), key=lambda point: (point[0], point[1].mean))
         for at, value in points:

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 from matplotlib import rc_context
 
-from stages.config import MODES, TRAINED, Config
+from stages.config import FAST, SLOW, TRAINED, UNTRAINED_TARGETS, Config, split_target
 from stages.evaluation.statistics import p_value
 from stages.lora.training import curves
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.records import read_json
 from stages.report import comparison, elements, figures, voters
-from stages.report.comparison import Measured
+from stages.report.comparison import Answers, Measured
+from stages.report.frontier import frontier
 from stages.report.page import Block, Command, Heading, PageSection, Picture, Text, Tiles, render
 from stages.store.artifacts import Artifact, Store
 
@@ -28,9 +29,10 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
     evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
-    measures = comparison.measured(store, evaluations, "system")
+    answers, titles = comparison.answers_of(store, evaluations, "system"), titles_of(config)
+    measures = {name: list(comparison.compared(of_benchmark)) for name, of_benchmark in answers.items()}
     sections = [
-        PageSection("results", "Results", list(_results(measures))),
+        PageSection("results", "Results", list(_results(measures, answers, titles))),
         PageSection("training", "Training", list(_training(artifacts))),
         PageSection("elements", "Elements", list(elements.parts(artifacts))),
         PageSection("labels", "Labels", list(_labels(artifacts))),
@@ -38,9 +40,22 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     if missing := [name for name in steps if name not in artifacts]:
         not_made = Text(f"Not made yet: {', '.join(missing)}.")
         sections.append(PageSection("missing", "Missing", [not_made, Command(run)]))
-    titles = {"base": "base", **{target: mode for mode, target in MODES.items()}}
     lead: list[str | Tiles] = [*_tiles(measures, titles), *_verdicts(measures, titles)]
     return render(f"lorapar: {config.run}", lead, sections)
+
+
+def titles_of(config: Config) -> dict[str, str]:
+    """Target → what people call it: the modes are those of the last adapter that is evaluated."""
+    last, titles = config.eval.trained[-1:], {}
+    for target in config.eval.targets:
+        weights, mode = split_target(target)
+        if weights in UNTRAINED_TARGETS:
+            titles[target] = target
+        elif not config.modes:
+            titles[target] = target.upper()
+        else:
+            titles[target] = mode if weights in last else f"{mode} after {weights.upper()}"
+    return titles
 
 
 def _tiles(measures: dict[str, list[Measured]], titles: dict[str, str]) -> Iterator[Tiles]:
@@ -52,7 +67,7 @@ def _tiles(measures: dict[str, list[Measured]], titles: dict[str, str]) -> Itera
         overall = {each.target: each for each in of_benchmark if each.group == "all" and each.accuracy}
         tiles = [
             (
-                f"{title.capitalize()} on {name}",
+                f"{title[0].upper()}{title[1:]} on {name}",
                 each.share,
                 "" if each.tokens is None else f"{each.tokens:.0f} tokens",
             )
@@ -87,19 +102,27 @@ def _meaning(last: Measured, previous: Measured | None, titles: dict[str, str]) 
     return f"{points}, {verdict} ({p_value(last.p)}, paired test over {last.change.n} items)"
 
 
-def _results(measures: dict[str, list[Measured]]) -> Iterator[Block]:
-    """Build a table of each benchmark, and the frontier of accuracy over the length of an answer."""
+def _results(
+    measures: dict[str, list[Measured]], answers: dict[str, Answers], titles: dict[str, str]
+) -> Iterator[Block]:
+    """Build a table of each benchmark, and a figure of accuracy over the length of an answer."""
     for name, of_benchmark in measures.items():
         yield comparison.grid(name, of_benchmark)
         points = {
-            each.target: [(each.tokens, each.accuracy)]
+            titles[each.target]: (each.tokens, each.accuracy)
             for each in of_benchmark
             if each.group == "all" and each.tokens and each.accuracy
         }
-        if len(points) > 1:
-            plot = figures.line_plot(points, {}, {}, "mean tokens of an answer", "accuracy, %")
-            text = f"Accuracy on {name} by the mean tokens of an answer."
-            yield Picture(figures.svg(plot), text)
+        text, mixture = f"Accuracy on {name} by the mean tokens of an answer.", []
+        samples = {titles[target]: groups["all"] for target, groups in answers[name].items()}
+        of_modes, meaning = frontier(samples)
+        if of_modes:
+            mixture = [(at, 100 * value.mean) for at, value in map(of_modes.__getitem__, (FAST, SLOW))]
+            text += f" The line: fast and slow mixed at random. {meaning}"
+        if len(points | of_modes) > 1:
+            series = {name: [point] for name, point in (points | of_modes).items()}
+            labels = "mean tokens of an answer", "accuracy, %"
+            yield Picture(figures.svg(figures.line_plot(series, {}, {}, *labels, mixture)), text)
 
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:

@@ -24,9 +24,9 @@ def _steps(config: Config) -> list[Planned]:
     return [
         Planned(
             inputs=training_inputs(config.baseline is not None, masks="rl", start=start),
-            sections=("model", "prompt", "lora", "baseline", "rl", "seed", *code),
+            sections=("model", "prompt", "modes", "lora", "baseline", "rl", "seed", *code),
             reads=("model", *(["file:rl.rewards_file"] if rl.rewards_file else [])),
-            asked_for=not config.eval.benchmarks and "rl" in config.eval.targets,
+            asked_for=not config.eval.benchmarks and "rl" in config.eval.trained,
             holds_base=True,
             memory_hint=("rl.rollouts.gpu_memory_utilization, or " if has_vllm else "")
             + "rl.per_device_train_batch_size, rl.rollouts.batch_size, or rl.max_completion_length, or set "
@@ -42,10 +42,12 @@ def _check_prompts(texts: Texts) -> None:
     from stages.lora.grpo import building
     from stages.lora.grpo.prompts import RlPrompts, row_fields
     from stages.plan.texts import TRAINING_SAMPLE
+    from stages.prompts.renderer import renderers_of
 
     rl, labels = texts.config.rl, texts.labels
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
-    renderer = texts.renderer(rl, labels)
+    renderers = renderers_of(texts.tokenizer, rl.prompt or texts.config.prompt, texts.config.modes)
+    renderer = texts.renderer(rl)
     if not labels:
         # Only System 2 rows need the fields that rewards read, and which rows those are is not known yet.
         needed = {name: loading.required_fields(function) for name, function in functions.items()}
@@ -56,7 +58,7 @@ def _check_prompts(texts: Texts) -> None:
         if len(labels) < slow <= len(texts.rows[TRAIN]):
             return  # a sample cannot tell
         rl = rl.model_copy(update={"system1_share": 0.0, "prompts_per_step": slow})
-    prompts = RlPrompts.from_labels(labels, renderer, rl, functions, texts.config.seed)
+    prompts = RlPrompts.from_labels(labels, renderers, rl, functions, texts.config.seed)
     if texts.labels:
         building.optimizer_steps(prompts, rl)
 

@@ -49,9 +49,9 @@ class Guarded(subprocess.Popen[bytes]):
             _kill_session(self.pid)
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> int:
-    """Run a guarded command and return its exit code; see `Guarded.finish`."""
-    return Guarded(command, env=env).finish()
+def run(command: list[str], **options: Any) -> int:
+    """Run a guarded command and return its exit code; see `Guarded.finish`. options: those of Popen."""
+    return Guarded(command, **options).finish()
 
 
 def shell_exit_code(code: int) -> int:

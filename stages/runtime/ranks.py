@@ -66,7 +66,7 @@ def check_gpus(processes: int | None = None) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What all processes do. The first one says what all of them find wrong, and its end ends the others."""
+    """Context of what all processes do: the first says what all find wrong, and its end ends the others."""
     try:
         yield
     except Exception as error:

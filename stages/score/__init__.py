@@ -29,7 +29,7 @@ def _steps(config: Config) -> list[Planned]:
     unscored = strategies.has_trait(config.partition.strategy, "unscored")
     step = Planned(
         inputs=() if unscored else ("classify:train",),
-        sections=("model", "data", "prompt", "lora", "score", "seed"),
+        sections=("model", "data", "prompt", "modes", "lora", "score", "seed"),
         reads=("model", *(["file:score.scorer_file"] if config.score.scorer_file else [])),
         holds_base=True,
         memory_hint="score.batch_size",
@@ -58,7 +58,8 @@ def _check_rows(texts: Texts) -> None:
     if not texts.labels:
         every_row = config.sft.model_copy(update={"data": "all"})
         slow = [Labelled(row, 2, {}) for row in texts.rows[TRAIN]]
-        texts.check_lengths(config.score, examples.trained_by_sft(slow, every_row, config.seed))
+        for rows in examples.trained_by_sft(slow, every_row, None, config.seed).values():
+            texts.check_lengths(config.score, rows)
         return
     for rows in examples.scored(texts.labels, config.score, config.seed)[0].values():
         texts.check_lengths(config.score, rows)
@@ -70,7 +71,7 @@ def _check_protected(texts: Texts) -> None:
 
     config = texts.config
     rows, _ = examples.protected(str(config.partition.protect), config.score, config.seed)
-    texts.renderer(config.score, []).rows(rows[PROTECTED], config.data)
+    texts.renderer(config.score).rows(rows[PROTECTED], config.data)
 
 
 def _work(texts: Texts, scored: str) -> Work | None:

@@ -8,7 +8,17 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-from stages.config import DataSection, LoraSection, ModelSection, PromptSection, ScoreSection
+from stages.config import (
+    AUTO,
+    FAST,
+    SLOW,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    ModesSection,
+    PromptSection,
+    ScoreSection,
+)
 from stages.lora import examples
 from stages.lora.adapter import adapter
 from stages.lora.importance.masks import flatten_weights, write_importance
@@ -17,21 +27,21 @@ from stages.lora.importance.strategies import check_importance
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.context import StageContext
-from stages.prompts.renderer import Renderer, Row
+from stages.prompts.renderer import Row, renderers_of
 from stages.records import read_labels
 from stages.runtime.resources import BatchSize, release_memory
 
-GROUPS: dict[Any, tuple[str, str]] = {
-    1: ("system1", "System 1"),
-    2: ("system2", "System 2"),
-    examples.PROTECTED: ("protected", "the protected rows"),
+GROUPS: dict[Any, tuple[str, str, str]] = {
+    1: ("system1", "System 1", FAST),
+    2: ("system2", "System 2", SLOW),
+    examples.PROTECTED: ("protected", "the protected rows", AUTO),
 }
-"""Rows to score elements for → their name in the summary, and what people call them."""
+"""Rows to score elements for → their name in the summary, what people call them, and the mode to ask in."""
 
 
 def run(
-    context: StageContext, model: ModelSection, data: DataSection, prompt: PromptSection, lora: LoraSection,
-    score: ScoreSection, seed: int, protect: str | None,
+    context: StageContext, model: ModelSection, data: DataSection, prompt: PromptSection,
+    modes: ModesSection | None, lora: LoraSection, score: ScoreSection, seed: int, protect: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
@@ -54,11 +64,12 @@ def run(
         groups, left_out = examples.scored(labels, score, seed)
     else:
         return summary  # the strategy reads no scores
-    renderer = Renderer(load_tokenizer(model), score.prompt or prompt, labels)
+    renderers = renderers_of(load_tokenizer(model), score.prompt or prompt, modes)
     scores = {}
     for group, chosen in groups.items():
+        name, title, mode = GROUPS[group]
+        renderer = renderers[mode if modes else ""]
         rows, long = renderer.rows(chosen, data)
-        name, title = GROUPS[group]
         context.progress.start(f"score {title}", len(rows))
         hint = "shorten the rows by data.max_length, or set model.load_in_4bit"
         size = BatchSize("score.batch_size", score.batch_size, hint)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def _steps(config: Config) -> list[Planned]:
-    targets = config.eval.targets
+    trained = config.eval.trained
     start = None if config.sft.start_from == "init" else "rl"
     return [
         Planned(
             inputs=training_inputs(config.baseline is not None, masks="sft", start=start),
-            sections=("model", "data", "prompt", "lora", "baseline", "sft", "seed"),
+            sections=("model", "data", "prompt", "modes", "lora", "baseline", "sft", "seed"),
             reads=("model",),
-            asked_for=not config.eval.benchmarks and ("sft" in targets or "rl" not in targets),
+            asked_for=not config.eval.benchmarks and ("sft" in trained or "rl" not in trained),
             holds_base=True,
             memory_hint="sft.per_device_train_batch_size, or set sft.gradient_checkpointing",
         )
@@ -34,12 +34,13 @@ def _check_rows(texts: Texts) -> None:
     """Raise the error about a row too long, or a system without any; unlabelled, all rows may be read."""
     from stages.lora import examples
 
-    config, labels, sft = texts.config, texts.labels, texts.config.sft
+    config, labels, sft, modes = texts.config, texts.labels, texts.config.sft, texts.config.modes
     if not labels:
         # Their responses may be shortened, as those of System 1 are.
         labels = [Labelled(row, 1, {}) for row in texts.rows[TRAIN]]
-        sft = sft.model_copy(update={"data": "all"})
-    texts.check_lengths(sft, examples.trained_by_sft(labels, sft, config.seed))
+        sft, modes = sft.model_copy(update={"data": "all"}), None
+    for mode, rows in examples.trained_by_sft(labels, sft, modes, config.seed).items():
+        texts.check_lengths(sft, rows, mode)
 
 
 def _work(texts: Texts, _: str) -> Work | None:

@@ -45,19 +45,19 @@ PINNED: dict[str, Any] = {
 def run(context: StageContext, sft: SftSection, data: DataSection, **sections: Any) -> dict[str, Any]:
     """Write `adapter/` (plain PEFT for the unchanged base) and `history.json`; returns what was trained."""
     run = Training(context=context, section=sft, **sections)
-    labels, renderer = run.labels, run.renderer
-    chosen = examples.trained_by_sft(labels, sft, run.seed)
-    rows, too_long = renderer.rows(chosen, data)
-    if endless := renderer.rows_without_stop(rows):
+    rows: list[Row] = []
+    too_long = 0
+    for mode, chosen in examples.trained_by_sft(run.labels, sft, run.modes, run.seed).items():
+        of_mode, longer = run.renderers[mode].rows(chosen, data)
+        rows, too_long = rows + of_mode, too_long + longer
+    if endless := run.renderer.rows_without_stop(rows):
         count = f"{len(endless)} of {len(rows)} rows do not end in a stop token, such as {endless[0]}"
         context.progress.say(f"warning: {count}: the model may not learn to stop")
     trainer = _trainer(run, sft, rows)
     figures = {"loss": "loss", "learning_rate": "rate"}
     trainer.add_callback(ProgressCallback(context.progress, f"sft on {len(rows)} rows", figures))
     summary = loop.train(trainer, run)
-    left_out = examples.without_response(labels, sft)
-    without = {"without_response": left_out} if left_out else {}
-    return {"rows": len(rows), "too_long": too_long, **without, "prompt": renderer.digest(), **summary}
+    return {"rows": len(rows), "too_long": too_long, "prompt": run.renderer.digest(), **summary}
 
 
 def _trainer(run: Training, sft: SftSection, rows: list[Row]) -> SftTrainer:

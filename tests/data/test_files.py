@@ -56,7 +56,6 @@ REFUSED = {
     "twice.csv": ("question,question\na,b\n", "twice.csv: two columns are called 'question'"),
     "latin.csv": (b"question,answer\nCaf\xe9?,yes\n", "latin.csv is not UTF-8"),
     "wide.jsonl": (lines(PAIR).encode("utf-16-le"), "wide.jsonl is UTF-16LE, and must be UTF-8"),
-    "index.csv": ("question,A,B,C,answer\nq,x,y,z,2\n", "csv:2: answer 2 is none of the choices A, B, C"),
     "tools.jsonl": (lines({"messages": [*chat("a", "b"), TOOL]}), "messages: tool calls are not supported"),
     "image.jsonl": (lines({"messages": [*chat("a"), IMAGE]}), "content must be text"),
     "differ.jsonl": (lines({"instruction": "I", "output": "good", "response": "bad"}), "their values differ"),
@@ -101,25 +100,15 @@ def test_where_no_response_has_more_than_its_answer_texts_can_be_verified(tmp_pa
     assert [e.gold for e in read(source(tmp_path / "rows.csv", table))] == answers
 
 
-def test_choices_in_fields_of_their_own_are_written_below_the_question(tmp_path, caplog):
-    heads = ("question,A,B,C,answer", "Choice C,answer,Option_b,option_a,question")
-    for head, line in zip(heads, ("q,x,y,z,B", "z,y,y,x,q"), strict=True):
-        (example,) = read(source(tmp_path / "a.csv", f"{head}\n{line}\n"))
-        assert (example.prompt, example.gold) == ("q\nA. x\nB. y\nC. z", example.response)
-    row = {"question": "24 + 1?", "A": 2, "B": 4, "C": None, "D": 25, "answer": "D. 25"}
-    (example,) = read(source(tmp_path / "a.jsonl", lines(row)))
-    assert (example.prompt, example.gold) == ("24 + 1?\nA. 2\nB. 4\nD. 25", "D")
-    assert not caplog.text
-    row = {"question": "3 or 4?", "A": "3", "B": "4", "answer": "a"}
-    (shown,) = read(source(tmp_path / "shown.jsonl", lines(row)))
-    (other,) = read(source(tmp_path / "a.csv", "question,A,B,answer\nq,x,y,neither x nor y\n"))
-    assert shown.prompt == row["question"] and other.prompt == "q" and "no model sees A, B" in caplog.text
-
-
 def test_fields_that_no_model_sees_are_named(tmp_path, caplog):
-    context = {**PAIR, "Context": "Two is a number.", "choices": ["3", "Two"], "level": "hard"}
+    context = {
+        **PAIR,
+        "Context": "Two is a number.",
+        "choices": ["3", "Two"],
+        "Option_b": "3",
+    }
     read(source(tmp_path / "rows.jsonl", lines(context)))
-    assert "no model sees Context, choices: write what a question needs into it" in caplog.text
+    assert "no model sees Context, Option_b, choices: write what a question needs into it" in caplog.text
     caplog.clear()
     read(source(tmp_path / "shown.jsonl", lines({**context, "question": "Two is a number. A) 3 B) Two?"})))
     assert not caplog.text
@@ -137,16 +126,12 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, n
 
 
 def test_conversations(tmp_path, tiny):
-    """The last answer by default, with what was said before, as voters see it; or every answer."""
+    """The last answer, with what was said before, as voters see it."""
     row = {"messages": chat("One?", "1", "Two?", "#### 2", system="Count.")}
     rows = source(tmp_path / "chat.jsonl", lines(row))
-    every = rows.model_copy(update={"format": "messages_all"})
     (last,) = read(rows)
     assert (last.prompt, last.response, last.gold) == ("Two?", "#### 2", "2")
     assert last.turns == [["Count.\n\nOne?", "1"]]
-    first, second = read(every)
-    assert (first.prompt, first.response, first.turns) == ("Count.\n\nOne?", "1", [])
-    assert second == last and first.id != second.id
     assert read_rows(rows).format == "chat"
     tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
     for template in ("chat", "plain", "bare"):
@@ -157,10 +142,6 @@ def test_conversations(tmp_path, tiny):
     assert "One?\n\nAssistant: 1\n\nUser: Two?" in ballot.text[-1]["content"]
     alone = read(source(tmp_path / "one.jsonl", lines({"messages": chat("Two?", "#### 2")})))
     assert alone[0].id != last.id  # another question, by what was said before
-
-    chats = {"messages": chat("q1", "a1", "q2", "", "q3", "a3")}  # an empty answer leaves the others
-    found = read(source(tmp_path / "a.jsonl", lines(chats), format="messages_all", empty="drop"))
-    assert [(e.prompt, e.response) for e in found] == [("q1", "a1"), ("q3", "a3")]
 
 
 def test_cells_of_a_table(tmp_path):

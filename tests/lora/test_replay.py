@@ -13,6 +13,7 @@ from stages.errors import DataError, UnusableResult
 from stages.lora.grpo import prompts
 from stages.lora.grpo.prompts import ReplaySampler
 from stages.lora.grpo.zero_signal import equal_groups, metrics_by_system, total_rewards
+from stages.prompts.answers import works_out
 
 REWARDS = """
 def odd(completions, **_):
@@ -94,16 +95,30 @@ def test_equal_groups_and_metrics_by_hand():
 
 
 @pytest.mark.slow
-def test_a_system_message_by_label_reaches_sft_and_rl(begun, monkeypatch):
-    """Each prompt begins as its row's label says."""
-    messages = {1: "Be quick.", 2: "Think it over."}
-    rows = ("rl.system1_share=0.5", "sft.system2_share=1", "rl.max_prompt_length=600", "rl.start_from=init")
-    config = begun(f"prompt.by_system={json.dumps(messages)}", *rows)
-    artifacts(config, "score", "partition")
-    trainer, *_ = trainer_of(config, monkeypatch, "sft")
-    texts = [trainer.processing_class.decode(row) for row in trainer.train_dataset["input_ids"]]
-    texts += list(trainer_of(config, monkeypatch)[0].train_dataset["prompt"])
-    labels = [next(row.system for row in labels_of(config) if row.example.prompt in text) for text in texts]
-    assert set(labels) == {1, 2}
-    for text, label in zip(texts, labels, strict=True):
-        assert messages[label] in text and messages[3 - label] not in text
+def test_modes_reach_sft_and_rl(begun, monkeypatch):
+    """SFT: System 1 at once under fast and auto, worked rows under slow; RL: System 2 under auto and slow."""
+    messages = {"fast": "Be quick.", "slow": "Think it over.", "auto": "As you like."}
+    given = json.dumps({mode: {"system": text} for mode, text in messages.items()})
+    config = begun(
+        f"modes={given}", "sft.system2_share=0", "rl.system1_share=0.5", "rl.max_prompt_length=600"
+    )
+    made = artifacts(config, "score", "partition", "sft", "rl")
+    kinds = Counter()
+    sft, *_ = trainer_of(config, monkeypatch, "sft")
+    texts = [sft.processing_class.decode(row) for row in sft.train_dataset["input_ids"]]
+    rl = trainer_of(config, monkeypatch)[0]
+    for stage, asked in (("sft", texts), ("rl", list(rl.train_dataset["prompt"]))):
+        for text in asked:
+            (mode,) = (mode for mode, message in messages.items() if message in text)
+            system = next(row.system for row in labels_of(config) if row.example.prompt in text)
+            kinds[stage, mode, system] += 1
+            if stage == "sft":
+                bare = not works_out(text.rpartition("assistant\n")[2], "hash")
+                assert bare == (mode != "slow" and system == 1), text
+    one, two = (sum(row.system == system for row in labels_of(config)) for system in (1, 2))
+    assert kinds == {
+        ("sft", "fast", 1): one, ("sft", "auto", 1): one, ("sft", "auto", 2): two,
+        ("sft", "slow", 1): one, ("sft", "slow", 2): two,
+        **{("rl", mode, 1): one for mode in messages}, ("rl", "auto", 2): two, ("rl", "slow", 2): two,
+    }  # fmt: skip
+    assert made["rl"].manifest["summary"]["steps"] > 0 and len(rl.prompts.fast) == one

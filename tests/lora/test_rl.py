@@ -100,7 +100,7 @@ def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
         replace(row, example=replace(row.example, extra={"target": values[i % 8], "more": [3, 2.5][i % 2]}))
         for i, row in enumerate(labels_of(config))
     ]
-    pool = RlPrompts.from_labels(labels, renderer, config.rl, {"mine": mine}, 0)
+    pool = RlPrompts.from_labels(labels, {"": renderer}, config.rl, {"mine": mine}, 0)
     fields = list(pool.rows[loading.FIELDS])
     loading.with_checks("mine", mine)(completions=["a"] * pool.system2_rows, fields=fields)
     wanted = [row.example.extra for row in labels if row.system == 2]

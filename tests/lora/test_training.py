@@ -99,23 +99,27 @@ def labelled(n: int, system: int | None, response: str = "A", gold: str | None =
     return Labelled(Example(str(n), "Q", response, gold), system, {})
 
 
+def imitated(rows: list[Labelled], sft: SftSection) -> list[Example]:
+    return examples.trained_by_sft(rows, sft, None, 0)[""]
+
+
 def test_system_1_may_learn_to_answer_at_once():
     rows = [
         labelled(0, 1, "Two and two.\n#### 4", "4"), labelled(1, 2, "Slowly.\n#### 5", "5"),
         labelled(2, 1, "Nothing to verify."),
     ]  # fmt: skip
     section = SftSection(system1_targets="answer", system2_share=0.5)
-    given = examples.trained_by_sft(rows, section, 0)
+    given = imitated(rows, section)
     assert [e.response for e in given] == ["#### 4", "Slowly.\n#### 5", "Nothing to verify."]
-    assert [e.response for e in examples.trained_by_sft(rows, SftSection(), 0)][0] == "Two and two.\n#### 4"
+    assert [e.response for e in imitated(rows, SftSection())][0] == "Two and two.\n#### 4"
     with pytest.raises(DataError, match="none of 1 System 1 rows has a verifiable answer"):
-        examples.trained_by_sft(rows[1:], section, 0)
+        imitated(rows[1:], section)
 
 
 def test_undecided_rows_are_trained_by_neither_stage():
     rows = [labelled(i, system) for i, system in enumerate((1, 2, None))]
     assert [example.id for example in labelled_examples(rows)] == ["0", "1"]
-    assert [example.id for example in examples.trained_by_sft(rows, SftSection(data="all"), 0)] == ["0", "1"]
+    assert [example.id for example in imitated(rows, SftSection(data="all"))] == ["0", "1"]
     with pytest.raises(DataError, match="all 1 examples are undecided"):
         labelled_examples(rows[2:])
 
@@ -130,10 +134,10 @@ def test_steps_are_exact_and_a_limit_that_no_training_reaches_is_said(caplog):
 
 def test_the_cold_start_is_a_share_of_the_system_1_rows(caplog):
     rows = [labelled(i, 1 + i % 2) for i in range(20)]
-    found = examples.trained_by_sft(rows, SftSection(system2_share=0.3), 0)
+    found = imitated(rows, SftSection(system2_share=0.3))
     assert len(found) == 13 and sum(int(example.id) % 2 for example in found) == 3 and not caplog.messages
     few = [row for row in rows if row.system == 1] + [row for row in rows if row.system == 2][:2]
-    assert len(examples.trained_by_sft(few, SftSection(system2_share=0.3), 0)) == 12
+    assert len(imitated(few, SftSection(system2_share=0.3))) == 12
     assert caplog.messages == ["sft.system2_share 0.3 asks for 3 System 2 rows, and 2 have a response"]
 
 

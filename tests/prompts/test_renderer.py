@@ -1,18 +1,17 @@
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
-from stages.config import BenchmarkSection, DataSection, ModelSection, PromptSection
+from stages.config import BenchmarkSection, DataSection, ModelSection, ModesSection, PromptSection
 from stages.errors import ConfigError, DataError
 from stages.evaluation.grading import render_prompts
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.chat_template import chat
-from stages.prompts.renderer import IGNORED, Renderer
-from stages.records import Example, Labelled
+from stages.prompts.renderer import IGNORED, Renderer, renderers_of
+from stages.records import Example
 
 EXAMPLE = Example("id", "2 + 2?", "It is 4.\n#### 4", "4")
 
@@ -41,7 +40,7 @@ def test_plain_row(tokenizer):
     )
     assert row.input_ids[-1] == tokenizer.eos_token_id
     renderer = Renderer(tokenizer, PromptSection(template="plain", system="Be brief."))
-    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?", example=EXAMPLE)
+    text, ids = renderer.few_shot("About cats.\n\n", [("a?", "1")], "b?")
     assert text == "Be brief.\n\nAbout cats.\n\na? 1\n\nb?" and ids == renderer.ids(text)
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="the tokenizer has no chat template") as caught:
@@ -50,20 +49,21 @@ def test_plain_row(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_a_system_message_by_label(tokenizer, template):
-    """An example without a label, or with one that has no message, gets the one for all."""
-    section = PromptSection(system="Be good.", by_system={1: "Be quick."}, template=template)
-    examples = {label: replace(EXAMPLE, id=str(label)) for label in (1, 2, None)}
-    labels = [Labelled(example, label, {}) for label, example in examples.items()]
-    renderer = Renderer(tokenizer, section, labels)
-    for label, example in examples.items():
-        wanted, other = ("quick", "good") if label == 1 else ("good", "quick")
-        assert wanted in (text := renderer.prompt(example.prompt, example=example)) and other not in text
-        assert tokenizer.decode(renderer.row(example).input_ids).startswith(text)
-    assert "good" in Renderer(tokenizer, section).prompt(EXAMPLE.prompt, example=examples[1])
-    for system in ({"by_system": {2: "Think."}}, {"system": "Be brief."}):
-        with pytest.raises(ValidationError, match="template bare has no system message"):
-            PromptSection(template="bare", **system)
+def test_the_message_of_a_mode_stands_behind_that_of_the_prompt(tokenizer, template):
+    modes = ModesSection(fast={"system": "Be quick."}, slow={"system": "Think."})
+    renderers = renderers_of(tokenizer, PromptSection(system="Be good.", template=template), modes)
+    texts = {mode: renderer.prompt(EXAMPLE.prompt) for mode, renderer in renderers.items()}
+    assert "Be good.\n\nBe quick." in texts["fast"] and "Be good.\n\nThink." in texts["slow"]
+    assert "Be good." in texts["auto"] and "Think" not in texts["auto"]
+    for mode, renderer in renderers.items():
+        assert tokenizer.decode(renderer.row(EXAMPLE).input_ids).startswith(texts[mode])
+    with pytest.raises(ValidationError, match="need three different messages"):
+        ModesSection(fast={"system": "Be quick."}, slow={})
+    with pytest.raises(ValidationError, match="template bare has no system message"):
+        PromptSection(template="bare", system="Be brief.")
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="two modes have the same prompt"):
+        renderers_of(tokenizer, PromptSection(), modes)
 
 
 @pytest.mark.parametrize("added", ["$A", "<|im_start|> $A", "<|im_start|> $A <|im_end|>"])
@@ -79,7 +79,7 @@ def test_bare_row(tokenizer, added):
     assert tokenizer.decode([i for i in row.labels if i != IGNORED]) == "It is 4.\n#### 4<|im_end|>"
     assert renderer.stop_ids == [tokenizer.eos_token_id]
     assert renderer.prompt("b", [("a", "1")]) == "a<|im_end|>1<|im_end|>b<|im_end|>"
-    assert tokenizer.decode(renderer.few_shot("", [], "def f():", example=EXAMPLE)[1]) == f"{bos}def f():"
+    assert tokenizer.decode(renderer.few_shot("", [], "def f():")[1]) == f"{bos}def f():"
 
 
 def test_only_plain_stops_at_the_next_question(tokenizer):

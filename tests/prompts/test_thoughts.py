@@ -8,12 +8,13 @@ import trl
 from conftest import quick
 from tokenizers import AddedToken
 
-from stages.config import PromptSection
+from stages.config import ModesSection, PromptSection, SftSection
 from stages.errors import ConfigError
+from stages.lora.examples import trained_by_sft
 from stages.prompts import thoughts
 from stages.prompts.answers import extract
 from stages.prompts.chat_template import DATE, arguments_of
-from stages.prompts.renderer import IGNORED, Renderer
+from stages.prompts.renderer import IGNORED, Renderer, renderers_of
 from stages.records import Example, Labelled
 
 TEMPLATES = {
@@ -144,18 +145,25 @@ def test_another_way_to_write_answers_is_refused(tokenizer):
     assert written_by(renderer, Example("", "?", "Yes.", None)) == "Yes.<|im_end|>"
 
 
-def test_a_switch_for_each_system(tokenizer):
-    """A System 1 row has no thought, whatever the template's switch."""
+def test_modes_of_a_template_that_thinks(tokenizer):
+    """Under auto a System 1 row closes its thought at once, as the template itself writes that."""
     tokenizer.chat_template = TEMPLATES["qwen3"].read_text(encoding="utf-8")
-    by_system = {system: {"enable_thinking": system == 2} for system in (1, 2)}
-    section = PromptSection(chat_template_kwargs_by_system=by_system)
-    rows = {system: Example(f"{system}", QUESTION, ANSWER, "4", thought=THOUGHT) for system in (1, 2)}
-    renderer = Renderer(tokenizer, section, [Labelled(row, system, {}) for system, row in rows.items()])
-    texts = {system: tokenizer.decode(renderer.row(row).input_ids) for system, row in rows.items()}
-    assert texts[1].endswith(f"assistant\n<think>\n\n</think>\n\n{ANSWER}<|im_end|>")
-    assert texts[2].endswith(f"assistant\n<think>\n{THOUGHT}\n</think>\n\n{ANSWER}<|im_end|>")
-    plain = Renderer(tokenizer, PromptSection(template="plain"), [Labelled(rows[1], 1, {})])
-    assert THOUGHT not in written_by(plain, rows[1]) and written_by(plain, rows[2]).startswith("<think>\nTwo")
+    on = {"chat_template_kwargs": {"enable_thinking": True}}
+    modes = ModesSection(
+        fast={"chat_template_kwargs": {"enable_thinking": False}}, slow={"system": "Think."} | on, auto=on
+    )
+    labels = [Labelled(Example(f"{n}", QUESTION, ANSWER, "4", thought=THOUGHT), n, {}) for n in (1, 2)]
+    labels.append(Labelled(Example("3", QUESTION, ANSWER, "4"), 2, {}))  # would unteach the thought
+    renderers, texts = renderers_of(tokenizer, PromptSection(), modes), {}
+    for mode, chosen in trained_by_sft(labels, SftSection(), modes, seed=0).items():
+        texts |= {(mode, e.id): tokenizer.decode(renderers[mode].row(e).input_ids) for e in chosen}
+    at_once, worked = "<think>\n\n</think>\n\n#### 4", f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"
+    expected = {("fast", "1"): at_once, ("auto", "1"): at_once, ("auto", "2"): worked}
+    expected |= {("slow", "1"): worked, ("slow", "2"): worked}
+    assert texts.keys() == expected.keys()
+    for key, text in expected.items():
+        assert texts[key].endswith(f"assistant\n{text}<|im_end|>")
+    assert "</think>" not in renderers["auto"].prompt(QUESTION)
     with pytest.raises(ConfigError, match="chat_template_kwargs: the chat template reads no enable_thnking"):
         Renderer(tokenizer, PromptSection(chat_template_kwargs={"enable_thnking": False}))
 

@@ -15,6 +15,7 @@ from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, figures, run_page, table_page
+from stages.report.frontier import frontier
 from stages.report.page import MARKS, Grid, PageSection, Text, refuse_others, render, write
 from stages.store.artifacts import Artifact
 from stages.sweep.file import Compare, TableFile
@@ -102,9 +103,9 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     page = (tmp_path / "report.html").read_text()
     assert re.findall("<h2>(.*)</h2>", page) == ["Results", "Training", "Elements", "Labels"]
     tile = r"<p>(\w+) on demo</p><p class=\"figure\">[\d.]+.%</p><p class=\"quiet\">\d+ tokens</p>"
-    assert re.findall(tile, page) == ["Base", "Fast"]
+    assert re.findall(tile, page) == ["Base", "SFT"]
     assert (
-        page.index('class="tiles"') < page.index("demo: fast answers") < page.index("against the base model")
+        page.index('class="tiles"') < page.index("demo: SFT answers") < page.index("against the base model")
     )
     assert '<th scope="row">tokens, system 2</th>' in page
     assert page.count('role="img"') == page.count("<figure") == page.count("<svg")
@@ -233,3 +234,26 @@ def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
     measures = comparison.measured(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
     groups = {each.group: (each.n, each.accuracy.mean) for each in measures}
     assert groups == {"all": (3, 1 / 3), "system 1": (1, 1), "system 2": (2, 0)}
+
+
+def test_the_frontier_by_hand():
+    """Fast is right on System 1 for one token, slow on both for five, auto is slow on System 2 alone."""
+
+    def answered(right: str, tokens: str) -> list[Sample]:
+        rows = zip(right, tokens, strict=True)
+        return [
+            Sample(
+                str(i), 0, 1 + i // 2, "", "", "", "", "", r == "1", r == "1", "correct", {"tokens": int(n)}
+            )
+            for i, (r, n) in enumerate(rows)
+        ]
+
+    samples = {"fast": answered("1100", "1111"), "slow": answered("0111", "5555")}
+    samples["auto"] = answered("1101", "1155")
+    points, text = frontier(samples)
+    assert {name: (tokens, value.mean) for name, (tokens, value) in points.items()} == {
+        "fast": (1, 0.5), "slow": (5, 0.75), "auto": (3, 0.75), "choice by label": (3, 1), "oracle": (3, 1),
+    }  # fmt: skip
+    # A mixture of as many tokens is half fast, half slow: .625.
+    assert "with as many tokens: +12.5 [" in text and "Auto has 0 % of what an oracle adds" in text
+    assert frontier({"fast": samples["fast"], "slow": samples["slow"]}) == ({}, "")

@@ -54,7 +54,7 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         texts = [renderer.prompt(f"{request}\n\n```python\n{e.prompt}```", example=e) for e in examples]
         return [RenderedPrompt(text, renderer.ids(text)) for text in texts]
     # The last line break is left out: most tokenizers merge it with the indentation that follows.
-    return [RenderedPrompt(*renderer.few_shot("", [], e.prompt.rstrip(), example=e), STOP) for e in examples]
+    return [RenderedPrompt(*renderer.few_shot("", [], e.prompt.rstrip()), STOP) for e in examples]
 
 
 def grade(example: Example, output: str, context: Context) -> Grade:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.config import BenchmarkSection, SourceSection
-from stages.data.formats import other_fields, text_field, with_choices
+from stages.data.formats import other_fields, text_field
 from stages.data.rows import parse_rows, shots_source
 from stages.errors import DataError
 from stages.evaluation.grading import Context, Grade
@@ -71,7 +71,8 @@ def _example(row: dict[str, Any], number: int) -> Example:
         raise ValueError(f"field choices must hold {len(LETTERS)} texts")
     if type(row["answer"]) is not int or row["answer"] not in range(len(LETTERS)):
         raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")
-    prompt = with_choices(question, dict(zip(LETTERS, choices, strict=True)))
+    listed = (f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True))
+    prompt = "\n".join([question, *listed])
     gold = LETTERS[row["answer"]]
     extra = other_fields(row, "subject", "question", "choices", "answer")
     extra |= {"subject": subject, "category": CATEGORY.get(subject, "unknown")}
@@ -102,7 +103,7 @@ def ask(examples: list[Example], section: BenchmarkSection, renderer: Renderer) 
         turns = [(f"{shot.prompt}\nAnswer:", str(shot.gold)) for shot in shots[subject]]
         topic = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:", example=example)
+        text, ids = renderer.few_shot(head, turns, f"{example.prompt}\nAnswer:")
         prompts.append(RenderedPrompt(text, ids, stop, words if section.mode == "likelihood" else ()))
     return prompts
 

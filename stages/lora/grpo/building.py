@@ -86,7 +86,7 @@ class Grpo(Training):
 
     @cached_property
     def prompts(self) -> RlPrompts:
-        return RlPrompts.from_labels(self.labels, self.renderer, self.section, self.functions, self.seed)
+        return RlPrompts.from_labels(self.labels, self.renderers, self.section, self.functions, self.seed)
 
     @cached_property
     def backend(self) -> Sandbox | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Sampler
 
-from stages.config import RlSection
+from stages.config import FAST, RlSection
 from stages.errors import DataError
 from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
@@ -42,6 +42,9 @@ class RlPrompts:
     """Number of System 1 rows that lack a column which a reward reads, so that they are not replayed."""
     long: int
     """Number of prompts to train on that are too long."""
+    answer_format: str = "hash"
+    fast: frozenset[str] = frozenset()
+    """The prompts in the fast mode, where a completion that works its answer out earns nothing."""
 
     @property
     def system2_rows(self) -> int:
@@ -57,12 +60,12 @@ class RlPrompts:
     def from_labels(
         cls,
         labels: list[Labelled],
-        renderer: Renderer,
+        renderers: dict[str, Renderer],
         rl: RlSection,
         functions: dict[str, Callable[..., Any]],
         seed: int,
     ) -> RlPrompts:
-        """functions: the rewards by name.
+        """renderers: by mode. functions: the rewards by name.
 
         DataError if a row to train on lacks a column that a reward reads, or if rows are too few. A System 1
         row that lacks one is counted, and not replayed.
@@ -72,10 +75,11 @@ class RlPrompts:
         needed = {name: loading.required_fields(function) for name, function in functions.items()}
         columns = {column for names in needed.values() for column in names}
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
-        trained = [row_fields(example, renderer) for example in examples]
+        trained = [row_fields(e, renderer) for e in examples for renderer in _of_system(renderers, 2)]
         loading.check_fields(needed, trained)
-        system1 = _system1_rows(labels, trained, renderer) if rl.replay_prompts else []
-        tokens = {row["prompt"]: renderer.ids(row["prompt"]) for row in trained + system1}
+        system1 = _system1_rows(labels, trained, _of_system(renderers, 1)) if rl.replay_prompts else []
+        ids = next(iter(renderers.values())).ids
+        tokens = {row["prompt"]: ids(row["prompt"]) for row in trained + system1}
         fitting, too_long = _fitting(trained, tokens, rl)
         system1, too_long_system1 = _fitting(system1, tokens, rl)
         too_long += too_long_system1
@@ -93,21 +97,32 @@ class RlPrompts:
             ),
             tokens=tokens,
             ids={tuple(tokens[row["prompt"]]): row["id"] for row in rows},
+            answer_format=next(iter(renderers.values())).section.answer_format,
+            fast=frozenset(
+                renderers[FAST].prompt(row.example.prompt, example=row.example)
+                for row in labels
+                if FAST in renderers and row.system == 1
+            ),
             replayed=len(replayed),
             unrewardable=len(system1) - len(replayed),
             long=too_long,
         )
 
 
+def _of_system(renderers: dict[str, Renderer], system: int) -> list[Renderer]:
+    """Those of the modes under which RL asks a system's questions."""
+    return [renderer for mode, renderer in renderers.items() if mode != FAST or system == 1]
+
+
 def _system1_rows(
-    labels: list[Labelled], trained: list[dict[str, Any]], renderer: Renderer
+    labels: list[Labelled], trained: list[dict[str, Any]], renderers: list[Renderer]
 ) -> list[dict[str, Any]]:
     """System 1 rows with a question that RL does not train on, one for each prompt.
 
     A question may have rows with several responses, and even with both labels.
     """
     questions = {row["question"] for row in trained}
-    rows = [row_fields(row.example, renderer) for row in labels if row.system == 1]
+    rows = [row_fields(row.example, each) for row in labels if row.system == 1 for each in renderers]
     return list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
 
 

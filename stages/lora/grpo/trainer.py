@@ -22,7 +22,7 @@ from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompt
 from stages.lora.grpo.rollouts import Generated, RolloutSampler, ThoughtLimit
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
-from stages.prompts import thoughts
+from stages.prompts import answers, thoughts
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,12 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             for prompt, tokens in zip(prompts, completion_ids_list, strict=True)
         ]
         rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
+        if self.prompts.fast:
+            worked = [
+                prompt in self.prompts.fast and answers.works_out(text, self.prompts.answer_format)
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+            rewards[self.accelerator.gather(torch.tensor(worked, device=rewards.device))] = 0
         totals = zero_signal.total_rewards(rewards, self.reward_weights)
         self._equal = zero_signal.equal_groups(totals, self.num_generations)
         if self.rl.replay_prompts and self.model.training:

@@ -12,11 +12,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.config import BaselineSection, LoraSection, ModelSection, PromptSection, RlSection, SftSection
+from stages.config import (
+    AUTO,
+    BaselineSection,
+    LoraSection,
+    ModelSection,
+    ModesSection,
+    PromptSection,
+    RlSection,
+    SftSection,
+)
 from stages.lora.adapter import adapter, baselines, elements
 from stages.lora.importance.masks import Masks
 from stages.models.tokenizer import load_tokenizer
-from stages.prompts.renderer import Renderer
+from stages.prompts.renderer import Renderer, renderers_of
 from stages.records import Labelled, read_labels
 
 
@@ -87,6 +96,7 @@ class Training:
     """The section of the stage itself."""
     model: ModelSection
     prompt: PromptSection
+    modes: ModesSection | None
     lora: LoraSection
     baseline: BaselineSection | None
     seed: int
@@ -96,8 +106,14 @@ class Training:
         return read_labels(self.context.labels)
 
     @cached_property
+    def renderers(self) -> dict[str, Renderer]:
+        """The renderer of each mode, or one under ""."""
+        return renderers_of(load_tokenizer(self.model), self.section.prompt or self.prompt, self.modes)
+
+    @property
     def renderer(self) -> Renderer:
-        return Renderer(load_tokenizer(self.model), self.section.prompt or self.prompt, self.labels)
+        """The renderer of a question in no particular mode."""
+        return self.renderers[AUTO if self.modes else ""]
 
     @cached_property
     def start(self) -> StartingAdapter:
