@@ -32,7 +32,7 @@ def command(
     if by is not None:
         hint = f"lorapar show {options.typed_config} --by {by}"
         raise ConfigError("--by goes with the results of all evaluations", hint)
-    named = [s for name, s in steps.items() if stage in (name, s.stage.name) or name.startswith(f"{stage}@")]
+    named = [s for name, s in steps.items() if name == stage or name.startswith((f"{stage}@", f"{stage}:"))]
     if not named:
         raise ConfigError(f"no stage {stage!r}", f"choose from: {', '.join(steps)}")
     for step in named:

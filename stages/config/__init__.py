@@ -78,9 +78,10 @@ class Config(Section):
                 "sft and rl start from each other; "
                 "the reversed order is sft.start_from=rl with rl.start_from=init"
             )
-        chosen = {name: getattr(self.sft, name) for name in ("data", "system2_share", "system1_targets")}
-        if self.modes and chosen != {"data": "system1", "system2_share": 0, "system1_targets": "full"}:
-            yield f"modes say what SFT learns from; leave out sft.{', sft.'.join(chosen)}"
+        defaults = {"data": "system1", "system2_share": 0, "system1_targets": "full"}
+        changed = [f"sft.{name}" for name in defaults if getattr(self.sft, name) != defaults[name]]
+        if self.modes and changed:
+            yield f"modes say what SFT learns from; leave out {', '.join(changed)}"
         if in_mode := [target for target in self.eval.targets if ":" in target and not self.modes]:
             yield f"eval.targets: {in_mode[0]} is asked in a mode, and there is no section modes"
         if self.baseline is not None:

@@ -1,4 +1,6 @@
-"""Modes: messages under which one adapter answers at once, works its answer out, or decides that itself."""
+"""Modes of one adapter. Prompts: `prompts/renderer.renderers_of`; SFT's rows: `lora/examples.trained_by_sft`;
+RL's prompts: `lora/grpo/prompts`; an export's template: `prompts/chat_template.with_modes`.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -42,7 +42,9 @@ def with_known_labels(
         systems.setdefault(key, set()).add(system or 0)
     key_of = {}
     for example in examples:
-        keys = [key for key in _keys(example, required) if key in systems]
+        row_id = example.extra.get("id") if required else None
+        row_ids = [str(row_id)] if row_id is not None else []
+        keys = [key for key in (example.id, example.conversation.strip(), *row_ids) if key in systems]
         key_of[example.id] = min(keys, key=lambda key: len(systems[key]) > 1, default=None)
     if ambiguous := sorted({key[:60] for key in key_of.values() if key and len(systems[key]) > 1}):
         raise data_error(f"row with both labels in {where}", ambiguous)
@@ -55,12 +57,6 @@ def with_known_labels(
         message = "%d of %d examples have no label in %s: they stay undecided"
         log.warning(message, unlabelled, len(rows), where)
     return rows
-
-
-def _keys(example: Example, by_row_id: bool) -> list[str]:
-    """The keys by which a file may name an example, the most specific first."""
-    row_id = example.extra.get("id") if by_row_id else None
-    return [example.id, example.conversation.strip(), *([str(row_id)] if row_id is not None else [])]
 
 
 def system_of(value: Any) -> int | None:

@@ -20,7 +20,7 @@ SMALL = yaml.safe_load("""
 lora: {r: 4}
 score: {examples: 4}
 classify: {voters: [{persona: steps, engine: transformers, shots: 2}], system2_share: 0.5, accept_weak: true}
-sft: {max_steps: 2, batch_size: 4, per_device_train_batch_size: 4, system2_share: 0.3}
+sft: {max_steps: 2, batch_size: 4, per_device_train_batch_size: 4}
 rl: {max_steps: 1, prompts_per_step: 2, num_generations: 2, per_device_train_batch_size: 4,
      max_completion_length: 8}
 """)
@@ -71,4 +71,4 @@ def test_commands_of_readme_and_guide(home: Path, tiny: Path, lorapar: Callable[
         if words[1] == "init":
             make_small(home / "rows.yaml")
     assert (home / "report/report.html").exists()
-    assert (home / "served/README.md").exists()
+    assert (home / "adapter/README.md").exists()
