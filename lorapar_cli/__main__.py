@@ -6,9 +6,11 @@ import sys
 def main() -> None:
     try:
         if sys.argv[1:] in ([], ["--help"], ["-h"], ["--version"]):
+            from importlib.metadata import version
+
             from lorapar_cli import commands
 
-            print(commands.own_version() if sys.argv[1:] == ["--version"] else commands.usage())
+            print(version("lorapar") if sys.argv[1:] == ["--version"] else commands.usage())
         else:
             from lorapar_cli.app import main as run
 

@@ -1,10 +1,9 @@
-"""All commands with a one-line description, in groups, and the version.
+"""All commands with a one-line description, in groups.
 
 Imports nothing heavy, so that `lorapar --help` takes 23 ms; importing every command takes 430 ms.
 """
 
 import textwrap
-from pathlib import Path
 
 from stages import ORDER, about
 
@@ -48,19 +47,3 @@ def usage() -> str:
             lines += textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
     lines += ["", "--version; --install-completion for your shell. Guide: docs/, or make docs"]
     return "\n".join(lines)
-
-
-def own_version() -> str:
-    """Return such as `0.1.0 (commit 1a2b3c4, changed)`; of a wheel the number alone."""
-    import subprocess
-    from importlib.metadata import version
-
-    clone = Path(__file__).parent.parent
-    if not (clone / ".git").exists():
-        return version("lorapar")
-    command = ["git", "-C", str(clone), "describe", "--always", "--dirty=, changed", "--exclude=*"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or a clone that another user owns
-        return version("lorapar")
-    return f"{version('lorapar')} (commit {commit})"

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from lorapar_cli.commands import own_version
 from stages.errors import first_line
 from stages.runtime import gpu, resources
 
@@ -27,7 +26,7 @@ def command() -> None:
 
 def examine() -> Iterator[Finding]:
     """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
-    yield "lorapar", f"{own_version()}, Python {platform.python_version()}, {sys.executable}", None
+    yield "lorapar", f"{version('lorapar')}, Python {platform.python_version()}, {sys.executable}", None
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "system", f"{system}, {resources.usable_cores()} of {os.cpu_count()} cores usable", None
     for package in ("torch", "transformers", "peft", "trl", "vllm"):

@@ -30,6 +30,8 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
 
     if not settings.served_by_vllm:
         raise ConfigError("vLLM serves no baseline, and no adapter of a 4-bit base")
+    if settings.prompt_of(artifact.manifest["stage"]).template != "chat":
+        raise ConfigError("a server takes chats, and the adapter learned prompts without", "lorapar ask")
     with tempfile.TemporaryDirectory(prefix="lorapar-serve-") as name:
         folder = Path(name)
         export.fill(folder, artifact, settings, "adapter")

@@ -128,11 +128,6 @@ def _journals(model: ModelSection, classify: ClassifySection, context: StageCont
     return list(journals.values())
 
 
-def _model_of(journal: VoteJournal) -> tuple[str, ...]:
-    voter = journal.voter
-    return voter.model or "", voter.revision, voter.engine, str(voter.vllm)
-
-
 def _collect_votes(
     journals: list[VoteJournal],
     model: ModelSection,
@@ -149,7 +144,8 @@ def _collect_votes(
     progress = context.progress
     missing = {journal.title: len(journal.missing()) for journal in journals}
     lanes: dict[str, list[VoteJournal]] = {}
-    for journal in sorted(journals, key=_model_of):
+    of_model = ("model", "revision", "engine", "vllm")
+    for journal in sorted(journals, key=lambda each: [str(getattr(each.voter, name)) for name in of_model]):
         if missing[journal.title]:
             lanes.setdefault(str(journal.voter.base_url or journal.voter.devices or ""), []).append(journal)
         else:

@@ -82,6 +82,8 @@ class Config(Section):
         changed = [f"sft.{name}" for name in defaults if getattr(self.sft, name) != defaults[name]]
         if self.modes and changed:
             yield f"modes say what SFT learns from; leave out {', '.join(changed)}"
+        if self.modes and self.rl.too_long == "truncate_left":
+            yield "rl.too_long truncate_left would cut the message of a mode; use drop"
         if in_mode := [target for target in self.eval.targets if ":" in target and not self.modes]:
             yield f"eval.targets: {in_mode[0]} is asked in a mode, and there is no section modes"
         if self.baseline is not None:

@@ -1,6 +1,5 @@
 """Modes of one adapter. Prompts: `prompts/renderer.renderers_of`; SFT's rows: `lora/examples.trained_by_sft`;
-RL's prompts: `lora/grpo/prompts`; an export's template: `prompts/chat_template.with_modes`.
-"""
+RL's prompts: `lora/grpo/prompts`; an export's template: `prompts/chat_template.with_modes`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -238,6 +238,8 @@ def _rl(profile: DataProfile) -> Iterator[Choice]:
         yield Choice(
             "rl.prompts_per_step", power_of_two, f"for {MIN_RL_STEPS} steps on {system2} System 2 rows"
         )
+    elif profile.modes and profile.system2_rows != number:
+        yield Choice("rl.system1_share", 0.375, "so that fast and auto are practised, too: the demo's")
     yield Choice("rl.max_prompt_length", prompt, prompt_why)
     yield Choice("rl.max_completion_length", completion, f"responses, with a quarter more: {response_why}")
     if profile.thinks:

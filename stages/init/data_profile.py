@@ -27,7 +27,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.plan.tokens import Lengths
 from stages.prompts.answers import extract_letter, parse_number
 from stages.prompts.chat_template import arguments_of
-from stages.prompts.renderer import IGNORED, PROBE, Renderer
+from stages.prompts.renderer import IGNORED, PROBE, Renderer, renderers_of
 from stages.prompts.thoughts import opened
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
     worked = sum(map(is_worked, rows.examples))
     switch, modes = _switch(tokenizer, section), None
     if answered and (switch or worked >= FEWEST_WORKED):
-        section, modes = _modes(section, switch)
+        with suppress(ConfigError):  # of a template that takes no message, or drops it
+            renderers_of(tokenizer, *(pair := _modes(section, switch)))
+            section, modes = pair
     renderer = Renderer(tokenizer, prompt_under(section, modes, SLOW))
     systems = [system_of(example.extra.get("system")) for example in rows.examples]
     base = without_weights(model)

@@ -10,6 +10,7 @@ from typing import Any
 from stages.config import AUTO, FAST, SLOW, ModesSection, ScoreSection, SftSection, SourceSection
 from stages.data.rows import read
 from stages.errors import DataError
+from stages.prompts.answers import equals_gold
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ def bare(example: Example) -> Example:
 
 def is_worked(example: Example) -> bool:
     """True if an example's response has more in it than the final answer."""
-    gold = example.gold or ""
-    return bool(example.thought or example.response.strip() not in ("", gold, f"#### {gold}"))
+    response = example.response.replace("####", "").strip()
+    return bool(example.thought or (response and not (example.gold and equals_gold(response, example.gold))))
 
 
 def trained_by_sft(

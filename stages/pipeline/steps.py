@@ -63,24 +63,19 @@ def plan_steps(config: Config) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for name in _in_order(inputs):
         s, planned = described[name]
+        readers = (s.name, f"{s.name}:{planned.variant}")
+        keyed = {path: cache_key_fields(section(config, path)[1], *readers) for path in planned.sections}
         identity = {
             "stage": s.name,
             "variant": planned.variant,
             "version": s.version,
-            "config": _keyed(config, s.name, planned),
+            "config": keyed | {path: setting_at(config, path) for path in planned.settings},
             "inputs": {source: steps[source].key for source in planned.inputs},
             "outside": {read: outside[read] for read in planned.reads},
         }
         upstream = {source: steps[source] for source in planned.inputs}
         steps[name] = Step(s, planned, key_of(identity), identity, upstream)
     return steps
-
-
-def _keyed(config: Config, stage_name: str, planned: Planned) -> dict[str, Any]:
-    """The values of settings on which a step depends, by section."""
-    readers = (stage_name, f"{stage_name}:{planned.variant}")
-    sections = {path: cache_key_fields(section(config, path)[1], *readers) for path in planned.sections}
-    return {**sections, **{path: setting_at(config, path) for path in planned.settings}}
 
 
 def _in_order(inputs: dict[str, tuple[str, ...]]) -> list[str]:

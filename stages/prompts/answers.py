@@ -19,6 +19,7 @@ from stages.prompts.thoughts import after_thought, split
 _ANSWER_LINE = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _OPENING_TAG, _CLOSING_TAG = "<answer>", "</answer>"
+_TAGGED = re.compile(r"<answer>(?:(?!</?answer>).)*</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ def extract(text: str, answer_format: str) -> Extracted:
 
 
 def works_out(text: str, answer_format: str) -> bool:
-    """True if a text has a thought, or anything before its final answer."""
+    """True if a text has a thought, or anything beside its final answer."""
     thought, answer = split(text)
-    head, marker, _ = answer.partition(_OPENING_TAG if answer_format == "xml" else "####")
-    return bool(thought or (marker and re.sub(r"</?reasoning>|\s", "", head)))
+    finals = _TAGGED.finditer(answer) if answer_format == "xml" else _ANSWER_LINE.finditer(answer)
+    if last := collections.deque(finals, maxlen=1):  # the one that `extract` reads
+        answer = re.sub(r"</?reasoning>|\s", "", answer[: last[0].start()] + answer[last[0].end() :])
+    return bool(thought or (last and answer))
 
 
 def _last_number(text: str) -> str | None:

@@ -31,8 +31,7 @@ def chat(
     from jinja2 import TemplateError
 
     try:
-        # transformers from 5.24 on takes no function as an argument of a template, so the date is written in.
-        template = _TODAY.sub(lambda call: json.dumps(DATE.strftime(call[2])), tokenizer.get_chat_template())
+        template = _dated(tokenizer.get_chat_template())
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=ask, chat_template=template, **arguments
         )
@@ -48,6 +47,11 @@ def chat(
         ) from None
 
 
+def _dated(template: str) -> str:
+    # transformers from 5.24 on takes no function as an argument of a template, so the date is written in.
+    return _TODAY.sub(lambda call: json.dumps(DATE.strftime(call[2])), template)
+
+
 def with_modes(template: str, prompt: PromptSection, modes: ModesSection | None) -> str:
     """A chat template that renders a chat as training did, in the mode that its variable `mode` names.
 
@@ -55,7 +59,7 @@ def with_modes(template: str, prompt: PromptSection, modes: ModesSection | None)
     is the template's error, which servers pass on to those who ask.
     """
     names = MODES if modes else (AUTO,)
-    head = "{%- set mode = mode if mode is defined else 'auto' -%}"
+    head = "{%- set mode = mode if mode is defined and mode else 'auto' -%}"
     for mode in names:
         section = prompt_under(prompt, modes, mode)
         added = (getattr(modes, mode).system if modes else None) or ""
@@ -65,17 +69,21 @@ def with_modes(template: str, prompt: PromptSection, modes: ModesSection | None)
         sets = "".join(f"{{%- set {name} = {text} -%}}" for name, text in texts.items())
         head += f"{{%- {'if' if mode == names[0] else 'elif'} mode == '{mode}' -%}}{sets}"
     wrong = f"mode is one of {', '.join(names)}"
-    return f"{head}{{%- else -%}}{{{{- raise_exception('{wrong}') -}}}}{{%- endif -%}}{_PREPEND}{template}"
+    head += f"{{%- else -%}}{{{{- raise_exception('{wrong}') -}}}}{{%- endif -%}}"
+    return head + _PREPEND + _dated(template)
 
 
 _PREPEND = (
     "{%- if messages and messages[0]['role'] == 'system' -%}{%- if _added -%}"
-    "{%- set messages = [{'role': 'system', 'content': messages[0]['content'] ~ '\n\n' ~ _added}]"
-    " + messages[1:] -%}{%- endif -%}"
+    "{%- set own, _added = messages[0]['content'], '\\n\\n' ~ _added -%}"
+    "{%- set own = own ~ _added if own is string else own + [{'type': 'text', 'text': _added}] -%}"
+    "{%- set messages = [{'role': 'system', 'content': own}] + messages[1:] -%}{%- endif -%}"
     "{%- elif _system -%}"
-    "{%- set messages = [{'role': 'system', 'content': _system}] + messages -%}{%- endif -%}"
+    "{%- set messages = [{'role': 'system', 'content': _system}] + messages -%}{%- endif -%}{{- '' }}"
 )
-"""Puts the message of a mode behind the chat's own system message, or before a chat without one."""
+"""Puts the message of a mode behind the chat's own system message, or before a chat without one.
+
+It ends in a print of nothing, so that no white space at the beginning of the template is stripped."""
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from stages import escaping
 from stages.config import AUTO, FAST, MODES, TRAINED, Config, prompt_under
 from stages.engines.vllm import context_length, lora_flags
+from stages.engines.vllm import flags as vllm_flags
 from stages.errors import ConfigError
 from stages.evaluation.statistics import Interval
 from stages.prompts.renderer import plain
@@ -110,7 +111,7 @@ def _usage(config: Config, trained: Artifact, form: Form, folder: Path) -> list[
     except ConfigError:  # its rank is larger than vLLM serves
         return texts
     texts.append(f"Or a server of vLLM, started in this folder:\n\n```sh\n{server}\n```")
-    if config.modes:
+    if config.modes and config.prompt_of(trained.manifest["stage"]).template == "chat":
         mode = json.dumps({"chat_template_kwargs": {"mode": FAST}})
         texts.append(
             f"A request names its mode, one of {', '.join(MODES)}, by `{mode}`; without a name it is {AUTO}."
@@ -133,6 +134,7 @@ def server_command(config: Config, dtype: str, folder: Path, merged: bool) -> st
         flags += f" --chat-template {TEMPLATE}"
     length = context_length(config.model, config.server)
     dtype_flag = f" --dtype {dtype}" if dtype else ""
+    flags = " ".join([flags, *map(escaping.shell, vllm_flags(config.server.vllm | {"max_model_len": None}))])
     return f"vllm serve {base} --generation-config vllm{dtype_flag} --max-model-len {length} {flags}"
 
 

@@ -84,6 +84,7 @@ def _work(texts: Texts, _: str) -> Work | None:
     if texts.config.baseline is not None:
         return None
     examples = number if rl.data == "all" else number * (1 - SYSTEM1_SHARE)
+    examples *= 2 if texts.config.modes else 1  # under auto and slow
     steps = steps_of(int(examples // (rl.prompts_per_step - rl.replay_prompts)), rl)
     if not steps:
         return None

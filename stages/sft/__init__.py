@@ -51,6 +51,8 @@ def _work(texts: Texts, _: str) -> Work | None:
     if texts.config.baseline is not None or not number:
         return None  # SFT may still imitate answers alone, and no row is rendered with its answer
     examples = number if sft.data == "all" else number * SYSTEM1_SHARE * (1 + sft.system2_share)
+    if modes := texts.config.modes:  # System 1 under fast, auto and slow, System 2 under auto and slow
+        examples = number * (SYSTEM1_SHARE * (2 + modes.system1_under_slow) + 2 * (1 - SYSTEM1_SHARE))
     steps = steps_of(math.ceil(examples / sft.batch_size), sft)
     rows = [row.input_ids for row in texts.trained_rows(sft)]  # the longest first
     size = sft.per_device_train_batch_size

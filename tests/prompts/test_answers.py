@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from stages.prompts import answers
-from stages.prompts.answers import equals_gold, extract, gold_from_response, parse_number, rewrite
+from stages.prompts.answers import equals_gold, extract, gold_from_response, parse_number, rewrite, works_out
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,18 @@ def test_what_is_odd(text, strict, flexible):
     found = extract(text, "hash")
     assert (parse_number(found.strict) if found.strict else None) == strict
     assert (parse_number(found.flexible) if found.flexible else None) == flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "style", "works"),
+    [
+        ("#### 12", "hash", False), (" #### 12\n", "hash", False), ("3 * 4 = 12\n#### 12", "hash", True),
+        ("#### 3 * 4 = 12\n#### 12", "hash", True), ("####\n3 * 4\n#### 12", "hash", True),
+        ("##### 3 * 4\n#### 12", "hash", True), ("#### 12\nas 3 * 4 = 12", "hash", True),
+        ("<think>3 * 4</think>#### 12", "hash", True), ("<think>\n\n</think>\n\n#### 12", "hash", False),
+        ("<reasoning>\n\n</reasoning>\n<answer>\n12\n</answer>", "xml", False),
+        ("<answer></answer> 3 * 4 <answer>12</answer>", "xml", True), ("Twelve.", "hash", False),
+    ],
+)  # fmt: skip
+def test_an_answer_at_once_has_nothing_beside_it(text, style, works):
+    assert works_out(text, style) == works

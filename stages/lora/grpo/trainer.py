@@ -150,7 +150,8 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
                 prompt in self.prompts.fast and answers.works_out(text, self.prompts.answer_format)
                 for prompt, text in zip(prompts, texts, strict=True)
             ]
-            rewards[self.accelerator.gather(torch.tensor(worked, device=rewards.device))] = 0
+            at_most_0 = self.accelerator.gather(torch.tensor(worked, device=rewards.device))
+            rewards[at_most_0] = rewards[at_most_0].clamp(max=0)
         totals = zero_signal.total_rewards(rewards, self.reward_weights)
         self._equal = zero_signal.equal_groups(totals, self.num_generations)
         if self.rl.replay_prompts and self.model.training:
