@@ -11,7 +11,6 @@ from stages.config import Config
 from stages.engines import Sampling
 from stages.prompts import thoughts
 from stages.prompts.renderer import renderers_of
-from stages.records import Example
 
 if TYPE_CHECKING:
     from stages.store.artifacts import Artifact
@@ -45,7 +44,7 @@ class TrainedModel:
         from stages.engines.continuous_batching import generate
 
         for mode, renderer in self.renderers.items():
-            prompt = renderer.prompt(question, example=Example("", question, "", None))
+            prompt = renderer.prompt(question)
             sampling = Sampling(self.limit, tuple(renderer.stop_ids))
             begun = time.perf_counter()
             [(_, completion)] = generate(self.model, self.tokenizer, [renderer.ids(prompt)], sampling)

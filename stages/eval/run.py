@@ -143,8 +143,9 @@ def answer_together(calls: list[tuple[StageContext, dict[str, Any]]]) -> None:
     if not vllm.serves_modules():
         return
     evaluations = [Evaluation(context, **sections) for context, sections in calls]
-    # Should another process's server answer on the same port, it has no model of such a name.
-    names = {each.target: f"{each.target}-{os.getpid()}".replace(":", "-") for each in evaluations}
+    # Should another process's server answer on the same port, it has no model of such a name. The modes of an
+    # adapter are one module.
+    names = {each.target: f"{split_target(each.target)[0]}-{os.getpid()}" for each in evaluations}
     adapters = {names[e.target]: adapter for e in evaluations if (adapter := e.context.adapter) is not None}
     first = evaluations[0]
     with ExitStack() as stack:
