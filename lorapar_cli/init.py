@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lorapar_cli import terminal
-from lorapar_cli.options import argument, value
+from lorapar_cli.options import argument, pairs, value
 from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.data.rows import local_file
@@ -70,7 +70,8 @@ def command(
     _check_paths(data, path, labels)
     written: list[Path] = []
     try:
-        rows = _rows(data, path.parent, tests or [], _pairs(columns), holds_out, written)
+        mapping = pairs((columns or "").split(","), "--columns", "such as question=Prompt,answer=Completion")
+        rows = _rows(data, path.parent, tests or [], mapping, holds_out, written)
         _write_config(data, model, path, labels, rows)
     except BaseException:  # such as a full disk
         for file in [path, *written]:
@@ -93,15 +94,6 @@ def _check_paths(data: str, path: Path, labels: str | None) -> None:
     local_file(DataSection(path=data))
     if labels and not Path(labels).is_file():
         raise MissingInputError(f"--labels {labels}: no such file")
-
-
-def _pairs(text: str | None) -> dict[str, str]:
-    """The pairs of --columns."""
-    items = [item.partition("=") for item in (text or "").split(",") if item.strip()]
-    pairs = {name.strip(): column.strip() for name, _, column in items}
-    if not all(pairs.values()):
-        raise ConfigError(f"--columns {text}: an item has no =", "such as question=Prompt,answer=Completion")
-    return pairs
 
 
 def _rows(

@@ -38,6 +38,14 @@ def _quiet(is_quiet: bool) -> bool:
     return is_quiet
 
 
+def pairs(texts: list[str], option: str, hint: str) -> dict[str, str]:
+    """The values of an option in KEY=VALUE texts, by key."""
+    parts = [text.partition("=") for text in texts if text.strip()]
+    if wrong := [key for key, _, right in parts if not right.strip()]:
+        raise ConfigError(f"{option} {wrong[0]}: expected KEY=VALUE", hint)
+    return {key.strip(): right.strip() for key, _, right in parts}
+
+
 _VARIANTS = " ".join(f"{s.name}: {s.variants_help}." for s in all_stages() if s.variants_help)
 ConfigPath = Annotated[Path, argument("YAML file; lorapar init writes one.", "CONFIG")]
 Overrides = Annotated[list[str] | None, value("Override a setting; repeatable.", "KEY=VALUE", "--set")]

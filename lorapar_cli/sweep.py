@@ -7,16 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import Overrides, Quiet, argument, flag, value
+from lorapar_cli.options import Overrides, Quiet, argument, flag, pairs, value
 from lorapar_cli.stage import begin_worker, make_step
 from stages import escaping
 from stages.config.yaml import parse_yaml
 from stages.errors import ConfigError
 from stages.runtime import gpu
 from stages.sweep.slurm import HINT, Cluster
-from stages.sweep.steps import Executor, Outcome, Workers, build_graph, run
+from stages.sweep.steps import Executor, Outcome, build_graph, run
 from stages.sweep.table import Table
 from stages.sweep.table import table as load_table
+from stages.sweep.workers import Workers
 
 MAX_JOBS = 1024
 TablePaths = Annotated[list[Path], argument("YAML files; lorapar init --example copies one.", "TABLE…")]
@@ -46,6 +47,8 @@ def command(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
+    if slurm and devices:
+        raise ConfigError("--devices cannot be combined with --slurm", "gpus_per_node=1 asks for GPUs")
     tables = load_tables(paths, seeds, base=base, only=only, overrides=set_)
     cells = [cell for table in tables for cell in table.cells]
     nodes = build_graph(cells)
@@ -80,11 +83,7 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:
-    """The parameters in KEY=VALUE texts."""
-    pairs = [text.partition("=") for text in texts]
-    if wrong := [key for key, equals, _ in pairs if not equals]:
-        raise ConfigError(f"--slurm {wrong[0]}: expected KEY=VALUE", HINT)
-    return {key.strip(): parse_yaml(value, f"--slurm {key}") for key, _, value in pairs}
+    return {key: parse_yaml(text, f"--slurm {key}") for key, text in pairs(texts, "--slurm", HINT).items()}
 
 
 def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:

@@ -1,19 +1,16 @@
 """The steps of a sweep: each artifact that cells need, once, made as soon as what it needs is there.
 
-Who makes the steps is an executor, such as `Workers` here and `Cluster` of slurm.py.
+An executor makes the steps: `Workers` of workers.py on this machine, `Cluster` of slurm.py on others.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +23,6 @@ from stages.sweep.table import Cell
 
 ArtifactId = tuple[str, str, str]
 """Folder of the run, stage, cache key."""
-MakeStep = Callable[[Config, Step, list[str], Path], int]
-"""Makes a step, with all output in this file, and returns the exit code that its command would have."""
 
 
 @dataclass
@@ -169,45 +164,3 @@ def _outcome(job: Future[int], node: Node, log: Path, say: Callable[[str], None]
         return Outcome(node, "done", 0, log)
     say(f"failed with exit code {code}: {node.title}; see {log}")
     return Outcome(node, "failed", code, log)
-
-
-class Workers:
-    """Executor whose steps are made by processes of this machine, one for each slot, which stay."""
-
-    poll_s = 0.05
-
-    def __init__(
-        self, slots: list[str | None], begin: Callable[[str | None], None], make_step: MakeStep
-    ) -> None:
-        """slots: the CUDA_VISIBLE_DEVICES of each step that may run at a time. begin: sets up a process."""
-        self.slots, self.begin, self.make_step = slots, begin, make_step
-        self.free = list(range(len(slots)))
-        self.pools: dict[int, ProcessPoolExecutor] = {}
-
-    @property
-    def has_room(self) -> bool:
-        return bool(self.free)
-
-    def submit(self, node: Node, log: Path) -> Future[int]:
-        slot = self.free.pop()
-        call = partial(self.make_step, node.config, node.step, node.command, log)
-        try:
-            job = self._pool(slot).submit(call)
-        except BrokenProcessPool:  # its process was killed in the step before
-            del self.pools[slot]
-            job = self._pool(slot).submit(call)
-        job.add_done_callback(lambda _: self.free.append(slot))
-        return job
-
-    def _pool(self, slot: int) -> ProcessPoolExecutor:
-        if slot not in self.pools:
-            fresh = multiprocessing.get_context("spawn")  # no GPU survives a fork
-            self.pools[slot] = ProcessPoolExecutor(1, fresh, self.begin, (self.slots[slot],))
-        return self.pools[slot]
-
-    def close(self, interrupted: bool) -> None:
-        if interrupted:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-        for pool in self.pools.values():
-            pool.shutdown(cancel_futures=True)

@@ -18,6 +18,7 @@ from conftest import alive, wait_for
 from lorapar_cli import sweep
 from stages.errors import ConfigError
 from stages.sweep import slurm, steps
+from stages.sweep.workers import Workers
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def chain(monkeypatch, tmp_path):
 
 
 def workers(make_step, slots=2):
-    return steps.Workers([None] * slots, worker_steps.begin, make_step)
+    return Workers([None] * slots, worker_steps.begin, make_step)
 
 
 @pytest.fixture

@@ -77,7 +77,11 @@ class RlPrompts:
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
         trained = [row_fields(e, renderer) for e in examples for renderer in _of_system(renderers, 2)]
         loading.check_fields(needed, trained)
-        system1 = _system1_rows(labels, trained, _of_system(renderers, 1)) if rl.replay_prompts else []
+        # One row for each System 1 prompt: a question may have several responses, and even both labels.
+        questions = {row["question"] for row in trained}
+        easy = [row.example for row in labels if row.system == 1] if rl.replay_prompts else []
+        rows = [row_fields(e, renderer) for e in easy for renderer in _of_system(renderers, 1)]
+        system1 = list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
         ids = next(iter(renderers.values())).ids
         tokens = {row["prompt"]: ids(row["prompt"]) for row in trained + system1}
         fitting, too_long = _fitting(trained, tokens, rl)
@@ -112,18 +116,6 @@ class RlPrompts:
 def _of_system(renderers: dict[str, Renderer], system: int) -> list[Renderer]:
     """Those of the modes under which RL asks a system's questions."""
     return [renderer for mode, renderer in renderers.items() if mode != FAST or system == 1]
-
-
-def _system1_rows(
-    labels: list[Labelled], trained: list[dict[str, Any]], renderers: list[Renderer]
-) -> list[dict[str, Any]]:
-    """System 1 rows with a question that RL does not train on, one for each prompt.
-
-    A question may have rows with several responses, and even with both labels.
-    """
-    questions = {row["question"] for row in trained}
-    rows = [row_fields(row.example, each) for row in labels if row.system == 1 for each in renderers]
-    return list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
 
 
 def _fields_of_rewards(
