@@ -27,7 +27,7 @@ from stages.labelling.personas import held_out, personas, question_of, shots_of
 from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
 from stages.pipeline.context import StageContext
-from stages.records import Example, Labelled, write_labels
+from stages.records import Labelled, write_labels
 from stages.runtime.background import in_background
 
 log = logging.getLogger(__name__)
@@ -44,18 +44,19 @@ def run(
     data: DataSection | None = None,
     benchmark: BenchmarkSection | None = None,
 ) -> dict[str, Any]:
-    """Write `labels.jsonl` and `report.json`; returns the counts.
-
-    labels.jsonl has every example of `data`, or of `benchmark`, with its label and votes. Without voters
-    there is no report.
-    """
+    """Write `labels.jsonl`, the label and votes of each example; with voters report.json; return the counts."""
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     brings_labels = benchmark is not None and benchmark.brings_labels
     if brings_labels:
         classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
     if classify.strategy in UNVOTED:
-        # Training rows need labels; items of a benchmark only if it was said to bring them.
-        rows = _label_without_voters(examples, classify, required=benchmark is None or brings_labels)
+        if classify.strategy == "random":
+            generator, share = random.Random(classify.seed), classify.system2_share or 0.5
+            rows = [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
+        else:
+            # Training rows need labels; items of a benchmark only if it was said to bring them.
+            required = benchmark is None or brings_labels
+            rows = with_known_labels(examples, classify.known, classify.labels_file, required)
         write_labels(context.out / "labels.jsonl", rows)
         return report.counts(rows)
     bare = sum(not example.response for example in examples)
@@ -84,16 +85,6 @@ def run(
     votes = {title: voter["system2_share"] for title, voter in content["voters"].items()}
     agreement = {"agrees_with_known": content["known"]["agreement"]} if "known" in content else {}
     return {**report.counts(rows), "votes_system2": votes, **agreement}
-
-
-def _label_without_voters(
-    examples: list[Example], classify: ClassifySection, required: bool
-) -> list[Labelled]:
-    """Label by strategy known or random. required: raise DataError if no row has a known label."""
-    if classify.strategy == "known":
-        return with_known_labels(examples, classify.known, classify.labels_file, required)
-    generator, share = random.Random(classify.seed), classify.system2_share or 0.5
-    return [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
 
 
 def _journals(model: ModelSection, classify: ClassifySection, context: StageContext) -> list[VoteJournal]:

@@ -1,5 +1,6 @@
-"""Modes of one adapter. Prompts: `prompts/renderer.renderers_of`; SFT's rows: `lora/examples.trained_by_sft`;
-RL's prompts: `lora/grpo/prompts`; an export's template: `prompts/chat_template.with_modes`."""
+"""Modes of one adapter; docs/thinking.md says who has which. Prompts: `prompts/renderer.renderers_of`; SFT's
+rows: `lora/examples.trained_by_sft`; RL's prompts: `lora/grpo/prompts`, and what a fast completion earns:
+`GrpoTrainer`; an export's template: `prompts/chat_template.with_modes`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

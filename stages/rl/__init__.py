@@ -73,7 +73,7 @@ def _spans(texts: Texts, _: str) -> Iterator[Span]:
 
 
 def _work(texts: Texts, _: str) -> Work | None:
-    """C = prompts_per_step · num_generations completions a step, sampled every μ steps, and learned from.
+    """C = prompts_per_step · num_generations completions a step, sampled and learned from once.
 
     Completions are packed behind one copy of their prompt. A forward pass without a backward pass, by the
     reference model or for the log-probabilities at sampling, is a third of both.

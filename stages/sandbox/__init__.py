@@ -2,7 +2,11 @@
 
 `from_settings` returns one. `inside.py` and `landlock.py` run in the sandboxed processes, `pair.py` runs a
 program against its tests, and `backends.py` starts the processes. This package needs only the standard
-library and `stages.errors`.
+library and `stages.errors`; `inside.py` and `landlock.py` import no file beside them.
+
+What may change: limits, mounts and back ends in `backends.py`, system calls in `.ci/sandbox_filters.py`. What
+must stay: program and tests in processes of their own, between which only plain data passes; no path that can
+be written; no run at all where a right could not be dropped. An attack goes into `tests/sandbox/hostile.py`.
 """
 
 import os

@@ -92,7 +92,10 @@ class RlPrompts:
         replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
         _check_enough(fitting, replayed, rl, too_long)
         rows = fitting + replayed
-        fields = _fields_of_rewards(rows, columns, functions)
+        # The rewards get the same fields of all rows.
+        named = set().union(*rows) & set().union(*map(loading.parameter_names, functions.values()))
+        names = sorted({"question", *columns} | loading.common_fields(rows) | named)
+        fields = [{name: row.get(name) for name in names} for row in rows]
         for name, function in functions.items():
             loading.check_signature(name, function, fields[0])
         return cls(
@@ -116,16 +119,6 @@ class RlPrompts:
 def _of_system(renderers: dict[str, Renderer], system: int) -> list[Renderer]:
     """Those of the modes under which RL asks a system's questions."""
     return [renderer for mode, renderer in renderers.items() if mode != FAST or system == 1]
-
-
-def _fields_of_rewards(
-    rows: list[dict[str, Any]], columns: set[str], functions: dict[str, Callable[..., Any]]
-) -> list[dict[str, Any]]:
-    """The fields of each row that the rewards read, the same ones of all rows."""
-    available = set().union(*rows)
-    named = available & set().union(*(loading.parameter_names(function) for function in functions.values()))
-    names = sorted({"question", *columns} | loading.common_fields(rows) | named)
-    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def row_fields(example: Example, renderer: Renderer) -> dict[str, Any]:

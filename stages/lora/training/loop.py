@@ -1,4 +1,8 @@
-"""The training loop of SFT and RL: trainer arguments and the run."""
+"""The training loop of SFT and RL: trainer arguments, and the run from the newest checkpoint on.
+
+One is saved every `save_steps` (25 by default), and after SAVE_S. A run that was killed at step 37 goes on
+from 25, as `ResumableTrainer` does it; `Checkpoints.newest` passes over damaged ones.
+"""
 
 from __future__ import annotations
 
