@@ -44,7 +44,7 @@ def run(
     data: DataSection | None = None,
     benchmark: BenchmarkSection | None = None,
 ) -> dict[str, Any]:
-    """Write `labels.jsonl`, the label and votes of each example; with voters report.json; return the counts."""
+    """Write `labels.jsonl`, the label and votes of each example, and if voters voted `report.json`."""
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
     brings_labels = benchmark is not None and benchmark.brings_labels
     if brings_labels:
