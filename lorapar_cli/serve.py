@@ -36,6 +36,6 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
         folder = Path(name)
         export.fill(folder, artifact, settings, "adapter")
         dtype = artifact.manifest["provenance"]["dtype"]
-        arguments = shlex.split(server_command(settings, dtype, folder, merged=False))[2:]
+        arguments = shlex.split(server_command(settings, dtype, folder, merged=False))[1:]
         terminal.say(f"{settings.run} at http://{host}:{port}/v1; Ctrl-C ends it")
         raise SystemExit(vllm.run_server([*arguments, "--host", host, "--port", str(port)], folder))

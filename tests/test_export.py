@@ -91,17 +91,17 @@ def test_the_card_says_how_vllm_serves_it(trained, tmp_path, monkeypatch):
     export.write(artifact, config, tmp_path / "out/a", "adapter")
     text = (tmp_path / "out/a/README.md").read_text(encoding="utf-8")
     how = "--generation-config vllm --dtype float32 --max-model-len 4096"
-    served = f"vllm serve {config.model.name} {how} --enable-lora --lora-modules {config.run}=."
+    served = f"api_server --model {config.model.name} {how} --enable-lora --lora-modules {config.run}=."
     assert f"{served} --max-loras 1 --max-lora-rank 8 --chat-template chat_template.jinja\n" in text
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/m").mkdir(parents=True)
     other = config.model_copy(update={"model": config.model.model_copy(update={"name": "models/m"})})
     text = card(other, artifact, "adapter", tmp_path / "out/a")
-    assert "vllm serve ../../models/m --generation-config vllm" in text
+    assert "api_server --model ../../models/m --generation-config vllm" in text
     file = tmp_path / "out/a/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))  # vLLM serves ranks up to 512
     text = card(config, artifact, "adapter", tmp_path / "out/a")
-    assert "vllm serve" not in text and "PeftModel.from_pretrained" in text
+    assert "api_server" not in text and "PeftModel.from_pretrained" in text
     tuned = config.model_copy(update={"baseline": BaselineSection(method="prompt_tuning")})
     with pytest.raises(ConfigError, match="--merged: prompt_tuning trains a prompt"):
         export.write(artifact, tuned, tmp_path / "w", "merged")

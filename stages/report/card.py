@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from stages import escaping
 from stages.config import AUTO, FAST, MODES, TRAINED, Config, prompt_under
-from stages.engines.vllm import context_length, lora_flags
+from stages.engines.vllm import SERVER, context_length, lora_flags
 from stages.engines.vllm import flags as vllm_flags
 from stages.errors import ConfigError
 from stages.evaluation.statistics import Interval
@@ -135,7 +135,8 @@ def server_command(config: Config, dtype: str, folder: Path, merged: bool) -> st
     length = context_length(config.model, config.server)
     dtype_flag = f" --dtype {dtype}" if dtype else ""
     flags = " ".join([flags, *map(escaping.shell, vllm_flags(config.server.vllm | {"max_model_len": None}))])
-    return f"vllm serve {base} --generation-config vllm{dtype_flag} --max-model-len {length} {flags}"
+    server = f"python {' '.join(SERVER)} {base} --generation-config vllm"
+    return f"{server}{dtype_flag} --max-model-len {length} {flags}"
 
 
 def code(config: Config, trained: Artifact, form: Form, folder: Path) -> str:

@@ -57,8 +57,8 @@ def test_the_card_of_a_base_in_4_bits(trained, tmp_path):
     quantized = config(model={"load_in_4bit": True})
     adapter, merged = (card(quantized, trained, form, tmp_path) for form in ("adapter", "merged"))
     assert (
-        "vllm serve" not in adapter
-        and "vllm serve . " in merged
+        "api_server" not in adapter
+        and "api_server --model . " in merged
         and "--served-model-name default\n" in merged
     )
     assert "load_in_4bit=True" in adapter and "load_in_4bit" not in merged.partition("| learned")[0]
