@@ -18,6 +18,26 @@ DEMO: tuple[Contrast, ...] = (
     ("the same, slow", "rl all 1e-3", ("rl",)),
     ("the same, fast", "sft all 1e-3", ("sft",)),
 )
+DEMO_ARMS = {"base": "base, four shots", "sft": "fast", "rl": "slow", "auto": "`auto`"}
+MODES: tuple[Contrast, ...] = (
+    ("(a) slow minus fast, one step", "rl slow:1", ("rl fast:1",)),
+    ("the same, two steps", "rl slow:2", ("rl fast:2",)),
+    ("(b) auto minus no modes", "rl auto", ("rl none",)),
+    ("(c) RL's gain in auto", "rl auto", ("sft auto",)),
+    ("(c) slow minus the better plain SFT", "rl slow", ("sft plain 96", "sft plain 180")),
+    ("the same, auto", "rl auto", ("sft plain 96", "sft plain 180")),
+    ("(d) auto minus a random mixture of fast and slow with as many tokens", "rl auto", ("mixture",)),
+)
+MODES_ARMS = {
+    "base": "base, four examples",
+    "sft auto": "`auto` after SFT",
+    "rl fast": "`fast` after RL",
+    "rl auto": "`auto`",
+    "rl slow": "`slow`",
+    "rl none": "no modes",
+    "sft plain 96": "plain SFT, 96 steps",
+    "sft plain 180": "180 steps",
+}
 RAFT: tuple[Contrast, ...] = (
     ("D1. GRPO minus RAFT", "rl", ("rl raft",)),
     ("D2. LoRA-PAR minus all elements, after GRPO", "rl", ("rl all",)),

@@ -4,7 +4,7 @@ python benchmarks/replicates.py                          write the tables into t
 python benchmarks/replicates.py --check                  fail if they stand there otherwise (`make check`)
 python benchmarks/replicates.py --add demo 53 runs/r53   keep the answers of a run as the demo's replicate 53
 
-An arm is a target of eval; with `--as NAME` it is that target with NAME behind it, such as `rl int8`.
+An arm is a target of eval, `rl fast` for rl:fast; `--as NAME` puts NAME behind it, such as `rl int8`.
 `--check` also compares every mean and interval that stands beside the values of its replicates in earlier.md,
 and looks for those that README and the guide quote in the tables.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import experiments
 from experiments import Contrast
 
-from stages.evaluation.statistics import interval, over_replicates, p_value, paired_difference, paired_p
+from stages.evaluation.statistics import over_replicates, p_value, paired_difference
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results"
@@ -40,9 +40,6 @@ QUOTED = re.compile(rf"({_NUMBER}\d?)(?:\s[%*a-z]+){{0,4}},?\s\[({_NUMBER}\d?)(?
 ROUNDING = 0.16
 """Farthest that a mean or an end may lie from the one of the rounded values."""
 BEGIN, END = "<!-- Written by benchmarks/replicates.py from {}-items.json.gz -->\n\n", "\n<!-- end -->"
-MODES = ("fast", "slow", "`auto`")
-TARGETS = ("base", "sft", "rl")
-"""What the demo evaluates, in the order of its page."""
 Replicate = dict[str, Any]
 """`system` of each item, for which its generator made it, and the `arms` by name.
 
@@ -59,14 +56,14 @@ def main() -> None:
     arguments = parser.parse_args()
     computed = [(RESULTS / "times.md").read_text(encoding="utf-8")]
     for name, (page, tables, benchmarks) in EXPERIMENTS.items():
-        items = RESULTS / f"{name}-items.json.gz"
+        items = RESULTS / f"{name.partition(' ')[0]}-items.json.gz"
         replicates = json.loads(gzip.decompress(items.read_bytes())) if items.exists() else {}
         if arguments.add and arguments.add[0] == name:
             add(replicates, arguments.add[1], Path(arguments.add[2]), benchmarks, arguments.suffix)
             text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
             items.write_bytes(gzip.compress(text.encode(), mtime=0))
         text = page.read_text(encoding="utf-8")
-        begin = BEGIN.format(name)
+        begin = BEGIN.format(name.partition(" ")[0])
         head, _, tail = text.partition(begin)
         computed.append("\n".join([*tables(replicates), ""]))
         written = head + begin + computed[-1] + END + tail.partition(END.strip())[2]
@@ -106,7 +103,7 @@ def add(
         if len(of_arm) > len(ids):
             ids, several = of_arm, len(benchmarks) > 1
             replicate["system"] = [n if several else sample["extra"]["intended"] for n, sample in numbered]
-        replicate["arms"][f"{target} {suffix}".rstrip()] = {
+        replicate["arms"][f"{target.replace(':', ' ')} {suffix}".rstrip()] = {
             "right": [int(sample["correct"]) for sample in samples],
             "tokens": [sample["extra"]["tokens"] for sample in samples],
             "cut": sum(sample["outcome"] == "truncated" for sample in samples),
@@ -136,23 +133,6 @@ def unknown_quotes(pages: Iterable[Path], tables: str) -> Iterator[str]:
                 yield f"{page.name}:{line}: {match[0]} is in no table that is computed"
 
 
-def demo_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown: accuracies and tokens of each replicate, then contrasts over replicates."""
-    titles = ("k", "base, four shots (cut)", *MODES, f"tokens: {', '.join(MODES)}", "better on its own kind")
-    yield f"| {' | '.join(titles)} |"
-    yield "|---" * len(titles) + "|"
-    for k, replicate in replicates.items():
-        arms = replicate["arms"]
-        accuracies_by_mode = [_by_system(replicate, name) for name in ("sft", "rl", "auto")]
-        lengths = ", ".join(f"{_tokens(replicate, name):.1f}" for name in ("sft", "rl", "auto"))
-        base = f"{_percent(arms['base']['right'])} ({arms['base']['cut']} of {len(arms['base']['right'])})"
-        yield f"| {k} | {base} | {' | '.join(accuracies_by_mode)} | {lengths} | {_specialised(replicate)} |"
-    yield ""
-    yield f"In the mean {_auto(replicates, '')}; with all elements {_auto(replicates, ' all')}."
-    yield ""
-    yield from contrasts(replicates, experiments.DEMO)
-
-
 def tables_of(
     arms: dict[str, str], compared: tuple[Contrast, ...], replicates: dict[str, Replicate]
 ) -> Iterator[str]:
@@ -166,17 +146,29 @@ def tables_of(
     yield from contrasts(replicates, compared)
 
 
-def run_table(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown: accuracies of one run by system, with intervals over items."""
+def modes_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown as of `tables_of`, with the random mixture of fast and slow as long as auto."""
     for replicate in replicates.values():
-        yield f"| items | {' | '.join(TARGETS)} |"
-        yield "|---" * (1 + len(TARGETS)) + "|"
-        for name, part in (("all", ""), ("system 1", ":1"), ("system 2", ":2")):
-            cells = []
-            for right in (_right(replicate, target + part) for target in TARGETS):
-                low, high = (100 * bound for bound in interval(right))
-                cells.append(f"{_percent(right)} [{low:.1f}, {high:.1f}]")
-            yield f"| {name} | {' | '.join(cells)} |"
+        fast, auto, slow = (replicate["arms"][f"rl {mode}"] for mode in ("fast", "auto", "slow"))
+        fewest, tokens, most = (statistics.mean(arm["tokens"]) for arm in (fast, auto, slow))
+        share = min(1, (tokens - fewest) / (most - fewest))  # of slow
+        pairs = zip(fast["right"], slow["right"], strict=True)
+        replicate["arms"]["mixture"] = {"right": [(1 - share) * f + share * s for f, s in pairs]}
+    yield from tables_of(experiments.MODES_ARMS, experiments.MODES, replicates)
+
+
+def means_table(replicates: dict[str, Replicate]) -> Iterator[str]:
+    """Lines of Markdown: accuracy of each arm by kind of item, and tokens, in the mean of replicates."""
+    yield f"| | items | {' | '.join(experiments.MODES_ARMS.values())} |"
+    yield "|---" * (2 + len(experiments.MODES_ARMS)) + "|"
+    for title, part, items in (("all", "", 300), ("one step", ":1", 100), ("two steps", ":2", 200)):
+        of_arms = [[_right(r, arm + part) for r in replicates.values()] for arm in experiments.MODES_ARMS]
+        cells = [f"{statistics.mean(100 * statistics.mean(right) for right in of):.1f}" for of in of_arms]
+        yield f"| {title} | {items} | {' | '.join(cells)} |"
+    lengths = [
+        statistics.mean(_tokens(r, arm) for r in replicates.values()) for arm in experiments.MODES_ARMS
+    ]
+    yield f"| tokens | | {' | '.join(f'{length:.0f}' for length in lengths)} |"
 
 
 def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
@@ -206,8 +198,9 @@ def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) 
 
 
 EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
-    "demo": (DEMO_PAGE, demo_tables, ("demo",)),
-    "readme": (DEMO_PAGE, run_table, ("demo",)),
+    "demo": (DEMO_PAGE, partial(tables_of, experiments.DEMO_ARMS, experiments.DEMO), ("demo",)),
+    "modes": (DEMO_PAGE, modes_tables, ("demo",)),
+    "modes means": (ROOT / "README.md", means_table, ("demo",)),
     "raft": (FOUND, partial(tables_of, experiments.RAFT_ARMS, experiments.RAFT), ("final",)),
     "counts": (FOUND, partial(tables_of, experiments.COUNTS_ARMS, experiments.COUNTS), ("final",)),
     "default": (FOUND, partial(tables_of, experiments.COUNTS_ARMS, experiments.DEFAULT), ("final",)),
@@ -228,25 +221,6 @@ def _mean(differences: list[float]) -> str:
     if interval is None or interval.p is None:
         return f"{mean:+.1f}"
     return f"{mean:+.1f} [{interval.low:.1f}, {interval.high:.1f}], {p_value(interval.p)}"
-
-
-def _specialised(replicate: Replicate) -> str:
-    """p of the paired tests that fast is better on System 1 and slow on System 2; `no` where it is not."""
-    fast, slow = (replicate["arms"][name]["right"] for name in ("sft", "rl"))
-    p_values = []
-    for system, better, worse in ((1, fast, slow), (2, slow, fast)):
-        of_better, of_worse = (_of(replicate, system, right) for right in (better, worse))
-        p_values.append(p_value(paired_p(of_worse, of_better)) if sum(of_better) > sum(of_worse) else "no")
-    return ", ".join(p_values)
-
-
-def _auto(replicates: dict[str, Replicate], elements: str) -> str:
-    """Mean accuracy of `auto` with these elements, and its tokens as a share of slow's."""
-    auto, slow = f"auto{elements}", f"rl{elements}"
-    complete = [replicate for replicate in replicates.values() if auto in replicate["arms"]]
-    accuracy = statistics.mean(statistics.mean(replicate["arms"][auto]["right"]) for replicate in complete)
-    share = statistics.mean(_tokens(replicate, auto) / _tokens(replicate, slow) for replicate in complete)
-    return f"`auto` answers {100 * accuracy:.1f} % with {100 * share:.1f} % of slow's tokens"
 
 
 def _right(replicate: Replicate, name: str) -> list[int]:

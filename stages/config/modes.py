@@ -1,6 +1,7 @@
-"""Modes of one adapter; docs/thinking.md says who has which. Prompts: `prompts/renderer.renderers_of`; SFT's
-rows: `lora/examples.trained_by_sft`; RL's prompts: `lora/grpo/prompts`, and what a fast completion earns:
-`GrpoTrainer`; an export's template: `prompts/chat_template.with_modes`."""
+"""Modes of one adapter; docs/thinking.md says which rows and prompts each has. Prompts: `renderers_of` in
+prompts/renderer.py. SFT's rows: `trained_by_sft` in lora/examples.py. RL's prompts: `RlPrompts.from_labels`
+in lora/grpo/prompts.py; what a fast completion earns: `_calculate_rewards` in lora/grpo/trainer.py.
+An export's template: `with_modes` in prompts/chat_template.py."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

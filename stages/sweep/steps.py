@@ -1,8 +1,8 @@
 """The steps of a sweep: each artifact that cells need, once, made as soon as what it needs is there.
 
 An executor makes the steps. `Workers` of workers.py are processes of this machine, which stay, one for each
-slot. `Cluster` of slurm.py has a job for each step, with limits of its own; at its time limit it is queued
-again, and resumes.
+slot of --jobs or --devices. With --slurm, `Cluster` of slurm.py runs `lorapar` in a job for each step,
+at most --jobs or 1,024 at a time; at its time limit a job is queued again, and resumes.
 """
 
 from __future__ import annotations
