@@ -57,6 +57,8 @@ def main() -> None:
     computed = [(RESULTS / "times.md").read_text(encoding="utf-8")]
     for name, (page, tables, benchmarks) in EXPERIMENTS.items():
         items = RESULTS / f"{name.partition(' ')[0]}-items.json.gz"
+        if not items.exists() and not (arguments.add and arguments.add[0] == name):
+            continue  # it is planned, and no run is there
         replicates = json.loads(gzip.decompress(items.read_bytes())) if items.exists() else {}
         if arguments.add and arguments.add[0] == name:
             add(replicates, arguments.add[1], Path(arguments.add[2]), benchmarks, arguments.suffix)
