@@ -1,51 +1,59 @@
-"""Figures of replicates: from the grade of each answer where these are kept, else from their values.
+"""Figures of replicates: from the grade of each answer where these are kept, else from values by replicate.
 
-python benchmarks/replicates.py                          write the tables into the pages of docs/results
+python benchmarks/replicates.py                          write the tables and the plot that follow from them
 python benchmarks/replicates.py --check                  fail if they stand there otherwise (`make check`)
 python benchmarks/replicates.py --add demo 53 runs/r53   keep the answers of a run as the demo's replicate 53
 
 An arm is a target of eval, `rl fast` for rl:fast; `--as NAME` puts NAME behind it, such as `rl int8`.
-`--check` also compares every mean and interval that stands beside the values of its replicates in earlier.md,
-and looks for those that README and the guide quote in the tables.
+Written are NAME.csv of each experiment, the figures in contrasts.csv, found.svg, all in docs/results, and
+README's table of modes. A cell of found.md such as `-4.4 [-6.5, -2.2]; 14: A1, D2, G1` names the contrasts
+that it pools: their differences by replicate count alike, the interval is Student's. `--check` computes these
+cells, and looks among the contrasts for each other mean with an interval that README and the guide quote.
 """
 
 import argparse
+import csv
 import gzip
+import io
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import experiments
-from experiments import Contrast
+import forest
+from experiments import EXPERIMENTS, MODES_ARMS, Experiment, systems_by_words
 
-from stages.evaluation.statistics import over_replicates, p_value, paired_difference
+from stages.evaluation.statistics import over_replicates
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results"
-FOUND, DEMO_PAGE, EARLIER = RESULTS / "found.md", RESULTS / "demo.md", RESULTS / "earlier.md"
-QUOTING = (ROOT / "README.md", ROOT / "docs/when.md", ROOT / "docs/related.md", FOUND, DEMO_PAGE)
-"""Pages that quote no interval but those of the tables, or of the times that scripts measured."""
-GUIDE = sorted({*(ROOT / "docs").glob("*.md")} - {*QUOTING, ROOT / "docs/failed.md"})
-"""The other pages, which quote earlier.md as well; failed.md has figures of its own."""
+README, FOUND, TIMES = ROOT / "README.md", RESULTS / "found.md", RESULTS / "times.md"
+CONTRASTS = RESULTS / "contrasts.csv"
+PAGES = (README, FOUND, *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs/failed.md"}))
+"""Pages whose figures are looked for; failed.md has figures of its own, whose answers were not kept."""
+NOT_KEPT = "## Answers that were not kept"
+"""Heading of found.md below which figures are not computed."""
 _NUMBER = r"[-+]?\d+\.\d"
-VALUES = re.compile(rf"\| ((?:{_NUMBER}, ){{4,}}{_NUMBER}) \| ({_NUMBER}) \[({_NUMBER}), ({_NUMBER})\]")
-"""At least five values, their mean, and its interval, in cells of a table."""
 QUOTED = re.compile(rf"({_NUMBER}\d?)(?:\s[%*a-z]+){{0,4}},?\s\[({_NUMBER}\d?)(?:, |–)({_NUMBER}\d?)\]")
 """A mean with its interval, in a sentence or a table."""
-ROUNDING = 0.16
-"""Farthest that a mean or an end may lie from the one of the rounded values."""
-BEGIN, END = "<!-- Written by benchmarks/replicates.py from {}-items.json.gz -->\n\n", "\n<!-- end -->"
+VERDICT = re.compile(rf"({_NUMBER} \[{_NUMBER}, {_NUMBER}\]; \d+): ([^|)]+?)(?: \||\))")
+"""A pooled mean with its interval and the number of replicates, and the codes of the contrasts."""
+MEANS = re.compile("(?<=<!-- Means of modes-items.json.gz -->\n\n).*?(?=<!-- end -->)", re.DOTALL)
+"""Where README's table of modes stands."""
 Replicate = dict[str, Any]
 """`system` of each item, for which its generator made it, and the `arms` by name.
 
-An arm answered the first of these items or all. `right`: 1 or 0 for each; `tokens` of each answer; `cut`:
-how many answers did not end.
+An arm answered the first of these items or all. `right`: 1 or 0 for each; `tokens` of each answer; `text`:
+what was answered, since 2026-12-03. `words`: the system of each item as its words let one guess.
 """
+
+
+Table = dict[str, dict[str, dict[str, float]]]
+"""By replicate and arm: accuracy in per cent of `all` and of the two kinds of items, and `tokens` if kept."""
 
 
 def main() -> None:
@@ -54,45 +62,59 @@ def main() -> None:
     parser.add_argument("--as", dest="suffix", default="", metavar="NAME")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    computed = [(RESULTS / "times.md").read_text(encoding="utf-8")]
-    for name, (page, tables, benchmarks) in EXPERIMENTS.items():
-        items = RESULTS / f"{name.partition(' ')[0]}-items.json.gz"
-        if not items.exists() and not (arguments.add and arguments.add[0] == name):
-            continue  # it is planned, and no run is there
-        replicates = json.loads(gzip.decompress(items.read_bytes())) if items.exists() else {}
-        if arguments.add and arguments.add[0] == name:
-            add(replicates, arguments.add[1], Path(arguments.add[2]), benchmarks, arguments.suffix)
-            text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
-            items.write_bytes(gzip.compress(text.encode(), mtime=0))
-        text = page.read_text(encoding="utf-8")
-        begin = BEGIN.format(name.partition(" ")[0])
-        head, _, tail = text.partition(begin)
-        computed.append("\n".join([*tables(replicates), ""]))
-        written = head + begin + computed[-1] + END + tail.partition(END.strip())[2]
-        if arguments.check and written != text:
-            sys.exit(f"{page.name} says other things than {items.name}: run benchmarks/replicates.py")
-        page.write_text(written, encoding="utf-8")
-    known, earlier = "\n".join(computed), EARLIER.read_text(encoding="utf-8")
-    unknown = [*unknown_quotes(QUOTING, known), *unknown_quotes(GUIDE, known + earlier)]
-    if wrong := [*wrong_means(earlier), *unknown]:
+    if arguments.add:
+        name, k, run = arguments.add
+        replicates = items_of(name)
+        add(
+            replicates.setdefault(k, {"system": [], "arms": {}}),
+            Path(run),
+            EXPERIMENTS[name],
+            arguments.suffix,
+        )
+        text = json.dumps(dict(sorted(replicates.items())), separators=(",", ":"))
+        _items(name).write_bytes(gzip.compress(text.encode(), mtime=0))
+    tables, files = {}, {}
+    for name, experiment in EXPERIMENTS.items():
+        path = RESULTS / f"{name}.csv"
+        if replicates := items_of(name):
+            rows = (row for k, replicate in replicates.items() for row in rows_of(k, replicate, experiment))
+            files[path] = "\n".join(["replicate,arm,kind,accuracy,tokens", *rows, ""])
+        text = files.get(path) or (path.read_text(encoding="utf-8") if path.exists() else "")
+        tables[name] = table_of(text, experiment.modes)
+    if tables["modes"]:
+        means = "\n".join([*means_table(tables["modes"]), "", ""])
+        files[README] = MEANS.sub(means, README.read_text(encoding="utf-8"))
+    files[CONTRASTS], differences = contrasts(CONTRASTS.read_text(encoding="utf-8"), tables)
+    pooled, wrong = verdicts(FOUND.read_text(encoding="utf-8"), differences)
+    files[RESULTS / "found.svg"] = forest.plot([row for row in pooled if row[0]])
+    for path, text in files.items():
+        if not arguments.check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} does not follow from the answers: run benchmarks/replicates.py")
+    known = {_figures(values)[:3] for values in differences.values()} | {row[1] for row in pooled}
+    known |= {_quoted(match) for match in QUOTED.finditer(TIMES.read_text(encoding="utf-8"))}
+    if wrong := [*wrong, *unknown_quotes(PAGES, known)]:
         sys.exit("\n".join(wrong))
 
 
-def add(
-    replicates: dict[str, Replicate], k: str, run: Path, benchmarks: tuple[str, ...], suffix: str
-) -> None:
-    """Keep the answers to these benchmarks of each target of a run; `suffix` stands behind the targets.
+def items_of(name: str) -> dict[str, Replicate]:
+    """The replicates of an experiment whose answers are kept; none of one that is planned."""
+    path = _items(name)
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+
+
+def add(replicate: Replicate, run: Path, experiment: Experiment, suffix: str) -> None:
+    """Keep the answers of each target of a run to the experiment's benchmarks.
 
     Of several benchmarks an item's `system` is the number of its benchmark.
     """
-    replicate = replicates.setdefault(k, {"system": [], "arms": {}})
+    benchmarks = experiment.benchmarks
     samples_of: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for file in sorted(run.glob("eval/*/manifest.json")):
         target, _, name = json.loads(file.read_text(encoding="utf-8"))["variant"].partition("@")
-        if name not in benchmarks:
-            continue
-        with (file.parent / "samples.jsonl").open(encoding="utf-8") as lines:
-            samples_of.setdefault(target, {})[name] = [json.loads(line) for line in lines]
+        if name in benchmarks:
+            samples_of.setdefault(target, {})[name] = _read(file.parent / "samples.jsonl")
     ids: list[str] = []
     for target, parts in samples_of.items():
         if len(parts) < len(benchmarks):
@@ -108,145 +130,129 @@ def add(
         replicate["arms"][f"{target.replace(':', ' ')} {suffix}".rstrip()] = {
             "right": [int(sample["correct"]) for sample in samples],
             "tokens": [sample["extra"]["tokens"] for sample in samples],
-            "cut": sum(sample["outcome"] == "truncated" for sample in samples),
+            "text": [sample["output"] for sample in samples],
         }
+    if experiment.modes and not suffix:
+        test, train = (
+            _read(run / f"classify/latest-{name}/labels.jsonl") for name in (benchmarks[0], "train")
+        )
+        questions = {row["id"]: row["prompt"] for row in test}
+        rows = [(row["prompt"], row["system"]) for row in train if row["system"]]
+        replicate["words"] = systems_by_words(rows, [questions[number] for number in ids])
 
 
-def wrong_means(page: str) -> Iterator[str]:
-    """Rows of tables whose mean or interval does not follow from the values of their replicates."""
-    for row in VALUES.finditer(page):
-        values = [float(value) for value in row[1].split(", ")]
-        interval = over_replicates(values)
-        computed = [statistics.mean(values), *((interval.low, interval.high) if interval else ())]
-        printed = [float(row[number]) for number in (2, 3, 4)]
-        if any(abs(value - figure) > ROUNDING for value, figure in zip(computed, printed, strict=True)):
-            yield f"{row[0]}: computed {', '.join(f'{value:.2f}' for value in computed)}"
+def rows_of(k: str, replicate: Replicate, experiment: Experiment) -> Iterator[str]:
+    """Accuracy and tokens of each arm by kind of item, with the mode that the words of a question choose."""
+    arms = replicate["arms"]
+    if "words" in replicate:
+        chosen = [(arms[experiment.modes[0]], arms[experiment.modes[-1]])[n - 1] for n in replicate["words"]]
+        arms["words"] = {key: [arm[key][i] for i, arm in enumerate(chosen)] for key in ("right", "tokens")}
+    for name, arm in arms.items():
+        answers = list(zip(arm["right"], arm["tokens"], replicate["system"], strict=False))
+        for number, kind in enumerate(("all", *experiment.kinds)):
+            right, tokens = zip(*((r, t) for r, t, system in answers if number in (0, system)), strict=True)
+            yield f"{k},{name},{kind},{100 * statistics.mean(right):.3f},{statistics.mean(tokens):.1f}"
 
 
-def unknown_quotes(pages: Iterable[Path], tables: str) -> Iterator[str]:
-    """Means and intervals on these pages that are not in the tables, of either sign."""
-    known = {_quoted(match) for match in QUOTED.finditer(tables)}
+def table_of(text: str, modes: tuple[str, ...]) -> Table:
+    """The cells of a file, and of the arm `mixture`: fast or slow at random, with as many tokens as auto."""
+    table: Table = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        cells = table.setdefault(row["replicate"], {}).setdefault(row["arm"], {})
+        cells[row["kind"]] = float(row["accuracy"])
+        if row["kind"] == "all" and row["tokens"]:
+            cells["tokens"] = float(row["tokens"])
+    for arms in table.values():
+        if modes and set(modes) <= set(arms):
+            fast, auto, slow = (arms[mode] for mode in modes)
+            share = min(1, (auto["tokens"] - fast["tokens"]) / (slow["tokens"] - fast["tokens"]))  # of slow
+            arms["mixture"] = {key: (1 - share) * cell + share * slow[key] for key, cell in fast.items()}
+    return table
+
+
+def contrasts(written: str, tables: dict[str, Table]) -> tuple[str, dict[str, list[float]]]:
+    """contrasts.csv with its figures, and the differences by replicate of each code.
+
+    Its first five columns are written by hand. `minus`: arms of which the best one is subtracted. `ARM:1` and
+    `ARM:2` are an arm's answers to the items of that kind alone, `ARM + ARM` is the mean of two arms.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head, *rows = csv.reader(io.StringIO(written))
+    writer.writerow(head)
+    differences = {}
+    for code, name, title, arm, minus, *_ in rows:
+        kinds, values = EXPERIMENTS[name].kinds, []
+        for arms in tables[name].values():
+            with suppress(KeyError):  # an arm was not run
+                best = max(_accuracy(arms, kinds, reference) for reference in minus.split(" | "))
+                values.append(_accuracy(arms, kinds, arm) - best)
+        if values:
+            differences[code] = values
+        by_replicate = " ".join(f"{value:+.1f}" for value in values)
+        writer.writerow([code, name, title, arm, minus, by_replicate, *_figures(values)])
+    return out.getvalue(), differences
+
+
+def verdicts(page: str, differences: dict[str, list[float]]) -> tuple[list[forest.Row], list[str]]:
+    """Each place of the page that pools contrasts, with its question in a table; and what is wrong there."""
+    rows: list[forest.Row] = []
+    wrong = []
+    for line in page.splitlines():
+        if match := VERDICT.search(line):
+            parts = [differences[code] for code in match[2].split(", ")]
+            values = [value for part in parts for value in part]
+            mean, low, high, _ = _figures(values)
+            if (pooled := f"{mean:+.1f} [{low:.1f}, {high:.1f}]; {len(values)}") != match[1]:
+                wrong.append(f"found.md: {match[0]} is {pooled}")
+            question = line.split("|")[1].strip() if line.startswith("|") else ""
+            rows.append((question, (mean, low, high), [*map(statistics.mean, parts)]))
+    return rows, wrong
+
+
+def unknown_quotes(pages: Iterable[Path], known: set[tuple[float, ...]]) -> Iterator[str]:
+    """Means and intervals on these pages that are not known, of either sign."""
     for page in pages:
-        text = page.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8").partition(NOT_KEPT)[0]
         for match in QUOTED.finditer(text):
             mean, low, high = quote = _quoted(match)
             if not {quote, (-mean, -high, -low)} & known:
                 line = text[: match.start()].count("\n") + 1
-                yield f"{page.name}:{line}: {match[0]} is in no table that is computed"
+                yield f"{page.name}:{line}: {match[0]} follows from no answers and no values that are kept"
 
 
-def tables_of(
-    arms: dict[str, str], compared: tuple[Contrast, ...], replicates: dict[str, Replicate]
-) -> Iterator[str]:
-    """Lines of Markdown: accuracies of each replicate in arms with these titles, then the contrasts."""
-    yield f"| k | {' | '.join(arms.values())} |"
-    yield "|---" * (1 + len(arms)) + "|"
-    for k, replicate in replicates.items():
-        cells = [_by_system(replicate, arm) if arm in replicate["arms"] else "not run" for arm in arms]
-        yield f"| {k} | {' | '.join(cells)} |"
-    yield ""
-    yield from contrasts(replicates, compared)
-
-
-def modes_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown as of `tables_of`, with the random mixture of fast and slow as long as auto."""
-    for replicate in replicates.values():
-        fast, auto, slow = (replicate["arms"][f"rl {mode}"] for mode in ("fast", "auto", "slow"))
-        fewest, tokens, most = (statistics.mean(arm["tokens"]) for arm in (fast, auto, slow))
-        share = min(1, (tokens - fewest) / (most - fewest))  # of slow
-        pairs = zip(fast["right"], slow["right"], strict=True)
-        replicate["arms"]["mixture"] = {"right": [(1 - share) * f + share * s for f, s in pairs]}
-    yield from tables_of(experiments.MODES_ARMS, experiments.MODES, replicates)
-
-
-def means_table(replicates: dict[str, Replicate]) -> Iterator[str]:
+def means_table(table: Table) -> Iterator[str]:
     """Lines of Markdown: accuracy of each arm by kind of item, and tokens, in the mean of replicates."""
-    yield f"| | items | {' | '.join(experiments.MODES_ARMS.values())} |"
-    yield "|---" * (2 + len(experiments.MODES_ARMS)) + "|"
-    for title, part, items in (("all", "", 300), ("one step", ":1", 100), ("two steps", ":2", 200)):
-        of_arms = [[_right(r, arm + part) for r in replicates.values()] for arm in experiments.MODES_ARMS]
-        cells = [f"{statistics.mean(100 * statistics.mean(right) for right in of):.1f}" for of in of_arms]
-        yield f"| {title} | {items} | {' | '.join(cells)} |"
-    lengths = [
-        statistics.mean(_tokens(r, arm) for r in replicates.values()) for arm in experiments.MODES_ARMS
-    ]
-    yield f"| tokens | | {' | '.join(f'{length:.0f}' for length in lengths)} |"
+    keys = ("all", *EXPERIMENTS["modes"].kinds, "tokens")
+    yield f"| mean of {len(table)} runs | {' | '.join(keys)} |"
+    yield "|---" * (1 + len(keys)) + "|"
+    for name, title in MODES_ARMS.items():
+        if of := [arms[name] for arms in table.values() if name in arms]:
+            means = [f"{statistics.mean(cells[key] for cells in of):.1f}" for key in keys]
+            yield f"| {title} | {' | '.join(means)} |"
 
 
-def unlike_tables(replicates: dict[str, Replicate]) -> Iterator[str]:
-    """Lines of Markdown as of `tables_of`, with arms made of the answers of others.
-
-    `two`: SFT's answers to System 1's items and RL's to System 2's.
-    """
-    for replicate in replicates.values():
-        arms = replicate["arms"]
-        for elements in [name.removeprefix("rl ") for name in arms if name.startswith("rl ")]:
-            fast, slow = (arms[f"{target} {elements}"]["right"] for target in ("sft", "rl"))
-            answers = zip(replicate["system"], fast, slow, strict=True)
-            arms[f"two {elements}"] = {"right": [f if system == 1 else s for system, f, s in answers]}
-    yield from tables_of(experiments.UNLIKE_ARMS, experiments.UNLIKE, replicates)
+def _items(name: str) -> Path:
+    return RESULTS / f"{name}-items.json.gz"
 
 
-def contrasts(replicates: dict[str, Replicate], compared: tuple[Contrast, ...]) -> Iterator[str]:
-    """Lines of Markdown: of each contrast the replicates in which all its arms were run, and their mean."""
-    yield "| contrast, in points | by replicate | mean |"
-    yield "|---|---|---|"
-    for name, arm, references in compared:
-        names = {name.partition(":")[0] for name in (arm, *references)}
-        complete = [replicate for replicate in replicates.values() if names <= set(replicate["arms"])]
-        if differences := [_difference(replicate, arm, references) for replicate in complete]:
-            by_replicate = ", ".join(f"{difference:+.1f}" for difference in differences)
-            yield f"| {name} | {by_replicate} | {_mean(differences)} |"
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
-EXPERIMENTS: dict[str, tuple[Path, Callable[[dict[str, Replicate]], Iterator[str]], tuple[str, ...]]] = {
-    "demo": (DEMO_PAGE, partial(tables_of, experiments.DEMO_ARMS, experiments.DEMO), ("demo",)),
-    "modes": (DEMO_PAGE, modes_tables, ("demo",)),
-    "modes means": (ROOT / "README.md", means_table, ("demo",)),
-    "raft": (FOUND, partial(tables_of, experiments.RAFT_ARMS, experiments.RAFT), ("final",)),
-    "counts": (FOUND, partial(tables_of, experiments.COUNTS_ARMS, experiments.COUNTS), ("final",)),
-    "default": (FOUND, partial(tables_of, experiments.COUNTS_ARMS, experiments.DEFAULT), ("final",)),
-    "protect": (FOUND, partial(tables_of, experiments.PROTECT_ARMS, experiments.PROTECT), ("old", "new")),
-    "unlike": (FOUND, unlike_tables, ("recall", "chains")),
-}
-"""By name: the page of an experiment, its tables, and the benchmarks on which it was measured."""
+def _accuracy(arms: dict[str, dict[str, float]], kinds: tuple[str, str], name: str) -> float:
+    """Of an arm, of its answers to one kind of items, or in the mean of two arms."""
+    names = [part.partition(":") for part in name.split(" + ")]
+    return statistics.mean(arms[arm][kinds[int(kind) - 1] if kind else "all"] for arm, _, kind in names)
 
 
-def _difference(replicate: Replicate, arm: str, references: tuple[str, ...]) -> float:
-    right = {name: _right(replicate, name) for name in (arm, *references)}
-    best = max(references, key=lambda name: sum(right[name]))
-    return 100 * paired_difference(right[best], right[arm])[0]
-
-
-def _mean(differences: list[float]) -> str:
-    mean, interval = statistics.mean(differences), over_replicates(differences)
-    if interval is None or interval.p is None:
-        return f"{mean:+.1f}"
-    return f"{mean:+.1f} [{interval.low:.1f}, {interval.high:.1f}], {p_value(interval.p)}"
-
-
-def _right(replicate: Replicate, name: str) -> list[int]:
-    arm, _, system = name.partition(":")
-    right: list[int] = replicate["arms"][arm]["right"]
-    return _of(replicate, int(system), right) if system else right
-
-
-def _of(replicate: Replicate, system: int, right: list[int]) -> list[int]:
-    return [answer for answer, of in zip(right, replicate["system"], strict=False) if of == system]
-
-
-def _tokens(replicate: Replicate, name: str) -> float:
-    return statistics.mean(replicate["arms"][name]["tokens"])
-
-
-def _percent(right: list[int]) -> str:
-    return f"{100 * statistics.mean(right):.1f}"
-
-
-def _by_system(replicate: Replicate, name: str) -> str:
-    """Accuracy in per cent, and in brackets that of System 1 and System 2 items."""
-    right = replicate["arms"][name]["right"]
-    return f"{_percent(right)} ({', '.join(_percent(_of(replicate, system, right)) for system in (1, 2))})"
+def _figures(differences: list[float]) -> tuple[Any, ...]:
+    """Mean, lower and upper end, and p; the mean of one replicate alone, and nothing of none."""
+    if not (interval := over_replicates(differences)):
+        return (round(differences[0], 1), "", "", "") if differences else ("",) * 4
+    ends = (statistics.mean(differences), interval.low, interval.high)
+    return *(round(end, 1) + 0.0 for end in ends), float(f"{interval.p:.2g}")
 
 
 def _quoted(match: re.Match[str]) -> tuple[float, ...]:
