@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-LEFT, WIDTH, ROW, TOP, ENDS = 340, 880, 34, 50, (-12, 22)
+LEFT, WIDTH, ROW, TOP, ENDS = 370, 880, 34, 50, (-12, 22)
 """Pixels before the axis, in all, for each row and above the first; points at the ends of the axis."""
 Row = tuple[str, tuple[float, float, float], Sequence[float]]
 """Question; mean, lower and upper end; means of single experiments."""
@@ -18,7 +18,7 @@ def plot(rows: Sequence[Row]) -> str:
         _text(
             _x(0),
             22,
-            "points by which the first is better, pooled, with 95 % intervals; grey: within ±3",
+            "points, pooled (dots) and single contrasts (rings); 95 % intervals; grey: within ±3",
             "middle",
         ),
     ]
