@@ -57,26 +57,27 @@ class Mock:
 
 def with_logprobs(steps: list[tuple[str, dict[str, float]]], chat: bool) -> dict[str, Any]:
     """A reply of these tokens, each with the log-probabilities of its alternatives."""
+    tokens, alternatives = zip(*steps, strict=True)
+    text = "".join(tokens)
     if not chat:
-        tokens, alternatives = zip(*steps, strict=True)
-        return {"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": alternatives}}]}
+        return {"choices": [{"text": text, "logprobs": {"tokens": tokens, "top_logprobs": alternatives}}]}
     content = [
         {"token": t, "top_logprobs": [{"token": k, "logprob": v} for k, v in a.items()]} for t, a in steps
     ]
-    return {"choices": [{"logprobs": {"content": content}}]}
+    return {"choices": [{"message": {"content": text}, "logprobs": {"content": content}}]}
 
 
 OF_REPLIES: list[dict[str, Any]] = [
     *({"model": name} for name in ("other", "m-large", "M", 7)),
     {"error": {}}, {"refusal": "no"}, {"status": "failed"}, {"object": "chat.completion.chunk"},
-    {"object": "error"}, *({"usage": {"completion_tokens": number}} for number in (0, 99)),
+    {"object": "error"}, *({"usage": {"completion_tokens": number}} for number in (0, 7, 99)),
 ]  # fmt: skip
 """Fields that say of a reply that it is none, beside a choice that can be read."""
 OF_CHOICES: list[dict[str, Any]] = [
     *({"index": index} for index in (1, False, 0.0, None)),
     *({"finish_reason": reason} for reason in ("abort", "ERROR", "cancelled", "content_filter")),
-    {"stop_reason": "error"}, {"error": "overloaded"}, {"refusal": "no"}, {"logprobs": None},
-    {"message": None, "delta": {"content": "A"}}, {"message": {"content": "A", "refusal": "no"}},
+    {"stop_reason": "error"}, {"error": "overloaded"}, {"refusal": "no"}, {"status": "failed"},
+    {"logprobs": None}, {"delta": {}}, {"message": None}, {"message": {"content": "A", "refusal": "no"}},
     *({"message": {"content": text}} for text in ("B", "Syst\u0435m1", "\ud800")),
     {"message": {"tool_calls": [{}]}}, {"token_ids": [*range(99)]},
 ]  # fmt: skip

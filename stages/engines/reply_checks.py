@@ -86,11 +86,17 @@ class Reply:
             tokens = [(token, list(alternatives.items())) for token, alternatives in pairs]
         for token, alternatives in tokens:
             _check_alternatives(token, alternatives)
-        said = "".join(self.text.split()) if self.message or "text" in self.choice else ""
-        written = "".join("".join(text for text, _ in tokens).split())
+        said, written = ("".join(text.split()) for text in (self.text, "".join(text for text, _ in tokens)))
         if not written.startswith(said):
             raise ValueError(f"the text is {said[:40]!r}, and the tokens write {written[:40]!r}")
+        if (self.used or 0) > len(tokens) + 1:  # a server may count an end of the turn that it does not list
+            raise ValueError(f"it has {len(tokens)} tokens, and says that it used {self.used}")
         return tokens
+
+    @property
+    def used(self) -> Any:
+        """The number of its tokens, as it says; None if it does not."""
+        return (self.fields.get("usage") or {}).get("completion_tokens")
 
     @property
     def is_chat(self) -> bool:
@@ -130,17 +136,13 @@ def _is_refused(reply: Reply) -> bool:
 
 def _is_broken_off(reply: Reply) -> bool:
     # A server that shuts down returns what it has of its answers, as vLLM does with `abort`.
-    reasons = [reply.choice.get(name) for name in ("finish_reason", "stop_reason")]
-    reasons += [reply.fields.get(name) for name in ("status", "object")]
-    return any(
-        isinstance(reason, str) and (reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk"))
-        for reason in reasons
-    )
+    names = ("finish_reason", "stop_reason", "status", "object")
+    reasons = [str(part.get(name)) for part in (reply.fields, reply.choice) for name in names]
+    return any(reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk") for reason in reasons)
 
 
 def _is_of_other_length(reply: Reply) -> bool:
-    used = (reply.fields.get("usage") or {}).get("completion_tokens")
-    is_possible = used is None or (type(used) is int and 1 <= used <= reply.most_tokens)
+    is_possible = reply.used is None or (type(reply.used) is int and 1 <= reply.used <= reply.most_tokens)
     return not is_possible or len(reply.choice.get("token_ids") or ()) > reply.most_tokens
 
 
@@ -150,7 +152,7 @@ CHECKS: tuple[tuple[Callable[[Reply], object], str], ...] = (
     (_is_broken_off, "the server broke it off"),
     (_is_of_other_length, "it has more tokens than were asked for, or none"),
     (lambda reply: repr(reply.choice.get("index", 0)) != "0", "it is not the first of its choices"),
-    (lambda reply: reply.message.get("tool_calls") or reply.choice.get("delta"), "it is no text"),
+    (lambda reply: reply.message.get("tool_calls") or reply.choice.get("delta") is not None, "it is no text"),
 )
 """What a reply must not be, and how it is called then."""
 

@@ -206,7 +206,7 @@ ODD = [
 @pytest.mark.parametrize("reply", ODD, ids=str)
 def test_an_odd_reply_is_none(reply):
     with pytest.raises(UNREADABLE):
-        parsed = parse_reply(json.dumps(reply), "m", 1)
+        parsed = parse_reply(json.dumps(reply), "m", 8)
         assert (parsed.text, parsed.tokens) is None
 
 
@@ -243,7 +243,7 @@ def test_a_reply_that_was_seen_before_is_refused():
 def test_a_probability_that_is_missing_is_none(likeliest, expected):
     """vLLM gives at least five alternatives, those that the constraint forbids with -9999."""
     logprobs = alternatives(*((text, math.log(share) if share else -9999.0) for text, share in likeliest))
-    reply = parse_reply(json.dumps({"choices": [logprobs]}), "m", 1)
+    reply = parse_reply(json.dumps({"choices": [CHOICE | logprobs]}), "m", 1)
     if expected is None:
         with pytest.raises(ValueError):
             choice_probabilities(reply, ("A", "B"))
