@@ -51,8 +51,7 @@ class Mock:
         steps = [(common, {common: 0.0})] if common else []
         rest = [word.removeprefix(common or "") for word in words]
         steps.append((rest[two > 0.5], {rest[0]: math.log(1 - two), rest[1]: math.log(two)}))
-        steps = steps[: body["max_tokens"]]
-        return with_logprobs(steps, chat)
+        return with_logprobs(steps[: body["max_tokens"]], chat)
 
 
 def with_logprobs(steps: list[tuple[str, dict[str, float]]], chat: bool) -> dict[str, Any]:

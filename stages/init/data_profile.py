@@ -26,8 +26,8 @@ from stages.models.size import parameters
 from stages.models.tokenizer import load_tokenizer
 from stages.plan.tokens import Lengths
 from stages.prompts.answers import extract_letter, parse_number
-from stages.prompts.chat_template import arguments_of
-from stages.prompts.renderer import IGNORED, PROBE, Renderer, renderers_of
+from stages.prompts.chat_template import thinking_switch
+from stages.prompts.renderer import IGNORED, Renderer, renderers_of
 from stages.prompts.thoughts import opened
 
 if TYPE_CHECKING:
@@ -48,11 +48,6 @@ SMALL = 1e9
 VERIFIED = {"number", "letter", "text"}
 READ_BY_FORMAT = ("demo", "gsm8k", "jsonl")
 """Benchmarks that read an answer where the prompt asks for it."""
-SWITCHES: dict[str, tuple[Any, Any]] = {
-    **dict.fromkeys(("enable_thinking", "thinking", "enable_reasoning"), (False, True)),
-    "reasoning_effort": ("low", "high"),
-}
-"""Argument of a chat template → its values for little or no thought, and for much."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,8 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
     asks = kinds.keys() <= VERIFIED or any(test.kind in READ_BY_FORMAT for test in tests)
     section = _section(tokenizer, ASKS if asks else None)
     worked = sum(map(is_worked, rows.examples))
-    switch, modes = _switch(tokenizer, section), None
+    switch = thinking_switch(tokenizer, section.system) if section.template == "chat" else None
+    modes = None
     if answered and (switch or worked >= FEWEST_WORKED):
         with suppress(ConfigError):  # of a template that takes no message, or drops it
             renderers_of(tokenizer, *(pair := _modes(section, switch)))
@@ -184,30 +180,6 @@ def _modes(
         return section, None
     fast, slow, auto = (ModeSection(system=message) for message in (AT_ONCE, WORK, section.system))
     return section.model_copy(update={"system": None}), ModesSection(fast=fast, slow=slow, auto=auto)
-
-
-def _switch(
-    tokenizer: PreTrainedTokenizerBase, section: PromptSection
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return the arguments of the chat template for no thought and for thoughts; None if it has no switch.
-
-    A name in the template's source does not tell what it does: a switch changes the prompt, and the template
-    takes both of its values.
-    """
-
-    def prompt(switch: dict[str, Any]) -> str:
-        """The prompt with this argument; empty if the template refuses it."""
-        with suppress(ConfigError):
-            with_switch = section.model_copy(update={"chat_template_kwargs": switch})
-            return Renderer(tokenizer, with_switch).prompt(PROBE)
-        return ""
-
-    arguments = arguments_of(tokenizer.get_chat_template()) if section.template == "chat" else set()
-    for name in [name for name in SWITCHES if name in arguments]:
-        off, on = ({name: value} for value in SWITCHES[name])
-        if "" not in (prompts := {prompt(off), prompt(on)}) and len(prompts) == 2:
-            return off, on
-    return None
 
 
 def benchmark_of(path: str) -> BenchmarkSection:

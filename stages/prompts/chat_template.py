@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from stages.config import AUTO, MODES, ModesSection, PromptSection, prompt_under
@@ -17,6 +18,11 @@ DATE = datetime.datetime(2024, 7, 26)
 """Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
 the template of Llama 3.1 falls back to."""
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("enable_thinking", "thinking", "enable_reasoning"), (False, True)),
+    "reasoning_effort": ("low", "high"),
+}
+"""Argument of a chat template → its values for little or no thought, and for much."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Names that transformers gives to every chat template."""
 
@@ -119,3 +125,22 @@ def arguments_of(template: str) -> set[str]:
     template = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
     tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     return {name for name in meta.find_undeclared_variables(tree) - GIVEN if not name.endswith("_token")}
+
+
+def thinking_switch(
+    tokenizer: PreTrainedTokenizerBase, system: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the arguments of the chat template for no thought and for thoughts; None if it has no switch.
+
+    A name in the template's source does not tell what it does: a switch changes the prompt, and the template
+    takes both of its values. system: the message before the question.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": "?"})
+    names = arguments_of(tokenizer.get_chat_template())
+    for name in [name for name in SWITCHES if name in names]:
+        off, on = ({name: value} for value in SWITCHES[name])
+        with suppress(ConfigError):
+            if chat(tokenizer, messages, **off) != chat(tokenizer, messages, **on):
+                return off, on
+    return None
