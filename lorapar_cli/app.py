@@ -38,7 +38,7 @@ def main() -> None:
         app()
     except BaseException as problem:
         # The command line's library turns Ctrl-C into this exit.
-        if isinstance(problem, SystemExit) and problem.code == 130:
+        if received or (isinstance(problem, SystemExit) and problem.code == 130):
             terminal.say("stopped; the same command goes on from what is finished")
         if os.environ.get("LORAPAR_DEBUG") or not (isinstance(problem, Exception) or is_rust_panic(problem)):
             raise
@@ -48,4 +48,5 @@ def main() -> None:
     finally:  # nothing is left to unwind, and an exception while Python exits would print a traceback
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) in (end_on_signal, signal.default_int_handler):
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, signal.SIG_IGN if received else signal.SIG_DFL)
+        received.clear()

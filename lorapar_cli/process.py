@@ -14,33 +14,44 @@ from stages.errors import Terminated
 from stages.runtime import resources
 
 AGAIN_S = 0.05
-"""Seconds until a dropped signal is sent again, by when the callback that dropped it is over."""
+"""Seconds until a lost signal is sent again, by when the code that lost it is over."""
 SILENCED_LOGGERS = ("bitsandbytes", "vllm.triton_utils", "transformers.trainer_utils")
 """Libraries whose warnings at startup are not actionable, such as that a CPU has no Triton."""
 
 received: list[int] = []
-"""Termination signals that this process has got."""
+"""Termination signals that this process has got, until it ends."""
+
+
+class _Received(Terminated):
+    """The exception of a signal. It lives until the process ends, unless somebody has swallowed it:
+
+    a library that catches everything, as some do around their imports, or Python in `__del__`.
+    """
+
+    def __del__(self) -> None:
+        if received:
+            _send_again(received.pop())
 
 
 def end_on_signal(number: int, _: FrameType | None) -> None:
     """Raise Terminated, so that `finally` blocks stop servers and delete temporary files, as on Ctrl-C."""
-    for another in (signal.SIGTERM, signal.SIGHUP):  # guards send a second one, which would interrupt that
-        signal.signal(another, signal.SIG_IGN)
-    received.append(number)
-    raise Terminated(128 + number)
+    if not received:  # guards send a second one, which would interrupt that
+        received.append(number)
+        raise _Received(128 + number)
 
 
-def send_again(unraisable: Any) -> None:
-    """Send a signal again whose exception Python has dropped, as it does in `__del__` and some callbacks."""
-    error = unraisable.exc_value
-    if not isinstance(error, Terminated | KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
-        return
-    number = signal.SIGINT
-    if isinstance(error, Terminated):
-        number = signal.Signals(int(str(error.code)) - 128)
-        signal.signal(number, end_on_signal)
-    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+def _send_again(number: int) -> None:
+    again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+    again.daemon = True  # a process that ends anyway does not wait for it
+    again.start()
+
+
+def _unraisable(dropped: Any) -> None:
+    """Send Ctrl-C again whose exception Python has dropped, as it does in `__del__` and some callbacks."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        _send_again(signal.SIGINT)
+    elif not isinstance(dropped.exc_value, Terminated):  # which sends its signal again by itself
+        sys.__unraisablehook__(dropped)
 
 
 def set_up() -> None:
@@ -63,7 +74,7 @@ def set_up() -> None:
             os.environ.setdefault(name, "1")
     # Child processes must not import, for instance, a user's `datasets.py` from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
-    sys.unraisablehook = send_again
+    sys.unraisablehook = _unraisable
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: leave that
             signal.signal(number, end_on_signal)
