@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -161,7 +162,7 @@ def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tupl
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"longer than {MAX_LINE_BYTES} bytes")
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = from_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
             rows.append((number, row))
@@ -170,6 +171,29 @@ def parse_jsonl(lines: Iterable[bytes], path: Path, first: int = 1) -> list[tupl
     if bad:
         raise data_error("broken JSON line", bad)
     return rows
+
+
+def from_json(text: str) -> Any:
+    """Parse JSON; ValueError also for a field that stands twice and a number that is none, such as 1e999.
+
+    NaN, by which pandas marks an empty cell, is None, and so is Infinity, which no JSON has.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=lambda _: None)
+    except ValueError as error:  # to one about too many digits Python adds what a program would call
+        raise ValueError(str(error).partition("; use ")[0]) from None
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a field stands twice among {', '.join(row)[:80]}")
+    return row
 
 
 def read_bytes(path: Path) -> bytes:

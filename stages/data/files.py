@@ -4,12 +4,13 @@ import csv
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from stages.errors import DataError
-from stages.records import MAX_LINE_BYTES, data_error, first_bytes, read_bytes, read_jsonl
+from stages.records import MAX_LINE_BYTES, data_error, first_bytes, from_json, read_bytes, read_jsonl
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 """Ends of names by which a path is a file's and no hub id."""
@@ -42,7 +43,7 @@ def _json(path: Path) -> Rows:
     """Read a list of objects, or JSON Lines under the name of JSON."""
     text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = from_json(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{"):
             return read_jsonl(path)
@@ -63,8 +64,9 @@ def _csv(path: Path, delimiter: str) -> Rows:
     csv.field_size_limit(MAX_LINE_BYTES)
     text = _text(path)
     head = text.lstrip().partition("\n")[0]
-    if ";" in head and not {",", "\t"} & set(head):  # Excel's, where the comma is the decimal point
-        delimiter = ";"
+    others = [mark for mark in ",\t;" if mark in head]
+    if delimiter not in head and len(others) == 1:  # such as Excel's ; where the comma is the decimal point
+        [delimiter] = others
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: Rows = []
     bad: list[str] = []
@@ -96,8 +98,12 @@ def _parquet(path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from None
-    # Through JSON, so that dates and the like become text, as in the other kinds of file.
-    return [(number, json.loads(json.dumps(row, default=_plain))) for number, row in enumerate(table, 1)]
+    return numbered(table)
+
+
+def numbered(rows: Iterable[dict[str, Any]]) -> Rows:
+    """The rows with their numbers, through JSON: dates and the like become text, as in files of text."""
+    return [(number, from_json(json.dumps(row, default=_plain))) for number, row in enumerate(rows, 1)]
 
 
 def _plain(value: Any) -> Any:

@@ -22,12 +22,7 @@ FIELDS = {
     "prompt_completion": ("prompt", "completion"),
 }
 """Format → fields that a row must have; in this order a format is detected."""
-NAMES = {
-    "gsm8k": "question and answer",
-    "alpaca": "instruction and output",
-    "messages": "chat",
-    "prompt_completion": "prompt and completion",
-}
+NAMES = {kind: " and ".join(fields) for kind, fields in FIELDS.items()} | {"messages": "chat"}
 """Format → what people call it."""
 SYNONYMS = {"context": "input", "response": "output", "conversations": "messages"}
 """Names of fields in Dolly and ShareGPT → those here."""
@@ -44,6 +39,9 @@ VERIFYING = ("gold", "test")
 """Fields of which one lets RL reward an answer; a row with one of them may have no response."""
 CHOICE = re.compile(r"[A-J]|(?i:(?:option|choice)[ _-]?[a-j])")
 """Name of a field with one of a question's choices, such as `A` and `option_a`."""
+
+BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")
+"""A text of which nothing is seen."""
 
 
 class EmptyRowError(ValueError):
@@ -99,22 +97,20 @@ def _example(
             "the answer is not text, and the row has choices: write them into the question, and the letter "
             "of the right one into answer and gold"
         )
-    if not isinstance(answer, str | bool | int | float):
-        raise ValueError(f"the answer must be text, a number or a boolean, got {type(answer).__name__}")
-    response = answer if isinstance(answer, str) else json.dumps(answer)
-    thought, response = thoughts.split(response)
+    thought, response = thoughts.split(answer if is_text else gold_field(answer))
     for name in THOUGHTS:
         if isinstance(row.get(name), str):
             thought = thought or row[name].strip()
             used = used | {name}
-    if not prompt.strip() or not (response.strip() or may_lack):
+    prompt, response = ("" if BLANK.fullmatch(text) else text for text in (prompt, response))
+    if not prompt or not (response or may_lack):
         raise EmptyRowError("prompt or response is empty")
     gold = gold_field(row.get("gold")) or (gold_from_response(response) if is_text else response)
     extra = {name: value for name, value in row.items() if name not in used | {"gold"}}
     # Without a response, two rows with one prompt are told apart by the answer that is right.
-    named = [prompt, response, *([turns] if turns else []), *([] if response.strip() else [gold])]
+    named = [prompt, response, *([turns] if turns else []), *([] if response else [gold])]
     named += [thought] if thought else []
-    return Example(id_of(named), prompt, response.strip() and response, gold, extra, turns, thought)
+    return Example(id_of(named), prompt, response, gold, extra, turns, thought)
 
 
 def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:
@@ -158,7 +154,7 @@ def gold_field(value: Any) -> str:
     if isinstance(value, bool):
         return json.dumps(value)
     if not isinstance(value, str | int | float):
-        raise ValueError(f"a verifiable answer must be text or a number, got {type(value).__name__}")
+        raise ValueError(f"the answer must be text, a number or a boolean, got {type(value).__name__}")
     return str(value).strip()
 
 

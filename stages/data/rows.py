@@ -11,13 +11,13 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
 from stages.data import formats
-from stages.data.files import SUFFIXES, read_file
+from stages.data.files import SUFFIXES, numbered, read_file
 from stages.data.formats import EmptyRowError
 from stages.data.hub import resolve_commit
 from stages.errors import HUB_HINT, ConfigError, DataError, MissingInputError, first_line, sought
@@ -33,6 +33,9 @@ MAX_CHARACTERS = 1_000_000
 """Longest prompt and response together: some tokenizers abort the process on texts of tens of megabytes."""
 PASSAGES = ("context", "input", "passage", "body", "paragraph", "document", "story", "choices", "options")
 """Fields without which people's questions often cannot be answered."""
+
+HALF = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair, as which a byte that is no UTF-8 is read, too."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +137,17 @@ def raw_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     """Return the first `limit` rows of a source, each with its number (counted from 1).
 
     Rows are unchanged, except that values of a hub data set that JSON cannot represent, such as dates, become
-    strings. DataError lists every row with half of a surrogate pair, which cannot be written to a file.
+    strings. DataError lists every row that cannot be written to a file as UTF-8.
     """
     file = local_file(source)
     rows = read_file(file)[: source.limit] if file else _hub_rows(source)
-    rows = [(number, _without_nan(row)) for number, row in rows]
     if broken := [
-        f"{source.path}:{number}: field {name} has half of a surrogate pair"
+        f"{source.path}:{number}: field {name} has bytes that are no UTF-8, or half of a surrogate pair"
         for number, row in rows
         for name, value in row.items()
-        if not _is_encodable([name, value])
+        if HALF.search(json.dumps([name, value], ensure_ascii=False))
     ]:
-        raise data_error("bad row", broken)
+        raise data_error("bad row", broken, "leave out what is no text, such as an image")
     return rows
 
 
@@ -166,10 +168,7 @@ def _hub_rows(source: SourceSection) -> list[tuple[int, dict[str, Any]]]:
     _check_commit(source, loaded)
     if not len(loaded):
         raise DataError(f"{source.path} has no rows in {source.split}")
-    return [
-        (number, json.loads(json.dumps(row, default=str)))
-        for number, row in zip(range(1, (source.limit or len(loaded)) + 1), loaded, strict=False)
-    ]
+    return numbered(islice(loaded, source.limit))
 
 
 def _check_commit(source: SourceSection, loaded: Any) -> None:
@@ -186,15 +185,6 @@ def _check_commit(source: SourceSection, loaded: Any) -> None:
         )
 
 
-def _without_nan(value: Any) -> Any:
-    """Return a value with None in place of NaN, by which pandas marks an empty cell."""
-    if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and value != value else value
-
-
 def _unseen(example: Example) -> set[str]:
     """Return the fields, PASSAGES or single choices, with a text or texts that are not in the prompt."""
     unseen = set()
@@ -204,15 +194,6 @@ def _unseen(example: Example) -> set[str]:
             if any(isinstance(text, str) and text.strip() not in example.prompt for text in texts):
                 unseen.add(name)
     return unseen
-
-
-def _is_encodable(value: Any) -> bool:
-    """True if a value can be written as UTF-8; False if it has half of a surrogate pair."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def local_file(source: SourceSection) -> Path | None:

@@ -6,7 +6,6 @@ or has probabilities that cannot be raises one of `UNREADABLE`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 from stages.engines import ChoiceRequest
 from stages.prompts.thoughts import after_thought
+from stages.records import from_json
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a reply raises that cannot be believed; all but ValueError for another shape."""
@@ -159,20 +159,13 @@ CHECKS: tuple[tuple[Callable[[Reply], object], str], ...] = (
 
 def parse_reply(body: str, model: str, most_tokens: int) -> Reply:
     """Parse the reply to a request for at most so many tokens of a model, or raise one of UNREADABLE."""
-    fields = json.loads(body, object_pairs_hook=_unique)
+    fields = from_json(body)
     (choice,) = fields["choices"]
     reply = Reply(fields, choice, choice.get("message") or {}, model, most_tokens)
     for check, message in CHECKS:
         if check(reply):
             raise ValueError(f"{message}: {body[:80]}")
     return reply
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"a field stands twice among {', '.join(fields)[:80]}")
-    return fields
 
 
 def choice_probabilities(reply: Reply, words: tuple[str, ...]) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any
 from stages.data.files import read_file
 from stages.data.formats import instruction
 from stages.errors import DataError
-from stages.records import Example, Labelled, data_error, read_bytes
+from stages.records import Example, Labelled, data_error, from_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def _read(path: Path, field: str) -> list[tuple[str, Any]]:
     if path.name.lower().removesuffix(".gz").endswith(".json"):
         labels = None
         with suppress(ValueError, RecursionError):  # JSON Lines, a list, or broken: `read_file` says what
-            labels = json.loads(read_bytes(path).decode("utf-8-sig"))
+            labels = from_json(read_bytes(path).decode("utf-8-sig"))
         if isinstance(labels, dict) and field not in labels:
             return [(str(key).strip(), value) for key, value in labels.items()]
     pairs, bad = [], []
@@ -78,7 +77,7 @@ def _read(path: Path, field: str) -> list[tuple[str, Any]]:
         if isinstance(row.get("instruction"), str):
             row = {**row, "instruction": instruction(row)}
         keys = [str(row[name]).strip() for name in KEYS if isinstance(row.get(name), str | int)]
-        if not keys or field not in row:
+        if field not in row or not (keys or {None, ""} & {row.get(name, 0) for name in KEYS}):
             bad.append(f"{path}:{number}")
         pairs += [(key, row.get(field)) for key in keys]
     if bad:

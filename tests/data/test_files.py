@@ -1,6 +1,7 @@
 """Files as people have them: each is read, or refused with one sentence that says what to do."""
 
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def lines(*rows: object) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def parquet(row: dict[str, object]) -> bytes:
+    pq.write_table(pa.Table.from_pylist([row]), file := io.BytesIO())
+    return file.getvalue()
+
+
 READ = {
     "rows.jsonl": lines(PAIR),
     "list.jsonl": json.dumps([PAIR], indent=1),
@@ -39,6 +45,7 @@ READ = {
     "prompts.jsonl": lines({"prompt": "Two and two?", "completion": "#### 4"}),
     "excel.csv": "\ufeffquestion;answer\r\nTwo and two?;2 + 2 = 4,0. #### 4\r\n;\r\n",
     "parts.jsonl": lines({"messages": [{"role": "user", "content": [TEXT]}, GPT], "context": "c"}),
+    "tabs.csv": "question\tanswer\nTwo and two?\t#### 4\n",
     "beside.jsonl": lines({"instruction": "Two and two?", "completion": "2 + 2 = 4.", "gold": 4}),
 }
 TOOL = {"role": "tool", "content": "c"}
@@ -48,7 +55,14 @@ REFUSED = {
     "broken.jsonl": ('{"question": 1\n{}\n[]', "2 × broken JSON line:\n  broken.jsonl:1: Expecting"),
     "list.jsonl": (lines(PAIR, {"question": "Q", "answer": [4]}), "list.jsonl:2: the answer must be text, a"),
     # In a field that nothing reads it would end classify after all votes.
-    "half.jsonl": (lines({**PAIR, "note": ["\ud83d"]}), "half.jsonl:1: field note has half of a surrogate"),
+    "half.jsonl": (lines({**PAIR, "note": ["\ud83d"]}), "half.jsonl:1: field note has bytes"),
+    "image.parquet": (parquet({**PAIR, "image": b"\xff"}), "image.parquet:1: field image has bytes that"),
+    "large.jsonl": ('{"question": "Q", "answer": 1e999}', "large.jsonl:1: 1e999 is too large"),
+    "gold.jsonl": ('{"question": "Q", "gold": -1e999}', "gold.jsonl:1: -1e999 is too large"),
+    "keys.jsonl": ('{"question": "Q", "question": "R", "answer": "A"}', "a field stands twice among quest"),
+    "keys.json": ('[{"question": "Q", "question": "R"}]', "keys.json is not JSON: a field stands twice"),
+    "digits.jsonl": (f'{{"question": "Q", "answer": {"7" * 5000}}}', "value has 5000 digits"),
+    "unseen.jsonl": (lines({"question": "\u200b", "answer": "A"}), "unseen.jsonl:1: prompt or response"),
     "csv.jsonl": ("question,answer\na,b\nc,d\n", "is not JSON Lines: it begins with 'question,answer'"),
     "object.json": ('{"data": [1]}', "object.json is one object, not a list of rows"),
     "numbers.json": ("[1, 2, 3]", "numbers.json:1: expected an object, got int (lines 2, 3 as well)"),
@@ -81,8 +95,7 @@ def test_common_files_are_read(tmp_path, name):
 def test_parquet(tmp_path):
     """Texts, null, and text that its writer has as bytes."""
     for n, row in enumerate(({**PAIR, "when": None}, {name: text.encode() for name, text in PAIR.items()})):
-        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{n}.parquet")
-        (example,) = read(DataSection(path=str(tmp_path / f"{n}.parquet")))
+        (example,) = read(source(tmp_path / f"{n}.parquet", parquet(row)))
         assert (example.prompt, example.gold) == (PAIR["question"], "4")
 
 

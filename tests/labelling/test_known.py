@@ -41,6 +41,7 @@ def test_a_line_in_the_form_of_the_rows_has_their_question(tmp_path):
     rows = [Example("a", "Translate.\n\ngato", "cat", None), Example("b", "Translate.", "What?", None)]
     lines = [{"instruction": "Translate.", "context": "gato", "system": 2}]
     lines += [{"instruction": None, "id": "b", "system": 1}]  # no text, so it names no row
+    lines += [{"question": None, "system": 1}, {"question": "", "system": 2}]
     write_jsonl(tmp_path / "a.jsonl", lines)
     assert [row.system for row in with_known_labels(rows, "system", tmp_path / "a.jsonl")] == [2, 1]
 
@@ -61,6 +62,7 @@ def test_a_row_without_a_label_stays_undecided_and_is_counted(tmp_path, caplog):
     ("name", "text", "said"),
     [
         ("a.json", '{"id0": 3, "id1": "fast"}', r"(?s)2 × label in .*id0: 3.*id1: 'fast'"),
+        ("a.json", '{"id0": 1, "id0": 2}', "a field stands twice among id0"),
         ("a.json", '{"id9": 1}', "no label for any of 4 examples"),
         ("a.jsonl", '{"id": "id0"}\n{"system": 1}\n', r"(?s)2 × line without system or without.*:1.*:2"),
         ("a.csv", 'question,voted\n"What\nis it?",1\nWhat?,2\n', r"(?s)without system.*csv:3.*csv:4"),
