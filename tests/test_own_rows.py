@@ -1,5 +1,6 @@
 """A file as people have it, `lorapar init` on it: its columns, the final answers, and a part held out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
 def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lorapar, monkeypatch):
     """A fifth of the questions, each with all of its rows; a failure leaves nothing of it."""
     monkeypatch.chdir(tmp_path)
-    lines = [f"What is the total of {i % 250} and 1?,The total is ${i % 250 + 1}." for i in range(300)]
+    ways = ("What is the total of {} and 1?", " what is  the Total of {} and 1 ")  # of writing one question
+    lines = [f"{ways[i // 250].format(i % 250)},The total is ${i % 250 + 1}." for i in range(300)]
     table = "\n".join(["Prompt,Completion", *lines, "Do you ship abroad?,yes"])
     Path("sales.csv").write_text(table, encoding="utf-8")
     done = lorapar("init", "sales.csv", "--model", "models/none")
@@ -114,7 +116,7 @@ def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lor
     assert "sales.csv: question is Prompt, answer is Completion" in done.out
     assert "final answers, read from 301 rows" in done.out and "  The total is $1. → $1" in done.out
     train, test = (read_jsonl(Path(f"sales-{part}.jsonl")) for part in ("train", "test"))
-    asked, held = ({row["question"] for _, row in rows} for rows in (train, test))
+    asked, held = (set(re.findall(r"\d+(?= and 1)|abroad", str(rows))) for rows in (train, test))
     assert not asked & held and len(asked | held) == 251 and len(held) == 50 and len(train) + len(test) == 301
     config = yaml.safe_load(Path("sales.yaml").read_text(encoding="utf-8"))
     assert config["run"] == "sales" and config["data"]["path"] == "sales-train.jsonl"

@@ -14,7 +14,7 @@ from stages.config import AUTO, TRAINED, BenchmarkSection, LoraSection, RlSectio
 from stages.config.sources import ALL_LINEAR
 from stages.config.yaml import on_one_line
 from stages.evaluation.benchmarks import benchmarks
-from stages.init.data_profile import FEWEST_WORKED, VERIFIED, DataProfile
+from stages.init.data_profile import FEWEST_WORKED, VERIFIED, DataProfile, question
 from stages.plan.tokens import Lengths
 
 FAR = 2
@@ -172,12 +172,12 @@ def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: 
         "answer to System 2; sft.system2_share: 0.3 is a cold start": needs_cold_start,
         "learning rates, passes over the rows and LoRA's rank: these are a start": True,
     }
-    trained = {example.conversation for example in profile.rows.examples}
+    trained = {question(example) for example in profile.rows.examples}
     for test in tests:
-        items = [item.conversation in trained for item in benchmarks.pick(test.kind).load(test)]
+        items = [question(item) in trained for item in benchmarks.pick(test.kind).load(test)]
         counts = f"{sum(items)} of its {len(items)} questions are trained on"
         questions[f"what {test.path} measures: {counts}"] = any(items)
-    return [question for question, is_open in questions.items() if is_open]
+    return [text for text, is_open in questions.items() if is_open]
 
 
 def document(chosen: list[Choice], head: list[str], undecided: list[str]) -> str:

@@ -208,6 +208,11 @@ def benchmark_of(path: str) -> BenchmarkSection:
     raise DataError(f"no benchmark can read the rows of {path}{lines}", "see: lorapar list benchmarks")
 
 
+def question(example: Example) -> str:
+    """A row's question without that in which two writings of it differ: case, spaces, final marks."""
+    return " ".join(example.conversation.casefold().split()).rstrip(" .?!")
+
+
 def answer_kind(example: Example) -> str:
     """The kind of a row's verifiable answer: number, letter, text, tests or none."""
     if {"test", "entry_point"} <= example.extra.keys():

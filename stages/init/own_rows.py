@@ -17,7 +17,7 @@ from stages.data import formats
 from stages.data.formats import EmptyRowError
 from stages.data.rows import local_file, raw_rows, read_rows
 from stages.errors import ConfigError, DataError
-from stages.init.data_profile import answer_kind, benchmark_of
+from stages.init.data_profile import answer_kind, benchmark_of, question
 from stages.prompts.answers import extract_letter, is_answer, parse_number
 from stages.records import write_jsonl
 from stages.store.whole_files import whole_files
@@ -204,20 +204,20 @@ def _of_sentence(text: str) -> str | None:
 def hold_out(path: str, name: str, written: list[Path]) -> tuple[str, BenchmarkSection | None]:
     """Write NAME-train.jsonl and NAME-test.jsonl; return the first, and a benchmark of the second.
 
-    The rows of one question stay together, and only questions of which each row has a verifiable answer are
+    The rows of one `question` stay together, and only questions of which each row has a verifiable answer are
     held out. If there are none, or no benchmark can read them, it is `path` and None. The same file is split
     in the same way. OutputError if another file has one of the two names. name: with its folder. written:
     gets those that were not there.
     """
     source = SourceSection(path=path, empty="drop", duplicates="first")
     examples = read_rows(source).examples  # it raises an error for a bad row
-    unverifiable = {example.conversation for example in examples if answer_kind(example) == "none"}
+    unverifiable = {question(example) for example in examples if answer_kind(example) == "none"}
     rows = raw_rows(source)
     kind = formats.detect(path, rows[0][1])
     questions = {}
     for number, row in rows:
         with suppress(EmptyRowError):
-            questions[number] = formats.example(kind, row).conversation
+            questions[number] = question(formats.example(kind, row))
     verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
     chosen = set(random.Random(0).sample(verifiable, min(MOST, len(verifiable) // ONE_IN)))
     if not chosen:
