@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from stages.plan.texts import Texts
 
 Check = Annotated[bool, flag("--check", "Only look for what is certain to stop the run; measure nothing.")]
+
+
+_say_once = functools.cache(say)
 
 
 def command(config: ConfigPath, set_: Overrides = None, check: Check = False, last: LastStage = None) -> None:
@@ -52,6 +56,8 @@ def checked_texts(settings: Config, store: Store, pending: list[Step], texts: Te
         from stages.plan import preflight
         from stages.plan.texts import Texts
     texts = texts or Texts(settings, store)
+    for name in settings.partition.unread:
+        _say_once(f"partition.{name} is not read by strategy {settings.partition.strategy}")
     preflight.require_no_problem(texts, pending)
     return texts
 

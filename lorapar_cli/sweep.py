@@ -1,6 +1,7 @@
 """`lorapar sweep`: runs the missing steps of tables of many runs. `report.py` shows the results."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +9,16 @@ import typer
 
 from lorapar_cli import terminal
 from lorapar_cli.options import Overrides, Quiet, argument, flag, pairs, value
+from lorapar_cli.plan import checked_texts
 from lorapar_cli.stage import begin_worker, make_step
 from stages import escaping
 from stages.config.yaml import parse_yaml
-from stages.errors import ConfigError
+from stages.errors import ConfigError, DataError
 from stages.runtime import gpu
+from stages.store.artifacts import Store
 from stages.sweep.slurm import HINT, Cluster
-from stages.sweep.steps import Executor, Outcome, build_graph, run
-from stages.sweep.table import Table
+from stages.sweep.steps import Executor, Node, Outcome, build_graph, run
+from stages.sweep.table import Cell, Table
 from stages.sweep.table import table as load_table
 from stages.sweep.workers import Workers
 
@@ -60,6 +63,8 @@ def command(
         executor: Executor = Workers(slots, begin_worker, make_step)
         if slurm:
             executor = Cluster(logs / "jobs", _parameters(slurm), jobs or MAX_JOBS)
+        else:  # a node of the cluster may have what this machine lacks
+            _check(cells, [node for node in nodes.values() if not node.current])
         outcomes = run(nodes, executor, logs, terminal.say)
         _report_failures(outcomes, len(cells))
         terminal.say(f"next: lorapar report {' '.join(escaping.shell(str(p)) for p in paths)} --out report")
@@ -80,6 +85,20 @@ def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
     if visible is not None and (hidden := set(numbers) - set(visible.split(","))):
         raise ConfigError(f"--devices {devices}: {min(hidden)} is not in {gpu.VISIBLE}={visible}")
     return list(slots)
+
+
+def _check(cells: list[Cell], nodes: list[Node]) -> None:
+    """Make the check of `run` for each cell that needs one of these steps; DataError has each cause once."""
+    causes: Counter[str] = Counter()
+    for cell in cells:
+        steps = [node.step for node in nodes if (cell.table, cell.row, cell.seed) in node.cells]
+        try:
+            checked_texts(cell.config, Store(cell.config.root), steps) if steps else None
+        except DataError as error:
+            causes[str(error)] += 1
+    if causes:
+        lines = [f"{number} of {len(cells)} cells: {cause}" for cause, number in causes.items()]
+        raise DataError("\n".join(lines), "to go on with other rows: --only ROW")
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:

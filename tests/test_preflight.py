@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import config_file
+from conftest import config_file, flags
 from safetensors.torch import load_file, save_file
 
 from stages.models.tokenizer import load_tokenizer
@@ -169,6 +169,18 @@ def test_what_may_go_well_is_not_refused(certain, smoke, tiny, tmp_path):
     assert certain("classify.voters=[{base_url: http://127.0.0.1:1/v1, model: me/x, persona: steps}]") == []
 
 
+def test_a_mode_may_learn_from_answers_alone(certain, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    with (model / "chat_template.jinja").open("a") as template:
+        template.write("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}")
+    (tmp_path / "golds.jsonl").write_text(lines({"question": f"{i}?", "gold": i} for i in range(40)))
+    on, off = ({"chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (True, False))
+    modes = f"modes={json.dumps({'fast': off, 'slow': on | {'system': 'Think.'}, 'auto': on})}"
+    settings = (f"model.name={model}", "data.path=HERE/golds.jsonl", modes, "sft.system2_share=0")
+    assert certain(*settings, "partition.strategy=all", "eval.targets=[rl]") == []
+
+
 def test_labels_tell_of_more(certain):
     """24 rows, half of them System 2, are too few for a step of 16; with rl.data=all they are enough."""
     step = ("data.limit=24", "rl.prompts_per_step=16")
@@ -213,4 +225,5 @@ def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkey
     assert done.code == 65 and "1 thing is certain to stop this run\n  rl: 64 RL prompts" in done.err
     two = lorapar("plan", path, "--set", "lora.target_modules=[query]")
     assert two.code == 65 and "2 things are certain to stop this run\n  score: " in two.err
-    assert lorapar("plan", path, "--check", "--to", "sft").code == 0
+    unread = lorapar("plan", path, "--check", "--to", "sft", *flags("partition={strategy: topk, theta: 0.8}"))
+    assert unread.code == 0 and "partition.theta is not read by strategy topk\n" in unread.err

@@ -36,11 +36,12 @@ def _check_rows(texts: Texts) -> None:
 
     config, labels, sft, modes = texts.config, texts.labels, texts.config.sft, texts.config.modes
     if not labels:
-        # Their responses may be shortened, as those of System 1 are.
-        labels = [Labelled(row, 1, {}) for row in texts.rows[TRAIN]]
+        # Their responses may be shortened as those of System 1 are, which under modes are answers alone.
+        rows = map(examples.bare, texts.rows[TRAIN]) if modes else texts.rows[TRAIN]
+        labels = [Labelled(row, 1, {}) for row in rows]
         sft, modes = sft.model_copy(update={"data": "all"}), None
-    for mode, rows in examples.trained_by_sft(labels, sft, modes, config.seed).items():
-        texts.check_lengths(sft, rows, mode)
+    for mode, imitated in examples.trained_by_sft(labels, sft, modes, config.seed).items():
+        texts.check_lengths(sft, imitated, mode)
 
 
 def _work(texts: Texts, _: str) -> Work | None:

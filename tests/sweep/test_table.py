@@ -322,6 +322,9 @@ def test_a_wrong_table_and_missing_files_stop_all(small, replicates, lorapar, tm
     assert done.code == 66 and "none.yaml\n  hint: an example: lorapar init --example tables/" in done.err
     done = lorapar("report", none, "--out", out)
     assert done.code == 66 and "no file" in done.err and not out.exists()
+    done = lorapar("sweep", small, "--seeds", "1", "--set", "data.max_length=20")
+    assert done.code == 65 and "started" not in done.err and "--only ROW" in done.err
+    assert done.err.count("than data.max_length 20") == 1 and "error: 3 of 3 cells: 1 thing" in done.err
 
 
 def test_planned_comparisons_are_those_that_are_named(small, by_hand):
