@@ -54,7 +54,7 @@ Unsafe = Annotated[
     bool,
     flag("--unsafe-no-sandbox", "Run model-written code without a sandbox; this is recorded in the result."),
 ]
-Quiet = Annotated[bool, flag("--quiet", "Print only errors, and at the end the results.", callback=_quiet)]
+Quiet = Annotated[bool, flag("--quiet", "Print only errors, warnings and final results.", callback=_quiet)]
 Only = Annotated[list[str] | None, value(f"Only this variant; repeatable. {_VARIANTS}", "NAME", "--only")]
 LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STAGE", "--to")]
 

@@ -37,5 +37,6 @@ def command(config: ConfigPath, host: Host = "127.0.0.1", port: Port = 8000, set
         export.fill(folder, artifact, settings, "adapter")
         dtype = artifact.manifest["provenance"]["dtype"]
         arguments = shlex.split(server_command(settings, dtype, folder, merged=False))[1:]
-        terminal.say(f"{settings.run} at http://{host}:{port}/v1; Ctrl-C ends it")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        terminal.say(f"starting vLLM, which says when {settings.run} answers at {address}; Ctrl-C ends it")
         raise SystemExit(vllm.run_server([*arguments, "--host", host, "--port", str(port)], folder))

@@ -26,7 +26,7 @@ _quiet = False
 
 
 def set_quiet(is_quiet: bool) -> None:
-    """Print nothing from now on but errors and results, or everything again."""
+    """Print nothing from now on but errors, warnings and results, or everything again."""
     global _quiet
     _quiet = is_quiet
     if is_quiet:
@@ -62,7 +62,7 @@ def conclude(text: str) -> None:
 class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            (conclude if record.levelno >= logging.ERROR else say)(self.format(record))
+            (conclude if record.levelno >= logging.WARNING else say)(self.format(record))
         except Exception:
             self.handleError(record)
 

@@ -62,7 +62,9 @@ def fill(folder: Path, trained: Artifact, config: Config, form: Form) -> None:
         save_merged(config.model, adapter, folder)
         tokenizer.save_pretrained(folder)
         return
-    shutil.copytree(adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(baselines.STATE))
+    for file in adapter.iterdir():
+        if file.name != baselines.STATE:
+            shutil.copyfile(file, folder / file.name)  # without the modes of a run that may be read-only
     tokenizer.save_pretrained(folder)
     cancellation.rewrite(folder, folder)  # whoever serves it may round it to 16 bits
     if not config.model.may_be_on_hub:  # with the base's whole path the adapter loads from any folder

@@ -125,9 +125,12 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(lorapar, confi
 
 
 def test_without_training_rows_only_the_base_is_evaluated(lorapar, config):
-    base_only = [*config, "--set", "data.path=null", "--set", "eval.targets=[base]"]
+    modes = flags("modes={fast: {system: Now.}, slow: {}, auto: {system: Choose.}}", "sft.system2_share=0")
+    base_only = [*config, *flags("data.path=null", "eval.targets=[base, 'base:fast']"), *modes]
     states = json.loads(lorapar("status", *base_only, "--json").out)
-    assert list(states) == ["classify:demo", "eval:base@demo"]
+    assert list(states) == ["classify:demo", "eval:base@demo", "eval:base:fast@demo"]
+    done = lorapar("status", *config, *flags("baseline={method: ia3}", "eval.targets=['init:fast']"), *modes)
+    assert "ia3 has no scored initial adapter; take init out of eval.targets" in done.err
     refused = "error: data.path is not set\n  hint: --set data.path=FILE, or a hub id\n"
     assert lorapar("sft", *base_only).err == refused
 
@@ -226,6 +229,19 @@ from lorapar_cli.__main__ import main
 atexit.register(lambda: os.kill(os.getpid(), signal.NAME))
 main()
 """
+SWALLOWED = """
+import os, signal, sys, time
+from lorapar_cli import process
+
+process.set_up()
+sys.excepthook = lambda *_: None
+try:  # as some libraries import others
+    os.kill(os.getpid(), signal.NAME)
+    time.sleep(1)
+except BaseException:
+    pass
+time.sleep(30)
+"""
 IN_A_DESTRUCTOR = """
 import os, signal, sys, time
 from lorapar_cli import process
@@ -248,6 +264,8 @@ time.sleep(30)
     ("program", "name", "code", "said"),
     [
         (WHILE_IT_WORKS, "SIGINT", 130, "stopped; the same command goes on from what is finished\n"),
+        (WHILE_IT_WORKS, "SIGTERM", 143, "stopped; the same command goes on from what is finished\n"),
+        (SWALLOWED, "SIGTERM", 143, ""),
         (WHILE_IT_EXITS, "SIGTERM", -15, ""),
         (WHILE_IT_EXITS, "SIGINT", -2, ""),
         (IN_A_DESTRUCTOR, "SIGTERM", 143, ""),

@@ -112,6 +112,7 @@ MISTAKES = {
     "eval.benchmarks={train: {kind: demo}}": "eval.benchmarks: 'train' cannot be the name of a benchmark",
     "eval.engine=openai": "eval: engine openai gives no tokens to grade",
     "sft={batch_size: 10, per_device_train_batch_size: 4}": "4 does not divide batch_size 10",
+    "rl.rewards={correctness: 0, integer: 0.0}": "rl: rewards: every weight is 0",
     "rl={start_from: init, kl_reference: sft}": "rl: kl_reference sft goes with start_from sft",
     "sft=3": "sft: expected settings below it, got 3",
     "sft": "--set sft: expected section.key=value",

@@ -41,10 +41,14 @@ def same_files(folder: Path, artifact: Artifact) -> None:
 
 
 def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
+    """Also out of a run that nobody may write to."""
     config, artifact = trained
+    (artifact.path / "adapter").chmod(0o555)
     (tmp_path / ".a.partial").mkdir()  # like a temporary folder, and a person's own
     (tmp_path / ".a.partial/mine").write_text("mine")
     export.write(artifact, config, tmp_path / "a", "adapter")
+    (artifact.path / "adapter").chmod(0o755)
+    assert (tmp_path / "a").stat().st_mode & 0o200
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a"]
     assert (tmp_path / ".a.partial/mine").read_text() == "mine"
     same_files(tmp_path / "a", artifact)
@@ -95,9 +99,12 @@ def test_the_card_says_how_vllm_serves_it(trained, tmp_path, monkeypatch):
     assert f"{served} --max-loras 1 --max-lora-rank 8 --chat-template chat_template.jinja\n" in text
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/m").mkdir(parents=True)
+    (tmp_path / "deep/down").mkdir(parents=True)
+    (tmp_path / "deep/down/out").symlink_to(tmp_path / "out")
     other = config.model_copy(update={"model": config.model.model_copy(update={"name": "models/m"})})
-    text = card(other, artifact, "adapter", tmp_path / "out/a")
-    assert "api_server --model ../../models/m --generation-config vllm" in text
+    for folder in ("out/a", "deep/down/out/a"):
+        text = card(other, artifact, "adapter", tmp_path / folder)
+        assert "api_server --model ../../models/m --generation-config vllm" in text
     file = tmp_path / "out/a/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))  # vLLM serves ranks up to 512
     text = card(config, artifact, "adapter", tmp_path / "out/a")
@@ -203,14 +210,17 @@ def test_a_push_uploads_what_was_exported_or_the_command_says_why_not(
         assert (tmp_path / str(status)).exists() == (status == 69)
 
 
-def test_serve_says_what_is_lacking(smoke_flags, lorapar, monkeypatch):
+def test_serve_says_where_it_is_or_what_is_lacking(begun, trained, lorapar, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    for vllm, message, *options in (
-        (None, "lorapar serve needs vLLM, which is not installed"),
-        (object(), "--host 0.0.0.0 would let anyone ask", "--host", "0.0.0.0"),
-        (object(), "sft is missing", "--set", "eval.targets=[sft]"),
+    monkeypatch.setattr("stages.engines.vllm.run_server", lambda *_: 0)
+    sft = (*begun.home, *SETTINGS, "eval.targets=[sft]")
+    for code, vllm, message, *options in (
+        (78, None, "(?s)lorapar serve needs vLLM, which is not installed.*hint:"),
+        (78, object(), "(?s)--host 0.0.0.0 would let anyone ask.*hint:", "--host", "0.0.0.0"),
+        (66, object(), "(?s)sft is (missing|stale).*hint:", "--set", "sft.learning_rate=0.77"),
+        (0, object(), r"vLLM, which says when smoke answers at http://\[::1\]:8000/v1;", "--host", "::1"),
     ):
         monkeypatch.setattr("importlib.util.find_spec", lambda n, spec=vllm: spec if n == "vllm" else find(n))
-        done = lorapar("serve", ROOT / "configs/smoke.yaml", *smoke_flags, *options)
-        assert done.code in (66, 78) and message in done.err and "hint:" in done.err
+        done = lorapar("serve", ROOT / "configs/smoke.yaml", *flags(*sft), *options)
+        assert done.code == code and re.search(message, done.err), done.err

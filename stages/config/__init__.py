@@ -95,7 +95,7 @@ class Config(Section):
         subject = f"baseline {method}"
         if self.partition.protect:
             yield f"{subject} is trained whole; leave out partition.protect"
-        if "init" in self.eval.targets:
+        if "init" in self.eval.weights:
             yield f"{subject} has no scored initial adapter; take init out of eval.targets"
         if self._uses_vllm:
             yield f"vllm cannot serve {subject}; use engine transformers"

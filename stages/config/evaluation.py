@@ -104,10 +104,14 @@ class EvalSection(Section):
             yield "engine openai gives no tokens to grade; use vllm or transformers"
 
     @property
+    def weights(self) -> set[str]:
+        """Those of the targets, in whatever mode they are asked."""
+        return {split_target(target)[0] for target in self.targets}
+
+    @property
     def trained(self) -> list[str]:
         """The trainings whose adapters are evaluated, in order."""
-        weights = {split_target(target)[0] for target in self.targets}
-        return [name for name in TRAINED if name in weights]
+        return [name for name in TRAINED if name in self.weights]
 
     def as_asked(self, benchmark: BenchmarkSection, target: str) -> BenchmarkSection:
         """The benchmark with the worked examples that a target gets."""

@@ -84,6 +84,8 @@ class RlSection(TrainSection):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} does not divide "
                 f"{self.prompts_per_step} × {self.num_generations}"
             )
+        if not any(self.rewards.values()):
+            yield "rewards: every weight is 0, so no completion earns anything"
         if self.max_thinking_length and self.max_thinking_length >= self.max_completion_length:
             yield (
                 f"max_thinking_length {self.max_thinking_length} leaves no room for an answer within "

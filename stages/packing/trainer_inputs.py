@@ -123,6 +123,7 @@ def sft_inputs(inputs: dict[str, Any], share_prefix: bool) -> dict[str, Any]:
 def groups_of_rows(rows: list[list[int]], labels: list[list[int]], shares: bool) -> list[PrefixGroup]:
     """The rows in groups with a common prefix each, divided so that as few tokens as possible are computed.
 
+    Groups within groups would save more where a part of a group has more in common.
     Every suffix keeps the token before its first target. Prefixes of unequal lengths need a mask for each
     suffix: where these would be large, all rows are one group. shares: False for an empty prefix.
     """

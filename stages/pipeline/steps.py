@@ -50,7 +50,7 @@ def plan_steps(config: Config) -> dict[str, Step]:
 
     Without `data.path` nothing is trained, and only the base can be evaluated.
     """
-    if config.data.path is None and set(config.eval.targets) - {"base"}:
+    if config.data.path is None and config.eval.weights - {"base"}:
         raise missing_path_error("a file or a hub id; to evaluate only a base model: eval.targets=[base]")
     described = {
         step_name(s.name, planned.variant): (s, planned) for s in all_stages() for planned in s.steps(config)

@@ -177,4 +177,5 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 def _path_from(folder: Path, base: str) -> str:
     """Return the base's name for a command that runs in `folder`: a local path becomes relative to it."""
     local = not Path(base).is_absolute() and Path(base).is_dir()
-    return os.path.relpath(base, folder) if local else base
+    # Both without links: `..` leads from where the folder is, not from where a link to it is.
+    return os.path.relpath(Path(base).resolve(), folder.resolve()) if local else base
