@@ -129,5 +129,5 @@ STAGE = Stage(
     checks=_checks,
     spans=_spans,
     work=_work,
-    version=7,
+    version=8,
 )

@@ -99,7 +99,9 @@ def _journals(model: ModelSection, classify: ClassifySection, context: StageCont
         name = voter.name or f"{voter_model.title}/{voter.persona}"
         if name in journals:
             raise ConfigError(f"classify.voters: two voters are named {name}", "give each another name")
-        if voter.thinking and not personas.has_trait(voter.persona, "chat"):
+        if personas.has_trait(voter.persona, "chat"):
+            identity = f"{identity} 2"  # before 2, a vote was read where a thought may have begun
+        elif voter.thinking:
             raise ConfigError(
                 f"classify.voters: thinking needs a chat persona, and {voter.persona} is not one"
             )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.config import ServerSection
+from stages.config import PromptSection, ServerSection
 from stages.engines import (
     ChoiceRequest,
     ChoiceResult,
@@ -29,7 +29,8 @@ from stages.models.load_errors import max_positions
 from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length, padded
-from stages.prompts.chat_template import chat, ids_to_continue, tokenise
+from stages.prompts.chat_template import chat, ids_to_continue, thinking_switch, tokenise
+from stages.prompts.renderer import Renderer
 from stages.prompts.thoughts import TAGS, opened
 
 BATCH_TOKENS = 8192
@@ -38,8 +39,6 @@ MOST_CELLS = 2 * BATCH_TOKENS
 """Most tokens of a batch after its common prefix, with padding."""
 PADDED_BATCH = 16
 """Prompts in a batch of choices where the architecture needs padding."""
-THINKING_END = TAGS["<think>"]
-"""Appended to thinking that was cut off by its length limit."""
 THINKING_BATCHES = 4
 """Choices are made after this many batches of thinking, so that a kill loses no more of them."""
 HEAD_ROWS = 2048
@@ -149,16 +148,20 @@ class InProcess:
         thinking = [i for i in prompts if requests[i].max_thinking_tokens]
         if not thinking:
             return
-        # The requests of a voter have the same length limit and temperature.
-        first = requests[thinking[0]]
-        sampling = Sampling(first.max_thinking_tokens, (self.tokenizer.eos_token_id,), first.temperature)
+        # The requests of a voter have the same template, length limit and temperature.
+        first, tokenizer = requests[thinking[0]], self.tokenizer
+        section = PromptSection(chat_template_kwargs=template_arguments(tokenizer, thinks=True))
+        renderer, prompt = Renderer(tokenizer, section), tokenizer.decode(prompts[thinking[0]])
+        known = (tag for tag in TAGS if tag in str(tokenizer.chat_template))
+        end = tokenizer.decode(renderer.closing_ids(opened(prompt) or next(known, "<think>"), []))
+        sampling = Sampling(first.max_thinking_tokens, tuple(renderer.stop_ids), first.temperature)
         to_continue, seeds = [prompts[i] for i in thinking], [requests[i].seed for i in thinking]
         for j, completion in generate(
-            self.model, self.tokenizer, to_continue, sampling, (THINKING_END,), seeds, self.batch_size
+            self.model, tokenizer, to_continue, sampling, (end.strip(),), seeds, self.batch_size
         ):
-            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
-            closed = f"{text.partition(THINKING_END)[0]}\n{THINKING_END}\n\n"
-            prompts[thinking[j]] += self.tokenizer(closed, add_special_tokens=False)["input_ids"]
+            text = tokenizer.decode([token for token in completion.ids if token not in renderer.stop_ids])
+            closed = text.partition(end.strip())[0].rstrip() + end
+            prompts[thinking[j]] += tokenizer(closed, add_special_tokens=False)["input_ids"]
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> list[int]:
@@ -173,16 +176,28 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
             "choose a persona without chat: lorapar list personas",
         )
     messages: list[dict[str, str]] = request.text  # type: ignore[assignment]
+    arguments = template_arguments(tokenizer, request.max_thinking_tokens > 0)
     try:
-        text = chat(tokenizer, messages)
+        text = chat(tokenizer, messages, **arguments)
     except ConfigError:  # many templates have no system role: the user says it
         if messages[0]["role"] != "system":
             raise
         system, user, *later = messages
-        text = chat(tokenizer, [user | {"content": f"{system['content']}\n\n{user['content']}"}, *later])
-    if not request.max_thinking_tokens and (tag := opened(text)):
-        text += f"\n{TAGS[tag.rstrip()]}\n\n"  # else the vote would be the first word of the thought
+        messages = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *later]
+        text = chat(tokenizer, messages, **arguments)
+    if not request.max_thinking_tokens:  # the vote is read where an answer stands, not where a thought begins
+        answer = {"role": "assistant", "content": "@@"}
+        before, shown, _ = chat(tokenizer, [*messages, answer], False, **arguments).partition("@@")
+        if shown and before.startswith(text):
+            text = before
+        elif tag := opened(text):
+            text += f"\n{TAGS[tag.rstrip()]}\n\n"
     return tokenise(tokenizer, text)
+
+
+def template_arguments(tokenizer: PreTrainedTokenizerBase, thinks: bool) -> dict[str, Any]:
+    """Return the arguments of the chat template for a thought or none; no arguments if it has no switch."""
+    return (thinking_switch(tokenizer) or ({}, {}))[thinks]
 
 
 def batch_sizes(prompts: list[list[int]]) -> Iterator[int]:

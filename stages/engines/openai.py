@@ -41,6 +41,7 @@ from stages.engines.reply_checks import (
     obeys,
     parse_reply,
     parse_word,
+    told,
 )
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.runtime.background import event_loop
@@ -233,7 +234,7 @@ class Client:
 
     async def _choose(self, client: Any, request: ChoiceRequest) -> ChoiceResult:
         """Make one choice, by constrained decoding if the server can, else by reading its reply."""
-        if request.max_thinking_tokens or not await self._constrains(client, request):
+        if not await self._constrains(client, request) or request.max_thinking_tokens:
             return await self._choose_by_text(client, request)
         body = choice_body(request, MAX_WORD_TOKENS, request.words)
         read = partial(choice_probabilities, words=request.words)
@@ -260,6 +261,8 @@ class Client:
     async def _choose_by_text(self, client: Any, request: ChoiceRequest) -> ChoiceResult:
         """Read the choice in the text of a reply, after the thinking if there is any."""
         body = choice_body(request, request.max_thinking_tokens + REPLY_TOKENS)
+        if self._can_constrain:  # then it is asked for text because the voter thinks
+            body |= told(thinks=True)
         if request.temperature:
             body |= {"temperature": request.temperature, "seed": request.seed}
         text = await self._send(client, body, lambda reply: reply.text)

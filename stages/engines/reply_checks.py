@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.engines import ChoiceRequest
+from stages.prompts.chat_template import FLAGS
 from stages.prompts.thoughts import after_thought
 from stages.records import from_json
 
@@ -204,14 +205,20 @@ def choice_probabilities(reply: Reply, words: tuple[str, ...]) -> tuple[float, .
     raise ValueError(f"{prefix[:40]!r} tells none of {words} from the others")
 
 
+def told(thinks: bool) -> dict[str, Any]:
+    """Arguments of any chat template: vLLM ignores those that the template does not read."""
+    return {"chat_template_kwargs": dict.fromkeys(FLAGS, thinks)}
+
+
 def choice_body(request: ChoiceRequest, tokens: int, words: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a request for so many tokens, constrained to `words` and with log-probabilities if given."""
     is_chat = not isinstance(request.text, str) and not isinstance(request.text[0], int)
     body: dict[str, Any] = {"messages" if is_chat else "prompt": request.text}
     body |= {"max_tokens": tokens, "temperature": 0}
     if words:
-        body["structured_outputs"] = {"choice": list(words)}
-        body |= {"logprobs": True, "top_logprobs": ALTERNATIVES} if is_chat else {"logprobs": ALTERNATIVES}
+        body |= {"structured_outputs": {"choice": list(words)}, "logprobs": True if is_chat else ALTERNATIVES}
+    if words and is_chat:
+        body |= {"top_logprobs": ALTERNATIVES, **told(thinks=False)}
     return body
 
 

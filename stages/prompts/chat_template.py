@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from contextlib import suppress
@@ -18,10 +19,8 @@ DATE = datetime.datetime(2024, 7, 26)
 """Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
 the template of Llama 3.1 falls back to."""
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
-SWITCHES: dict[str, tuple[Any, Any]] = {
-    **dict.fromkeys(("enable_thinking", "thinking", "enable_reasoning"), (False, True)),
-    "reasoning_effort": ("low", "high"),
-}
+FLAGS = ("enable_thinking", "thinking", "enable_reasoning")
+SWITCHES: dict[str, Any] = {**dict.fromkeys(FLAGS, (False, True)), "reasoning_effort": ("low", "high")}
 """Argument of a chat template → its values for little or no thought, and for much."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Names that transformers gives to every chat template."""
@@ -117,6 +116,7 @@ def ids_to_continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+@functools.lru_cache(maxsize=4)
 def arguments_of(template: str) -> set[str]:
     """Return the names that a chat template reads and is not always given: the arguments that it may take."""
     from jinja2 import Environment, meta

@@ -1,9 +1,11 @@
 """The in-process engine: shared prompt beginnings, stop texts, and choices among several words."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stages.config import ModelSection, ServerSection
@@ -35,6 +37,10 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{{ m.role }}: {{ m.content }}{% endfor %}"
 )
+SEED = (
+    "{% for m in messages %}{% if m.thinking %}<seed:think>{{ m.thinking }}</seed:think>{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("shared", [0, 50])
@@ -61,12 +67,14 @@ def test_a_batch_has_so_many_tokens_at_most(monkeypatch):
     assert list(batch_sizes([[n] * 50 + [i] for n in (1, 2) for i in range(5)])) == [2, 2, 1, 2, 2, 1]
 
 
-def test_a_thought_comes_before_the_choice(engine):
+@pytest.mark.parametrize(("template", "end"), [(None, "\n</think>\n\n"), (SEED, "</seed:think>")])
+def test_a_thought_comes_before_the_choice(engine, monkeypatch, template, end):
     """The choice is that after prompt, thought and its end; the same thought gives the same choice."""
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template or engine.tokenizer.chat_template)
     ids = [40, 9, 60, 70]
     ((_, answer),) = engine.generate([GenerateRequest(ids)], Sampling(6, (engine.tokenizer.eos_token_id,)))
-    thought = engine.tokenizer.decode(answer.ids, skip_special_tokens=True)
-    after = ids + engine.tokenizer(f"{thought}\n</think>\n\n", add_special_tokens=False)["input_ids"]
+    thought = engine.tokenizer.decode(answer.ids, skip_special_tokens=True).rstrip()
+    after = ids + engine.tokenizer(f"{thought}{end}", add_special_tokens=False)["input_ids"]
     asked = [ChoiceRequest(ids, ("A", "B")), ChoiceRequest(after, ("A", "B"))]
     asked += [ChoiceRequest(ids, ("A", "B"), max_thinking_tokens=6)] * 2
     choices = dict(engine.choose_words(asked))
@@ -132,8 +140,22 @@ def test_a_word_behind_a_text_has_the_tokens_that_it_has_there():
     assert word_tokens(tokenizer, (" A", " B")) == ([], [6, 7])
 
 
-def test_where_a_template_has_no_system_role_the_user_says_it(engine, monkeypatch):
-    monkeypatch.setattr(engine.tokenizer, "chat_template", NO_SYSTEM)
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "at_once", "thinks"),
+    [
+        ("qwen3", EMPTY, "assistant\n"), ("qwen3_5_nothink", EMPTY, "<think>\n"),
+        ("deepseekv3", EMPTY, "<think>\n"), ("gptoss", "assistant<|channel|>final<|message|>", "assistant"),
+        (NO_SYSTEM, "user: Judge.\n\n2 + 2?assistant: ", "user: Judge.\n\n2 + 2?"),  # the user says it
+    ],
+)  # fmt: skip
+def test_a_vote_is_read_where_a_row_has_its_answer(engine, monkeypatch, template, at_once, thinks):
+    if (shipped := Path(trl.__file__).parent / f"chat_templates/{template[:20]}.jinja").is_file():
+        template = shipped.read_text(encoding="utf-8")
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     chat = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "2 + 2?"}]
-    ids = choice_ids(engine.tokenizer, ChoiceRequest(chat, ("A", "B")))
-    assert engine.tokenizer.decode(ids) == "user: Judge.\n\n2 + 2?"
+    for most, end in ((0, at_once), (6, thinks)):
+        ids = choice_ids(engine.tokenizer, ChoiceRequest(chat, ("A", "B"), most))
+        assert engine.tokenizer.decode(ids).endswith(end)

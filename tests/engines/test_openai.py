@@ -48,6 +48,15 @@ def first(*faults):
     return lambda n, path, body: next(remaining, None)
 
 
+@pytest.mark.parametrize("constrains", [True, False])
+def test_a_server_is_told_whether_the_voter_thinks_if_it_can_constrain(constrains):
+    """Others, OpenAI's for one, refuse fields that they do not know."""
+    for most, thinks in ((0, False), (9, True)):
+        ask(mock := Mock(constrains=constrains), replace(CHAT, max_thinking_tokens=most))
+        told = mock.bodies[-1].get("chat_template_kwargs", {}).get("enable_thinking")
+        assert told is (thinks if constrains else None)
+
+
 @pytest.mark.parametrize(("ballot", "text"), [(CHAT, CHAT.text[0]["content"]), (TEXT, "q")])
 def test_probabilities_of_words(ballot, text):
     (answer,) = ask(Mock(), ballot)
