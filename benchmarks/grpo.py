@@ -238,7 +238,7 @@ class Bench:
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, 0, 0)
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")
-        writer = RolloutSampler(model, merged, self.renderer.tokenizer, sampling, size, section.rollouts.int8)
+        writer = RolloutSampler(model, merged, self.renderer, sampling, size, section.rollouts.int8)
         trainer = building.trainer_class(False)(section, pool, writer, None, rewards, arguments)
         sparsify(model, random_masks(adapter.lora_layers(model), self.given.share))
         return trainer

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from stages.config import Config
 from stages.engines import Sampling
-from stages.prompts import thoughts
 from stages.prompts.renderer import renderers_of
 
 if TYPE_CHECKING:
@@ -49,5 +48,5 @@ class TrainedModel:
             begun = time.perf_counter()
             [(_, completion)] = generate(self.model, self.tokenizer, [renderer.ids(prompt)], sampling)
             seconds = time.perf_counter() - begun
-            text = thoughts.decode(self.tokenizer, completion.ids, prompt)
+            text = renderer.read(completion.ids, prompt)
             yield Answer(mode, text.strip(), len(completion.ids), seconds, completion.complete)

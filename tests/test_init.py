@@ -155,7 +155,16 @@ SWITCHES = {
     "qwen3_8": ("enable_thinking", False, True),
     "gptoss": ("reasoning_effort", "low", "high"),
     "deepseek_r1_distill": None,
+    "budget": ("thinking_budget", 512, -1),  # as Seed-OSS
+    "thinks": None,  # as Kimi-K2-Thinking
 }
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ '<think></think>' if m.role == 'assistant' else '' }}"
+    "{{ m.content }}<|im_end|>{% endfor %}{{ 'assistant: ' if add_generation_prompt else '' }}"
+)
+OWN = {"thinks": TURNS, "budget": "{{ thinking_budget if thinking_budget is defined else -1 }}" + TURNS}
 
 
 @pytest.mark.parametrize(("template", "switch"), SWITCHES.items())
@@ -163,7 +172,10 @@ def test_the_switch_of_a_template_makes_the_modes(written, tiny, tmp_path, templ
     """Completions are long enough for a thought, also where the template has no switch and always thinks."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     chat_template = folder / "chat_template.jinja"
-    shutil.copy(Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja", chat_template)
+    if template in OWN:
+        chat_template.write_text(OWN[template], encoding="utf-8")
+    else:
+        shutil.copy(Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja", chat_template)
     write_jsonl(tmp_path / "test.jsonl", rows(2))
     found, said = written(rows(40), "--test", str(tmp_path / "test.jsonl"), model=folder)
     if switch:

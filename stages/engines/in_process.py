@@ -31,7 +31,7 @@ from stages.packing import support
 from stages.packing.batch import PackedBatch, common_prefix_length, padded
 from stages.prompts.chat_template import chat, ids_to_continue, thinking_switch, tokenise
 from stages.prompts.renderer import Renderer
-from stages.prompts.thoughts import TAGS, opened
+from stages.prompts.thoughts import closing_of, opened
 
 BATCH_TOKENS = 8192
 """Most tokens in a packed batch of choices."""
@@ -151,16 +151,15 @@ class InProcess:
         # The requests of a voter have the same template, length limit and temperature.
         first, tokenizer = requests[thinking[0]], self.tokenizer
         section = PromptSection(chat_template_kwargs=template_arguments(tokenizer, thinks=True))
-        renderer, prompt = Renderer(tokenizer, section), tokenizer.decode(prompts[thinking[0]])
-        known = (tag for tag in TAGS if tag in str(tokenizer.chat_template))
-        end = tokenizer.decode(renderer.closing_ids(opened(prompt) or next(known, "<think>"), []))
+        renderer = Renderer(tokenizer, section)
+        marks = renderer.marks
         sampling = Sampling(first.max_thinking_tokens, tuple(renderer.stop_ids), first.temperature)
         to_continue, seeds = [prompts[i] for i in thinking], [requests[i].seed for i in thinking]
         for j, completion in generate(
-            self.model, tokenizer, to_continue, sampling, (end.strip(),), seeds, self.batch_size
+            self.model, tokenizer, to_continue, sampling, (marks.end,), seeds, self.batch_size
         ):
             text = tokenizer.decode([token for token in completion.ids if token not in renderer.stop_ids])
-            closed = text.partition(end.strip())[0].rstrip() + end
+            closed = text.partition(marks.end)[0].rstrip() + marks.closing
             prompts[thinking[j]] += tokenizer(closed, add_special_tokens=False)["input_ids"]
 
 
@@ -191,7 +190,7 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
         if shown and before.startswith(text):
             text = before
         elif tag := opened(text):
-            text += f"\n{TAGS[tag.rstrip()]}\n\n"
+            text += f"\n{closing_of(tag.rstrip())}\n\n"
     return tokenise(tokenizer, text)
 
 

@@ -23,8 +23,6 @@ from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from stages.evaluation.grading import Context, Grade
     from stages.progress import Progress
     from stages.prompts.renderer import Renderer
@@ -46,9 +44,7 @@ class CachedAnswer(BaseModel):
         """Index of the likeliest word."""
         return max(range(len(self.shares)), key=self.shares.__getitem__)
 
-    def text(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: RenderedPrompt
-    ) -> tuple[str, bool, dict[str, Any]]:
+    def text(self, renderer: Renderer, prompt: RenderedPrompt) -> tuple[str, bool, dict[str, Any]]:
         """The likeliest word, or the text without special tokens, up to the first stop text.
 
         Also whether it is complete, and fields for its sample. Raises ArtifactError if the number of shares
@@ -62,11 +58,11 @@ class CachedAnswer(BaseModel):
         if self.shares:
             shares = [round(share, 6) for share in self.shares]
             return prompt.words[self.best].strip(), True, {"shares": shares}
-        text = thoughts.decode(tokenizer, self.ids, prompt.text)
+        text = renderer.read(self.ids, prompt.text)
         stops = [at for stop in prompt.stop if (at := text.find(stop)) >= 0]
         extra = {"tokens": len(self.ids)}
         if (answer := thoughts.after_thought(text)) != text:
-            answer_tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+            answer_tokens = len(renderer.tokenizer(answer, add_special_tokens=False)["input_ids"])
             extra["thought_tokens"] = max(0, len(self.ids) - answer_tokens)
         return text[: min(stops, default=None)], bool(stops) or self.complete, extra
 
@@ -128,7 +124,7 @@ class AnswerCache:
         def grade(slot: tuple[int, int]) -> Sample:
             row, prompt = self.rows[slot[0]], self.prompts[slot[0]]
             example = row.example
-            output, complete, extra = self.answers[slot].text(self.renderer.tokenizer, prompt)
+            output, complete, extra = self.answers[slot].text(self.renderer, prompt)
             verdict: Grade = self._kind.grade(example, output, context)
             if context.sandbox:
                 progress.advance(1)

@@ -28,7 +28,6 @@ from stages.plan.tokens import Lengths
 from stages.prompts.answers import extract_letter, parse_number
 from stages.prompts.chat_template import thinking_switch
 from stages.prompts.renderer import IGNORED, Renderer, renderers_of
-from stages.prompts.thoughts import opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +132,7 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         unanswered=len(rows.examples) - len(answered),
         worked=worked,
         system2_rows=systems.count(2) if None not in systems else None,
-        thinks=bool(switch or opened(renderer.prompt("?"))),
+        thinks=bool(switch or renderer.marks.thinks),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=section,
         modes=modes,

@@ -20,9 +20,10 @@ log = logging.getLogger(__name__)
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer; DataError if it has no EOS token.
 
-    Its `embedded` is the number of tokens that the model has embeddings of, if that is known.
+    Its `embedded` is the number of tokens that the model has embeddings of, if that is known, its `ends`
+    the tokens that end an answer by the model's generation_config.json.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     with load_errors("the tokenizer of", model):
         tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
@@ -34,6 +35,10 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     tokenizer.embedded = None
     with suppress(LoraparError):  # a server may know an architecture that transformers does not
         tokenizer.embedded = getattr(load_config(model).get_text_config(), "vocab_size", None)
+    tokenizer.ends = []
+    with suppress(OSError):  # few models have no generation_config.json
+        ends = GenerationConfig.from_pretrained(model.name, revision=model.revision).eos_token_id
+        tokenizer.ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     pad = tokenizer.pad_token_id
     if pad is None or pad >= (tokenizer.embedded or math.inf):
         # Padding is masked by length, never by id, so the real EOS is still trained.

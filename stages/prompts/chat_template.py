@@ -20,7 +20,11 @@ DATE = datetime.datetime(2024, 7, 26)
 the template of Llama 3.1 falls back to."""
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 FLAGS = ("enable_thinking", "thinking", "enable_reasoning")
-SWITCHES: dict[str, Any] = {**dict.fromkeys(FLAGS, (False, True)), "reasoning_effort": ("low", "high")}
+SWITCHES: dict[str, Any] = {
+    **dict.fromkeys((*FLAGS, "reasoning"), (False, True)),
+    "reasoning_effort": ("low", "high"),
+}
+SWITCHES |= {"thinking_mode": ("disabled", "enabled"), "thinking_budget": (512, -1)}
 """Argument of a chat template → its values for little or no thought, and for much."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Names that transformers gives to every chat template."""

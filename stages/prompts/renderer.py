@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from stages.config import MODES, DataSection, ModesSection, PromptSection, prompt_under
 from stages.config.fields import cache_key_fields
@@ -15,6 +16,7 @@ from stages.errors import ConfigError, DataError
 from stages.prompts import thoughts
 from stages.prompts.answers import rewrite
 from stages.prompts.chat_template import arguments_of, chat, ids_to_continue, tokenise
+from stages.prompts.marks import Marks, around, marks_of, message
 from stages.records import Example, data_error
 
 if TYPE_CHECKING:
@@ -94,22 +96,24 @@ class Renderer:
                     "the chat template does not show what it is asked", "--set prompt.template=plain"
                 )
             self._check_arguments()
+        self.marks = self._marks()
         self.end = self._end()
         """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
-        end_ids = tokenizer(self.end, add_special_tokens=False)["input_ids"]
-        stop_ids = {tokenizer.eos_token_id}
-        # Of several tokens the first ends a turn, as Phi-3's `<|end|>`, after which its template writes EOS.
-        if len(end_ids) == 1 or (end_ids and end_ids[0] in tokenizer.get_added_vocab().values()):
-            stop_ids.add(end_ids[0])
-        self.stop_ids = sorted(stop_ids)
+        self._asks = self.prompt(PROBE).rpartition(PROBE)[2]
+        self.stop_ids = self._stop_ids()
+        self.closing: list[int] = tokenizer(self.marks.closing, add_special_tokens=False)["input_ids"]
+        """Tokens that close a thought, as in a row."""
+        special = {n: str(token) for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        of_marks = {n for n, token in special.items() if token in self.marks.tag + self.marks.closing}
+        self._hidden, self._stray = special.keys() - of_marks, {special[n] for n in of_marks}
         probe = Example("", PROBE, "@@", None)
         self._probe = self.completion(probe, self.prompt(PROBE, example=probe))
         """The completion of a row, so that a template whose rows cannot be rendered is refused early."""
 
-    def _chat(self, messages: list[dict[str, str]], ask: bool = True) -> str:
+    def _chat(self, messages: list[dict[str, Any]], ask: bool = True) -> str:
         return chat(self.tokenizer, messages, ask, **self.section.chat_template_kwargs)
 
-    def _messages(self, question: str, shots: Shots) -> list[dict[str, str]]:
+    def _messages(self, question: str, shots: Shots) -> list[dict[str, Any]]:
         """Return the messages of a chat: system message, worked examples as turns, and the question."""
         system = self.section.system
         messages = [{"role": "system", "content": system}] if system else []
@@ -171,52 +175,81 @@ class Renderer:
     def completion(self, example: Example, prompt: str) -> str:
         """Return the text that follows an example's prompt: thought, response in the answer format, end.
 
-        It is what the chat template writes for the whole conversation, if that begins as the prompt does. It
-        does not where the template leaves a thought out of conversations that the prompt opens or says to be
-        empty: then the completion closes that thought as the template does. No row has a thought after an
-        empty one. Raises ConfigError if the template writes answers otherwise.
+        It is what the chat template writes for the whole conversation, if that begins as the prompt does.
+        A thought that it leaves out, or the end of one that the prompt opens, stands as its marks say. No
+        row has a thought after an empty one.
         """
-        response = rewrite(example.response, example.gold, self.section.answer_format)
-        tag, is_closed = thoughts.opened(prompt), thoughts.is_closed(prompt)
-        thought = "" if is_closed else example.thought
+        response, marks = rewrite(example.response, example.gold, self.section.answer_format), self.marks
+        thought = "" if marks.closes else example.thought
         if self.section.template != "chat" or not response.strip():
-            return f"{self._tagged(thought)}{response}{self.end}"
-        for written in dict.fromkeys((thought, "")):
-            text = self._conversation(example, response, written)
-            completion = text[len(prompt) :].rstrip() if text.startswith(prompt) else ""
-            head, answer, _ = completion.rpartition(response.strip())
-            closes = written == thought and thoughts.TAGS[tag.rstrip()] in head if tag else True
-            if answer and written in head and closes:
-                lacking = "" if written == thought else self._tagged(thought)
-                # Some templates mark the end of an answer only where something follows.
-                return lacking + completion.removesuffix(self.end) + self.end
-        if tag or is_closed:
-            return thought + (self._closing(example, tag) if tag else "") + response + self.end
+            return f"{marks.head(thought) if thought else ''}{response}{self.end}"
+        text = self._conversation(example, message(response, thought if marks.shown else "", marks.form))
+        told, answer, tail = "", "", ""
+        if text.startswith(prompt):
+            told, answer, tail = text[len(prompt) :].rstrip().rpartition(response.strip())
+        is_whole = thought in told if marks.shown else not thought
+        head = told if answer and is_whole and (not marks.opens or marks.end in told) else marks.head(thought)
+        # Some templates mark the end of an answer only where something follows.
+        tail = "" if self.end.startswith(tail) else tail.partition(self.end)[0]
+        return head + (answer or response) + tail + self.end
+
+    def _conversation(self, example: Example, answer: dict[str, Any]) -> str:
+        """Return an example as the chat template writes a conversation. answer: of `message`."""
+        shots = [(user, assistant) for user, assistant in example.turns]
+        return self._chat([*self._messages(example.prompt, shots), answer], ask=False)
+
+    def _marks(self) -> Marks:
+        """Return how thoughts begin and end; ConfigError if no conversation begins as its prompt does."""
+        source, given = str(self.tokenizer.chat_template), self.section.chat_template_kwargs
+        if self.section.template != "chat":
+            return around("", source, "")
+        usual = None
+        if given:
+            with suppress(ConfigError):
+                usual = Renderer(
+                    self.tokenizer, self.section.model_copy(update={"chat_template_kwargs": {}})
+                ).marks
+        probe, prompt = Example("", PROBE, "", None), self.prompt(PROBE)
+        marks = marks_of(prompt, partial(self._conversation, probe), source, usual)
+        if marks:
+            return marks
+        text = self._conversation(probe, message("@@", ""))
         raise ConfigError(
             "the chat template writes an answer in a conversation otherwise than it asks for one, so rows "
             f"would not be what the model sees: {text[-200:]!r} does not begin with {prompt[-100:]!r}",
             "--set prompt.template=plain, or give the tokenizer another chat template",
         )
 
-    def _conversation(self, example: Example, response: str, thought: str) -> str:
-        """Return an example as the chat template writes a conversation."""
-        # Templates disagree on the name of the field.
-        fields = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought) if thought else {}
-        answer = {"role": "assistant", "content": response, **fields}
-        shots = [(user, assistant) for user, assistant in example.turns]
-        return self._chat([*self._messages(example.prompt, shots), answer], ask=False)
+    def _stop_ids(self) -> list[int]:
+        """Return the tokens that end an answer. None stands within a row, where it may end a thought."""
+        ids = partial(self.tokenizer, add_special_tokens=False)
+        marks = self.marks.opening + self.marks.closing + self.marks.silent
+        within, end = set(ids(marks)["input_ids"]), ids(self.end)["input_ids"]
+        added = end if len(end) == 1 else [n for n in end if n in self.tokenizer.get_added_vocab().values()]
+        # Of several tokens the first ends a turn, as Phi-3's `<|end|>`, after which its template writes EOS.
+        first = [n for n in added if n not in within][:1]
+        if added and not first:
+            self.end += str(self.tokenizer.eos_token)
+        configured = getattr(self.tokenizer, "ends", ())
+        return sorted({self.tokenizer.eos_token_id, *first, *(n for n in configured if n not in within)})
 
-    def _tagged(self, thought: str) -> str:
-        """Return a thought as it stands before an answer, in the tags that the chat template knows."""
-        template = str(self.tokenizer.chat_template)
-        return thoughts.tagged(thought, next((tag for tag in thoughts.TAGS if tag in template), "<think>"))
+    def read(self, ids: list[int], prompt: str) -> str:
+        """Return a completion's text without special tokens, after a tag if its prompt opens a thought.
+
+        Thoughts stand between the tags of `thoughts.py`, whatever those of the template are.
+        """
+        text = self.marks.read(str(self.tokenizer.decode([n for n in ids if n not in self._hidden])))
+        for token in self._stray - {thoughts.OPENING, thoughts.CLOSING}:
+            text = text.replace(token, "")
+        tag = thoughts.opened(prompt) or ("\n" if self.marks.opens and prompt.endswith(self._asks) else "")
+        return (thoughts.OPENING + tag[len(tag.rstrip()) :] if tag else "") + text
 
     def closing_ids(self, prompt: str, begun: list[int]) -> list[int]:
-        """Return the tokens that close a thought, as the template does, if the beginning of a completion has
-        left one open; else none."""
-        tag = thoughts.unclosed(thoughts.decode(self.tokenizer, begun, prompt))
-        text = self._closing(Example("", PROBE, "", None), f"{tag}\n") if tag else ""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        """Return `closing` if the beginning of a completion has left a thought open; else nothing."""
+        text = self.read(begun, prompt)
+        if thoughts.OPENING not in text[text.rfind(thoughts.CLOSING) + 1 :]:
+            return []
+        return self.closing
 
     def closing_span(self, prompt: str, completion: list[int], limit: int) -> range:
         """Return the places of the tokens that closed a thought after `limit` tokens of a completion."""
@@ -224,14 +257,6 @@ class Renderer:
         if len(thought) < limit or thought[-1] in self.stop_ids:
             return range(0)
         return range(limit, limit + len(self.closing_ids(prompt, thought)))
-
-    def _closing(self, example: Example, tag: str) -> str:
-        """Return the text between a thought and an answer as the template writes it, or as is usual."""
-        text = self._conversation(example, "@answer@", "@thought@")
-        closing = re.search("@thought@(.*)@answer@", text, re.DOTALL)
-        mark = tag.rstrip()
-        space = "\n" if mark != tag else ""  # a tag in a line of its own is closed in one
-        return closing[1] if closing else f"{space}{thoughts.TAGS[mark]}{2 * space}"
 
     def rows(self, examples: list[Example], data: DataSection) -> tuple[list[Row], int]:
         """Return the rows of all examples, and how many exceeded max_length (see `data.too_long`)."""
@@ -276,7 +301,8 @@ class Renderer:
         turns = [*self._messages("?", ()), {"role": "assistant", "content": "@@"}]
         tail = self._chat(turns, ask=False).rpartition("@@")[2]
         # Some templates write the beginning of an answer even where they are not asked for one.
-        return thoughts.before(tail).strip() or str(self.tokenizer.eos_token)
+        before, eos, _ = thoughts.OPENING_TAG.split(tail)[0].partition(str(self.tokenizer.eos_token))
+        return (before + eos).strip() or str(self.tokenizer.eos_token)
 
     def _check_arguments(self) -> None:
         """Raise ConfigError for an argument that the chat template does not read, so that it does nothing."""

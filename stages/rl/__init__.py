@@ -48,6 +48,7 @@ def _check_prompts(texts: Texts) -> None:
     functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
     renderers = renderers_of(texts.tokenizer, rl.prompt or texts.config.prompt, texts.config.modes)
     renderer = texts.renderer(rl)
+    building.thought_limit(rl, renderer)
     if not labels:
         # Only System 2 rows need the fields that rewards read, and which rows those are is not known yet.
         needed = {name: loading.required_fields(function) for name, function in functions.items()}

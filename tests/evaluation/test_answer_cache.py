@@ -36,25 +36,27 @@ def test_a_choice_is_the_likeliest_word_and_a_line_of_a_journal_must_fit_its_que
     for odd in ({"ids": [-1]}, {"shares": [1.5]}):
         with pytest.raises(ValidationError):
             CachedAnswer(**odd)
+    renderer = Renderer(tokenizer, PromptSection())
     prompt = RenderedPrompt("", [], (), (" A", " B", " C", " D"))
     with pytest.raises(ArtifactError, match="has 3 shares for 4 words"):
-        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(tokenizer, prompt)
-    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(tokenizer, prompt)[0] == "C"
+        CachedAnswer(shares=[0.1, 0.2, 0.7]).text(renderer, prompt)
+    assert CachedAnswer(shares=[0.1, 0.2, 0.6, 0.1]).text(renderer, prompt)[0] == "C"
 
 
 def test_a_text_ends_at_the_first_stop_text(tokenizer):
     written = ids(tokenizer, "#### 5\nX\nQ #### 7")
-    given = CachedAnswer(ids=written, complete=False).text(tokenizer, RenderedPrompt("", [], ("\nQ", "\nX")))
+    prompt, renderer = RenderedPrompt("", [], ("\nQ", "\nX")), Renderer(tokenizer, PromptSection())
+    given = CachedAnswer(ids=written, complete=False).text(renderer, prompt)
     assert given == ("#### 5", True, {"tokens": len(written)})
 
 
 def test_the_tokens_of_a_thought_are_counted_apart(tokenizer):
     thought, answer = ids(tokenizer, "2 and 2.\n</think>"), ids(tokenizer, "#### 4")
-    asked = RenderedPrompt("Q<think>\n", [])
-    text, _, extra = CachedAnswer(ids=thought + answer).text(tokenizer, asked)
+    asked, renderer = RenderedPrompt("Q<think>\n", []), Renderer(tokenizer, PromptSection())
+    text, _, extra = CachedAnswer(ids=thought + answer).text(renderer, asked)
     assert text == "<think>\n2 and 2.\n</think>#### 4"
     assert extra == {"tokens": len(thought + answer), "thought_tokens": len(thought)}
-    extra = CachedAnswer(ids=answer, complete=False).text(tokenizer, asked)[2]
+    extra = CachedAnswer(ids=answer, complete=False).text(renderer, asked)[2]
     assert extra == {"tokens": len(answer), "thought_tokens": len(answer)}
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, flags, make_step
 from transformers import Qwen2Config
 
-from stages.config import LoraSection, ModelSection
+from stages.config import LoraSection, ModelSection, PromptSection
 from stages.config.rl import RlSection, RolloutsSection
 from stages.engines import Sampling
 from stages.errors import ConfigError, OutOfMemoryError
@@ -22,6 +22,7 @@ from stages.lora.grpo import rollouts, vllm_rollouts
 from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
+from stages.prompts.renderer import Renderer
 from stages.runtime.resources import BatchSize
 
 COLOCATED = RolloutsSection(engine="vllm_colocate")
@@ -36,7 +37,15 @@ def sampler_of(tiny, temperature: float, merged: bool) -> rollouts.RolloutSample
     sampling = Sampling(12, (tokenizer.eos_token_id,), temperature)
     size = BatchSize("rl.rollouts.batch_size", 16, "lower rl.max_completion_length")
     model = adapter.initial(base, LoraSection(), 0)
-    return rollouts.RolloutSampler(model, copy, tokenizer, sampling, size)
+    renderer = Renderer(tokenizer, PromptSection(template="plain"))
+    return rollouts.RolloutSampler(model, copy, renderer, sampling, size)
+
+
+def test_a_limit_of_thoughts_leaves_room_for_an_answer(tokenizer):
+    renderer = Renderer(tokenizer, PromptSection())
+    with pytest.raises(ConfigError, match="6, with the 11 tokens that close a thought, leaves no room"):
+        rollouts.ThoughtLimit(6, 17, renderer)
+    assert rollouts.ThoughtLimit(6, 18, renderer)
 
 
 def test_colocated_samples_differ_by_the_seed(monkeypatch):

@@ -98,6 +98,13 @@ def test_without_pad_token_eos_pads_and_is_still_trained(tiny, tmp_path):
     assert Renderer(tokenizer, PromptSection()).row(EXAMPLE).labels[-1] == tokenizer.eos_token_id
 
 
+def test_an_answer_ends_where_the_model_says(tiny, tmp_path):
+    """As GLM's, which end at the next turn's `<|user|>`, by generation_config.json alone."""
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}), encoding="utf-8")
+    assert Renderer(load_tokenizer(ModelSection(name=str(folder))), PromptSection()).stop_ids == [2, 5]
+
+
 def test_rows_that_are_too_long(tokenizer):
     renderer = Renderer(tokenizer, PromptSection())
     long = Example("long", "2 + 2?", "x" * 300, None)

@@ -78,14 +78,13 @@ def test_a_row_is_what_the_template_writes(tokenizer, name):
                 assert completion == f"{thought}\n</think>\n\n{ANSWER}{renderer.end}"
             elif name in EMPTY and thoughts.opened(prompt):
                 assert completion == f"{thought}{EMPTY[name]}{ANSWER}{renderer.end}"
-            elif thoughts.is_closed(prompt):  # thinking is off
+            elif thoughts.closed(prompt):  # thinking is off
                 assert f"{prompt}{completion}".startswith(_conversation(tokenizer, "", **arguments).rstrip())
             else:
                 written = _conversation(tokenizer, thought, **arguments).rstrip()
                 if thought and thought not in written:  # it knows no thoughts in its last turn
                     before, _, rest = completion.partition(THOUGHT)
-                    assert before.strip() in thoughts.TAGS
-                    completion = rest.partition(thoughts.TAGS[before.strip()])[2].lstrip()
+                    completion = rest.partition(thoughts.closing_of(before.strip()))[2].lstrip()
                     written = _conversation(tokenizer, "", **arguments).rstrip()
                 assert prompt + completion == written + (renderer.end if name in WITHOUT_END else "")
 
@@ -168,20 +167,100 @@ def test_modes_of_a_template_that_thinks(tokenizer):
         Renderer(tokenizer, PromptSection(chat_template_kwargs={"enable_thnking": False}))
 
 
-@pytest.mark.parametrize(("tag", "closing"), thoughts.TAGS.items())
-def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing):
+TAGS = {tag: thoughts.closing_of(tag) for tag in (
+    "<think>", "<thinking>", "[THINK]", "◁think▷", "<seed:think>", "<mm:think>", "<longcat_think>",
+    "<|channel>thought", "<|START_THINKING|>", "<|inner_prefix|>", "<|begin_of_thought|>",
+)} | {"(ponder)": "(say)", "<|think|>": "<|end|><|content|>"}  # fmt: skip
+READ = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.thinking %}TAG{{ m.thinking }}END{% endif %}{{ m.content }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% if on %}TAG{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("tag", "closing"), TAGS.items())
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing, on, special):
     """Also where the prompt opens it, and where its tags are special tokens, which texts are without."""
-    answer = f"{closing}\n#### 4"
-    assert extract(f"{tag} 5? #### 5 {answer}", "hash").strict == "4"
-    for cut_text in (f"{tag}5? #### 5\nno.", f"#### 4 {tag} or 5? #### 5", f"{tag}a{answer}\n{tag}or 5?"):
-        assert extract(cut_text, "hash").flexible is None and extract(cut_text, "xml").flexible is None
-    assert thoughts.split(f"{tag}\n5?\n{answer}") == ("5?", "#### 4")
-    assert thoughts.split(f"{tag}\n5? #### 5") == ("", f"{tag}\n5? #### 5")
-    for special in (False, True):
-        tokenizer.add_tokens([AddedToken(text, special=special) for text in (tag, closing)], special)
-        ids = tokenizer(f"5? #### 5 {answer}<|im_end|>", add_special_tokens=False)["input_ids"]
-        for prompt in (f"user: 2 + 2?\nassistant: {tag}\n", "user: 2 + 2?"):
-            assert extract(thoughts.decode(tokenizer, ids, prompt), "hash").strict == "4"
-        cut = tokenizer("5? #### 5", add_special_tokens=False)["input_ids"]
-        assert extract(thoughts.decode(tokenizer, cut, f"assistant: {tag}\n"), "hash").strict is None
-        thoughts._special_ids.cache_clear()
+    tokenizer.chat_template = READ.replace("TAG", tag).replace("END", closing)
+    tokenizer.add_tokens([AddedToken(text, special=special) for text in (tag, closing)], special)
+    renderer = Renderer(tokenizer, PromptSection(chat_template_kwargs={"on": on}))
+
+    def read(text: str) -> str:
+        ids = tokenizer(("" if on else tag) + text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        return renderer.read(ids, renderer.prompt("2 + 2?"))
+
+    text = read(f"5? #### 5 {closing}\n#### 4")
+    assert extract(text, "hash").strict == "4" and thoughts.split(text) == ("5? #### 5", "#### 4")
+    mentioned = read(f"5?{closing}Use the <reflect> tag.\n#### 4")
+    assert extract(mentioned, "hash").strict == "4"
+    for cut in ("5? #### 5\nno.", "Say </reflect> here. #### 5", f"a{closing}\n#### 4\n<think>or 5?"):
+        assert extract(read(cut), "hash").flexible is None and extract(read(cut), "xml").flexible is None
+
+
+def test_a_tag_of_another_kind_neither_ends_a_thought_nor_begins_one():
+    assert extract("Use the <thinking> tag.\n#### 4", "hash").strict == "4"
+    assert extract("<think>perhaps </thinking> here. #### 5", "hash").flexible is None
+    assert extract("[THINK]5? #### 5", "hash").flexible is None
+    for row in (
+        "Hm.\n</think>\n\n#### 4",
+        "<think>Hm.</think>\n#### 4",
+        "<think>\n</think>[THINK]Hm.[/THINK]#### 4",
+    ):
+        assert thoughts.split(row) == ("Hm.", "#### 4")
+    for row in ("Use `</think>` to end.", "<think>Hm."):
+        assert thoughts.split(row) == ("", row)
+
+
+START = "{% for m in messages %}<{{ m.role }}>{% if m.role != 'assistant' %}{{ m.content }}<|im_end|>{% "
+PROMPT = "{% endfor %}{% if add_generation_prompt %}<assistant>PROMPT{% endif %}"
+CONVERSATIONS = {
+    # Always an empty thought, as Kimi-K2-Thinking.
+    "<think></think>{{ m.content }}<|im_end|>": (
+        "", "<think>T</think>A<|im_end|>", "<think></think>A<|im_end|>"
+    ),
+    # Its end is also that of an answer, as Solar's; a switch writes an empty thought into the prompt.
+    "{% if m.thinking %}<|think|>{{ m.thinking }}<|end|><assistant>{% endif %}<|content|>"
+    "{{ m.content }}<|end|>": (
+        "{% if effort == 'low' %}<|think|><|end|><assistant>{% endif %}",
+        "<|think|>T<|end|><assistant><|content|>A<|end|><|im_end|>", "<|content|>A<|end|><|im_end|>",
+    ),
+    # Parts, as Ministral 3, and blocks, as Apertus.
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}{% if b.thinking %}[THINK]"
+    "{{ b.thinking }}[/THINK]{% endif %}{{ b.text }}{% endfor %}{% endif %}<|im_end|>": (
+        "", "[THINK]T[/THINK]A<|im_end|>", "A<|im_end|>"
+    ),
+    "{% for b in m.content.blocks %}{{ '<|inner_prefix|>' if b.type == 'thoughts' else '<|inner_suffix|>' }}"
+    "{{ b.text }}{% else %}{{ m.content }}{% endfor %}<|im_end|>": (
+        "", "<|inner_prefix|>T<|inner_suffix|>A<|im_end|>", "A<|im_end|>"
+    ),
+    # Thoughts with calls of tools alone, and answers in tags of their own, as Cohere's.
+    "{% if m.tool_calls %}<|START_THINKING|>{{ m.thinking }}<|END_THINKING|>{% endif %}<|START_RESPONSE|>"
+    "{{ m.content }}<|END_RESPONSE|><|im_end|>": (
+        "{% if effort == 'low' %}<|START_THINKING|><|END_THINKING|>{% endif %}",
+        "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>A<|END_RESPONSE|><|im_end|>",
+        "<|START_RESPONSE|>A<|END_RESPONSE|><|im_end|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", CONVERSATIONS)
+def test_marks_are_read_off_conversations(tokenizer, written):
+    """A row, what closes its thought at a limit, and what ends it."""
+    ends, (prompt, worked, at_once) = ("<|end|>", "<|END_RESPONSE|>"), CONVERSATIONS[written]
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in ends], True)
+    tokenizer.embedded = None
+    tokenizer.chat_template = f"{START}else %}}{written}{{% endif %}}{PROMPT.replace('PROMPT', prompt)}"
+    for effort in ("high", "low") if prompt else ("",):
+        arguments = {"effort": effort} if effort else {}
+        renderer = Renderer(tokenizer, PromptSection(chat_template_kwargs=arguments))
+        for thought, expected in (("T", at_once if effort == "low" else worked), ("", at_once)):
+            example = Example("", QUESTION, "A", None, thought=thought)
+            assert written_by(renderer, example) == expected
+            row = renderer.row(example)
+            answer = [token for token in row.labels if token != IGNORED]
+            assert answer[-1] in renderer.stop_ids
+            text = renderer.read(answer, renderer.prompt(QUESTION))
+            assert thoughts.after_thought(text) == "A" and ("T" in text) == (expected == worked)
+        stopped = tokenizer.decode(renderer.stop_ids)
+        assert ("<|end|>" not in stopped) and tokenizer.decode(renderer.closing) in worked

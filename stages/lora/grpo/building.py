@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
     from stages.lora.grpo.trainer import GrpoTrainer
+    from stages.prompts.renderer import Renderer
     from stages.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -106,18 +107,16 @@ class Grpo(Training):
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""
         rl, prompts, stop_ids = self.section, self.prompts, self.renderer.stop_ids
         steps = optimizer_steps(prompts, rl, stage="rl")
+        limit = thought_limit(rl, self.renderer)
         model, copy = self._model()
         in_int8 = rl.rollouts.int8 and copy is not None and int8.is_supported(copy.model)
         if rl.rollouts.int8 and not in_int8:
             log.info("rl.rollouts.int8 is for CPUs that compute in float32: no effect here")
         sampling = Sampling(rl.max_completion_length, tuple(stop_ids), rl.temperature, top_k=rl.top_k)
         size = BatchSize("rl.rollouts.batch_size", rl.rollouts.batch_size, "lower rl.max_completion_length")
-        sampler = RolloutSampler(model, copy, self.renderer.tokenizer, sampling, size, in_int8)
+        sampler = RolloutSampler(model, copy, self.renderer, sampling, size, in_int8)
         rollout_arguments = vllm_rollouts.arguments(rl, model.get_base_model(), stop_ids)
         arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, rollout_arguments)
-        limit = None
-        if rl.max_thinking_length is not None:
-            limit = ThoughtLimit(rl.max_thinking_length, rl.max_completion_length, self.renderer)
         grpo_trainer = trainer_class(arguments.use_vllm)
         trainer = grpo_trainer(rl, prompts, sampler, limit, self.rewards(), arguments)
         if rl.rollouts.engine != "transformers":
@@ -176,10 +175,17 @@ def _arguments(
     )
 
 
+def thought_limit(rl: RlSection, renderer: Renderer) -> ThoughtLimit | None:
+    """The limit of thoughts that is set; ConfigError if it leaves no room for an answer."""
+    most = rl.max_thinking_length
+    return ThoughtLimit(most, rl.max_completion_length, renderer) if most else None
+
+
 def trainer_class(uses_vllm: bool) -> type[GrpoTrainer]:
     """GrpoTrainer, for whose import TRL would load vLLM: seconds, for those who sample without it."""
     with libraries.hide_packages(*libraries.UNUSED, *([] if uses_vllm else ["vllm"])):
         from stages.lora.grpo.trainer import GrpoTrainer
+
     return GrpoTrainer
 
 

@@ -14,10 +14,10 @@ from itertools import groupby
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from stages.engines import Completion, Sampling
 from stages.engines.continuous_batching import generate
+from stages.errors import ConfigError
 from stages.lora.adapter.elements import frozen_weights
 from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo.int8 import linear_layers_in_int8
@@ -36,7 +36,7 @@ class RolloutSampler:
     adapted: PeftModel
     copy: MergedCopy | None
     """None: through the adapter's own layers, which is slower on a CPU."""
-    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
     sampling: Sampling
     size: BatchSize
     """How many completions are sampled at a time."""
@@ -55,9 +55,11 @@ class RolloutSampler:
         sampling = replace(self.sampling, max_new_tokens=longest or self.sampling.max_new_tokens)
         completions: dict[int, Completion] = {}
 
+        tokenizer = self.renderer.tokenizer
+
         def complete(items: list[int], slots: int) -> None:
             chosen, chosen_seeds = [prompts[i] for i in items], [seeds[i] for i in items]
-            for n, completion in generate(model, self.tokenizer, chosen, sampling, (), chosen_seeds, slots):
+            for n, completion in generate(model, tokenizer, chosen, sampling, (), chosen_seeds, slots):
                 completions[items[n]] = completion
 
         with eval_mode(self.adapted), frozen_weights(self.adapted):
@@ -76,6 +78,15 @@ class ThoughtLimit:
     max_thought: int
     max_completion: int
     renderer: Renderer
+
+    def __post_init__(self) -> None:
+        closing = len(self.renderer.closing)
+        if self.max_thought + closing >= self.max_completion:
+            raise ConfigError(
+                f"rl.max_thinking_length {self.max_thought}, with the {closing} tokens that close a thought, "
+                f"leaves no room for an answer within rl.max_completion_length {self.max_completion}",
+                "raise rl.max_completion_length",
+            )
 
     def complete(
         self, prompts: list[list[int]], generate: Callable[[list[list[int]], int, str], Generated]
@@ -96,9 +107,7 @@ class ThoughtLimit:
                 logprobs[i] = logprobs[i] + [0.0] * len(closing)
         # Completions of one length have the same room left; there are two lengths, with and without tags.
         for length, group in groupby(sorted(unfinished, key=lambda i: len(ids[i])), lambda i: len(ids[i])):
-            if (room := self.max_completion - length) <= 0:
-                continue  # the thought has left no room for an answer
-            members = list(group)
+            members, room = list(group), self.max_completion - length
             beginnings = [prompts[i] + ids[i] for i in members]
             continuations, more_logprobs = generate(beginnings, room, f" after {length}")
             for n, i in enumerate(members):

@@ -22,7 +22,7 @@ from stages.lora.grpo.prompts import EpochSeededSampler, ReplaySampler, RlPrompt
 from stages.lora.grpo.rollouts import Generated, RolloutSampler, ThoughtLimit
 from stages.lora.training.trainer import ResumableTrainer
 from stages.packing import support, trainer_inputs
-from stages.prompts import answers, thoughts
+from stages.prompts import answers
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             reward_funcs=rewards,
             args=arguments,
             train_dataset=prompts.rows,
-            processing_class=sampler.tokenizer,
+            processing_class=sampler.renderer.tokenizer,
             row_ids=lambda: prompts.ids,
             memory_hint=f"rl.per_device_train_batch_size from {rl.per_device_train_batch_size}, "
             f"or rl.max_completion_length from {rl.max_completion_length}",
@@ -110,9 +110,11 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         # TRL trains no token under a zero of its tool mask, made for replies of tools.
         prompt_ids, ids, _, *rest = generated
         written = list(map(self.thought_limit.written, prompt_ids, ids))
-        closed = torch.tensor([float(0 in tokens) for tokens in written], device=self.accelerator.device)
-        share = self.accelerator.gather(closed).mean().item()
-        self._metrics["train" if self.model.training else "eval"]["completions/closed_share"].append(share)
+        counts = [(float(0 in tokens), float(sum(tokens))) for tokens in written]
+        counted = self.accelerator.gather(torch.tensor(counts, device=self.accelerator.device))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["completions/closed_share"].append(counted[:, 0].mean().item())
+        metrics["completions/mean_length"][-1] = counted[:, 1].mean().item()
         return prompt_ids, ids, written, *rest
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +143,7 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         """
         # TRL's own texts lack the tags of some thoughts.
         texts = [
-            thoughts.decode(self.processing_class, list(tokens), prompt)
+            self.sampler.renderer.read(list(tokens), prompt)
             for prompt, tokens in zip(prompts, completion_ids_list, strict=True)
         ]
         rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)

@@ -1,0 +1,141 @@
+"""How a chat template writes thoughts, as conversations show that it renders: no list of models.
+
+Rows, the limits of thoughts and the reading of completions all go by these marks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stages.errors import ConfigError
+from stages.prompts.thoughts import CLOSING, CLOSING_TAG, OPENING, OPENING_TAG, closed, closing_of, opened
+
+THOUGHT, ANSWER = "@thought@", "@answer@"
+
+
+@dataclass(frozen=True)
+class Marks:
+    opening: str
+    """What stands between a prompt and a thought; nothing if the prompt opens the thought."""
+    closing: str
+    """What stands between a thought and its answer."""
+    silent: str = ""
+    """What stands between a prompt and an answer without a thought."""
+    opens: bool = False
+    """Whether the prompt opens a thought."""
+    closes: bool = False
+    """Whether the prompt says that there is no thought, so that no row has one."""
+    shown: bool = False
+    """Whether the template itself writes the thought of a conversation's last answer."""
+    tag: str = ""
+    """What opens a thought, in the prompt or after it, if it is known."""
+    form: int = 0
+    """Of the messages that it writes the thought of; see `message`."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers of the model begin with a thought, which may be empty."""
+        return self.opens or bool(self.closing.strip() and self.end in self.silent)
+
+    def head(self, thought: str) -> str:
+        """What stands between a prompt and an answer."""
+        has_thought = self.opens or (thought and not self.closes)
+        return f"{self.opening}{thought}{self.closing}" if has_thought else self.silent
+
+    @property
+    def end(self) -> str:
+        """What tells that a thought has ended: a tag, if there is one."""
+        tag = CLOSING_TAG.search(self.closing)
+        return tag[0] if tag else self.closing.strip()
+
+    def read(self, completion: str) -> str:
+        """Return a completion with OPENING and CLOSING in place of the template's own tags."""
+        text, silent = completion.replace(self.end, CLOSING), self.silent.strip()
+        if silent and self.end not in silent:  # an answer's own tag is no part of it
+            text = text.replace(CLOSING + silent, CLOSING)
+            text = text.lstrip().removeprefix(silent) if text.lstrip().startswith(silent) else text
+        return text.replace(self.tag, OPENING) if self.tag else text
+
+
+def message(response: str, thought: str, form: int = 0) -> dict[str, Any]:
+    """A message. Templates disagree on the field of a thought, or take it as a part of the content."""
+    if not thought:
+        return {"role": "assistant", "content": response}
+    fields = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought)
+    mistral = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": response}]
+    apertus = {"blocks": [{"type": "thoughts", "text": thought}, {"type": "response", "text": response}]}
+    content = (response, mistral, apertus)[form]
+    return {"role": "assistant", "content": content, **({} if form else fields)}
+
+
+def marks_of(
+    prompt: str, tell: Callable[[dict[str, Any]], str], source: str, usual: Marks | None
+) -> Marks | None:
+    """Read the marks off two conversations; None if none begins as its prompt does.
+
+    prompt: of a question. tell: renders the conversation in which a message answers it. source: the
+    template's. usual: its marks without arguments.
+    """
+    silent_text, shown = tell(message(ANSWER, "")), False
+    for form in range(3):
+        with suppress(ConfigError):  # a template may not take a content of parts
+            before, _, after = tell(message(ANSWER, THOUGHT, form)).partition(THOUGHT)
+            between, answer, _ = after.partition(ANSWER)
+            # One that prints whatever the content is shows its fields, too.
+            if shown := bool(answer and between.strip() and "type" not in between):
+                break
+    base, silent = prompt, None
+    own = _empty(prompt, usual) if not shown or not before.startswith(prompt) else ""
+    for mark in ("", opened(prompt), closed(prompt), own):
+        if silent is None and silent_text.startswith(prompt.removesuffix(mark)):
+            base = prompt.removesuffix(mark)
+            silent = silent_text[len(base) :].partition(ANSWER)[0]
+    closes = bool(closed(prompt))
+    if shown and (before.startswith(prompt) or opened(prompt)):
+        opening = before[len(prompt) :] if before.startswith(prompt) else ""
+        opens = not opening.strip() or bool(opened(prompt))
+        tag = opening.strip() or opened(prompt).strip()
+        return Marks(opening, between, silent or "", opens, closes, shown, tag, form)
+    if silent is None and not (opened(prompt) or closes):
+        return None
+    silent = silent or ""
+    if usual and (own or (usual.shown and not shown)):
+        return replace(usual, silent=silent, opens=False, closes=True)
+    empty = CLOSING_TAG.search(silent)
+    if closes and empty and base != prompt:
+        silent, empty = "", None  # the prompt has it
+    marks = _inside(silent, empty) if empty else around(opened(prompt), source, silent)
+    return replace(marks, opens=bool(opened(prompt)), closes=closes, tag=marks.tag or opened(prompt).strip())
+
+
+def _empty(prompt: str, usual: Marks | None) -> str:
+    """The empty thought that a prompt ends in, in marks of the template's own; else nothing."""
+    if usual and usual.shown and usual.opening.strip():
+        for length in range(len(usual.closing), 0, -1):
+            if prompt.endswith(empty := usual.opening + usual.closing[:length]):
+                return empty
+    return ""
+
+
+def _inside(silent: str, closing: re.Match[str]) -> Marks:
+    """Marks that put a thought into the empty one that stands before each answer."""
+    tag = OPENING_TAG.search(silent[: closing.start()])
+    start = tag.end() if tag else 0
+    middle = (start + closing.start()) // 2
+    return Marks(silent[:middle], silent[middle:], silent, tag=tag[0] if tag else "")
+
+
+def around(tag: str, source: str, silent: str) -> Marks:
+    """Marks of a template that leaves thoughts out, by the tag that a prompt opens, or its source has."""
+    written = OPENING_TAG.search(source)
+    name = tag.rstrip() or (written[0] if written else OPENING)
+    # A tag in a line of its own is closed in one. One that a value follows at once is not.
+    in_line = tag != name if tag else not re.search(rf"{re.escape(name)}['\"]?\s*(?:\+|~|}}}}|{{{{)", source)
+    line = "\n" if in_line else ""
+    after = "" if name.startswith("<|") else 2 * line
+    opening = "" if tag else f"{name}{line}"
+    return Marks(opening, f"{line}{closing_of(name)}{after}{silent}", silent, tag=name)
