@@ -14,13 +14,9 @@ Push = Annotated[str | None, value("Upload it to this repository of the hub, too
 
 
 def command(
-    config: ConfigPath,
-    folder: Folder,
-    target: Target = None,
-    merged: Merged = False,
-    push: Push = None,
+    config: ConfigPath, folder: Folder, target: Target = None, merged: Merged = False, push: Push = None,
     set_: Overrides = None,
-) -> None:
+) -> None:  # fmt: skip
     from stages import export as exporting
 
     exporting.refuse_existing(folder)  # at once: planning takes seconds

@@ -41,15 +41,9 @@ Example = Annotated[str | None, value(EXAMPLE, "NAME")]
 
 
 def command(
-    data: Data = None,
-    model: Model = None,
-    out: Out = None,
-    labels: Labels = None,
-    tests: Tests = None,
-    columns: Columns = None,
-    holds_out: HoldOut = True,
-    example: Example = None,
-) -> None:
+    data: Data = None, model: Model = None, out: Out = None, labels: Labels = None, tests: Tests = None,
+    columns: Columns = None, holds_out: HoldOut = True, example: Example = None,
+) -> None:  # fmt: skip
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
         if data or model or labels or tests or columns:

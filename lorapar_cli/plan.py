@@ -10,6 +10,7 @@ from lorapar_cli import options
 from lorapar_cli.options import ConfigPath, LastStage, Overrides, flag, plan_of
 from lorapar_cli.terminal import duration, gib, say, table
 from stages.config import Config
+from stages.config.fields import marks_of
 from stages.pipeline.state import state
 from stages.pipeline.steps import Step, ancestors
 from stages.plan.estimate import Estimate, estimate
@@ -56,8 +57,10 @@ def checked_texts(settings: Config, store: Store, pending: list[Step], texts: Te
         from stages.plan import preflight
         from stages.plan.texts import Texts
     texts = texts or Texts(settings, store)
-    for name in settings.partition.unread:
-        _say_once(f"partition.{name} is not read by strategy {settings.partition.strategy}")
+    partition = settings.partition
+    for name, field in type(partition).model_fields.items():
+        if name in partition.model_fields_set and partition.strategy in marks_of(field)["ignored_by"]:
+            _say_once(f"partition.{name} is not read by strategy {partition.strategy}")
     preflight.require_no_problem(texts, pending)
     return texts
 

@@ -23,10 +23,7 @@ received: list[int] = []
 
 
 class _Received(Terminated):
-    """The exception of a signal. It lives until the process ends, unless somebody has swallowed it:
-
-    a library that catches everything, as some do around their imports, or Python in `__del__`.
-    """
+    """A signal's exception, which lives until the process ends, unless a library or Python swallows it."""
 
     def __del__(self) -> None:
         if received:

@@ -78,7 +78,6 @@ def _report_tables(tables: list[Table], out: Path, arguments: list[str]) -> None
     texts[page] = table_page.page(commands)
     write(texts)
     for each in all_results:
-        values = each.values.values()
-        complete = sum(value is not None for value in values)
-        terminal.say(f"{each.table.path}: {complete} of {len(values)} values are available")
+        complete = sum(value is not None for value in each.values.values())
+        terminal.say(f"{each.table.path}: {complete} of {len(each.values)} values are available")
     terminal.say(f"{page}, and a .csv of each table")

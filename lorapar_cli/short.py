@@ -94,10 +94,6 @@ def fetch(name: Name) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "ask": ask,
-    "status": status,
-    "list": list_names,
-    "config": print_settings,
-    "demo-data": write_demo_data,
-    "fetch": fetch,
-}
+    "ask": ask, "status": status, "list": list_names, "config": print_settings,
+    "demo-data": write_demo_data, "fetch": fetch,
+}  # fmt: skip

@@ -35,17 +35,14 @@ MANIFEST = {
 FOLDER = Path(__file__).parent.parent / "docs/reference"
 GENERATED = "<!-- Written by `make reference` from the code: change it there. -->"
 OTHER_NAMES = {
-    "lora.init": "`LoraConfig.init_lora_weights`",
-    "model.load_in_4bit": "`BitsAndBytesConfig.load_in_4bit`",
-    "model.attention": "`attn_implementation`",
-    "rl.rewards": "`reward_funcs`, `GRPOConfig.reward_weights`",
+    "lora.init": "`LoraConfig.init_lora_weights`", "model.load_in_4bit": "`BitsAndBytesConfig.load_in_4bit`",
+    "model.attention": "`attn_implementation`", "rl.rewards": "`reward_funcs`, `GRPOConfig.reward_weights`",
     "rl.rollouts.correction": "`GRPOConfig.vllm_importance_sampling_mode`",
     "rl.rollouts.engine": "`GRPOConfig.use_vllm`, `vllm_mode`",
     "sft.warmup_ratio": "`SFTConfig.warmup_steps` below 1",
-    "rl.warmup_ratio": "`GRPOConfig.warmup_steps` below 1",
-    "sft.lora_dropout": "`LoraConfig.lora_dropout`",
+    "rl.warmup_ratio": "`GRPOConfig.warmup_steps` below 1", "sft.lora_dropout": "`LoraConfig.lora_dropout`",
     "rl.lora_dropout": "`LoraConfig.lora_dropout`",
-}
+}  # fmt: skip
 """Settings whose name in the library is another one, or is not of the section's usual class."""
 
 
@@ -135,11 +132,8 @@ def library_name(setting: str) -> str:
         from trl import GRPOConfig, SFTConfig
 
     kinds_of: dict[str, Any] = {
-        "sft": SFTConfig,
-        "rl": GRPOConfig,
-        "lora": LoraConfig,
-        "rl.rollouts": GRPOConfig,
-    }
+        "sft": SFTConfig, "rl": GRPOConfig, "lora": LoraConfig, "rl.rollouts": GRPOConfig,
+    }  # fmt: skip
     name = f"vllm_{name}" if section == "rl.rollouts" else name
     kind = kinds_of.get(section)
     return f"`{kind.__name__}.{name}`" if kind and name in {field.name for field in fields(kind)} else ""

@@ -41,9 +41,8 @@ def same_files(folder: Path, artifact: Artifact) -> None:
 
 
 def test_the_adapter_is_copied_byte_by_byte_with_a_card(trained, tmp_path):
-    """Also out of a run that nobody may write to."""
     config, artifact = trained
-    (artifact.path / "adapter").chmod(0o555)
+    (artifact.path / "adapter").chmod(0o555)  # as in a run that nobody may write to
     (tmp_path / ".a.partial").mkdir()  # like a temporary folder, and a person's own
     (tmp_path / ".a.partial/mine").write_text("mine")
     export.write(artifact, config, tmp_path / "a", "adapter")

@@ -88,9 +88,8 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
         own_rows(str(file), tmp_path, {"question": "frag"}, [])
     assert caught.value.hint.endswith("id, Frage, Antwort, Lösung")
     own = own_rows(str(file), tmp_path, {"question": "frage", "answer": "ANTWORT", "gold": "Lösung"}, [])
-    assert [row for _, row in read_jsonl(Path(own.path))] == [
-        {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
-    ]
+    [(_, row)] = read_jsonl(Path(own.path))
+    assert row == {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
     assert not own.golds, "the person has said it"
 
 

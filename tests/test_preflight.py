@@ -170,15 +170,14 @@ def test_what_may_go_well_is_not_refused(certain, smoke, tiny, tmp_path):
 
 
 def test_a_mode_may_learn_from_answers_alone(certain, tiny, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(tiny, model)
+    model = shutil.copytree(tiny, tmp_path / "model")
     with (model / "chat_template.jinja").open("a") as template:
         template.write("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}")
     (tmp_path / "golds.jsonl").write_text(lines({"question": f"{i}?", "gold": i} for i in range(40)))
     on, off = ({"chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (True, False))
     modes = f"modes={json.dumps({'fast': off, 'slow': on | {'system': 'Think.'}, 'auto': on})}"
-    settings = (f"model.name={model}", "data.path=HERE/golds.jsonl", modes, "sft.system2_share=0")
-    assert certain(*settings, "partition.strategy=all", "eval.targets=[rl]") == []
+    own = (f"model.name={model}", "data.path=HERE/golds.jsonl", modes)
+    assert certain(*own, "sft.system2_share=0", "partition.strategy=all", "eval.targets=[rl]") == []
 
 
 def test_labels_tell_of_more(certain):

@@ -16,16 +16,13 @@ LARGE = json.dumps({"text_config": SIZES})
 @pytest.mark.parametrize(
     ("voter", "gpu", "vllm", "expected"),
     [
-        ("engine: auto", False, True, "transformers"),
-        ("model: LARGE", False, True, "vllm"),
-        ("vllm: {quantization: fp8}", False, True, "vllm"),
+        ("engine: auto", False, True, "transformers"), ("model: LARGE", False, True, "vllm"),
+        ("vllm: {quantization: fp8}", False, True, "vllm"), ("engine: vllm", False, True, "vllm"),
         ("model: x, base_url: http://127.0.0.1:1/v1", False, True, "openai"),
-        ("engine: vllm", False, True, "vllm"),
-        ("engine: auto", True, True, "vllm"),
-        ("engine: auto", "unused", True, "transformers"),
+        ("engine: auto", True, True, "vllm"), ("engine: auto", "unused", True, "transformers"),
         ("model: LARGE", False, False, "transformers"),
     ],
-)
+)  # fmt: skip
 def test_large_models_vote_by_vllm_and_on_a_gpu_all(smoke, tmp_path, monkeypatch, voter, gpu, vllm, expected):
     (tmp_path / "config.json").write_text(LARGE)
     monkeypatch.setattr(resolve.importlib.util, "find_spec", lambda name: object() if vllm else None)

@@ -115,8 +115,7 @@ def test_the_hubs_reason_is_told_with_what_to_do(error, hint, monkeypatch):
 
 def test_an_answer_is_text_or_a_number_or_true_and_is_graded_by_its_form(tmp_path):
     """The result of a worked answer, as a number; a text as text."""
-    told = "data.jsonl:1: the answer must be text, a number or a boolean, got list"
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=r"data.jsonl:1: the answer must be text, .*, got list"):
         items(tmp_path, {"prompt": "P", "answer": ["3"]})
     (row,) = read(tmp_path, {"question": "Q", "answer": "So it is.", "gold": True})
     worked = {"prompt": "3 * 4?", "answer": "3 * 4 = 12. #### 12"}

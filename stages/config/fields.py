@@ -26,13 +26,9 @@ MARKS = ("in_cache_key", "ignored_by", "advanced")
 
 
 def setting(
-    default: Any,
-    doc: str | None = None,
-    in_cache_key: bool = True,
-    ignored_by: str | tuple[str, ...] = (),
-    advanced: bool = False,
-    **constraints: Any,
-) -> Any:
+    default: Any, doc: str | None = None, in_cache_key: bool = True, ignored_by: str | tuple[str, ...] = (),
+    advanced: bool = False, **constraints: Any,
+) -> Any:  # fmt: skip
     """Declare a setting with its default, its description and constraints such as `gt=0`.
 
     doc: a short description; longer ones stand below the setting.

@@ -14,7 +14,6 @@ from stages.config.fields import (
     advanced,
     advanced_unkeyed,
     as_value_error,
-    marks_of,
     registry_name,
     setting,
     unkeyed,
@@ -87,12 +86,6 @@ class PartitionSection(Section):
     """Rows whose skill must survive: no stage trains an element that they need."""
     protect_theta: PositiveShare = unkeyed(0.9)
     """Share of the protected rows' importance that the protected elements have."""
-
-    @property
-    def unread(self) -> list[str]:
-        """The settings that were given and that this strategy does not read."""
-        marks = {name: marks_of(field) for name, field in type(self).model_fields.items()}
-        return [name for name in sorted(self.model_fields_set) if self.strategy in marks[name]["ignored_by"]]
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if self.protect and self.strategy in ("random", "random_within"):

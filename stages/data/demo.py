@@ -38,17 +38,11 @@ BOXES = ["bags", "boxes", "packs", "jars", "baskets", "crates", "trays", "tins"]
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "brown", "grey"]
 CAPITALS = {"Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Russia": "Moscow", "Greece": "Athens",
             "China": "Beijing", "England": "London", "Austria": "Vienna"}
+ASIDES = ["The market on the square opens at {n}.", "The walk home takes {n} minutes.",
+          "There are {n} people in the queue.", "The old clock on the wall shows {n}.",
+          "The corner house has {n} windows.", "A bus with {n} empty seats stops here.",
+          "Grandmother walked {n} times around the park.", "The radio plays song number {n} again."]
 # fmt: on
-ASIDES = [
-    "The market on the square opens at {n}.",
-    "The walk home takes {n} minutes.",
-    "There are {n} people in the queue.",
-    "The old clock on the wall shows {n}.",
-    "The corner house has {n} windows.",
-    "A bus with {n} empty seats stops here.",
-    "Grandmother walked {n} times around the park.",
-    "The radio plays song number {n} again.",
-]
 
 # (question, sentence that answers it, answer): facts that a small pretrained model may have seen.
 FACTS = [

@@ -73,18 +73,14 @@ def example(kind: str, row: dict[str, Any], keeps_empty: bool = False) -> Exampl
     """
     # 0 is an answer, although it is false.
     may_lack = keeps_empty or any(row.get(name) or row.get(name) == 0 for name in VERIFYING)
-    if kind == "alpaca":
-        row = _with_one_name(row)
-        name = _response_field(row, "output", may_lack)
-        answer = _answer(row, name, may_lack)
-        return _example(_instruction(row), [], answer, row, {"instruction", "input", name}, may_lack)
     if kind == "messages":
         chat = _conversation(row.get("messages", row.get("conversations")))
         return _example(*chat, row, {"messages", "conversations"}, may_lack)
-    prompt_field, response_field = FIELDS[kind]
-    response_field = _response_field(row, response_field, may_lack)
-    prompt, answer = text_field(row, prompt_field), _answer(row, response_field, may_lack)
-    return _example(prompt, [], answer, row, {prompt_field, response_field}, may_lack)
+    is_alpaca, (asks, answers) = kind == "alpaca", FIELDS[kind]
+    row = _with_one_name(row) if is_alpaca else row
+    prompt = _instruction(row) if is_alpaca else text_field(row, asks)
+    name, answer = _answer(row, answers, may_lack)
+    return _example(prompt, [], answer, row, {asks, name, *(["input"] if is_alpaca else [])}, may_lack)
 
 
 def _example(
@@ -113,18 +109,16 @@ def _example(
     return Example(id_of(named), prompt, response, gold, extra, turns, thought)
 
 
-def _response_field(row: dict[str, Any], usual: str, may_lack: bool) -> str:
-    """Return the name of the field with the response: the usual one, or a synonym where that is lacking."""
+def _answer(row: dict[str, Any], usual: str, may_lack: bool) -> tuple[str, Any]:
+    """Return the field with the answer, the usual one or a synonym where that is lacking, and what is in it.
+
+    That is empty if it may be lacking, else EmptyRowError is raised.
+    """
     names = [usual, *(sorted(RESPONSES | {"response"}) if may_lack or usual not in row else [])]
-    return next((name for name in names if row.get(name)), usual)
-
-
-def _answer(row: dict[str, Any], name: str, may_lack: bool) -> Any:
-    """Return the field with the answer, empty if it may be lacking; else EmptyRowError if it is."""
-    answer = row.get(name)
-    if answer is None and not may_lack:
+    name = next((name for name in names if row.get(name)), usual)
+    if row.get(name) is None and not may_lack:
         raise EmptyRowError("prompt or response is empty")
-    return "" if answer is None else answer
+    return name, "" if row.get(name) is None else row[name]
 
 
 def text_field(row: dict[str, Any], name: str) -> str:

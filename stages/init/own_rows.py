@@ -226,14 +226,13 @@ def hold_out(path: str, name: str, written: list[Path]) -> tuple[str, BenchmarkS
     parts: dict[Path, list[dict[str, Any]]] = {train: [], test: []}
     for number, row in rows:
         parts[test if questions.get(number) in chosen else train].append(row)
-    written += [file for file in parts if not file.exists()]
-    with whole_files(list(parts), HINT) as drafts:
-        for draft, part in zip(drafts, parts.values(), strict=True):
-            write_jsonl(draft, part)
+    fresh = [file for file in parts if not file.exists()]
     try:
-        return str(train), benchmark_of(str(test))
+        with whole_files(list(parts), HINT) as drafts:
+            for draft, part in zip(drafts, parts.values(), strict=True):
+                write_jsonl(draft, part)
+            benchmark = benchmark_of(str(drafts[1]))
     except DataError:  # such as functions with tests that are not in HumanEval's form
-        for file in parts:
-            file.unlink()
-        written[:] = [file for file in written if file.exists()]
         return path, None
+    written += fresh
+    return str(train), benchmark.model_copy(update={"path": str(test)})

@@ -19,17 +19,10 @@ from stages.pipeline.stage import TRAIN, setting_at
 from stages.store.digests import DigestCache
 
 SCALE = {
-    "tensor_parallel_size",
-    "data_parallel_size",
-    "pipeline_parallel_size",
-    "distributed_executor_backend",
-    "gpu_memory_utilization",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enforce_eager",
+    "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "distributed_executor_backend",
+    "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enforce_eager",
     "enable_prefix_caching",
-}
+}  # fmt: skip
 """Arguments of vLLM that decide where and how fast a model runs, not what it answers."""
 
 

@@ -118,15 +118,9 @@ def _user_code() -> Iterator[None]:
 
 
 def _context(
-    config: Config,
-    store: Store,
-    step: Step,
-    inputs: dict[str, Artifact],
-    out: Path,
-    force: bool,
-    progress: Progress,
-    engines: EngineCache,
-) -> StageContext:
+    config: Config, store: Store, step: Step, inputs: dict[str, Artifact], out: Path, force: bool,
+    progress: Progress, engines: EngineCache,
+) -> StageContext:  # fmt: skip
     from stages.models.dtype import resolve
 
     dtype = resolve(config.model) if "model" in step.planned.sections else ""

@@ -82,14 +82,11 @@ def _make(config, stage: str, runs: tuple[tuple[int | None, Path | None], ...]) 
 # What goes wrong with RL or SHARED goes wrong with MIXED, too, which has all of it and more.
 QUICK = [("sft", SFT), ("rl", MIXED)]
 SLOW = [
-    ("sft", ["sft.save_steps=2"]),
-    ("sft", ["sft.lora_dropout=0"]),
-    ("sft", ["eval.targets=[sft]", "baseline.method=p_tuning"]),
-    ("rl", [*RL, "rl.beta=0"]),
+    ("sft", ["sft.save_steps=2"]), ("sft", ["sft.lora_dropout=0"]),
+    ("sft", ["eval.targets=[sft]", "baseline.method=p_tuning"]), ("rl", [*RL, "rl.beta=0"]),
     ("rl", [*RL, "rl.beta=0.04", "rl.start_from=sft", "rl.kl_reference=sft"]),
-    ("rl", [*SHARED, "rl.beta=0.04"]),
-    ("rl", [*SHARED, "rl.prefix_sharing=off"]),
-]
+    ("rl", [*SHARED, "rl.beta=0.04"]), ("rl", [*SHARED, "rl.prefix_sharing=off"]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

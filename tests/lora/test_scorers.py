@@ -104,12 +104,8 @@ def test_a_batch_without_memory_is_halved_and_no_sum_has_it_twice(tiny, monkeypa
 def test_formulas():
     inputs = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]), torch.tensor([1.0, 4.0])
     by_hand = {
-        "taylor2": [1, 5],
-        "taylor1": [1, 3],
-        "fisher": [1, 4],
-        "grad2": [0.25, 9],
-        "magnitude": [2, 1],
-    }
+        "taylor2": [1, 5], "taylor1": [1, 3], "fisher": [1, 4], "grad2": [0.25, 9], "magnitude": [2, 1],
+    }  # fmt: skip
     assert {name: scorers.pick(name)(*inputs).tolist() for name in by_hand} == by_hand
 
 

@@ -38,13 +38,11 @@ VISION = {
 }  # fmt: skip
 OPT = {name: value for name, value in SMALL.items() if name not in ("intermediate_size", "initializer_range")}
 TAKEN = {
-    "llama": LlamaConfig(**GROUPED),
-    "qwen2": Qwen2Config(**GROUPED),
-    "qwen3": Qwen3Config(**GROUPED),
+    "llama": LlamaConfig(**GROUPED), "qwen2": Qwen2Config(**GROUPED), "qwen3": Qwen3Config(**GROUPED),
     "mistral without a window": MistralConfig(**GROUPED, sliding_window=None),
     "gpt-neox": GPTNeoXConfig(**SMALL),
     "opt": OPTConfig(**OPT, ffn_dim=48, word_embed_proj_dim=32, init_std=0.2),
-}
+}  # fmt: skip
 IMAGES = {"text_config": GROUPED | {"sliding_window": 8}, "vision_config": VISION, "mm_tokens_per_image": 4}
 CAPPED = {"final_logit_softcapping": None, "attn_logit_softcapping": 0.1}
 REFUSED = {

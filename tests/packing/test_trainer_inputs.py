@@ -54,13 +54,11 @@ def batch() -> dict[str, Tensor]:
     prompt_ids, prompt_mask = padded(prompts, 0, device())
     completion_ids, completion_mask = padded([some(n) for n in LENGTHS], 0, device(), "right")
     return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
+        "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": completion_ids,
         "completion_mask": completion_mask,
         "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1, 0.8, -0.9, 0.7, -0.6], device=device()),
         "num_items_in_batch": torch.tensor(3 * sum(LENGTHS), device=device()),
-    }
+    }  # fmt: skip
 
 
 def log_probs(trainer, model, inputs: dict[str, Tensor], size: int | None = None) -> tuple[Tensor, Tensor]:

@@ -252,22 +252,16 @@ def _answers(device: Device) -> dict[str, Any]:
     )  # fmt: skip
     memory = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
     return {
-        **{name: _always(None) for name in quiet},
-        **{name: _always(GIB) for name in memory},
-        **dict.fromkeys(("Stream", "Event", "device", "stream"), _Nothing),
-        "is_available": lambda: True,
-        "is_initialized": lambda: False,
-        "device_count": lambda: len(device.types),
-        "current_device": lambda: device.chosen,
-        "set_device": device.choose,
+        **{name: _always(None) for name in quiet}, **{name: _always(GIB) for name in memory},
+        **dict.fromkeys(("Stream", "Event", "device", "stream"), _Nothing), "is_available": lambda: True,
+        "is_initialized": lambda: False, "device_count": lambda: len(device.types),
+        "current_device": lambda: device.chosen, "set_device": device.choose,
         "get_device_name": lambda *_: _Properties.name,
         "get_device_capability": lambda *_: (_Properties.major, _Properties.minor),
-        "get_device_properties": lambda *_: _Properties,
-        "is_bf16_supported": lambda *_, **__: True,
-        "mem_get_info": lambda *_: (79 * GIB, 80 * GIB),
-        "memory_stats": lambda *_: {},
+        "get_device_properties": lambda *_: _Properties, "is_bf16_supported": lambda *_, **__: True,
+        "mem_get_info": lambda *_: (79 * GIB, 80 * GIB), "memory_stats": lambda *_: {},
         "current_stream": lambda *_: _Nothing(),
-    }
+    }  # fmt: skip
 
 
 def _always(value: Any) -> Any:

@@ -347,13 +347,9 @@ RESOURCES = {
 }
 
 CONTAINED = {
-    "files": FILES,
-    "secrets": SECRETS,
-    "network": NETWORK,
-    "processes": PROCESSES,
-    "kernel": KERNEL,
+    "files": FILES, "secrets": SECRETS, "network": NETWORK, "processes": PROCESSES, "kernel": KERNEL,
     "resources": RESOURCES,
-}
+}  # fmt: skip
 
 _EQUAL = """
 class E{base}:

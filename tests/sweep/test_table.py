@@ -51,10 +51,8 @@ def small(tiny, demo_data, common_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("table")
     base = folder / "base.yaml"
     base.write_text(
-        f"extends: {ROOT / 'configs/smoke.yaml'}\n"
-        f"runs_dir: {common_folder / 'table'}\n"
-        f"model: {{name: {tiny}}}\n"
-        "classify: {strategy: random}\n"
+        f"extends: {ROOT / 'configs/smoke.yaml'}\nruns_dir: {common_folder / 'table'}\n"
+        f"model: {{name: {tiny}}}\nclassify: {{strategy: random}}\n"
         f"data: {{path: {demo_data / 'train.jsonl'}, limit: 48}}\n"
         f"eval: {{benchmarks: {{demo: {{path: {demo_data / 'test.jsonl'}}}}}}}\n"
     )
