@@ -86,11 +86,6 @@ class RlSection(TrainSection):
             )
         if not any(self.rewards.values()):
             yield "rewards: every weight is 0, so no completion earns anything"
-        if self.max_thinking_length and self.max_thinking_length >= self.max_completion_length:
-            yield (
-                f"max_thinking_length {self.max_thinking_length} leaves no room for an answer within "
-                f"max_completion_length {self.max_completion_length}"
-            )
         if self.kl_reference == "sft" and self.start_from != "sft":
             yield f"kl_reference sft goes with start_from sft, got start_from {self.start_from}"
         if self.system1_share and self.data == "all":

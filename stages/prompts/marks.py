@@ -72,10 +72,8 @@ def message(response: str, thought: str, form: int = 0) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **({} if form else fields)}
 
 
-def marks_of(
-    prompt: str, tell: Callable[[dict[str, Any]], str], source: str, usual: Marks | None
-) -> Marks | None:
-    """Read the marks off two conversations; None if none begins as its prompt does.
+def marks_of(prompt: str, tell: Callable[[dict[str, Any]], str], source: str, usual: Marks | None) -> Marks:
+    """Read the marks off two conversations, with a thought and without.
 
     prompt: of a question. tell: renders the conversation in which a message answers it. source: the
     template's. usual: its marks without arguments.
@@ -88,28 +86,21 @@ def marks_of(
             # One that prints whatever the content is shows its fields, too.
             if shown := bool(answer and between.strip() and "type" not in between):
                 break
-    base, silent = prompt, None
-    own = _empty(prompt, usual) if not shown or not before.startswith(prompt) else ""
-    for mark in ("", opened(prompt), closed(prompt), own):
-        if silent is None and silent_text.startswith(prompt.removesuffix(mark)):
-            base = prompt.removesuffix(mark)
-            silent = silent_text[len(base) :].partition(ANSWER)[0]
-    closes = bool(closed(prompt))
-    if shown and (before.startswith(prompt) or opened(prompt)):
-        opening = before[len(prompt) :] if before.startswith(prompt) else ""
-        opens = not opening.strip() or bool(opened(prompt))
-        tag = opening.strip() or opened(prompt).strip()
-        return Marks(opening, between, silent or "", opens, closes, shown, tag, form)
-    if silent is None and not (opened(prompt) or closes):
-        return None
-    silent = silent or ""
-    if usual and (own or (usual.shown and not shown)):
+    begins = shown and before.startswith(prompt)
+    tag, ended, own = opened(prompt), closed(prompt), "" if begins else _empty(prompt, usual)
+    bases = (mark for mark in ("", tag, ended, own) if silent_text.startswith(prompt.removesuffix(mark)))
+    left_out = next(bases, None)  # by the conversation, of the prompt
+    silent = "" if left_out is None else silent_text[len(prompt) - len(left_out) :].partition(ANSWER)[0]
+    if begins or (shown and tag):
+        marks = Marks(before[len(prompt) :] if begins else "", between, silent, shown=True, form=form)
+    elif usual and (own or (usual.shown and not shown)):
         return replace(usual, silent=silent, opens=False, closes=True)
-    empty = CLOSING_TAG.search(silent)
-    if closes and empty and base != prompt:
-        silent, empty = "", None  # the prompt has it
-    marks = _inside(silent, empty) if empty else around(opened(prompt), source, silent)
-    return replace(marks, opens=bool(opened(prompt)), closes=closes, tag=marks.tag or opened(prompt).strip())
+    elif (empty := CLOSING_TAG.search(silent)) and not (ended and left_out):
+        marks = _inside(silent, empty)
+    else:
+        marks = around(tag, source, "" if empty else silent)
+    opens = bool(tag) or (shown and not marks.opening.strip())
+    return replace(marks, opens=opens, closes=bool(ended), tag=marks.opening.strip() or tag.strip())
 
 
 def _empty(prompt: str, usual: Marks | None) -> str:
@@ -126,7 +117,7 @@ def _inside(silent: str, closing: re.Match[str]) -> Marks:
     tag = OPENING_TAG.search(silent[: closing.start()])
     start = tag.end() if tag else 0
     middle = (start + closing.start()) // 2
-    return Marks(silent[:middle], silent[middle:], silent, tag=tag[0] if tag else "")
+    return Marks(silent[:middle], silent[middle:], silent)
 
 
 def around(tag: str, source: str, silent: str) -> Marks:
@@ -138,4 +129,4 @@ def around(tag: str, source: str, silent: str) -> Marks:
     line = "\n" if in_line else ""
     after = "" if name.startswith("<|") else 2 * line
     opening = "" if tag else f"{name}{line}"
-    return Marks(opening, f"{line}{closing_of(name)}{after}{silent}", silent, tag=name)
+    return Marks(opening, f"{line}{closing_of(name)}{after}{silent}", silent)

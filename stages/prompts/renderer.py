@@ -15,7 +15,7 @@ from stages.config.fields import cache_key_fields
 from stages.errors import ConfigError, DataError
 from stages.prompts import thoughts
 from stages.prompts.answers import rewrite
-from stages.prompts.chat_template import arguments_of, chat, ids_to_continue, tokenise
+from stages.prompts.chat_template import chat, check_arguments, ids_to_continue, tokenise
 from stages.prompts.marks import Marks, around, marks_of, message
 from stages.records import Example, data_error
 
@@ -95,7 +95,7 @@ class Renderer:
                 raise ConfigError(
                     "the chat template does not show what it is asked", "--set prompt.template=plain"
                 )
-            self._check_arguments()
+            check_arguments(tokenizer, section.chat_template_kwargs)
         self.marks = self._marks()
         self.end = self._end()
         """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
@@ -184,13 +184,19 @@ class Renderer:
         if self.section.template != "chat" or not response.strip():
             return f"{marks.head(thought) if thought else ''}{response}{self.end}"
         text = self._conversation(example, message(response, thought if marks.shown else "", marks.form))
-        told, answer, tail = "", "", ""
-        if text.startswith(prompt):
-            told, answer, tail = text[len(prompt) :].rstrip().rpartition(response.strip())
+        if not text.startswith(prompt) and not (marks.opens or marks.closes):
+            raise ConfigError(
+                "the chat template writes an answer in a conversation otherwise than it asks for one, so "
+                f"rows would not be what the model sees: {text[-200:]!r} does not begin with "
+                f"{prompt[-100:]!r}",
+                "--set prompt.template=plain, or give the tokenizer another chat template",
+            )
+        completion = text[len(prompt) :].rstrip() if text.startswith(prompt) else ""
+        told, answer, tail = completion.rpartition(response.strip())
         is_whole = thought in told if marks.shown else not thought
         head = told if answer and is_whole and (not marks.opens or marks.end in told) else marks.head(thought)
         # Some templates mark the end of an answer only where something follows.
-        tail = "" if self.end.startswith(tail) else tail.partition(self.end)[0]
+        tail = tail.partition(self.end)[0] if answer and not self.end.startswith(tail) else ""
         return head + (answer or response) + tail + self.end
 
     def _conversation(self, example: Example, answer: dict[str, Any]) -> str:
@@ -199,26 +205,16 @@ class Renderer:
         return self._chat([*self._messages(example.prompt, shots), answer], ask=False)
 
     def _marks(self) -> Marks:
-        """Return how thoughts begin and end; ConfigError if no conversation begins as its prompt does."""
-        source, given = str(self.tokenizer.chat_template), self.section.chat_template_kwargs
+        """Return how thoughts begin and end."""
+        source, usual = str(self.tokenizer.chat_template), None
         if self.section.template != "chat":
             return around("", source, "")
-        usual = None
-        if given:
+        if self.section.chat_template_kwargs:
             with suppress(ConfigError):
-                usual = Renderer(
-                    self.tokenizer, self.section.model_copy(update={"chat_template_kwargs": {}})
-                ).marks
-        probe, prompt = Example("", PROBE, "", None), self.prompt(PROBE)
-        marks = marks_of(prompt, partial(self._conversation, probe), source, usual)
-        if marks:
-            return marks
-        text = self._conversation(probe, message("@@", ""))
-        raise ConfigError(
-            "the chat template writes an answer in a conversation otherwise than it asks for one, so rows "
-            f"would not be what the model sees: {text[-200:]!r} does not begin with {prompt[-100:]!r}",
-            "--set prompt.template=plain, or give the tokenizer another chat template",
-        )
+                section = self.section.model_copy(update={"chat_template_kwargs": {}})
+                usual = Renderer(self.tokenizer, section).marks
+        tell = partial(self._conversation, Example("", PROBE, "", None))
+        return marks_of(self.prompt(PROBE), tell, source, usual)
 
     def _stop_ids(self) -> list[int]:
         """Return the tokens that end an answer. None stands within a row, where it may end a thought."""
@@ -246,10 +242,8 @@ class Renderer:
 
     def closing_ids(self, prompt: str, begun: list[int]) -> list[int]:
         """Return `closing` if the beginning of a completion has left a thought open; else nothing."""
-        text = self.read(begun, prompt)
-        if thoughts.OPENING not in text[text.rfind(thoughts.CLOSING) + 1 :]:
-            return []
-        return self.closing
+        is_open = thoughts.OPENING in self.read(begun, prompt).rpartition(thoughts.CLOSING)[2]
+        return self.closing if is_open else []
 
     def closing_span(self, prompt: str, completion: list[int], limit: int) -> range:
         """Return the places of the tokens that closed a thought after `limit` tokens of a completion."""
@@ -303,15 +297,3 @@ class Renderer:
         # Some templates write the beginning of an answer even where they are not asked for one.
         before, eos, _ = thoughts.OPENING_TAG.split(tail)[0].partition(str(self.tokenizer.eos_token))
         return (before + eos).strip() or str(self.tokenizer.eos_token)
-
-    def _check_arguments(self) -> None:
-        """Raise ConfigError for an argument that the chat template does not read, so that it does nothing."""
-        if not (names := self.section.chat_template_kwargs):
-            return
-        arguments = arguments_of(self.tokenizer.get_chat_template())
-        for name in names:
-            if name not in arguments:
-                raise ConfigError(
-                    f"prompt.chat_template_kwargs: the chat template reads no {name}",
-                    f"it reads {', '.join(sorted(arguments))}" if arguments else "leave it out",
-                )
