@@ -97,14 +97,14 @@ class Renderer:
                 )
             check_arguments(tokenizer, section.chat_template_kwargs)
         self.marks = self._marks()
-        self.end = self._end()
+        self.end = self._marker = self._end()
         """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
         self._asks = self.prompt(PROBE).rpartition(PROBE)[2]
         self.stop_ids = self._stop_ids()
         self.closing: list[int] = tokenizer(self.marks.closing, add_special_tokens=False)["input_ids"]
         """Tokens that close a thought, as in a row."""
         special = {n: str(token) for n, token in tokenizer.added_tokens_decoder.items() if token.special}
-        of_marks = {n for n, token in special.items() if token in self.marks.tag + self.marks.closing}
+        of_marks = {n for n, t in special.items() if t in self.marks.tag + self.marks.closing + self.end}
         self._hidden, self._stray = special.keys() - of_marks, {special[n] for n in of_marks}
         probe = Example("", PROBE, "@@", None)
         self._probe = self.completion(probe, self.prompt(PROBE, example=probe))
@@ -196,7 +196,7 @@ class Renderer:
         is_whole = thought in told if marks.shown else not thought
         head = told if answer and is_whole and (not marks.opens or marks.end in told) else marks.head(thought)
         # Some templates mark the end of an answer only where something follows.
-        tail = tail.partition(self.end)[0] if answer and not self.end.startswith(tail) else ""
+        tail = tail.partition(self._marker)[0] if answer else ""
         return head + (answer or response) + tail + self.end
 
     def _conversation(self, example: Example, answer: dict[str, Any]) -> str:
@@ -234,7 +234,8 @@ class Renderer:
 
         Thoughts stand between the tags of `thoughts.py`, whatever those of the template are.
         """
-        text = self.marks.read(str(self.tokenizer.decode([n for n in ids if n not in self._hidden])))
+        text = str(self.tokenizer.decode([n for n in ids if n not in self._hidden])).removesuffix(self.end)
+        text = self.marks.read(text)
         for token in self._stray - {thoughts.OPENING, thoughts.CLOSING}:
             text = text.replace(token, "")
         tag = thoughts.opened(prompt) or ("\n" if self.marks.opens and prompt.endswith(self._asks) else "")

@@ -225,6 +225,11 @@ CONVERSATIONS = {
         "{% if effort == 'low' %}<|think|><|end|><assistant>{% endif %}",
         "<|think|>T<|end|><assistant><|content|>A<|end|><|im_end|>", "<|content|>A<|end|><|im_end|>",
     ),
+    # The prompt opens it, and an answer has tags of words and tokens of its own, as Kimi K3's.
+    "think<|sep|>{{ m.thinking }}<|end|>think<|sep|>say<|sep|>{{ m.content }}<|end|>say<|sep|><|im_end|>": (
+        "think<|sep|>", "T<|end|>think<|sep|>say<|sep|>A<|end|>say<|sep|><|im_end|>",
+        "<|end|>think<|sep|>say<|sep|>A<|end|>say<|sep|><|im_end|>",
+    ),
     # Parts, as Ministral 3, and blocks, as Apertus.
     "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}{% if b.thinking %}[THINK]"
     "{{ b.thinking }}[/THINK]{% endif %}{{ b.text }}{% endfor %}{% endif %}<|im_end|>": (
@@ -247,11 +252,11 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("written", CONVERSATIONS)
 def test_marks_are_read_off_conversations(tokenizer, written):
     """A row, what closes its thought at a limit, and what ends it."""
-    ends, (prompt, worked, at_once) = ("<|end|>", "<|END_RESPONSE|>"), CONVERSATIONS[written]
+    ends, (prompt, worked, at_once) = ("<|end|>", "<|END_RESPONSE|>", "<|sep|>"), CONVERSATIONS[written]
     tokenizer.add_tokens([AddedToken(text, special=True) for text in ends], True)
     tokenizer.embedded = None
     tokenizer.chat_template = f"{START}else %}}{written}{{% endif %}}{PROMPT.replace('PROMPT', prompt)}"
-    for effort in ("high", "low") if prompt else ("",):
+    for effort in ("high", "low") if "effort" in prompt else ("",):
         arguments = {"effort": effort} if effort else {}
         renderer = Renderer(tokenizer, PromptSection(chat_template_kwargs=arguments))
         for thought, expected in (("T", at_once if effort == "low" else worked), ("", at_once)):
