@@ -9,6 +9,7 @@ BIN         := $(VENV)/bin
 LORAPAR     := $(BIN)/lorapar
 STAGES      := $(shell sed -n 's/^ORDER = (\(.*\))/\1/p' stages/__init__.py | tr -d '",')
 READY       := $(VENV)/.ready
+FULL        := $(VENV)/.full
 MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl
 
@@ -19,12 +20,16 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo "$(STAGES)" | tr ' ' '\n' | sed 's/$$/\tRun this stage of CONFIG=file (SET="key=value …")/' | expand -t 12
 
-setup: $(READY) ## Make the virtual environment and install everything
+setup: $(FULL) ## Make the virtual environment and install everything, vLLM too
 
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) bash .ci/setup.sh
+	@touch $@
+
+$(FULL): $(READY)
+	VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) bash .ci/setup.sh full
 	@touch $@
 
 $(MODEL)/config.json: | $(READY)
@@ -63,7 +68,7 @@ tables: $(READY) models/tiny-random/config.json $(DATA) ## Make the paper's tabl
 test: $(READY) ## Run the quick tests, in two minutes (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m "not vllm and not slow and not gpu"
 
-test-all: test smoke tables $(MODEL)/config.json ## Run all tests: slow ones, real servers, every back end, tables (20 minutes)
+test-all: $(FULL) test smoke tables $(MODEL)/config.json ## Run all tests: slow ones, real servers, every back end, tables (20 minutes)
 	LORAPAR_THOROUGH=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not vllm"
 	$(BIN)/python -m pytest -m vllm
 

