@@ -128,7 +128,7 @@ def lora_flags(modules: dict[str, Path]) -> list[str]:
 
     modules: name → folder of the adapter. ConfigError if a rank is larger than vLLM serves.
     """
-    ranks = [read_json(folder / "adapter_config.json", dict[str, Any])["r"] for folder in modules.values()]
+    ranks = [read_json(folder / "adapter_config.json")["r"] for folder in modules.values()]
     max_rank = next((rank for rank in LORA_RANKS if rank >= max(ranks)), None)
     if max_rank is None:
         raise ConfigError(f"an adapter has rank {max(ranks)}, and vLLM serves at most {LORA_RANKS[-1]}")

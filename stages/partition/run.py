@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from stages.config import PartitionSection
@@ -26,7 +25,7 @@ def run(context: StageContext, partition: PartitionSection, seed: int) -> dict[s
     region and the active share. UnusableResult if no element is active.
     """
     score = context.inputs["score"].path
-    by_name = read_json(score / "shapes.json", dict[str, tuple[PositiveInt, ...]])
+    by_name = read_json(score / "shapes.json")
     shapes = {name: torch.Size(shape) for name, shape in by_name.items()}
     # Scores are 1-D over all weights, in the order of their names; `sizes` says where each weight ends.
     if strategies.has_trait(partition.strategy, "unscored"):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from stages import escaping
 from stages.config import AUTO, FAST, MODES, TRAINED, Config, prompt_under
@@ -90,7 +90,7 @@ def _results(evaluated: Sequence[Artifact]) -> list[str]:
     rows = []
     for artifact in evaluated:
         target, _, benchmark = artifact.manifest["variant"].partition("@")
-        metrics = read_json(artifact.path / "metrics.json", dict[str, Any])
+        metrics = read_json(artifact.path / "metrics.json")
         for group, title in (("all", "all"), ("system1", "System 1"), ("system2", "System 2")):
             if (measures := metrics.get(group, {})).get("interval"):
                 interval = Interval(*measures["interval"])

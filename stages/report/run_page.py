@@ -130,7 +130,7 @@ def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
     for name in TRAINED:
         if name not in artifacts:
             continue
-        history = read_json(artifacts[name].path / "history.json", curves.History)
+        history = read_json(artifacts[name].path / "history.json")
         yield Heading(f"{name}, {len(history)} steps")
         with rc_context(figures.STYLE):
             figure = figures.svg(curves.history_figure(history))

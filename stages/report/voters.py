@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from stages.records import read_json
 from stages.report.comparison import percent
@@ -14,7 +13,7 @@ def grid(folder: Path) -> Grid | None:
     """Tabulate report.json of a classify artifact; None if there is none, as where labels are random."""
     if not (folder / "report.json").is_file():
         return None
-    report = read_json(folder / "report.json", dict[str, Any])
+    report = read_json(folder / "report.json")
     rows = []
     for title, voter in report["voters"].items():
         auc, (low, high) = voter["held_out_auc"], voter["held_out_interval"] or (0, 0)
