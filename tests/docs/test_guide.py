@@ -24,8 +24,8 @@ from stages.sweep.file import TableFile
 
 def test_the_readme_is_one_page() -> None:
     text = README.read_text(encoding="utf-8")
-    assert text.count("\n") <= 150
-    assert len(text.split()) <= 1200
+    assert text.count("\n") <= 100
+    assert len(text.split()) <= 900
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
