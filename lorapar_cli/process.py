@@ -38,9 +38,9 @@ def end_on_signal(number: int, _: FrameType | None) -> None:
 
 
 def _send_again(number: int) -> None:
-    again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
-    again.daemon = True  # a process that ends anyway does not wait for it
-    again.start()
+    timer = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+    timer.daemon = True  # a process that ends anyway does not wait for it
+    timer.start()
 
 
 def _unraisable(dropped: Any) -> None:

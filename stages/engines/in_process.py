@@ -186,9 +186,9 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, request: ChoiceRequest) -> li
         text = chat(tokenizer, messages, **arguments)
     if not request.max_thinking_tokens:  # the vote is read where an answer stands, not where a thought begins
         answer = {"role": "assistant", "content": "@@"}
-        before, shown, _ = chat(tokenizer, [*messages, answer], False, **arguments).partition("@@")
-        if shown and before.startswith(text):
-            text = before
+        lead, mark, _ = chat(tokenizer, [*messages, answer], False, **arguments).partition("@@")
+        if mark and lead.startswith(text):
+            text = lead
         elif tag := opened(text):
             text += f"\n{closing_of(tag.rstrip())}\n\n"
     return tokenise(tokenizer, text)

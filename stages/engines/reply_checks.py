@@ -131,14 +131,14 @@ def _is_by_another(reply: Reply) -> bool:
 
 
 def _is_refused(reply: Reply) -> bool:
-    parts = (reply.fields, reply.choice, reply.message)
-    return any(part.get("error") is not None or part.get("refusal") for part in parts)
+    records = (reply.fields, reply.choice, reply.message)
+    return any(record.get("error") is not None or record.get("refusal") for record in records)
 
 
 def _is_broken_off(reply: Reply) -> bool:
     # A server that shuts down returns what it has of its answers, as vLLM does with `abort`.
     names = ("finish_reason", "stop_reason", "status", "object")
-    reasons = [str(part.get(name)) for part in (reply.fields, reply.choice) for name in names]
+    reasons = [str(record.get(name)) for record in (reply.fields, reply.choice) for name in names]
     return any(reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk") for reason in reasons)
 
 

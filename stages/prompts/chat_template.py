@@ -131,13 +131,13 @@ def arguments_of(template: str) -> set[str]:
     return {name for name in meta.find_undeclared_variables(tree) - GIVEN if not name.endswith("_token")}
 
 
-def check_arguments(tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]) -> None:
+def check_arguments(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> None:
     """Raise ConfigError for an argument that the chat template does not read, so that it does nothing."""
-    known = arguments_of(tokenizer.get_chat_template()) if given else set()
-    for name in given.keys() - known:
+    names = arguments_of(tokenizer.get_chat_template()) if arguments else set()
+    for name in arguments.keys() - names:
         raise ConfigError(
             f"prompt.chat_template_kwargs: the chat template reads no {name}",
-            f"it reads {', '.join(sorted(known))}" if known else "leave it out",
+            f"it reads {', '.join(sorted(names))}" if names else "leave it out",
         )
 
 

@@ -1,4 +1,4 @@
-"""How a chat template writes thoughts, as conversations show that it renders: no list of models.
+"""Marks of a chat template around thoughts, read off conversations that it renders: no list of models.
 
 Rows, the limits of thoughts and the reading of completions all go by these marks.
 """
@@ -29,7 +29,7 @@ class Marks:
     """Whether the prompt opens a thought."""
     closes: bool = False
     """Whether the prompt says that there is no thought, so that no row has one."""
-    shown: bool = False
+    shows: bool = False
     """Whether the template itself writes the thought of a conversation's last answer."""
     tag: str = ""
     """What opens a thought, in the prompt or after it, if it is known."""
@@ -42,13 +42,13 @@ class Marks:
         return self.opens or bool(self.closing.strip() and self.end in self.silent)
 
     def head(self, thought: str) -> str:
-        """What stands between a prompt and an answer."""
+        """Return the text between a prompt and an answer."""
         has_thought = self.opens or (thought and not self.closes)
         return f"{self.opening}{thought}{self.closing}" if has_thought else self.silent
 
     @property
     def end(self) -> str:
-        """What tells that a thought has ended: a tag, if there is one."""
+        """The text that tells that a thought has ended: a tag, if there is one."""
         tag = CLOSING_TAG.search(self.closing)
         return tag[0] if tag else self.closing.strip()
 
@@ -72,42 +72,42 @@ def message(response: str, thought: str, form: int = 0) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **({} if form else fields)}
 
 
-def marks_of(prompt: str, tell: Callable[[dict[str, Any]], str], source: str, usual: Marks | None) -> Marks:
+def marks_of(prompt: str, tell: Callable[[dict[str, Any]], str], source: str, default: Marks | None) -> Marks:
     """Read the marks off two conversations, with a thought and without.
 
     prompt: of a question. tell: renders the conversation in which a message answers it. source: the
-    template's. usual: its marks without arguments.
+    template's. default: its marks without arguments.
     """
-    silent_text, shown = tell(message(ANSWER, "")), False
+    silent_text, writes = tell(message(ANSWER, "")), False
     for form in range(3):
         with suppress(ConfigError):  # a template may not take a content of parts
-            before, _, after = tell(message(ANSWER, THOUGHT, form)).partition(THOUGHT)
-            between, answer, _ = after.partition(ANSWER)
+            lead, _, tail = tell(message(ANSWER, THOUGHT, form)).partition(THOUGHT)
+            between, answer, _ = tail.partition(ANSWER)
             # One that prints whatever the content is shows its fields, too.
-            if shown := bool(answer and between.strip() and "type" not in between):
+            if writes := bool(answer and between.strip() and "type" not in between):
                 break
-    begins = shown and before.startswith(prompt)
-    tag, ended, own = opened(prompt), closed(prompt), "" if begins else _empty(prompt, usual)
-    bases = (mark for mark in ("", tag, ended, own) if silent_text.startswith(prompt.removesuffix(mark)))
+    begins = writes and lead.startswith(prompt)
+    tag, ended, empty = opened(prompt), closed(prompt), "" if begins else _empty(prompt, default)
+    bases = (mark for mark in ("", tag, ended, empty) if silent_text.startswith(prompt.removesuffix(mark)))
     left_out = next(bases, None)  # by the conversation, of the prompt
     silent = "" if left_out is None else silent_text[len(prompt) - len(left_out) :].partition(ANSWER)[0]
-    if begins or (shown and tag):
-        marks = Marks(before[len(prompt) :] if begins else "", between, silent, shown=True, form=form)
-    elif usual and (own or (usual.shown and not shown)):
-        return replace(usual, silent=silent, opens=False, closes=True)
-    elif (empty := CLOSING_TAG.search(silent)) and not (ended and left_out):
-        marks = _inside(silent, empty)
+    if begins or (writes and tag):
+        marks = Marks(lead[len(prompt) :] if begins else "", between, silent, shows=True, form=form)
+    elif default and (empty or (default.shows and not writes)):
+        return replace(default, silent=silent, opens=False, closes=True)
+    elif (closing := CLOSING_TAG.search(silent)) and not (ended and left_out):
+        marks = _inside(silent, closing)
     else:
-        marks = around(tag, source, "" if empty else silent)
-    opens = bool(tag) or (shown and not marks.opening.strip())
+        marks = around(tag, source, "" if closing else silent)
+    opens = bool(tag) or (writes and not marks.opening.strip())
     return replace(marks, opens=opens, closes=bool(ended), tag=marks.opening.strip() or tag.strip())
 
 
-def _empty(prompt: str, usual: Marks | None) -> str:
+def _empty(prompt: str, default: Marks | None) -> str:
     """The empty thought that a prompt ends in, in marks of the template's own; else nothing."""
-    if usual and usual.shown and usual.opening.strip():
-        for length in range(len(usual.closing), 0, -1):
-            if prompt.endswith(empty := usual.opening + usual.closing[:length]):
+    if default and default.shows and default.opening.strip():
+        for length in range(len(default.closing), 0, -1):
+            if prompt.endswith(empty := default.opening + default.closing[:length]):
                 return empty
     return ""
 
@@ -127,6 +127,6 @@ def around(tag: str, source: str, silent: str) -> Marks:
     # A tag in a line of its own is closed in one. One that a value follows at once is not.
     in_line = tag != name if tag else not re.search(rf"{re.escape(name)}['\"]?\s*(?:\+|~|}}}}|{{{{)", source)
     line = "\n" if in_line else ""
-    after = "" if name.startswith("<|") else 2 * line
+    space = "" if name.startswith("<|") else 2 * line
     opening = "" if tag else f"{name}{line}"
-    return Marks(opening, f"{line}{closing_of(name)}{after}{silent}", silent)
+    return Marks(opening, f"{line}{closing_of(name)}{space}{silent}", silent)

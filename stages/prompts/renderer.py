@@ -183,7 +183,7 @@ class Renderer:
         thought = "" if marks.closes else example.thought
         if self.section.template != "chat" or not response.strip():
             return f"{marks.head(thought) if thought else ''}{response}{self.end}"
-        text = self._conversation(example, message(response, thought if marks.shown else "", marks.form))
+        text = self._conversation(example, message(response, thought if marks.shows else "", marks.form))
         if not text.startswith(prompt) and not (marks.opens or marks.closes):
             raise ConfigError(
                 "the chat template writes an answer in a conversation otherwise than it asks for one, so "
@@ -192,9 +192,10 @@ class Renderer:
                 "--set prompt.template=plain, or give the tokenizer another chat template",
             )
         completion = text[len(prompt) :].rstrip() if text.startswith(prompt) else ""
-        told, answer, tail = completion.rpartition(response.strip())
-        is_whole = thought in told if marks.shown else not thought
-        head = told if answer and is_whole and (not marks.opens or marks.end in told) else marks.head(thought)
+        head, answer, tail = completion.rpartition(response.strip())
+        is_whole = thought in head if marks.shows else not thought
+        if not (answer and is_whole and (not marks.opens or marks.end in head)):
+            head = marks.head(thought)
         # Some templates mark the end of an answer only where something follows.
         tail = tail.partition(self._marker)[0] if answer else ""
         return head + (answer or response) + tail + self.end
@@ -206,15 +207,15 @@ class Renderer:
 
     def _marks(self) -> Marks:
         """Return how thoughts begin and end."""
-        source, usual = str(self.tokenizer.chat_template), None
+        source, default = str(self.tokenizer.chat_template), None
         if self.section.template != "chat":
             return around("", source, "")
         if self.section.chat_template_kwargs:
             with suppress(ConfigError):
                 section = self.section.model_copy(update={"chat_template_kwargs": {}})
-                usual = Renderer(self.tokenizer, section).marks
+                default = Renderer(self.tokenizer, section).marks
         tell = partial(self._conversation, Example("", PROBE, "", None))
-        return marks_of(self.prompt(PROBE), tell, source, usual)
+        return marks_of(self.prompt(PROBE), tell, source, default)
 
     def _stop_ids(self) -> list[int]:
         """Return the tokens that end an answer. None stands within a row, where it may end a thought."""
@@ -296,5 +297,5 @@ class Renderer:
         turns = [*self._messages("?", ()), {"role": "assistant", "content": "@@"}]
         tail = self._chat(turns, ask=False).rpartition("@@")[2]
         # Some templates write the beginning of an answer even where they are not asked for one.
-        before, eos, _ = thoughts.OPENING_TAG.split(tail)[0].partition(str(self.tokenizer.eos_token))
-        return (before + eos).strip() or str(self.tokenizer.eos_token)
+        turn_end, eos, _ = thoughts.OPENING_TAG.split(tail)[0].partition(str(self.tokenizer.eos_token))
+        return (turn_end + eos).strip() or str(self.tokenizer.eos_token)
