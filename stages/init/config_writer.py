@@ -138,7 +138,7 @@ def _small(profile: DataProfile) -> Iterator[Choice]:
         why = "else a small model has hardly a right answer to System 2, and RL no signal"
         yield Choice("sft.system2_share", 0.3, why)
     if not profile.unverifiable:
-        yield Choice("rl.learning_rate", 1.5e-4, "the demo's rate")
+        yield Choice("rl.learning_rate", 1.5e-4, "half of the demo's, for longer training")
 
 
 def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: str | None) -> list[str]:
