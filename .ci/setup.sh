@@ -14,22 +14,20 @@ TORCH=("torch>=2.13,<2.14" torchvision) # vLLM 0.31 and 0.32 need this one
 gpu=no
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && gpu=yes
 
-installed=no
-[ "${1:-}" = full ] && installed=yes # before, by setup.sh
-if [ $installed$gpu = nono ]; then
-    # The general package index holds the CUDA build alone: gigabytes that a machine without a GPU has no use for.
-    echo "no GPU here: installing the CPU build of torch"
-    # One small package of that index tells in 5 s whether it can be reached; an install would wait much longer.
-    $PIP index versions filelock --retries 0 --timeout 5 --index-url "$TORCH_INDEX" >/dev/null 2>&1 &&
-        "${INSTALL[@]}" --index-url "$TORCH_INDEX" "${TORCH[@]}" && installed=yes ||
-        echo "no CPU build from $TORCH_INDEX: installing torch from the usual index"
-fi
-if [ $installed = no ]; then
-    [ $gpu = no ] || echo "installing torch"
-    "${INSTALL[@]}" "${TORCH[@]}"
-fi
-
 if [ "${1:-}" != full ]; then
+    installed=no
+    if [ $gpu = no ]; then
+        # The general package index holds the CUDA build alone: gigabytes that a machine without a GPU has no use for.
+        echo "no GPU here: installing the CPU build of torch"
+        # One small package of that index tells in 5 s whether it can be reached; an install would wait much longer.
+        $PIP index versions filelock --retries 0 --timeout 5 --index-url "$TORCH_INDEX" >/dev/null 2>&1 &&
+            "${INSTALL[@]}" --index-url "$TORCH_INDEX" "${TORCH[@]}" && installed=yes ||
+            echo "no CPU build from $TORCH_INDEX: installing torch from the usual index"
+    fi
+    if [ $installed = no ]; then
+        [ $gpu = no ] || echo "installing torch"
+        "${INSTALL[@]}" "${TORCH[@]}"
+    fi
     echo "installing lorapar"
     "${INSTALL[@]}" "${TORCH[@]}" -e ".[dev,fetch]"
     exit

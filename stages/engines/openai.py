@@ -41,7 +41,7 @@ from stages.engines.reply_checks import (
     obeys,
     parse_reply,
     parse_word,
-    told,
+    thinking_flags,
 )
 from stages.errors import AnswerError, ConfigError, ServerError
 from stages.runtime.background import event_loop
@@ -262,7 +262,7 @@ class Client:
         """Read the choice in the text of a reply, after the thinking if there is any."""
         body = choice_body(request, request.max_thinking_tokens + REPLY_TOKENS)
         if self._can_constrain:  # then it is asked for text because the voter thinks
-            body |= told(thinks=True)
+            body |= thinking_flags(True)
         if request.temperature:
             body |= {"temperature": request.temperature, "seed": request.seed}
         text = await self._send(client, body, lambda reply: reply.text)

@@ -205,8 +205,8 @@ def choice_probabilities(reply: Reply, words: tuple[str, ...]) -> tuple[float, .
     raise ValueError(f"{prefix[:40]!r} tells none of {words} from the others")
 
 
-def told(thinks: bool) -> dict[str, Any]:
-    """Arguments of any chat template: vLLM ignores those that the template does not read."""
+def thinking_flags(thinks: bool) -> dict[str, Any]:
+    """Flags of any chat template: vLLM ignores those that the template does not read."""
     return {"chat_template_kwargs": dict.fromkeys(FLAGS, thinks)}
 
 
@@ -218,7 +218,7 @@ def choice_body(request: ChoiceRequest, tokens: int, words: tuple[str, ...] = ()
     if words:
         body |= {"structured_outputs": {"choice": list(words)}, "logprobs": True if is_chat else ALTERNATIVES}
     if words and is_chat:
-        body |= {"top_logprobs": ALTERNATIVES, **told(thinks=False)}
+        body |= {"top_logprobs": ALTERNATIVES, **thinking_flags(False)}
     return body
 
 

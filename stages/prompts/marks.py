@@ -34,7 +34,7 @@ class Marks:
     tag: str = ""
     """What opens a thought, in the prompt or after it, if it is known."""
     form: int = 0
-    """Of the messages that it writes the thought of; see `message`."""
+    """Form of the message whose thought the template writes; see `message`."""
 
     @property
     def thinks(self) -> bool:

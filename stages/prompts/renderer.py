@@ -97,10 +97,10 @@ class Renderer:
                 )
             check_arguments(tokenizer, section.chat_template_kwargs)
         self.marks = self._marks()
-        self.end = self._marker = self._end()
-        """Text that ends an answer: the template's own end-of-turn marker, or EOS."""
+        self._marker = self._end()
+        self.stop_ids, self.end = self._stops()
+        """Tokens and text that end an answer: the template's own end-of-turn marker, or EOS, or both."""
         self._asks = self.prompt(PROBE).rpartition(PROBE)[2]
-        self.stop_ids = self._stop_ids()
         self.closing: list[int] = tokenizer(self.marks.closing, add_special_tokens=False)["input_ids"]
         """Tokens that close a thought, as in a row."""
         special = {n: str(token) for n, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -217,18 +217,21 @@ class Renderer:
         tell = partial(self._conversation, Example("", PROBE, "", None))
         return marks_of(self.prompt(PROBE), tell, source, default)
 
-    def _stop_ids(self) -> list[int]:
-        """Return the tokens that end an answer. None stands within a row, where it may end a thought."""
+    def _stops(self) -> tuple[list[int], str]:
+        """Return the tokens that end an answer, and the text that ends a row.
+
+        No such token stands within a row, where it may end a thought: then EOS follows the marker.
+        """
         ids = partial(self.tokenizer, add_special_tokens=False)
         marks = self.marks.opening + self.marks.closing + self.marks.silent
-        within, end = set(ids(marks)["input_ids"]), ids(self.end)["input_ids"]
+        within, end = set(ids(marks)["input_ids"]), ids(self._marker)["input_ids"]
         added = end if len(end) == 1 else [n for n in end if n in self.tokenizer.get_added_vocab().values()]
         # Of several tokens the first ends a turn, as Phi-3's `<|end|>`, after which its template writes EOS.
         first = [n for n in added if n not in within][:1]
-        if added and not first:
-            self.end += str(self.tokenizer.eos_token)
         configured = getattr(self.tokenizer, "ends", ())
-        return sorted({self.tokenizer.eos_token_id, *first, *(n for n in configured if n not in within)})
+        stop_ids = {self.tokenizer.eos_token_id, *first, *(n for n in configured if n not in within)}
+        eos = str(self.tokenizer.eos_token) if added and not first else ""
+        return sorted(stop_ids), self._marker + eos
 
     def read(self, ids: list[int], prompt: str) -> str:
         """Return a completion's text without special tokens, after a tag if its prompt opens a thought.
