@@ -17,6 +17,7 @@ FOUR = ["model.load_in_4bit=true", "model.dtype=bfloat16"]
 @pytest.mark.parametrize("how", [[], ["lora.init=default", "partition.strategy=all"]])
 def test_the_stages_run_and_frozen_elements_stay(begun, how):
     """TRL rounds the adapters of such a base to bfloat16, active and frozen ones alike."""
+    pytest.importorskip("bitsandbytes")
     config = begun(*FOUR, *how, "sft.learning_rate=0.01", "sft.num_train_epochs=9")
     for step in ("classify", "score", "partition", "sft", "rl", "eval:rl@demo"):
         made = make_step(config, step)
@@ -29,6 +30,7 @@ def test_the_stages_run_and_frozen_elements_stay(begun, how):
 
 
 def test_the_base_has_four_bits_and_answers_nearly_like_the_whole_one(begun):
+    pytest.importorskip("bitsandbytes")
     four, whole = begun(*FOUR).model, begun("model.dtype=bfloat16").model
     small, large = load_base(four), load_base(whole)
     weight, wide = (model.model.layers[0].mlp.down_proj.weight for model in (small, large))

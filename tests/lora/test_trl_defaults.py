@@ -14,6 +14,7 @@ import trl
 from stages.config import RlSection, SftSection
 from stages.config.rl import RolloutsSection
 from stages.lora.grpo import building, vllm_rollouts
+from stages.lora.training import loop
 from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
 
@@ -27,7 +28,8 @@ def given() -> dict[str, set[str]]:
 
     checkpoints = Checkpoints(Path("run/stage/checkpoints/key"), "")
     colocated = RlSection(rollouts=RolloutsSection(engine="vllm_colocate", gpu_memory_utilization=0.5))
-    with patch.multiple(trl, **{name: keep(name) for name in ("GRPOConfig", "SFTConfig")}):
+    kept = patch.multiple(trl, **{name: keep(name) for name in ("GRPOConfig", "SFTConfig")})
+    with kept, patch.object(loop, "check_training"):  # without vLLM, too
         sft._arguments(SftSection(), 1, 0, checkpoints)
         for section in (RlSection(), colocated):
             building._arguments(section, 1, 0, checkpoints, vllm_rollouts.arguments(section, None, []))
