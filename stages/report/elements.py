@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import torch
+from torch import Tensor
 
 from stages.lora.importance.masks import Masks, flatten_weights, read_importance
 from stages.lora.importance.strategies import S1_ONLY, S2_ONLY, SHARED
@@ -57,3 +59,27 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
     )
     text = f"{title}: {text}" if title else text
     return Picture(figures.svg(figures.scatter(groups, title)), f"Importance by system. {text}", text)
+
+
+def between_seeds(masks: list[Artifact]) -> str:
+    """Say how much of System 1's set returns with another seed: Jaccard indices, in the mean of all pairs."""
+    regions = [Masks.load(each.path, each.manifest["variant"]).region for each in masks]
+    overlaps = torch.stack([_overlaps(*pair) for pair in combinations(regions, 2)])
+    observed, by_weight, by_chance = overlaps.mean(0).tolist()
+    return (
+        f"Sets of System 1 from {len(masks)} seeds overlap by a Jaccard index of {observed:.3f}. Random sets "
+        f"with as many elements of each weight would by {by_weight:.3f}, others as large by {by_chance:.3f}."
+    )
+
+
+def _overlaps(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    """Jaccard index of System 1's sets in two region masks, then what random sets of their sizes would have.
+
+    Two random subsets of n elements share, in expectation, the product of their sizes divided by n: here in
+    each weight, then over all.
+    """
+    pairs = [(first[name] & 1, second[name] & 1) for name in first]  # bit 0 is System 1's set
+    of_weights = torch.tensor([[a.numel(), a.sum(), b.sum(), (a & b).sum()] for a, b in pairs]).double()
+    elements, a, b, both = of_weights.T
+    shared = torch.stack([both.sum(), (a * b / elements).sum(), a.sum() * b.sum() / elements.sum()])
+    return shared / (a.sum() + b.sum() - shared)

@@ -12,6 +12,7 @@ from stages import escaping
 from stages.evaluation.statistics import Interval, p_value
 from stages.report import elements, figures
 from stages.report.page import Block, Command, Grid, PageSection, Picture, Text, render
+from stages.store.artifacts import Artifact
 from stages.sweep.file import FLEXIBLE, Column, Plot
 from stages.sweep.results import OVER, Results
 from stages.sweep.values import Value
@@ -95,15 +96,17 @@ def _line_plot(results: Results, plot: Plot) -> Iterator[Picture]:
         yield Picture(svg, text, f"{plot.y} over {plot.x}, with 95 % intervals.")
 
 
-def _importance(results: Results) -> Iterator[Picture]:
-    """Plot each row's importance, by system, from its first seed that has the artifacts."""
-    drawn = set()
+def _importance(results: Results) -> Iterator[Block]:
+    """Plot each row's importance, by system, from its first seed, and say how much other seeds share."""
+    by_row: dict[str, list[tuple[Artifact, Artifact]]] = {}
     for cell in results.table.cells:
         score, masks = (results.artifacts.current(cell, step) for step in ("score", "partition:sft"))
-        if cell.row in drawn or not (score and masks and (score.path / "importance.safetensors").is_file()):
-            continue
-        drawn.add(cell.row)
-        yield elements.importance_by_system(score, masks, cell.row)
+        if score and masks and (score.path / "importance.safetensors").is_file():
+            by_row.setdefault(cell.row, []).append((score, masks))
+    for row, of_seeds in by_row.items():
+        yield elements.importance_by_system(*of_seeds[0], row)
+        if len(of_seeds) > 1:
+            yield Text(elements.between_seeds([masks for _, masks in of_seeds]))
 
 
 def grid(results: Results) -> Grid:

@@ -17,6 +17,8 @@ from conftest import ROOT, make_steps
 
 from stages.data.demo import write
 from stages.errors import ConfigError
+from stages.lora.importance.masks import Masks, flatten_weights
+from stages.lora.importance.strategies import S1_ONLY, SHARED
 from stages.pipeline.resolve import load
 from stages.records import Sample, write_jsonl
 from stages.report import table_page
@@ -359,10 +361,17 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
 def test_importance_of_each_row(swept, monkeypatch):
     monkeypatch.setattr("stages.report.figures.svg", lambda figure: "<svg></svg>")
     found = results(swept)
-    captions = [picture.caption for picture in table_page._importance(found)]
+    first, said, second, _ = table_page._importance(found)
     masks = found.artifacts.current(swept.cells[0], "partition:sft").manifest["summary"]
     for system in (1, 2):
         alone = 100 * masks[f"s{system}_only_share"]
-        assert f"{alone:.1f} % of System {system}" in captions[0]
-    assert len(captions) == 2 and captions[1].startswith("β 0: ")
-    assert re.search(r"Jaccard index 0\.\d{3}\.$", captions[1])
+        assert f"{alone:.1f} % of System {system}" in first.caption
+    assert second.caption.startswith("β 0: ") and re.search(r"Jaccard index 0\.\d{3}\.$", second.caption)
+    # The same figures from sets of positions.
+    cells = [cell for cell in swept.cells if cell.row == "θ .9"]
+    both = [found.artifacts.current(cell, "partition:sft") for cell in cells]
+    regions = [flatten_weights(Masks.load(each.path, "sft").region).tolist() for each in both]
+    a, b = ({i for i, region in enumerate(of_seed) if region in (S1_ONLY, SHARED)} for of_seed in regions)
+    chance = len(a) * len(b) / len(regions[0])
+    assert f"index of {len(a & b) / len(a | b):.3f}." in said.text
+    assert f"others as large by {chance / (len(a) + len(b) - chance):.3f}." in said.text
