@@ -5,13 +5,16 @@ python tests/reference.py [--check]      (`make reference`; `make check` checks)
 
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
+from pydantic.fields import FieldInfo
 
 from lorapar_cli.commands import COMMANDS
 from lorapar_cli.short import kinds
@@ -24,7 +27,7 @@ from stages.sweep.file import TableFile
 
 MANIFEST = {
     "stage, variant, key": "Which step the artifact is of, and its key.",
-    "identity": "What the key is a digest of: settings, keys of the inputs, digests of rows and weights.",
+    "identity": "What the key is a digest of: settings, keys of inputs, digests of rows and weights.",
     "inputs": "Step → key of each artifact that was read.",
     "summary": "The step's figures, such as `active_share` and `frozen_drift` of training.",
     "provenance": "Whole config, versions, command, machine, seconds, peak memory, and `plan`'s estimates.",
@@ -35,112 +38,104 @@ MANIFEST = {
 FOLDER = Path(__file__).parent.parent / "docs/reference"
 GENERATED = "<!-- Written by `make reference` from the code: change it there. -->"
 OTHER_NAMES = {
-    "lora.init": "`LoraConfig.init_lora_weights`", "model.load_in_4bit": "`BitsAndBytesConfig.load_in_4bit`",
-    "model.attention": "`attn_implementation`", "rl.rewards": "`reward_funcs`, `GRPOConfig.reward_weights`",
-    "rl.rollouts.correction": "`GRPOConfig.vllm_importance_sampling_mode`",
-    "rl.rollouts.engine": "`GRPOConfig.use_vllm`, `vllm_mode`",
-    "sft.warmup_ratio": "`SFTConfig.warmup_steps` below 1",
-    "rl.warmup_ratio": "`GRPOConfig.warmup_steps` below 1", "sft.lora_dropout": "`LoraConfig.lora_dropout`",
-    "rl.lora_dropout": "`LoraConfig.lora_dropout`",
+    "lora.init": "`init_lora_weights`", "model.load_in_4bit": "`BitsAndBytesConfig.load_in_4bit`",
+    "model.attention": "`attn_implementation`", "rl.rewards": "`reward_funcs`, `reward_weights`",
+    "rl.rollouts.correction": "`vllm_importance_sampling_mode`",
+    "rl.rollouts.engine": "`use_vllm`, `vllm_mode`", "sft.warmup_ratio": "`warmup_steps` below 1",
+    "rl.rollouts.gpu_memory_utilization": "`vllm_gpu_memory_utilization`",
 }  # fmt: skip
-"""Settings whose name in the library is another one, or is not of the section's usual class."""
+"""Settings whose name in TRL, PEFT or transformers is another one."""
+OF_COMMANDS = """`lorapar COMMAND --help` shows the same. Below are the options of several commands. The first
+line of a command names those that it has; its other options are in its table."""
+OF_SETTINGS = """Settings stand in a YAML file, in sections. `--set section.key=value` overrides one of them,
+and `extends: FILE` takes all others from another file. `lorapar config` prints this list.
 
-
-INTRODUCTION = [
-    "Settings stand in a YAML file, in sections. `--set section.key=value` overrides one of them, and",
-    "`extends: FILE` takes all others from another file. `lorapar config` prints this list.",
-    "",
-    "Editors complete and check a config that begins with a line such as the one in `configs/demo.yaml`.",
-]
-"""Of the page of settings."""
-HEAD = ["setting", "default", "meaning", "in TRL, PEFT"]
+° marks a setting that has this name in TRL or PEFT, → another name there or in transformers. Few users change
+what stands below *advanced*."""
+OF_ARTIFACTS = """An artifact is the folder `<runs_dir>/<run>/<stage>/<key>/`. Each has a `manifest.json`.
+NAME is PEFT's name of a LoRA weight: A is (r, in_features), B is (out_features, r)."""
+OPTIONS = ["option", "meaning"]
+HEAD, ADVANCED = ["setting", "default", "meaning"], ["*advanced*", "", ""]
 
 
 def commands() -> str:
     from lorapar_cli.app import app
 
     group: Any = typer.main.get_command(app)
-    lines = ["# Commands", "", GENERATED, "", "`lorapar COMMAND --help` shows the same.", ""]
-    for name in COMMANDS:
-        command = group.commands[name]
-        parameters = [p for p in command.params if p.name != "help"]
-        arguments = [_usage(p) for p in parameters if p.param_type_name == "argument"]
-        lines += [f"## {name}", "", COMMANDS[name], "", "```text"]
-        lines += [" ".join(["lorapar", name, *arguments, "[OPTIONS]"]), "```", ""]
-        rows = [_option(parameter) for parameter in parameters]
-        lines += [*_table(["option", "meaning"], rows), ""] if rows else []
+    rows = {name: [_option(p) for p in group.commands[name].params if p.name != "help"] for name in COMMANDS}
+    counts = Counter(row for options in rows.values() for row in options)
+    shared = [row for row, number in counts.items() if number > 1]
+    lines = [*_head("Commands", OF_COMMANDS), *_table(OPTIONS, shared), ""]
+    for command, options in rows.items():
+        names = [name.strip("`") for name, text in options if (name, text) in shared or "--" not in name]
+        usage = " ".join([command, *(f"[{name}]" if "--" in name else name for name in names)])
+        lines += [f"## {command}", "", f"`lorapar {usage}`", "", COMMANDS[command], ""]
+        own = [row for row in options if row not in shared]
+        lines += [*_table(OPTIONS, own), ""] if own else []
     return "\n".join(lines)
 
 
-def _usage(parameter: Any) -> str:
-    metavar = str(parameter.metavar or parameter.name.upper()).strip("{}[]")
-    return metavar if parameter.required else f"[{metavar}]"
-
-
-def _option(parameter: Any) -> list[str]:
+def _option(parameter: Any) -> tuple[str, str]:
     """Return the cells of its row."""
-    name = next((name for name in parameter.opts if name.startswith("--")), _usage(parameter))
-    if name.startswith("--") and not parameter.is_flag:
-        name += f" {parameter.metavar or parameter.name.upper()}"
+    metavar = str(parameter.metavar or parameter.name.upper()).strip("{}[]")
+    name = metavar if parameter.required else f"[{metavar}]"
+    for option in parameter.opts:
+        if option.startswith("--"):
+            name = option if parameter.is_flag else f"{option} {metavar}"
     default = parameter.default
     shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
-    return [f"`{name}`", _cell(parameter.help or "") + (f" Default: `{default}`." if shown else "")]
+    return f"`{name}`", _cell(parameter.help or "") + (f" Default: `{default}`." if shown else "")
 
 
 def settings() -> str:
-    lines = ["# Settings", "", GENERATED, "", *INTRODUCTION, ""]
-    top = [n for n, f in Config.model_fields.items() if not (section_type(f))]
-    lines += ["## Top level", "", *_table(HEAD, [_setting("", name, Config) for name in top]), ""]
-    for name, field in Config.model_fields.items():
-        if section := section_type(field):
-            lines += [f"## {name}", "", _cell(field.description or ""), "", *_section(f"{name}.", section)]
-    return "\n".join(lines)
+    return "\n".join([*_head("Settings", OF_SETTINGS), *_section("", Config, {})])
 
 
-def _section(prefix: str, section: type[Section]) -> Iterator[str]:
-    """Yield a table of common settings, one of advanced settings, then those of sections within."""
-    plain = {n: f for n, f in section.model_fields.items() if not section_type(f)}
-    for title, advanced in (("", False), ("Advanced", True)):
-        rows = [_setting(prefix, n, section) for n, f in plain.items() if marks_of(f)["advanced"] is advanced]
-        if rows:
-            yield from [f"**{title}**", ""] if title else []
-            yield from [*_table(HEAD, rows), ""]
-    for name, field in section.model_fields.items():
-        if inner := section_type(field):
-            yield from [f"### {prefix}{name}", "", _cell(field.description or ""), ""]
-            if prefix + name not in ("sft.prompt", "rl.prompt", "score.prompt", "eval.benchmarks.prompt"):
-                yield from _section(f"{prefix}{name}.", inner)
+def _section(prefix: str, section: type[Section], listed: dict[tuple[str, str], str]) -> Iterator[str]:
+    """Yield a table of settings, advanced ones last, then those of the sections within.
+
+    listed: where a setting of this name and meaning was described; of others only the default is told.
+    """
+    rows, repeated, sections = list[list[str]](), defaultdict[str, list[str]](list), list[str]()
+    for name, field in sorted(section.model_fields.items(), key=lambda item: marks_of(item[1])["advanced"]):
+        if (kind := section_type(field)) and (name != "prompt" or not prefix):
+            sections += [f"##{'#' * bool(prefix)} {prefix}{name}", "", _cell(field.description or ""), ""]
+            sections += _section(f"{prefix}{name}.", kind, listed)
+            continue
+        row, first = _setting(prefix, name, field), listed.setdefault((name, describe(field)), prefix)
+        if first == prefix:
+            rows += [ADVANCED] * (marks_of(field)["advanced"] and ADVANCED not in rows)
+            rows.append(row)
+        else:
+            repeated[first].append(f"`{prefix}{name}: {row[1].strip('`')}`")
+    yield from [*_table(HEAD, rows), ""] if rows else []
+    for first, names in repeated.items():
+        yield from [f"As in `{first[:-1]}`: {', '.join(names)}.", ""]
+    yield from sections
 
 
-def _setting(prefix: str, name: str, section: type[Section]) -> list[str]:
-    field = section.model_fields[name]
+def _setting(prefix: str, name: str, field: FieldInfo) -> list[str]:
     default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-    return [f"`{prefix}{name}`", default, _cell(describe(field)), library_name(prefix + name)]
+    other = f" → {OTHER_NAMES[prefix + name]}" if prefix + name in OTHER_NAMES else ""
+    return [f"`{prefix}{name}`{' °' * _is_of_library(prefix, name)}", default, _cell(describe(field)) + other]
 
 
 def _yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
 
 
-def library_name(setting: str) -> str:
-    """Name the field of a library's config class that the setting becomes, if there is one."""
-    section, _, name = setting.rpartition(".")
-    if setting in OTHER_NAMES:
-        return OTHER_NAMES[setting]
+def _is_of_library(prefix: str, name: str) -> bool:
+    """True if the setting becomes a field of this name of a library's config class."""
     with libraries.hide_packages(*libraries.UNUSED):
         from peft import LoraConfig
         from trl import GRPOConfig, SFTConfig
 
-    kinds_of: dict[str, Any] = {
-        "sft": SFTConfig, "rl": GRPOConfig, "lora": LoraConfig, "rl.rollouts": GRPOConfig,
-    }  # fmt: skip
-    name = f"vllm_{name}" if section == "rl.rollouts" else name
-    kind = kinds_of.get(section)
-    return f"`{kind.__name__}.{name}`" if kind and name in {field.name for field in fields(kind)} else ""
+    kinds: Any = {"sft.": (SFTConfig, LoraConfig), "rl.": (GRPOConfig, LoraConfig), "lora.": (LoraConfig,)}
+    return name in {field.name for kind in kinds.get(prefix, ()) for field in fields(kind)}
 
 
 def choices() -> str:
-    lines = ["# Names to choose from", "", GENERATED, "", "`lorapar list` prints the same.", ""]
+    lines = _head("Names to choose from", "`lorapar list` prints the same.")
     for kind, names in kinds().items():
         rows = [[f"`{name}`", _cell(text)] for name, text in names.items()]
         lines += [f"## {kind}", "", *_table(["name", "meaning"], rows), ""]
@@ -148,13 +143,17 @@ def choices() -> str:
 
 
 def artifacts() -> str:
-    folder = "An artifact is the folder `<runs_dir>/<run>/<stage>/<key>/`. Every one has a `manifest.json`."
-    lines = ["# Files of each artifact", "", GENERATED, "", folder, ""]
-    for stage in all_stages():
-        rows = [[f"`{name}`", text] for name, text in stage.files.items()]
-        lines += [f"## {stage.name}", "", *_table(["file", "content"], rows), ""]
+    lines = _head("Files of each artifact", OF_ARTIFACTS)
+    for files, stages in groupby(all_stages(), key=lambda stage: stage.files):
+        rows = [[f"`{name}`", text] for name, text in files.items()]
+        names = ", ".join(stage.name for stage in stages)
+        lines += [f"## {names}", "", *_table(["file", "content"], rows), ""]
     table = _table(["field", "content"], list(map(list, MANIFEST.items())))
     return "\n".join([*lines, "## manifest.json", "", *table, ""])
+
+
+def _head(title: str, text: str) -> list[str]:
+    return [f"# {title}", "", GENERATED, "", text, ""]
 
 
 def _cell(text: str) -> str:
@@ -162,8 +161,8 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+def _table(head: list[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def pages() -> dict[str, str]:

@@ -120,7 +120,7 @@ STAGE = Stage(
     variants_help="train or a benchmark",
     unkeyed_sections=("model",),
     files={
-        "labels.jsonl": "One object per row, in the order of the rows: `id`, `prompt`, `response`, `gold`, "
+        "labels.jsonl": "One object per row, in their order: `id`, `prompt`, `response`, `gold`, "
         "`extra` (other fields of the row), `system` (1, 2, or null if undecided) and `votes` (voter → "
         "probability of System 2).",
         "report.json": "Votes of each voter, its invalid and failed answers, its AUC on known examples, and "

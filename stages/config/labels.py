@@ -105,7 +105,7 @@ advanced_of_votes = partial(advanced, ignored_by=UNVOTED)
 
 class ClassifySection(Section):
     strategy: Literal["vote", "known", "random"] = setting("vote")
-    """known: of the rows or labels_file; random: a control."""
+    """vote: by voters; known: labels of the rows or of labels_file; random: a control."""
     labels_file: str | None = unkeyed(None)
     """Labels for strategy known: JSON, JSON Lines or CSV; none: the rows have them."""
     voters: list[Voter] = of_votes([Voter()], min_length=1)

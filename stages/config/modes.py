@@ -13,7 +13,7 @@ FAST, SLOW, AUTO = MODES = ("fast", "slow", "auto")
 
 
 class ModeSection(Section):
-    system: str | None = setting(None, "Message of the mode, behind that of prompt.system.")
+    system: str | None = setting(None, "System message of the mode, appended to prompt.system.")
     chat_template_kwargs: TemplateArguments = advanced({})
     """Its arguments of the chat template, such as {enable_thinking: false}."""
 

@@ -49,7 +49,7 @@ class RlSection(TrainSection):
     data: Literal["system2", "all"] = setting("system2", "Rows to train on; undecided ones are never used.")
     prompts_per_step: PositiveInt = setting(32, "Prompts per optimizer step.")
     system1_share: ShareBelowOne = setting(0.0)
-    """Share of prompts_per_step that are replayed System 1 rows, which RL else unlearns."""
+    """Share of prompts_per_step that are System 1 rows, replayed so that RL does not unlearn them."""
     num_generations: int = setting(8, "Completions per prompt (group size).", gt=1)
     per_device_train_batch_size: PositiveInt = setting(8)
     """Completions per pass; must divide prompts_per_step × num_generations."""
@@ -76,7 +76,7 @@ class RlSection(TrainSection):
     lora_dropout: ShareBelowOne = advanced(0.0, DROPOUT)
     save_steps: PositiveInt = advanced_unkeyed(5, SAVE_STEPS)
     max_zero_signal_steps: PositiveInt = advanced_unkeyed(20)
-    """Stop after this many steps in a row whose groups each earn the same."""
+    """Stop after this many steps in a row in which no group's rewards differ."""
 
     def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
         if (self.prompts_per_step * self.num_generations) % self.per_device_train_batch_size:

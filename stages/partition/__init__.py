@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from stages.config import Config
 from stages.lora.examples import PROTECTED
-from stages.pipeline.stage import WEIGHTS, Planned, Stage
+from stages.pipeline.stage import Planned, Stage
 from stages.plan.tokens import Work
 
 SYSTEMS = {"sft": 1, "rl": 2}
@@ -32,8 +32,7 @@ STAGE = Stage(
     variants_help="sft or rl",
     files={
         "masks.safetensors": "`region/NAME`: uint8 (0 none, 1 System 1 only, 2 System 2 only, 3 shared). "
-        "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains. "
-        f"All {WEIGHTS}."
+        "`active/sft/NAME` or `active/rl/NAME`: bool, true where the stage trains."
     },
     work=lambda texts, _: Work(copies=0),
     version=2,

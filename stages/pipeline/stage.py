@@ -131,15 +131,11 @@ BENCHMARKS = "eval.benchmarks."
 """Begins the path of a benchmark's section."""
 
 
-WEIGHTS = "under PEFT's name of each LoRA weight: A is (r, in_features), B is (out_features, r)"
-ADAPTER = (
-    "A plain PEFT adapter: `adapter_config.json`, and `adapter_model.safetensors` with float32 tensors "
-    f"{WEIGHTS}. r is doubled where the initial update is subtracted (`lora.init`)."
-)
+ADAPTER = "A plain PEFT adapter in float32; r is doubled where `lora.init` subtracts the initial update."
 TRAINED = {
     "adapter/": ADAPTER,
     "history.json": "One object per logged step: TRL's metrics and lorapar's (rewards by system, KL).",
-    "curves.png": "The same as a picture.",
+    "curves.png": "The same as curves.",
 }
 """The files of a stage that trains."""
 

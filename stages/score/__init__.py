@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from stages.config import Config
 from stages.lora.examples import PROTECTED
 from stages.lora.importance.strategies import strategies
-from stages.pipeline.stage import ADAPTER, TRAIN, WEIGHTS, Check, Planned, Stage
+from stages.pipeline.stage import ADAPTER, TRAIN, Check, Planned, Stage
 from stages.plan.tokens import Work
 from stages.records import Labelled
 
@@ -92,10 +92,10 @@ STAGE = Stage(
     variants_help="score or protected",
     unkeyed_sections=("partition.protect",),
     files={
-        "init/": f"The adapter at the start. {ADAPTER}",
-        "shapes.json": "Name of each LoRA weight → `[rows, columns]` of its part that is scored and trained.",
-        "importance.safetensors": "`s1/NAME` and `s2/NAME`: float32 importance of each element, "
-        f"{WEIGHTS}. Only where a strategy reads it. The variant `protected` has `protected/NAME` alone.",
+        "init/": f"The initial adapter. {ADAPTER}",
+        "shapes.json": "NAME → `[rows, columns]` of its part that is scored and trained.",
+        "importance.safetensors": "`s1/NAME` and `s2/NAME`: float32 importance of each element. "
+        "Only where a strategy reads it. The variant `protected` has `protected/NAME` alone.",
     },
     checks=_checks,
     spans=lambda texts, _: texts.imitated(),
