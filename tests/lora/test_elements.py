@@ -17,7 +17,7 @@ from stages.lora.adapter.adapter import lora_layers
 from stages.lora.adapter.elements import SparseLinear, frozen_weights
 from stages.runtime import libraries
 
-MODEL, *TRAINERS, TRAIN, LOOP = [block for block in blocks("python") if block.page == "elements.md"]
+_SCORER, MODEL, *TRAINERS, TRAIN, LOOP = [b for b in blocks("python") if b.page == "elements.md"]
 SHORT = {"max_steps": 2, "learning_rate": 0.1, "weight_decay": 0.1, "report_to": "none"}
 SHORT |= {"per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1, "warmup_steps": 0}
 """Options that the page leaves to TRL."""
