@@ -48,7 +48,8 @@ OTHER_NAMES = {
 OF_COMMANDS = """`lorapar COMMAND --help` shows the same. Below are the options of several commands. The first
 line of a command names those that it has; its other options are in its table."""
 OF_SETTINGS = """Settings stand in a YAML file, in sections. `--set section.key=value` overrides one of them,
-and `extends: FILE` takes all others from another file. `lorapar config` prints this list.
+and `extends: FILE` takes all others from another file. `lorapar config` prints this list. Editors complete
+and check a config that begins with the first line of `configs/demo.yaml`.
 
 ° marks a setting that has this name in TRL or PEFT, → another name there or in transformers. Few users change
 what stands below *advanced*."""
