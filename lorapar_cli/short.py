@@ -68,9 +68,8 @@ def kinds() -> dict[str, dict[str, str]]:
     """Map kind → name → one-line description."""
     from stages.init import examples
     from stages.pipeline.resolve import registries
-    from stages.rewards.builtin import rewards
 
-    listed = {**registries(), "rewards": rewards, "examples": examples}
+    listed = {**registries(), "examples": examples}
     return {kind: choices.describe() for kind, choices in listed.items()}
 
 

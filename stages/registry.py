@@ -28,8 +28,9 @@ class Registry:
     picked: some, like engines, load torch.
     """
 
-    def __init__(self, kind: str, modules: dict[str, str] | None = None) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, modules: dict[str, str] | None = None, file_setting: str = "") -> None:
+        """file_setting: the setting that names a person's file, if there may be one with more functions."""
+        self.kind, self.file_setting = kind, file_setting
         self._entries: dict[str, Function | str] = {**(modules or {})}
         self._traits: dict[str, tuple[str, ...]] = {}
 
@@ -49,14 +50,20 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self._entries)
 
-    def check(self, name: str) -> None:
-        """ConfigError with the choices if `name` is unknown."""
-        if name not in self._entries:
-            raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(self.names())}")
+    def check(self, name: str, file: str | None = None) -> None:
+        """ConfigError with the choices if `name` is unknown, in a person's file too; that is not run."""
+        known = [*self.names(), *self.in_file(file)]
+        if name not in known:
+            raise ConfigError(f"unknown {self.kind} {name!r}", f"choose from: {', '.join(known)}")
 
-    def pick(self, name: str) -> Any:
-        """Return the function or module called `name`; ConfigError with the choices if there is none."""
-        self.check(name)
+    def pick(self, name: str, file: str | None = None) -> Any:
+        """Return the function or module called `name`; one of a person's file takes precedence.
+
+        ConfigError with the choices if there is none.
+        """
+        self.check(name, file)
+        if file and name in self.in_file(file):
+            return getattr(imported(file, self.file_setting), name)
         entry = self._entries[name]
         return importlib.import_module(entry) if isinstance(entry, str) else entry
 
@@ -68,6 +75,20 @@ class Registry:
         """Map each name to the first line of its docstring."""
         return {name: (self._docstring(name) or "").strip().split("\n")[0] for name in self.names()}
 
+    def in_file(self, file: str | None) -> dict[str, ast.FunctionDef]:
+        """Return the public functions of a person's file by name, without running it; none without a file."""
+        if file is None:
+            return {}
+        title = f"{self.file_setting} {file}"
+        try:
+            tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MissingInputError(f"{title}: {error.strerror}") from None
+        except (SyntaxError, ValueError) as error:
+            raise ConfigError(f"{title} is not Python: {error}") from None
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        return {function.name: function for function in functions if not function.name.startswith("_")}
+
     def _docstring(self, name: str) -> str | None:
         entry = self._entries[name]
         if not isinstance(entry, str):
@@ -77,29 +98,9 @@ class Registry:
         return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
 
 
-def functions_in(file: str, title: str) -> dict[str, ast.FunctionDef]:
-    """Return the public top-level functions of a Python file by name, without running it.
-
-    title: the setting that names the file, for errors.
-    """
-    try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingInputError(f"{title} {file}: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{title} {file} is not Python: {error}") from None
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {function.name: function for function in functions if not function.name.startswith("_")}
-
-
-def own_function(name: str, file: str | None, title: str) -> Any:
-    """The function of that name in a person's file, which is run only if it has one; else None."""
-    return getattr(imported(file, title), name) if file and name in functions_in(file, title) else None
-
-
 @functools.cache
 def imported(file: str, title: str) -> Any:
-    """Import a Python file of any name as a module, once."""
+    """Import a Python file of any name as a module, once. title: the setting that names it."""
     loader = SourceFileLoader(f"lorapar_{title.rpartition('.')[2]}", file)
     module = ModuleType(loader.name)
     module.__file__ = file

@@ -1,7 +1,7 @@
 """Declares and validates settings: defaults, descriptions, constraints and their part in cache keys."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Annotated, Any, Self
@@ -26,9 +26,13 @@ MARKS = ("in_cache_key", "ignored_by", "advanced")
 
 
 def setting(
-    default: Any, doc: str | None = None, in_cache_key: bool = True, ignored_by: str | tuple[str, ...] = (),
-    advanced: bool = False, **constraints: Any,
-) -> Any:  # fmt: skip
+    default: Any,
+    doc: str | None = None,
+    in_cache_key: bool = True,
+    ignored_by: str | tuple[str, ...] = (),
+    advanced: bool = False,
+    **constraints: Any,
+) -> Any:
     """Declare a setting with its default, its description and constraints such as `gt=0`.
 
     doc: a short description; longer ones stand below the setting.
@@ -133,12 +137,12 @@ class Section(BaseModel):
             raise ValueError(f"at most {MAX_INT} in size")
         return value
 
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with values that are valid each by itself; the first of it is told.
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterable[str]:
+        """Return what is wrong with values that are valid each by itself; the first of it is told.
 
         registries: see `registries_from`.
         """
-        yield from ()
+        return ()
 
     @model_validator(mode="after")
     def _refuse_conflict(self, info: ValidationInfo) -> Self:

@@ -1,6 +1,6 @@
 """Settings of score, partition, SFT and baselines, and those that SFT and RL share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,6 @@ from stages.config.fields import (
     unkeyed,
 )
 from stages.config.sources import PromptSection
-from stages.registry import functions_in
-
-SCORER_FILE = "score.scorer_file"
 
 AutoOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 """`auto` or `off`; also false, because YAML reads a bare `off` as false."""
@@ -53,24 +50,16 @@ class ScoreSection(Section):
     batch_size: PositiveInt = unkeyed(8, "Examples per forward pass; halved if memory runs out.")
     prompt: PromptSection | None = advanced(None, "In place of the section `prompt`.")
 
-    def conflicts(self, registries: Mapping[str, Any]) -> Iterator[str]:
-        functions = functions_in(self.scorer_file, SCORER_FILE) if self.scorer_file and registries else {}
-        if registries and self.scorer not in functions:
-            try:
-                as_value_error(partial(registries["scorers"].check, self.scorer))
-            except ValueError as error:
-                names = f"; {self.scorer_file} has: {', '.join(functions)}" if functions else ""
-                yield f"{error}{names}"
+    def conflicts(self, registries: Mapping[str, Any]) -> Iterable[str]:
+        if registries:
+            as_value_error(partial(registries["scorers"].check, self.scorer, self.scorer_file))
+        return ()
 
 
 BY_DENSITY = ("topk", "random_half")
 """Strategies whose number of elements follows from `density`."""
 BY_THETA = ("importance", "random", "random_within")
 """Strategies whose number of elements follows from `theta`."""
-
-
-of_rl = partial(setting, ignored_by="partition:sft")
-"""A setting that does not choose the elements of SFT."""
 
 
 class PartitionSection(Section):
@@ -81,7 +70,7 @@ class PartitionSection(Section):
     density: PositiveShare = advanced(0.5, ignored_by=("all", *BY_THETA))
     """Share of the elements that topk and random_half take."""
     alpha: Share = setting(1, "α: share of the shared elements that SFT trains.", ignored_by="partition:rl")
-    beta: Share = of_rl(1, "β: share of the shared elements that RL trains.")
+    beta: Share = setting(1, "β: share of the shared elements that RL trains.", ignored_by="partition:sft")
     protect: str | None = unkeyed(None)
     """Rows whose skill must survive: no stage trains an element that they need."""
     protect_theta: PositiveShare = unkeyed(0.9)

@@ -16,7 +16,7 @@ from stages.lora.importance.scorers import scorers
 from stages.lora.importance.strategies import strategies
 from stages.models.size import parameters
 from stages.pipeline.stage import config_class
-from stages.rewards import loading
+from stages.rewards.builtin import rewards
 from stages.runtime import gpu
 
 IN_PROCESS = 1e9
@@ -38,7 +38,7 @@ def registries() -> dict[str, Any]:
     return {
         "scorers": scorers,
         "strategies": strategies,
-        "rewards": loading,
+        "rewards": rewards,
         "benchmarks": benchmarks,
         "engines": engines,
         "personas": personas,

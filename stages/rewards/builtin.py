@@ -6,24 +6,20 @@ of its name in any case, with None where a row lacks it. The paper's five reward
 the settings) are adapted to the answer format in use.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.prompts.answers import extract, matches_gold, parse_number
 from stages.prompts.code import code_block
 from stages.prompts.thoughts import after_thought
 from stages.registry import Registry
 from stages.runtime import resources
+from stages.sandbox import Sandbox
 
-if TYPE_CHECKING:
-    from stages.sandbox import Sandbox
-
-rewards: Registry = Registry("reward")
+rewards: Registry = Registry("reward", file_setting="rl.rewards_file")
 
 # The atomic groups (?>…) keep the first answer tag that they find: with backtracking, a text of many tags
 # would take quadratic time.

@@ -1,4 +1,4 @@
-"""Loads the functions that `rl.rewards` names: built-in rewards, and those of `rl.rewards_file`."""
+"""What the functions that `rl.rewards` names read and return; `rewards` of `builtin.py` picks them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,12 @@ import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from stages.errors import (
-    ConfigError,
-    DataError,
-    LoraparError,
-    SandboxError,
-    UnusableResult,
-    is_out_of_memory,
-)
-from stages.registry import functions_in, own_function
+from stages.errors import ConfigError, DataError, LoraparError, SandboxError, UnusableResult, is_out_of_memory
 from stages.rewards.builtin import rewards
 from stages.sandbox.pair import SandboxFailure
 
 Reward = Callable[..., list[float | None]]
 
-FILE = "rl.rewards_file"
 FIELDS = "fields"
 """Column of the data set with all fields of a row that rewards read, as JSON.
 
@@ -36,20 +27,6 @@ RESPONSES = ("answer", "output", "completion", "solution", "ground_truth", "targ
 """Names that other libraries use for what is called response or gold here."""
 TAKEN = PASSED | {"prompt", "completion"}
 """Names with a meaning of their own: fields of the rows with these names are not passed on."""
-
-
-def check(name: str, file: str | None) -> None:
-    """Raise ConfigError unless there is a reward of that name; the file is parsed, not run."""
-    known = [*rewards.names(), *(functions_in(file, FILE) if file else ())]
-    if name not in known:
-        raise ConfigError(f"unknown reward {name!r}", f"choose from: {', '.join(known)}")
-
-
-def load(name: str, file: str | None) -> Reward:
-    """Return the reward called `name`; the file takes precedence over the built-in ones."""
-    if own := own_function(name, file, FILE):
-        return own  # type: ignore[no-any-return]
-    return rewards.pick(name)
 
 
 def required_fields(function: Reward) -> list[str]:
@@ -95,7 +72,7 @@ def common_fields(rows: list[dict[str, Any]]) -> set[str]:
 
 def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
     """True if one of these rewards has a parameter `sandbox`; the file is parsed, not run."""
-    in_file = functions_in(file, FILE) if file else {}
+    in_file = rewards.in_file(file)
     own = [in_file[name].args for name in names if name in in_file]
     parameters = {given.arg for of in own for given in (*of.posonlyargs, *of.args, *of.kwonlyargs)}
     for name in set(names) - set(in_file):

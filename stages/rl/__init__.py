@@ -11,6 +11,7 @@ from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_input
 from stages.plan.tokens import SYSTEM1_SHARE, Span, Work, sampled
 from stages.records import Labelled
 from stages.rewards import loading
+from stages.rewards.builtin import rewards
 
 if TYPE_CHECKING:
     from stages.plan.texts import Texts
@@ -45,7 +46,7 @@ def _check_prompts(texts: Texts) -> None:
     from stages.prompts.renderer import renderers_of
 
     rl, labels = texts.config.rl, texts.labels
-    functions = {name: loading.load(name, rl.rewards_file) for name in rl.rewards}
+    functions = {name: rewards.pick(name, rl.rewards_file) for name in rl.rewards}
     renderers = renderers_of(texts.tokenizer, rl.prompt or texts.config.prompt, texts.config.modes)
     renderer = texts.renderer(rl)
     building.thought_limit(rl, renderer)

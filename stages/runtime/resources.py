@@ -135,27 +135,26 @@ def _cgroup_texts(controller: str, version2: str, version1: str | None = None) -
 
 @dataclass
 class BatchSize:
-    """The batch size of a setting, and how small it may become."""
+    """The batch size of a setting, and what it has become where memory ran out."""
 
     setting: str
     now: int
     hint: str
     """Advice for where no smaller batch helps."""
-    least: int = 1
 
     def attempt(self, number: int, compute: Callable[..., T], *arguments: Any) -> T | None:
         """Return the result of `compute` for a batch of `number` examples, or None if memory ran out.
 
-        Then `now` is half of `number`, and a warning says so; OutOfMemoryError if that was the least batch.
+        Then `now` is half of `number`, and a warning says so; OutOfMemoryError if that was one example.
         """
         try:
             return compute(*arguments)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if number <= self.least:
+            if number <= 1:
                 raise OutOfMemoryError(f"out of memory with {self.setting} {number}", self.hint) from error
-        self.now = max(self.least, number // 2)
+        self.now = number // 2
         log.warning("out of memory with %s %d: going on with %d", self.setting, number, self.now)
         release_memory()  # not in the `except` block, in which the error holds the batch's tensors
         return None

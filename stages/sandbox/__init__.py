@@ -28,33 +28,25 @@ __all__ = ["Limits", "Sandbox", "SandboxFailure", "backend_problems", "from_sett
 SELFTEST_LIMITS = Limits(seconds=1)
 GOOD_LIMITS = Limits(seconds=20)
 """Limits of the good program: generous, so that a busy machine does not make the back end fail."""
-GOOD = (
-    "import math, collections, re, heapq\n"
-    "def f():\n    print('text')\n    return [math.floor(4.2), {'a': (1, 2.5)}]"
-)
+RETURN = "    return [4, {'a': (1, 2.5)}]"
+GOOD = f"import math, collections, re, heapq\ndef f():\n    print(math.floor(4.2))\n{RETURN}"
 TESTS = "def check(f):\n    assert f() == [4, {'a': (1, 2.5)}]"
-
-# Each program returns the value that the tests expect only after it has done what the sandbox must prevent.
-_GET = "    return [4, {'a': (1, 2.5)}]"
 HOSTILE = {
-    "write a file": f"def f():\n    open('$FOLDER/file', 'a').write('x')\n{_GET}",
-    "delete a file": f"import os\ndef f():\n    os.remove('$FOLDER/file')\n{_GET}",
-    "read a file": f"def f():\n    open('$FOLDER/file').read()\n{_GET}",
-    "change a file's mode": f"import os\ndef f():\n    os.chmod('$FOLDER/file', 0o777)\n{_GET}",
-    "read the caller's environment": f"def f():\n    open('/proc/{os.getpid()}/environ').read(1)\n{_GET}",
-    "find the caller's variables": f"import os\ndef f():\n    os.environ['LORAPAR_SELFTEST']\n{_GET}",
-    "connect to a port": (
-        f"import socket\ndef f():\n    socket.create_connection(('127.0.0.1', $PORT), 1)\n{_GET}"
-    ),
-    "start a process": f"import os\ndef f():\n    if not os.fork(): os._exit(0)\n{_GET}",
-    "run a shell": (
-        f"import subprocess\ndef f():\n    subprocess.run(['/bin/sh', '-c', ':'], check=True)\n{_GET}"
-    ),
-    "signal the caller": f"import os\ndef f():\n    os.kill({os.getpid()}, 0)\n{_GET}",
-    "run for ever": f"def f():\n    while True: pass\n{_GET}",
-    "take all memory": f"def f():\n    bytearray(2**30)\n{_GET}",
-    "equal everything": "class E(list):\n    def __eq__(s, o): return True\ndef f(): return E()",
+    "write a file": "open('$FOLDER/file', 'a').write('x')",
+    "delete a file": "import os; os.remove('$FOLDER/file')",
+    "read a file": "open('$FOLDER/file').read()",
+    "change a file's mode": "import os; os.chmod('$FOLDER/file', 0o777)",
+    "read the caller's environment": "open('/proc/$PID/environ').read(1)",
+    "find the caller's variables": "import os; os.environ['LORAPAR_SELFTEST']",
+    "connect to a port": "import socket; socket.create_connection(('127.0.0.1', $PORT), 1)",
+    "start a process": "import os; os.fork() or os._exit(0)",
+    "run a shell": "import subprocess; subprocess.run(['/bin/sh', '-c', ':'], check=True)",
+    "signal the caller": "import os; os.kill($PID, 0)",
+    "run for ever": "while True: pass",
+    "take all memory": "bytearray(2**30)",
+    "equal everything": "return type('E', (list,), {'__eq__': lambda self, other: True})()",
 }
+"""What the sandbox must prevent → what a function does, before it returns what the tests expect."""
 
 SAFE = ("bubblewrap", "landlock")
 HINT = (
@@ -92,27 +84,27 @@ def selftest(backend: pair.Backend) -> list[str]:
         if not verdict.passed:
             return [f"a good program does not pass: {verdict.status}, {verdict.why}"]
         with _targets() as targets:
-            return [
-                f"a program could {title}"
-                for title, program in HOSTILE.items()
-                if pair.check(
-                    backend, Template(program).substitute(targets), TESTS, "f", "", SELFTEST_LIMITS
-                ).passed
-            ]
+            attacks = {title: Template(attack).substitute(targets) for title, attack in HOSTILE.items()}
+            programs = {title: f"def f():\n    {attack}\n{RETURN}" for title, attack in attacks.items()}
+            verdicts = {
+                title: pair.check(backend, program, TESTS, "f", "", SELFTEST_LIMITS)
+                for title, program in programs.items()
+            }
+            return [f"a program could {title}" for title, verdict in verdicts.items() if verdict.passed]
     except SandboxFailure as failure:
         return [str(failure)]
 
 
 @contextmanager
 def _targets() -> Iterator[dict[str, str]]:
-    """Create what the hostile programs attack: a file, a listening port and an environment variable."""
+    """Create what is attacked: a file, a listening port, and an environment variable of this process."""
     with tempfile.TemporaryDirectory(prefix="lorapar-selftest-") as folder, socket.socket() as listener:
         Path(folder, "file").write_text("untouched", encoding="utf-8")
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         os.environ["LORAPAR_SELFTEST"] = "1"
         try:
-            yield {"FOLDER": folder, "PORT": str(listener.getsockname()[1])}
+            yield {"FOLDER": folder, "PORT": str(listener.getsockname()[1]), "PID": str(os.getpid())}
         finally:
             del os.environ["LORAPAR_SELFTEST"]
 

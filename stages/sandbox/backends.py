@@ -1,4 +1,4 @@
-"""Back ends that start `inside.py`: one function each gives the command, environment and open files.
+"""Back ends that start `inside.py`: one function each gives the command and the open files.
 
 - bubblewrap: a separate root of read-only system folders, no network, no other processes.
 - landlock: the user's file system and processes, but without any rights to them.
@@ -43,7 +43,6 @@ class ChildProcess:
     """Arguments for `subprocess.Popen`; the file descriptors in `files` stay open in the child."""
 
     command: list[str]
-    environment: dict[str, str]
     files: tuple[int, ...] = ()
 
 
@@ -70,13 +69,8 @@ ISOLATION = (
     *("--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL"),
     *("--die-with-parent", "--new-session"),
 )
-ENVIRONMENT = (
-    "--clearenv",
-    *("--setenv", "PATH", "/usr/bin"),
-    *("--setenv", "LANG", "C.UTF-8"),
-    *("--setenv", "HOME", "/tmp"),
-    *("--setenv", "PYTHONDONTWRITEBYTECODE", "1"),
-)
+ENVIRONMENT = {"PATH": "/usr/bin", "LANG": "C.UTF-8", "HOME": "/tmp"}
+"""The whole environment of each child: none of the caller's variables."""
 
 
 @contextmanager
@@ -88,9 +82,9 @@ def bubblewrap(role: str, limits: Limits) -> Iterator[ChildProcess]:
     python, folders = _python()
     with _seccomp_filter().open("rb") as rules:
         descriptor = rules.fileno()
-        command = [bwrap, *ISOLATION, *ENVIRONMENT, *_root_mounts(folders), "--seccomp", str(descriptor)]
+        command = [bwrap, *ISOLATION, *_root_mounts(folders), "--seccomp", str(descriptor)]
         command += _inside_command(python, "/inside.py", role, limits.rlimits())
-        yield ChildProcess(command, {"PATH": "/usr/bin:/bin"}, (descriptor,))
+        yield ChildProcess(command, (descriptor,))
 
 
 def _root_mounts(folders: list[str]) -> list[str]:
@@ -125,14 +119,14 @@ def landlock(role: str, limits: Limits) -> Iterator[ChildProcess]:
     rlimits = json.dumps(limits.rlimits())
     launch = [python, "-I", "-S", str(HERE / "landlock.py"), str(_seccomp_filter()), rlimits]
     command = [*launch, *readable, "--", *_inside_command(python, script, role, {})]
-    yield ChildProcess(command, {"PATH": "/usr/bin:/bin"})
+    yield ChildProcess(command)
 
 
 @contextmanager
 def none(role: str, limits: Limits) -> Iterator[ChildProcess]:
     """Run with resource limits only: the program can read, write, connect and start what its user can."""
     command = _inside_command(_python()[0], str(HERE / "inside.py"), role, limits.rlimits())
-    yield ChildProcess([*command, "--die-with-parent"], {"PATH": "/usr/bin:/bin"})
+    yield ChildProcess([*command, "--die-with-parent"])
 
 
 BACKENDS = {"bubblewrap": bubblewrap, "landlock": landlock, "unsafe-no-sandbox": none}

@@ -102,7 +102,7 @@ def main() -> None:
     restrict_files(readable)
     program = _Program(len(instructions) // 8, instructions)
     _check(_libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0), "seccomp")
-    os.execve(command[0], command, {"PATH": "/usr/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"})
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from stages.sandbox.backends import ChildProcess, Limits
+from stages.sandbox.backends import ENVIRONMENT, ChildProcess, Limits
 from stages.sandbox.inside import MAX_LINE
 
 START_S = 30
@@ -65,7 +65,7 @@ class _SandboxedProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=child.environment,
+            env=ENVIRONMENT,
             pass_fds=child.files,
             start_new_session=True,
             cwd="/",
@@ -196,7 +196,7 @@ def check(backend: Backend, program: str, tests: str, entry: str, setup: str, li
                 judge.send(_job(setup=setup, tests=tests, entry=entry))
                 status, why = _relay_calls(candidate, judge)
             else:
-                status, why = "broken", _load_error(loaded)
+                status, why = "broken", _encodable(str(_parsed(loaded).get("broken", "does not load"))[:300])
         except _RunEnded as end:
             status, why = end.status, end.why
         return Verdict(status, why, candidate.output.decode(errors="replace"))
@@ -216,28 +216,25 @@ def _relay_calls(candidate: _SandboxedProcess, judge: _SandboxedProcess) -> tupl
 
 
 def _parse_verdict(line: bytes) -> tuple[str, str]:
-    """Parse status and reason from the judge's last line, which may hold anything if the tests misbehave."""
+    """Status and reason from the judge's last line, which may hold anything if the tests misbehave."""
+    message = _parsed(line)
+    if message.get("verdict") not in ("passed", "failed", "suspicious"):
+        return "failed", "the tests ended without a verdict"
+    return message["verdict"], _encodable(str(message.get("why")))
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Parse a line that may hold anything; empty if it is no object."""
     try:
         message = json.loads(line)
-        verdict, why = message["verdict"], message["why"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        verdict = why = None
-    if verdict not in ("passed", "failed", "suspicious"):
-        return "failed", "the tests ended without a verdict"
-    return verdict, _encodable(str(why))
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _encodable(text: str) -> str:
     """Replace lone surrogates, so that the text can be written to a UTF-8 file."""
     return text.encode(errors="replace").decode()
-
-
-def _load_error(line: bytes) -> str:
-    """Return why a program did not load. The line comes from the program, so it may hold anything."""
-    try:
-        return _encodable(str(json.loads(line)["broken"])[:300])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "does not load"
 
 
 def _job(**fields: Any) -> bytes:

@@ -135,7 +135,7 @@ def test_a_formula_of_one_s_own_is_that_of_the_guide(begun, tmp_path):
     for name, said in (("narrow", r"gave no tensor of \(\d+, \d+\)"), ("wrong", "raised NameError: .*x")):
         with pytest.raises(UnusableResult, match=f"scorer {name} {said}"):
             make_step(begun(*given, f"score.scorer={name}"), "score")
-    with pytest.raises(ConfigError, match="unknown scorer 'wide'.*; .*scorers.py has: mine, narrow, wrong"):
+    with pytest.raises(ConfigError, match="unknown scorer 'wide'; .*, taylor2, mine, narrow, wrong"):
         begun(*given, "score.scorer=wide")
     keys = {plan_steps(resolved(begun(*given, "score.scorer=mine")))["score"].key}
     file.write_text(text.replace("0.5", "0.25"), encoding="utf-8")

@@ -115,7 +115,7 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 def test_columns_are_what_a_reward_must_be_given():
     names = ("correctness", "code_tests", "text_overlap")
-    assert [loading.required_fields(loading.load(name, None)) for name in names] == [
+    assert [loading.required_fields(rewards.pick(name)) for name in names] == [
         ["gold", "answer_format"], ["test", "entry_point"], ["response"],
     ]  # fmt: skip
     row = {"gold": "5", "level": 3, "prompt": "Q", "tags": ["x"], "mixed": 1, "note": None}
@@ -155,10 +155,10 @@ def file(tmp_path):
 
 def test_a_file_of_own_rewards(file, tmp_path):
     """A sandbox goes to the rewards that have a parameter for one, found without running the file."""
-    assert loading.load("short", file)(completions=["a", "long text"]) == [1.0, 0.0]
-    loading.check("short", file)
+    assert rewards.pick("short", file)(completions=["a", "long text"]) == [1.0, 0.0]
+    rewards.check("short", file)
     with pytest.raises(ConfigError, match="unknown reward '_hidden'") as caught:
-        loading.check("_hidden", file)
+        rewards.check("_hidden", file)
     assert caught.value.hint.endswith("text_overlap, short, broken")
     (tmp_path / "parameters.py").write_text(PARAMETERS)
     needing = {"mine": True, "code_tests": False, "correctness": False}
@@ -168,7 +168,7 @@ def test_a_file_of_own_rewards(file, tmp_path):
 
 
 def test_a_raising_reward_stops_with_its_name_and_sample_if_it_is_its_fault(file):
-    reward = loading.with_checks("broken", loading.load("broken", file))
+    reward = loading.with_checks("broken", rewards.pick("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(UnusableResult) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])

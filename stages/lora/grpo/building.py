@@ -23,6 +23,7 @@ from stages.models.base import load_base
 from stages.models.load_errors import check_training
 from stages.packing.batch import padded
 from stages.rewards import loading
+from stages.rewards.builtin import rewards
 from stages.runtime import libraries
 from stages.runtime.resources import BatchSize
 from stages.store.checkpoints import Checkpoints
@@ -83,7 +84,7 @@ class Grpo(Training):
     @cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The rewards by name."""
-        return {name: loading.load(name, self.section.rewards_file) for name in self.section.rewards}
+        return {name: rewards.pick(name, self.section.rewards_file) for name in self.section.rewards}
 
     @cached_property
     def prompts(self) -> RlPrompts:

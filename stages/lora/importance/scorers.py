@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stages.config.training import SCORER_FILE
 from stages.errors import UnusableResult, is_out_of_memory
-from stages.registry import Registry, own_function
+from stages.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from stages.prompts.renderer import Row
     from stages.runtime.resources import BatchSize
 
-scorers: Registry = Registry("scorer")
+scorers: Registry = Registry("scorer", file_setting="score.scorer_file")
 """Formulas score(φ, g, F): φ is an element, g the mean over examples of its gradient, F that of its square.
 
 Trait `product`: the score is gradient times value, which is zero everywhere while B = 0 (the gradient of A is
@@ -38,10 +37,12 @@ zero, and so is the value of B).
 
 
 def formula_of(name: str, file: str | None) -> Callable[..., Tensor]:
-    """The formula of that name; one of a person's file takes precedence."""
-    if own := own_function(name, file, SCORER_FILE):
-        return partial(_own_scores, own, f"scorer {name}", f"mend it in {file} and run the same command")
-    return scorers.pick(name)
+    """The formula of that name; one of a person's file takes precedence, with checks of what it returns."""
+    formula = scorers.pick(name, file)
+    if name in scorers.in_file(file):
+        hint = f"mend it in {file} and run the same command"
+        return partial(_own_scores, formula, f"scorer {name}", hint)
+    return formula
 
 
 def _own_scores(formula: Callable[..., Any], title: str, hint: str, *tensors: Tensor) -> Tensor:
