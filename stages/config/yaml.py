@@ -18,13 +18,13 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_scalar(self, node: Any) -> Any:
-        value = super().construct_scalar(node)  # type: ignore[no-untyped-call]
+        value = super().construct_scalar(node)
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{ascii(value)} has half of a surrogate pair")
         return value
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node = super().compose_mapping_node(anchor)
         assert isinstance(node, yaml.MappingNode)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,20 +14,18 @@ from stages.config import BenchmarkSection
 from stages.engines import ChoiceRequest, Engine, Failure, GenerateRequest, Sampling
 from stages.errors import AnswerError, ArtifactError
 from stages.evaluation.benchmarks import benchmarks
+from stages.evaluation.grading import Context, Grade
+from stages.progress import Progress
 from stages.prompts import thoughts
-from stages.prompts.renderer import RenderedPrompt
+from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Labelled, Sample
 from stages.runtime import resources
 from stages.store.artifacts import MOVE_AWAY_HINT
 from stages.store.digests import key_of, seed_of
 from stages.store.journal import Journal
 
-if TYPE_CHECKING:
-    from stages.evaluation.grading import Context, Grade
-    from stages.progress import Progress
-    from stages.prompts.renderer import Renderer
-
-
+Slot = tuple[int, int]
+"""Number of a prompt, and of one of its samples."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -98,13 +96,13 @@ class AnswerCache:
         key = key_of({**identity, **limits})
         self._journal = Journal(folder / f"{key}.jsonl", CachedAnswer)
         self._keys = [key_of({"ids": p.ids, "stop": p.stop, "words": p.words}) for p in self.prompts]
-        self.answers: dict[tuple[int, int], CachedAnswer] = {}
-        """The answer to each prompt and sample, by their numbers; filled by `complete`."""
+        self.answers: dict[Slot, CachedAnswer] = {}
+        """Filled by `complete`."""
 
     def complete(self, engine: Callable[[], Engine], title: str, progress: Progress) -> None:
         """Generate the answers that the journal lacks; the engine is started only if there are any."""
         with self._journal.writing(progress.say):
-            first_slots: dict[tuple[str, int], tuple[int, int]] = {}
+            first_slots: dict[tuple[str, int], Slot] = {}
             for i, n in self._slots:  # equal prompts have one key and are answered once
                 first_slots.setdefault((self._keys[i], n), (i, n))
             missing = [
@@ -121,7 +119,7 @@ class AnswerCache:
         if context.sandbox:
             progress.start("running programs", len(self._slots))
 
-        def grade(slot: tuple[int, int]) -> Sample:
+        def grade(slot: Slot) -> Sample:
             row, prompt = self.rows[slot[0]], self.prompts[slot[0]]
             example = row.example
             output, complete, extra = self.answers[slot].text(self.renderer, prompt)
@@ -148,14 +146,13 @@ class AnswerCache:
         with ThreadPoolExecutor(resources.usable_cores() if context.sandbox else 1) as pool:
             return list(pool.map(grade, self._slots))
 
-    def _generate(self, engine: Engine, missing: list[tuple[int, int]], progress: Progress) -> None:
+    def _generate(self, engine: Engine, missing: list[Slot], progress: Progress) -> None:
         """Have the engine answer these prompts and samples, and journal each answer as it arrives."""
         choices = [(i, n) for i, n in missing if self.prompts[i].words]
         texts = [(i, n) for i, n in missing if not self.prompts[i].words]
 
-        def record(slot: tuple[int, int], answer: dict[str, Any]) -> None:
-            i, n = slot
-            self._journal.add((self._keys[i], n), answer)
+        def record(slot: Slot, answer: dict[str, Any]) -> None:
+            self._journal.add((self._keys[slot[0]], slot[1]), answer)
             progress.advance(1)
 
         if choices:
@@ -170,15 +167,13 @@ class AnswerCache:
         for slot, ids, complete in self._complete_texts(engine, texts):
             record(slot, {"ids": ids, "complete": complete})
 
-    def _complete_texts(
-        self, engine: Engine, slots: list[tuple[int, int]]
-    ) -> Iterator[tuple[tuple[int, int], list[int], bool]]:
+    def _complete_texts(self, engine: Engine, slots: list[Slot]) -> Iterator[tuple[Slot, list[int], bool]]:
         """Yield the tokens of each answer, and whether they came to an end.
 
         With a limit of thinking, an answer is generated up to that first. One without an end goes on, after
         the end of its thought if that is still open.
         """
-        thinking, begun = self._section.max_thinking_tokens, dict[tuple[int, int], list[int]]()
+        thinking, begun = self._section.max_thinking_tokens, dict[Slot, list[int]]()
         if thinking and slots:
             sampling = replace(self._sampling, max_new_tokens=thinking)
             for k, completion in engine.generate(self._requests(slots, {}), sampling):
@@ -199,9 +194,7 @@ class AnswerCache:
             return range(0)
         return self.renderer.closing_span(self.prompts[row].text, answer.ids, limit)
 
-    def _requests(
-        self, slots: list[tuple[int, int]], begun: Mapping[tuple[int, int], list[int]]
-    ) -> list[GenerateRequest]:
+    def _requests(self, slots: list[Slot], begun: Mapping[Slot, list[int]]) -> list[GenerateRequest]:
         """Requests for answers, or for what follows those that have begun."""
         requests = []
         for i, n in slots:

@@ -9,10 +9,11 @@ without noticing it (lm-evaluation-harness issue 2432).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from stages.config import ModelSection
 from stages.engines.in_process import word_tokens
@@ -20,9 +21,6 @@ from stages.errors import AnswerError
 from stages.eval.answer_cache import CachedAnswer
 from stages.models.base import load_adapted, load_base
 from stages.prompts.renderer import RenderedPrompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ITEMS = 8
 """Items whose answers are checked."""

@@ -1,21 +1,16 @@
 """Types of grading, and what benchmarks share: prompt rendering and grading by the final answer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from stages.config import BenchmarkSection, SourceSection
 from stages.data.rows import read, shots_source
 from stages.errors import DataError
 from stages.prompts.answers import extract, extract_letter, gold_letter, matches_gold, rewrite
-from stages.prompts.renderer import RenderedPrompt
+from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example
-
-if TYPE_CHECKING:
-    from stages.config import BenchmarkSection, SourceSection
-    from stages.prompts.renderer import Renderer
-    from stages.sandbox import Sandbox
+from stages.sandbox import Sandbox
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _from_files(model: ModelSection, **options: Any) -> PreTrainedModel:
             model.name, revision=model.revision, output_loading_info=True, **_attention(model), **options
         )
         check_no_missing_weights(model, report["missing_keys"])
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def _attention(model: ModelSection) -> dict[str, str]:
@@ -111,7 +111,7 @@ def without_weights(model: ModelSection) -> PreTrainedModel:
 
     config = load_config(model)
     with load_errors("model", model), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **_attention(model))  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config, **_attention(model))
 
 
 def weights_mib(model: ModelSection) -> float:
@@ -155,7 +155,7 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
         config.target_modules = [name for name in paths if name.rpartition(".")[2] in config.target_modules]
     # PEFT would load bitsandbytes here, also for a base that does not use it.
     with libraries.hide_packages(*libraries.UNUSED):
-        return get_peft_model(base, config)  # type: ignore[return-value]
+        return get_peft_model(base, config)
 
 
 def language_model_path(base: PreTrainedModel) -> str:
@@ -187,8 +187,8 @@ def load_merged(model: ModelSection, folder: Path | None) -> PreTrainedModel:
         return load_base(model)
     adapted = load_adapted(model, folder)
     if model.load_in_4bit or adapted.active_peft_config.is_prompt_learning:
-        return adapted  # type: ignore[return-value]
-    return adapted.merge_and_unload()  # type: ignore[no-any-return, operator]
+        return adapted
+    return adapted.merge_and_unload()
 
 
 def save_merged(model: ModelSection, folder: Path, out: Path) -> None:

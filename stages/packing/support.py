@@ -47,9 +47,7 @@ def _wrapped_attention(kind: str) -> Any:
             # "eager" is not in the registry: each modelling file defines its own.
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             original = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
-            return original(  # type: ignore[no-any-return]
-                module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
-            )
+            return original(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         output = layout.attend(module.layer_idx, query, key, value, scale=scaling, dropout_p=dropout)
         return output, None
 
@@ -159,7 +157,7 @@ def is_prompt_learning(model: Any) -> bool:
 
 def _unwrapped(model: Any) -> PreTrainedModel:
     """The plain model inside PEFT's wrapper, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def packed_hidden_states(
@@ -174,7 +172,7 @@ def packed_hidden_states(
     unused_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": unused_mask}
     output = _unwrapped(model).base_model(**inputs, use_cache=False, layout=layout)
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    return output.last_hidden_state
 
 
 def packed_logprobs(model: Any, row: PackedBatch, temperature: float = 1.0) -> TokenLogprobs:

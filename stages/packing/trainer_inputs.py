@@ -54,7 +54,7 @@ def accept_packed(base: PreTrainedModel) -> None:
             label_mask=packed.targets != IGNORED,
         )
 
-    base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
+    base.forward = types.MethodType(forward, base)
 
 
 def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:

@@ -23,8 +23,9 @@ FLAGS = ("enable_thinking", "thinking", "enable_reasoning")
 SWITCHES: dict[str, Any] = {
     **dict.fromkeys((*FLAGS, "reasoning"), (False, True)),
     "reasoning_effort": ("low", "high"),
+    "thinking_mode": ("disabled", "enabled"),
+    "thinking_budget": (512, -1),
 }
-SWITCHES |= {"thinking_mode": ("disabled", "enabled"), "thinking_budget": (512, -1)}
 """Argument of a chat template → its values for little or no thought, and for much."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Names that transformers gives to every chat template."""
@@ -41,10 +42,9 @@ def chat(
 
     try:
         template = _dated(tokenizer.get_chat_template())
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=ask, chat_template=template, **arguments
         )
-        return str(text)
     except Exception as error:  # a template is a program: it may raise anything
         if is_out_of_memory(error):
             raise

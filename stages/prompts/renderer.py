@@ -29,7 +29,7 @@ IGNORED = -100
 PROBE = "How many legs has a cat"
 """A question to test chat templates with; no template should change it."""
 
-Shots = Sequence[tuple[str, str]]
+Shots = Sequence[Sequence[str]]
 """Worked examples, each a question and its answer."""
 
 
@@ -85,16 +85,14 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, section: PromptSection) -> None:
         self.tokenizer = tokenizer
         self.section = section
-        if section.template == "chat" and not tokenizer.chat_template:
-            raise ConfigError(
-                "prompt.template is chat, and the tokenizer has no chat template",
-                "--set prompt.template=plain",
-            )
         if section.template == "chat":
-            if PROBE not in chat(tokenizer, [{"role": "user", "content": PROBE}]):
-                raise ConfigError(
-                    "the chat template does not show what it is asked", "--set prompt.template=plain"
-                )
+            problem = ""
+            if not tokenizer.chat_template:
+                problem = "prompt.template is chat, and the tokenizer has no chat template"
+            elif PROBE not in chat(tokenizer, [{"role": "user", "content": PROBE}]):
+                problem = "the chat template does not show what it is asked"
+            if problem:
+                raise ConfigError(problem, "--set prompt.template=plain")
             check_arguments(tokenizer, section.chat_template_kwargs)
         self.marks = self._marks()
         self._marker = self._end()
@@ -132,14 +130,12 @@ class Renderer:
         not.
         """
         if example and example.turns:
-            shots = [*shots, *((user, assistant) for user, assistant in example.turns)]
+            shots = [*shots, *example.turns]
         if self.section.template == "chat":
             return self._chat(self._messages(question, shots))
         if self.section.template == "bare":
             return "".join(text + self.end for turn in (*shots, (question,)) for text in turn)
-        worked = "".join(
-            f"Question: {shot_question}\nAnswer:\n{shot_answer}\n\n" for shot_question, shot_answer in shots
-        )
+        worked = "".join(f"Question: {text}\nAnswer:\n{answer}\n\n" for text, answer in shots)
         return plain(question, self.section.system, worked)
 
     def few_shot(self, head: str, shots: Shots, last: str) -> tuple[str, list[int]]:
@@ -202,8 +198,7 @@ class Renderer:
 
     def _conversation(self, example: Example, answer: dict[str, Any]) -> str:
         """Return an example as the chat template writes a conversation. answer: of `message`."""
-        shots = [(user, assistant) for user, assistant in example.turns]
-        return self._chat([*self._messages(example.prompt, shots), answer], ask=False)
+        return self._chat([*self._messages(example.prompt, example.turns), answer], ask=False)
 
     def _marks(self) -> Marks:
         """Return how thoughts begin and end."""

@@ -1,4 +1,4 @@
-"""What the functions that `rl.rewards` names read and return; `rewards` of `builtin.py` picks them."""
+"""Fields that the functions which `rl.rewards` names read, and checks of what they return."""
 
 from __future__ import annotations
 
@@ -52,9 +52,20 @@ def check_signature(name: str, function: Reward, columns: Iterable[str]) -> None
         ) from None
 
 
-def parameter_names(function: Reward) -> set[str]:
-    """Return the fields that a reward has a parameter for, with or without a default."""
-    return set(inspect.signature(function).parameters) - TAKEN
+def passed_fields(rows: list[dict[str, Any]], functions: dict[str, Reward]) -> list[dict[str, Any]]:
+    """Return what the rewards get of each row: the same fields of all rows.
+
+    functions: the rewards by name. ConfigError unless each takes all that it is called with.
+    """
+    required = {field for function in functions.values() for field in required_fields(function)}
+    parameters = {
+        field for function in functions.values() for field in inspect.signature(function).parameters
+    }
+    optional = set().union(*rows) & parameters - TAKEN
+    names = sorted({"question"} | required | optional | common_fields(rows))
+    for name, function in functions.items():
+        check_signature(name, function, names)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def common_fields(rows: list[dict[str, Any]]) -> set[str]:

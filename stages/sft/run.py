@@ -6,9 +6,9 @@ Which are active, `partition` has decided by a strategy of `lora/importance/stra
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from stages.config import DataSection, SftSection
 from stages.lora import examples
@@ -19,13 +19,9 @@ from stages.lora.training.trainer import ResumableTrainer
 from stages.models.base import load_base
 from stages.packing import trainer_inputs
 from stages.packing.support import has_active_dropout
+from stages.pipeline.context import StageContext
 from stages.prompts.renderer import Row
-
-if TYPE_CHECKING:
-    from trl import SFTConfig
-
-    from stages.pipeline.context import StageContext
-    from stages.store.checkpoints import Checkpoints
+from stages.store.checkpoints import Checkpoints
 
 PINNED: dict[str, Any] = {
     "adam_beta2": 0.999,
@@ -83,8 +79,6 @@ def _trainer(run: Training, sft: SftSection, rows: list[Row]) -> SftTrainer:
 
 
 def _arguments(sft: SftSection, steps: int, seed: int, checkpoints: Checkpoints) -> SFTConfig:
-    from trl import SFTConfig
-
     return SFTConfig(
         **loop.arguments(sft, steps, seed, checkpoints),
         **PINNED,

@@ -6,21 +6,16 @@ benchmark's own: program and tests run in one process, where an object that clai
 and so does a program that writes the verdict itself.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.config import BenchmarkSection
 from stages.data.formats import other_fields, text_field
 from stages.data.rows import drop_duplicates, parse_rows
 from stages.evaluation.grading import Context, Grade
 from stages.prompts.code import STOP, program_from_output, stub
-from stages.prompts.renderer import RenderedPrompt
+from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example
 from stages.sandbox import SandboxFailure
-
-if TYPE_CHECKING:
-    from stages.prompts.renderer import Renderer
 
 DEFAULTS: dict[str, Any] = {
     "path": "openai/openai_humaneval",

@@ -5,9 +5,7 @@ those of lm-evaluation-harness' task `mmlu`. Results are split by subject and by
 average over each.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.config import BenchmarkSection, SourceSection
 from stages.data.formats import other_fields, text_field
@@ -15,12 +13,9 @@ from stages.data.rows import parse_rows, shots_source
 from stages.errors import DataError
 from stages.evaluation.grading import Context, Grade
 from stages.prompts.answers import extract, extract_letter
-from stages.prompts.renderer import RenderedPrompt
+from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Example
 from stages.store.digests import id_of
-
-if TYPE_CHECKING:
-    from stages.prompts.renderer import Renderer
 
 DEFAULTS: dict[str, Any] = {
     "path": "cais/mmlu",
@@ -63,11 +58,7 @@ def load(section: SourceSection) -> list[Example]:
 def _example(row: dict[str, Any], number: int) -> Example:
     subject, question = text_field(row, "subject"), text_field(row, "question").strip()
     choices = row["choices"]
-    if (
-        not isinstance(choices, list)
-        or len(choices) != len(LETTERS)
-        or not all(isinstance(choice, str) for choice in choices)
-    ):
+    if not isinstance(choices, list) or [type(choice) for choice in choices] != [str] * len(LETTERS):
         raise ValueError(f"field choices must hold {len(LETTERS)} texts")
     if type(row["answer"]) is not int or row["answer"] not in range(len(LETTERS)):
         raise ValueError(f"field answer must be 0 to 3, got {row['answer']!r}")

@@ -72,10 +72,10 @@ def _with_lora(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r * (2 if doubled else 1),
-        lora_alpha=lora.lora_alpha * (2 if doubled else 1),  # type: ignore[arg-type]  # PEFT multiplies
+        lora_alpha=lora.lora_alpha * (2 if doubled else 1),  # PEFT multiplies
         lora_dropout=dropout,
         target_modules=list(lora.target_modules),
-        init_lora_weights=init,  # type: ignore[arg-type]
+        init_lora_weights=init,
     )
     try:
         model = with_adapter(base, config)
@@ -181,7 +181,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
     """The lora_A and lora_B layers by parameter name, as in an adapter file (without the adapter's name)."""
     suffixes = (f".lora_A.{adapter}", f".lora_B.{adapter}")
     return {
-        f"{name.removesuffix('.' + adapter)}.weight": module  # type: ignore[misc]
+        f"{name.removesuffix('.' + adapter)}.weight": module
         for name, module in model.named_modules()
         if name.endswith(suffixes)
     }
@@ -232,6 +232,6 @@ def save(model: PeftModel, folder: Path, base: ModelSection) -> None:
 def write(model: PeftModel, folder: Path) -> None:
     """Write the `default` adapter's files into `folder`; its PEFT config already names the base model."""
     # No card: PEFT's template has nothing but placeholders, and takes longer than a small adapter.
-    model.create_or_update_model_card = lambda _: None  # type: ignore[method-assign]
+    model.create_or_update_model_card = lambda _: None
     # No embeddings: PEFT would ask the hub whether the base's vocabulary is that of its main revision.
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)

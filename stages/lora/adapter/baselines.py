@@ -47,7 +47,7 @@ def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: 
         raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
     if folder is not None:
         load(model, folder)
-    return model  # type: ignore[return-value]
+    return model
 
 
 def save(model: PeftModel, folder: Path) -> None:

@@ -118,7 +118,7 @@ class SparseLinear(nn.Linear):
             self.values = parameter.requires_grad_(True)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The dense weight (out, in): `_dense` with `values` written over its active elements."""
         if self._fixed:
             return self._dense

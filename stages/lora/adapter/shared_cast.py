@@ -45,4 +45,4 @@ def share_casts(model: nn.Module) -> None:
     shared = SharedCast()
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module._cast_input_dtype = shared  # type: ignore[assignment, method-assign]
+            module._cast_input_dtype = shared

@@ -208,7 +208,7 @@ def _longest_batch(trainer: GrpoTrainer) -> LongestBatch:
         log_probs, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model_wrapped, ids, mask, rl.max_completion_length, compute_entropy=True
         )
-        return log_probs.sum()  # type: ignore[no-any-return]
+        return log_probs.sum()
 
     title = f"{len(rows)} completions of {rl.max_completion_length} tokens, prompts of up to {width}"
     return LongestBatch(trainer, loss, title)

@@ -55,7 +55,7 @@ class _Product:
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         product.mul_(largest)
-        return product if self.bias is None else product.add_(self.bias)  # type: ignore[no-any-return]
+        return product if self.bias is None else product.add_(self.bias)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def linear_layers_in_int8(model: nn.Module, ids: list[int]) -> Iterator[None]:
     support.supports_packing(model, ids)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for layer in layers:
-        layer.forward = _Product(layer)  # type: ignore[method-assign]
+        layer.forward = _Product(layer)
     try:
         yield
     finally:

@@ -42,9 +42,8 @@ class RlPrompts:
     """Number of System 1 rows that lack a column which a reward reads, so that they are not replayed."""
     long: int
     """Number of prompts to train on that are too long."""
-    answer_format: str = "hash"
     fast: frozenset[str] = frozenset()
-    """The prompts in the fast mode, where a completion that works its answer out earns nothing."""
+    """The replayed prompts in the fast mode, where a completion that works its answer out earns nothing."""
 
     @property
     def system2_rows(self) -> int:
@@ -73,13 +72,12 @@ class RlPrompts:
         from datasets import Dataset
 
         needed = {name: loading.required_fields(function) for name, function in functions.items()}
-        columns = {column for names in needed.values() for column in names}
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
         trained = [row_fields(e, renderer) for e in examples for renderer in _of_system(renderers, 2)]
         loading.check_fields(needed, trained)
+        easy = [row.example for row in labels if row.system == 1] if rl.replay_prompts else []
         # One row for each System 1 prompt: a question may have several responses, and even both labels.
         questions = {row["question"] for row in trained}
-        easy = [row.example for row in labels if row.system == 1] if rl.replay_prompts else []
         rows = [row_fields(e, renderer) for e in easy for renderer in _of_system(renderers, 1)]
         system1 = list({row["prompt"]: row for row in rows if row["question"] not in questions}.values())
         ids = next(iter(renderers.values())).ids
@@ -88,28 +86,15 @@ class RlPrompts:
         system1, too_long_system1 = _fitting(system1, tokens, rl)
         too_long += too_long_system1
         random.Random(f"{seed} held out").shuffle(system1)
-        # Some reward cannot be computed for a row that lacks a column.
-        replayed = [row for row in system1 if all(row.get(name) is not None for name in columns)]
+        replayed = [row for row in system1 if not loading.missing_fields(needed, [row])]
         _check_enough(fitting, replayed, rl, too_long)
         rows = fitting + replayed
-        # The rewards get the same fields of all rows.
-        named = set().union(*rows) & set().union(*map(loading.parameter_names, functions.values()))
-        names = sorted({"question", *columns} | loading.common_fields(rows) | named)
-        fields = [{name: row.get(name) for name in names} for row in rows]
-        for name, function in functions.items():
-            loading.check_signature(name, function, fields[0])
+        fields = [json.dumps(passed) for passed in loading.passed_fields(rows, functions)]
         return cls(
-            rows=Dataset.from_dict(
-                {"prompt": [row["prompt"] for row in rows], loading.FIELDS: list(map(json.dumps, fields))}
-            ),
+            rows=Dataset.from_dict({"prompt": [row["prompt"] for row in rows], loading.FIELDS: fields}),
             tokens=tokens,
             ids={tuple(tokens[row["prompt"]]): row["id"] for row in rows},
-            answer_format=next(iter(renderers.values())).section.answer_format,
-            fast=frozenset(
-                renderers[FAST].prompt(row.example.prompt, example=row.example)
-                for row in labels
-                if FAST in renderers and row.system == 1
-            ),
+            fast=frozenset(renderers[FAST].prompt(e.prompt, example=e) for e in easy if FAST in renderers),
             replayed=len(replayed),
             unrewardable=len(system1) - len(replayed),
             long=too_long,

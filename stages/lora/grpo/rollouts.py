@@ -54,7 +54,6 @@ class RolloutSampler:
         seeds = [generator.getrandbits(62) for _ in prompts]
         sampling = replace(self.sampling, max_new_tokens=longest or self.sampling.max_new_tokens)
         completions: dict[int, Completion] = {}
-
         tokenizer = self.renderer.tokenizer
 
         def complete(items: list[int], slots: int) -> None:

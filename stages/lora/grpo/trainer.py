@@ -148,8 +148,9 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
         ]
         rewards = super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
         if self.prompts.fast:
+            answer_format = self.sampler.renderer.section.answer_format
             worked = [
-                prompt in self.prompts.fast and answers.works_out(text, self.prompts.answer_format)
+                prompt in self.prompts.fast and answers.works_out(text, answer_format)
                 for prompt, text in zip(prompts, texts, strict=True)
             ]
             at_most_0 = self.accelerator.gather(torch.tensor(worked, device=rewards.device))
@@ -186,20 +187,14 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             self._selection = None
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         selection = self._selection
         if selection is None or len(selection.rows) == len(input_ids):
-            passed = self._logprobs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            passed = self._logprobs(model, input_ids, attention_mask, *args, **kwargs)
         else:
             ids, mask = input_ids[selection.rows], attention_mask[selection.rows]
-            log_probs, entropies, _ = self._logprobs(model, ids, mask, logits_to_keep, *args, **kwargs)
+            log_probs, entropies, _ = self._logprobs(model, ids, mask, *args, **kwargs)
             assert entropies is not None
             passed = *selection.expand(log_probs, entropies), None
         if self._corrected is not None:
@@ -233,9 +228,15 @@ class GrpoTrainer(ResumableTrainer, GRPOTrainer):
             packable = self.prefix_sharing and not compute_aux_loss
             if not (packable and self._supports_packing(model, input_ids, attention_mask)):
                 return super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep,
-                    batch_size, compute_entropy, compute_aux_loss, **kwargs,
-                )  # fmt: skip
+                    model,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    batch_size,
+                    compute_entropy,
+                    compute_aux_loss,
+                    **kwargs,
+                )
             outputs = []
             size = batch_size or len(input_ids)
             for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):

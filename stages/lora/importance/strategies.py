@@ -114,11 +114,9 @@ def needed_set(scores: Tensor, theta: float, title: str) -> Tensor:
 
     title: what the scores are of, for the errors of `check_importance`.
     """
-    import torch
-
     check_importance(scores, title)
     if theta == 1:
-        return torch.ones(len(scores), dtype=torch.bool)
+        return _chosen(slice(None), len(scores))
     order = _descending(scores)
     return _chosen(order[: _size_reaching(theta, scores[order])], len(scores))
 

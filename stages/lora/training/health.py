@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -12,10 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from stages.errors import UnusableResult
-
-if TYPE_CHECKING:
-    from stages.progress import Progress
-    from stages.prompts.renderer import Row
+from stages.progress import Progress
+from stages.prompts.renderer import Row
 
 log = logging.getLogger(__name__)
 

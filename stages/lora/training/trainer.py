@@ -66,7 +66,7 @@ class ResumableTrainer:
         The library has (i - 1)/w there, so that its first step does nothing.
         """
         if self.lr_scheduler is None:
-            schedule = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+            schedule = super().create_scheduler(num_training_steps, optimizer)
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
             factor = schedule.lr_lambdas[0]  # the same for every group
 
@@ -125,19 +125,19 @@ class ResumableTrainer:
         raise NotImplementedError
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        prepared = super()._prepare_inputs(inputs)
         self.window.append(prepared)
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.memory():
-            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+            loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise self._non_finite("loss", float(loss), self.window[-1:])
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        norm = super()._clip_grad_norm(model)
         if not torch.isfinite(torch.as_tensor(norm)):
             raise self._non_finite("gradient norm", float(norm), self.window)
         self.window = []
@@ -176,7 +176,7 @@ class ResumableTrainer:
         return support.supports_packing(self.accelerator.unwrap_model(model), first)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
             self.checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
