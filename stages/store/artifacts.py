@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.errors import ArtifactError, BusyError, OutputError
-from stages.store.digests import digest_of, fsync, is_hidden, sha256_file
-from stages.store.manifest import manifest_error, with_checksum
+from stages.store.digests import digest_of, files_in, fsync, is_hidden, key_of, sha256_file
 
 MANIFEST = "manifest.json"
+SCHEMA = 2
+"""Version of what a manifest has."""
+CHECKSUM = "seal"
+"""Field of a manifest with the digest of the others."""
 MOVE_AWAY_HINT = "move it away and run the stage again"
 
 
@@ -102,9 +105,9 @@ class Store:
             return None
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            reason = manifest_error(manifest, path.name.split(".")[0])
-        except (OSError, ValueError, RecursionError) as error:
-            reason = str(error)
+            reason = _manifest_error(manifest, path.name.split(".")[0])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError also of NaN
+            reason = f"its manifest is not what a stage writes: {error}"
         if reason:
             raise ArtifactError(f"{path} is not a lorapar artifact: {reason}", MOVE_AWAY_HINT)
         return Artifact(path, manifest)
@@ -129,7 +132,6 @@ class Store:
         return self.load(link.resolve()) if link.is_symlink() and link.exists() else None
 
     def point_latest(self, stage: str, variant: str, key: str) -> None:
-        """Point the link of this stage and variant at the artifact of `key`."""
         link = self._latest_link(stage, variant)
         with suppress(OSError):  # there are file systems without links
             if link.is_symlink() and os.readlink(link) == key:
@@ -180,14 +182,14 @@ class Store:
         An earlier artifact of this key, replaced after a forced run or rebuilt inputs, becomes `<key>.old-N`.
         """
         partial, final = self.partial(stage, key), self.folder(stage, key)
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p != partial / MANIFEST)
         entries = {}
         make_readable(partial)
-        for file in files:
+        for name, file in files_in(partial).items():
             fsync(file)
-            entry = {"size": file.stat().st_size, "sha256": sha256_file(file)}
-            entries[file.relative_to(partial).as_posix()] = entry
-        complete = with_checksum({"stage": stage, "key": key, **manifest, "files": entries})
+            entries[name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        complete = {"schema": SCHEMA, "stage": stage, "key": key, **manifest, "files": entries}
+        complete = json.loads(json.dumps(complete))  # as it will be read back
+        complete[CHECKSUM] = _checksum(complete)
         text = json.dumps(complete, indent=1, ensure_ascii=False)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         fsync(partial / MANIFEST)
@@ -207,6 +209,26 @@ class Store:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
+
+
+def _manifest_error(manifest: Any, key: str) -> str | None:
+    """Say why this is not the manifest that a stage wrote under the key; None if it is."""
+    if manifest["schema"] != SCHEMA:
+        return f"its manifest has schema {manifest['schema']}, not {SCHEMA}"
+    if manifest["key"] != key or key_of(manifest["identity"]) != key:
+        return f"its manifest is not that of key {key}"
+    if manifest[CHECKSUM] != _checksum(manifest):
+        return "its manifest was changed after it was written"
+    outside = (
+        path for path in map(PurePosixPath, manifest["files"]) if path.is_absolute() or ".." in path.parts
+    )
+    if path := next(outside, None):
+        return f"its manifest names {path}, which leads out of the artifact"
+    return None
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return digest_of({name: value for name, value in manifest.items() if name != CHECKSUM})
 
 
 def _differences(artifact: Artifact) -> Iterator[str]:

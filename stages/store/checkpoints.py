@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stages.errors import ConfigError
 from stages.runtime import ranks
-from stages.store.digests import fsync, is_hidden, sha256_file
+from stages.store.digests import files_in, fsync, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class Checkpoints:
 
     def seal(self, path: Path) -> None:
         """Write the seal of a finished checkpoint, then delete all but the newest SAVE_TOTAL_LIMIT."""
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for file in files:
+        files = files_in(path)
+        for file in files.values():
             fsync(file)
-        digests = {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
+        digests = {name: sha256_file(file) for name, file in files.items()}
         seal = _Seal(of=self._inputs, conditions=self._conditions, seconds=self.spent(), files=digests)
         (path / SEAL).write_text(seal.model_dump_json(), encoding="utf-8")
         for written in (path / SEAL, path, path.parent):
@@ -119,6 +119,5 @@ class Checkpoints:
             damaged = [name for name, digest in seal.files.items() if sha256_file(path / name) != digest]
         except (OSError, ValueError) as error:
             return f"it is incomplete ({type(error).__name__})"
-        present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-        damaged += sorted(name for name in present - {SEAL} - seal.files.keys() if not is_hidden(name))
+        damaged += sorted(files_in(path).keys() - {SEAL} - seal.files.keys())
         return f"{damaged[0]} is damaged" if damaged else seal

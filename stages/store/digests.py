@@ -47,14 +47,21 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-CacheEntry = tuple[int, int, int, str]
-"""Size, modification time and inode of a file, and its sha256."""
-CACHE_FILE = TypeAdapter(dict[str, CacheEntry])
-
-
 def is_hidden(name: str) -> bool:
     """True if a relative path is that of a hidden file, or of a file in a hidden folder."""
     return any(part.startswith(".") for part in name.split("/"))
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The files in a folder and below it, by their relative paths, without hidden ones."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: file for name, file in names.items() if not is_hidden(name)}
+
+
+CacheEntry = tuple[int, int, int, str]
+"""Size, modification time and inode of a file, and its sha256."""
+CACHE_FILE = TypeAdapter(dict[str, CacheEntry])
 
 
 class DigestCache:
@@ -84,6 +91,4 @@ class DigestCache:
 
     def folder(self, path: Path) -> str:
         """Return one digest of the relative paths and contents of a folder's files, without hidden ones."""
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        names = [file.relative_to(path).as_posix() for file in files]
-        return digest_of([[n, self.file(f)] for n, f in zip(names, files, strict=True) if not is_hidden(n)])
+        return digest_of([[name, self.file(file)] for name, file in files_in(path).items()])
