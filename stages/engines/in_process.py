@@ -130,7 +130,6 @@ class InProcess:
         return self.model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
     def _last_logits_padded(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Compute the same in padded batches."""
         # A trained prompt allows no padding: then each prompt is a batch, without mask and positions.
         size = 1 if support.is_prompt_learning(self.model) else PADDED_BATCH
         logits = []

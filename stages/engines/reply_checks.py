@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,38 +124,27 @@ def _rounding(alternatives: Alternatives) -> float:
     return ROUNDING - BITS * sum(math.exp(logprob) * logprob for _, logprob in alternatives)
 
 
-def _is_by_another(reply: Reply) -> bool:
+def _problems(reply: Reply) -> Iterator[str]:
+    """Yield the reasons not to believe a reply."""
+    fields, choice, message = reply.fields, reply.choice, reply.message
     # A hub in front of servers may leave the owner out, and a reply to an alias has its dated version.
-    name, short = reply.fields.get("model"), re.escape(reply.model.rpartition("/")[2])
-    return name not in (None, reply.model) and not re.fullmatch(rf"{short}(-\d[\d-]*)?", name)
-
-
-def _is_refused(reply: Reply) -> bool:
-    records = (reply.fields, reply.choice, reply.message)
-    return any(record.get("error") is not None or record.get("refusal") for record in records)
-
-
-def _is_broken_off(reply: Reply) -> bool:
+    model, short = fields.get("model"), re.escape(reply.model.rpartition("/")[2])
+    if model not in (None, reply.model) and not re.fullmatch(rf"{short}(-\d[\d-]*)?", model):
+        yield "another model wrote it"
+    if any(record.get("error") is not None or record.get("refusal") for record in (fields, choice, message)):
+        yield "it has an error or a refusal"
     # A server that shuts down returns what it has of its answers, as vLLM does with `abort`.
     names = ("finish_reason", "stop_reason", "status", "object")
-    reasons = [str(record.get(name)) for record in (reply.fields, reply.choice) for name in names]
-    return any(reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk") for reason in reasons)
-
-
-def _is_of_other_length(reply: Reply) -> bool:
+    reasons = [str(record.get(name)) for record in (fields, choice) for name in names]
+    if any(reason.lower().startswith(BROKEN_OFF) or reason.endswith(".chunk") for reason in reasons):
+        yield "the server broke it off"
     is_possible = reply.used is None or (type(reply.used) is int and 1 <= reply.used <= reply.most_tokens)
-    return not is_possible or len(reply.choice.get("token_ids") or ()) > reply.most_tokens
-
-
-CHECKS: tuple[tuple[Callable[[Reply], object], str], ...] = (
-    (_is_by_another, "another model wrote it"),
-    (_is_refused, "it has an error or a refusal"),
-    (_is_broken_off, "the server broke it off"),
-    (_is_of_other_length, "it has more tokens than were asked for, or none"),
-    (lambda reply: repr(reply.choice.get("index", 0)) != "0", "it is not the first of its choices"),
-    (lambda reply: reply.message.get("tool_calls") or reply.choice.get("delta") is not None, "it is no text"),
-)
-"""What a reply must not be, and how it is called then."""
+    if not is_possible or len(choice.get("token_ids") or ()) > reply.most_tokens:
+        yield "it has more tokens than were asked for, or none"
+    if repr(choice.get("index", 0)) != "0":
+        yield "it is not the first of its choices"
+    if message.get("tool_calls") or choice.get("delta") is not None:
+        yield "it is no text"
 
 
 def parse_reply(body: str, model: str, most_tokens: int) -> Reply:
@@ -163,9 +152,8 @@ def parse_reply(body: str, model: str, most_tokens: int) -> Reply:
     fields = from_json(body)
     (choice,) = fields["choices"]
     reply = Reply(fields, choice, choice.get("message") or {}, model, most_tokens)
-    for check, message in CHECKS:
-        if check(reply):
-            raise ValueError(f"{message}: {body[:80]}")
+    if problem := next(_problems(reply), None):
+        raise ValueError(f"{problem}: {body[:80]}")
     return reply
 
 

@@ -70,7 +70,6 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
     """
     with tempfile.TemporaryDirectory(prefix="lorapar-merged-") as folder:
         model, modules = spec.model, {}
-        _fetch(model, say)
         if spec.adapter is not None and serves_modules():
             # Should another process's server answer on the same port, it has no model of this name.
             modules = {f"adapter-{os.getpid()}": spec.adapter}
@@ -79,8 +78,8 @@ def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], No
             save_merged(model, spec.adapter, Path(folder))
             model = model.model_copy(update={"name": folder})
         server = server.with_vllm(spec.vllm)
-        with _serving(model, modules, server, say, spec.devices, spec.model.name) as connect:
-            yield connect(next(iter(modules), model.name))
+        with open_modules(model, modules, server, say, spec.devices, spec.model.name) as clients:
+            yield clients[next(iter(modules), model.name)]
 
 
 def serves_modules() -> bool:
@@ -89,19 +88,6 @@ def serves_modules() -> bool:
     It is merged on CPU, where a LoRA module makes vLLM 4 times slower.
     """
     return _have_gpu()
-
-
-@contextmanager
-def open_modules(
-    model: ModelSection, modules: dict[str, Path], server: ServerSection, say: Callable[[str], None]
-) -> Iterator[dict[str, Client]]:
-    """Start one server for a model and several adapters of it, and yield a client for each, by name.
-
-    modules: name → folder of the adapter. The model itself is served under its own name.
-    """
-    _fetch(model, say)
-    with _serving(model, modules, server, say) as connect:
-        yield {name: connect(name) for name in (model.name, *modules)}
 
 
 def _fetch(model: ModelSection, say: Callable[[str], None]) -> None:
@@ -138,20 +124,22 @@ def lora_flags(modules: dict[str, Path]) -> list[str]:
 
 
 @contextmanager
-def _serving(
+def open_modules(
     model: ModelSection,
     modules: dict[str, Path],
     server: ServerSection,
     say: Callable[[str], None],
     devices: str | None = None,
     title: str = "",
-) -> Iterator[Callable[[str], Client]]:
-    """Run a server under a guard, and yield once it is healthy a function from a served name to a client.
+) -> Iterator[dict[str, Client]]:
+    """Run one server for a model and adapters of it under a guard; yield a client for each, by name.
 
-    The server's log is deleted at the end, except after an error. title: names the model to the user.
+    modules: name → folder of the adapter. The model itself is served under its own name. The server's log is
+    deleted at the end, except after an error. title: names the model to the user.
     """
     from stages.models.cancellation import rewrite
 
+    _fetch(model, say)
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = int(probe.getsockname()[1])
@@ -173,7 +161,8 @@ def _serving(
             say(f"vLLM server ready after {time.monotonic() - start:.0f} s")
             url, exit_error = f"http://{HOST}:{port}/v1", partial(_exit_error, guard, log.name)
             most = IN_FLIGHT if _have_gpu() else CONCURRENCY
-            yield lambda name: Client(url, key, server, name, exit_error, most)
+            names = (model.name, *modules)
+            yield {name: Client(url, key, server, name, exit_error, most) for name in names}
             failed = False
         finally:
             guard.end()
