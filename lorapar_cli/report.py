@@ -10,7 +10,7 @@ from stages import escaping
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
-from stages.report.page import refuse_others, write
+from stages.report.page import write
 from stages.store.artifacts import refuse_store
 from stages.sweep.file import is_table
 from stages.sweep.results import results
@@ -54,7 +54,6 @@ def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
     from stages.report import run_page
 
     page = out / "report.html"
-    refuse_others([page])
     write({page: run_page.page(settings, requested, again)})
     terminal.say(str(page))
 
@@ -74,9 +73,7 @@ def _report_tables(tables: list[Table], out: Path, arguments: list[str]) -> None
     page = out / "report.html"
     commands = [(table_results, sweep(table_results.table.path)) for table_results in all_results]
     texts = {out / f"{each.table.path.stem}.csv": table_page.csv_text(each) for each in all_results}
-    refuse_others([page, *texts])
-    texts[page] = table_page.page(commands)
-    write(texts)
+    write({**texts, page: table_page.page(commands)})
     for each in all_results:
         complete = sum(value is not None for value in each.values.values())
         terminal.say(f"{each.table.path}: {complete} of {len(each.values)} values are available")

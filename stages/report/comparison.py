@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from stages.errors import ConfigError
 from stages.evaluation.metrics import accuracy_by_item, accuracy_metrics, answers_by_item
 from stages.evaluation.statistics import p_value
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
-from stages.records import OUTCOMES, Sample, read_samples
+from stages.records import Sample, read_samples
 from stages.report.page import Grid
 from stages.store.artifacts import Store
 from stages.sweep.values import NothingToShow, Value, accuracy, difference
@@ -30,20 +31,14 @@ class Measured:
 
     target: str
     group: str
-    n: int
-    """Number of items that are graded."""
+    metrics: dict[str, Any]
+    """All that `accuracy_metrics` says of them, such as the number of graded items `n`."""
     accuracy: Value | None
     """None if no item is graded."""
     against: str | None
     """Target with which it is compared."""
     change: Value | None
     """Difference from that target; None if the two were not asked the same items."""
-    flexible: float | None
-    """Accuracy by the flexible reading."""
-    tokens: float | None
-    """Mean length of an answer."""
-    thought_tokens: float | None
-    outcomes: dict[str, int]
 
     @property
     def share(self) -> str:
@@ -91,24 +86,14 @@ def compared(answers_by_target: Answers) -> Iterator[Measured]:
     against: str | None = None
     for target, answers in answers_by_target.items():
         for group in (name for name in groups if name in answers):
-            measures, shares = accuracy_metrics(answers[group]), _shares(answers[group])
+            shares = _shares(answers[group])
             reference = answers_by_target[against].get(group, []) if against else []
             change = None
             same_items = {sample.id for sample in reference} == {sample.id for sample in answers[group]}
             with suppress(NothingToShow):
                 change = difference([_shares(reference)], [shares]) if same_items else None
-            yield Measured(
-                target,
-                group,
-                len(shares),
-                accuracy([shares]) if shares else None,
-                against,
-                change,
-                measures["accuracy_flexible"],
-                measures.get("tokens"),
-                measures.get("thought_tokens"),
-                {outcome: measures[outcome] for outcome in OUTCOMES},
-            )
+            mean = accuracy([shares]) if shares else None
+            yield Measured(target, group, accuracy_metrics(answers[group]), mean, against, change)
         against = target
 
 
@@ -127,18 +112,25 @@ def grid(benchmark: str, measures: list[Measured]) -> Grid:
         groups.setdefault(measure.group, {})[measure.target] = measure
     overall = groups.get("all", {})  # every target is in this group
     rows = [
-        [group, str(max(each.n for each in of_target.values())), *(_cell(of_target.get(t)) for t in overall)]
+        [
+            group,
+            str(max(each.metrics["n"] for each in of_target.values())),
+            *(_cell(of_target.get(target)) for target in overall),
+        ]
         for group, of_target in groups.items()
     ]
-    for title, attribute in (("tokens", "tokens"), ("tokens of thought", "thought_tokens")):
+    for title, name in (("tokens", "tokens"), ("tokens of thought", "thought_tokens")):
         for group, of_target in groups.items():
-            lengths = [getattr(of_target.get(target), attribute, None) for target in overall]
+            lengths = [each.metrics.get(name) if each else None for each in map(of_target.get, overall)]
             if any(length is not None for length in lengths):
                 rows.append([f"{title}, {group}", "", *("–" if n is None else f"{n:.0f}" for n in lengths)])
-    if any(each.accuracy and each.flexible != each.accuracy.mean for each in overall.values()):
-        rows.append(["all, flexible", "", *(percent(each.flexible) for each in overall.values())])
+    metrics = [each.metrics for each in overall.values()]
+    if any(of_target["accuracy_flexible"] != of_target["accuracy"] for of_target in metrics):
+        rows.append(
+            ["all, flexible", "", *(percent(of_target["accuracy_flexible"]) for of_target in metrics)]
+        )
     for outcome in ("unparsed", "truncated", "refused"):
-        if any(counts := [each.outcomes[outcome] for each in overall.values()]):
+        if any(counts := [of_target[outcome] for of_target in metrics]):
             rows.append([f"  {outcome}", "", *map(str, counts)])
     return Grid([benchmark, "n", *overall], rows, CAPTION)
 

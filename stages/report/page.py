@@ -5,10 +5,10 @@ The files of a report are written all or none, over earlier ones and over nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from stages import escaping
 from stages.errors import OutputError
@@ -23,20 +23,12 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; of its subclasses, a heading or a command."""
+    """A paragraph, or by its tag a heading (`h3`) or a command (`pre`)."""
 
     text: str
+    tag: Literal["p", "h3", "pre"] = "p"
     quiet: bool = False
-    tag: ClassVar[str] = "p"
     kind: ClassVar[str] = "text"
-
-
-class Heading(Text):
-    tag = "h3"
-
-
-class Command(Text):
-    tag = "pre"
 
 
 @dataclass(frozen=True)
@@ -95,15 +87,11 @@ def render(title: str, lead: Sequence[str | Tiles], sections: list[PageSection])
     return environment.get_template("page.html.j2").render(title=title, lead=lead, sections=filled)
 
 
-def refuse_others(files: Iterable[Path]) -> None:
-    """Raise OutputError if one of the files exists, and is not of an earlier report."""
-    for file in filter(Path.exists, files):
+def write(texts: dict[Path, str]) -> None:
+    """Write each text to its file; OutputError if one of them exists, and is not of an earlier report."""
+    for file in filter(Path.exists, texts):
         if not (file.is_file() and MARKS[file.suffix].encode() in file.read_bytes()[:400]):
             raise OutputError(f"{file} exists already, and is not of a report", "another folder: --out DIR")
-
-
-def write(texts: dict[Path, str]) -> None:
-    """Write each text to its file."""
     with whole_files(list(texts), replace=True) as drafts:
         for draft, text in zip(drafts, texts.values(), strict=True):
             draft.write_text(text, encoding="utf-8")

@@ -15,9 +15,11 @@ from stages.records import read_json
 from stages.report import comparison, elements, figures, voters
 from stages.report.comparison import Answers, Measured
 from stages.report.frontier import frontier
-from stages.report.page import Block, Command, Heading, PageSection, Picture, Text, Tiles, render
+from stages.report.page import Block, PageSection, Picture, Text, Tiles, render
 from stages.store.artifacts import Artifact, Store
 
+Overall = dict[str, dict[str, Measured]]
+"""Benchmark, target → the accuracy over all items, if any is graded."""
 SIGNIFICANT = 0.05
 """Greatest p-value of a difference that chance does not explain."""
 
@@ -31,6 +33,10 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
     answers, titles = comparison.answers_of(store, evaluations, "system"), titles_of(config)
     measures = {name: list(comparison.compared(of_benchmark)) for name, of_benchmark in answers.items()}
+    overall = {
+        name: {each.target: each for each in of_benchmark if each.group == "all" and each.accuracy}
+        for name, of_benchmark in measures.items()
+    }
     sections = [
         PageSection("results", "Results", list(_results(measures, answers, titles))),
         PageSection("training", "Training", list(_training(artifacts))),
@@ -39,8 +45,8 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     ]
     if missing := [name for name in steps if name not in artifacts]:
         not_made = Text(f"Not made yet: {', '.join(missing)}.")
-        sections.append(PageSection("missing", "Missing", [not_made, Command(run)]))
-    lead: list[str | Tiles] = [*_tiles(measures, titles), *_verdicts(measures, titles)]
+        sections.append(PageSection("missing", "Missing", [not_made, Text(run, "pre")]))
+    lead: list[str | Tiles] = [*_tiles(overall, titles), *_verdicts(overall, titles)]
     return render(f"lorapar: {config.run}", lead, sections)
 
 
@@ -58,35 +64,30 @@ def titles_of(config: Config) -> dict[str, str]:
     return titles
 
 
-def _tiles(measures: dict[str, list[Measured]], titles: dict[str, str]) -> Iterator[Tiles]:
+def _tiles(overall: Overall, titles: dict[str, str]) -> Iterator[Tiles]:
     """Show accuracy and mean tokens of the base and the modes on each benchmark.
 
     titles: target → what it is called.
     """
-    for name, of_benchmark in measures.items():
-        overall = {each.target: each for each in of_benchmark if each.group == "all" and each.accuracy}
-        tiles = [
-            (
-                f"{title[0].upper()}{title[1:]} on {name}",
-                each.share,
-                "" if each.tokens is None else f"{each.tokens:.0f} tokens",
-            )
-            for target, title in titles.items()
-            if (each := overall.get(target))
-        ]
+    for name, by_target in overall.items():
+        tiles = []
+        for target, title in titles.items():
+            if each := by_target.get(target):
+                length = f"{each.metrics['tokens']:.0f} tokens" if "tokens" in each.metrics else ""
+                tiles.append((f"{title[0].upper()}{title[1:]} on {name}", each.share, length))
         if len(tiles) > 1:
             yield tiles
 
 
-def _verdicts(measures: dict[str, list[Measured]], titles: dict[str, str]) -> Iterator[str]:
+def _verdicts(overall: Overall, titles: dict[str, str]) -> Iterator[str]:
     """Say for each benchmark how the last target does against the one before, and if that may be chance."""
-    for name, of_benchmark in measures.items():
-        overall = {each.target: each for each in of_benchmark if each.group == "all" and each.accuracy}
-        if not overall:
+    for name, by_target in overall.items():
+        if not by_target:
             continue
-        last = list(overall.values())[-1]
-        sentence = f"{name}: {titles.get(last.target, last.target)} answers {last.share} of {last.n} items "
-        yield f"{sentence}correctly{_meaning(last, overall.get(last.against or ''), titles)}."
+        last = list(by_target.values())[-1]
+        title, number = titles.get(last.target, last.target), last.metrics["n"]
+        sentence = f"{name}: {title} answers {last.share} of {number} items "
+        yield f"{sentence}correctly{_meaning(last, by_target.get(last.against or ''), titles)}."
 
 
 def _meaning(last: Measured, previous: Measured | None, titles: dict[str, str]) -> str:
@@ -109,9 +110,9 @@ def _results(
     for name, of_benchmark in measures.items():
         yield comparison.grid(name, of_benchmark)
         points = {
-            titles[each.target]: (each.tokens, each.accuracy)
+            titles[each.target]: (each.metrics["tokens"], each.accuracy)
             for each in of_benchmark
-            if each.group == "all" and each.tokens and each.accuracy
+            if each.group == "all" and each.accuracy and each.metrics.get("tokens")
         }
         text, mixture = f"Accuracy on {name} by the mean tokens of an answer.", []
         samples = {titles[target]: groups["all"] for target, groups in answers[name].items()}
@@ -126,12 +127,11 @@ def _results(
 
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
-    """Draw the curves of each training."""
     for name in TRAINED:
         if name not in artifacts:
             continue
         history = read_json(artifacts[name].path / "history.json")
-        yield Heading(f"{name}, {len(history)} steps")
+        yield Text(f"{name}, {len(history)} steps", "h3")
         with rc_context(figures.STYLE):
             figure = figures.svg(curves.history_figure(history))
         yield Picture(figure, f"{name}: {', '.join(curves.panels(history))}, by optimizer step.")

@@ -11,7 +11,7 @@ from dataclasses import astuple
 from stages import escaping
 from stages.evaluation.statistics import Interval, p_value
 from stages.report import elements, figures
-from stages.report.page import Block, Command, Grid, PageSection, Picture, Text, render
+from stages.report.page import Block, Grid, PageSection, Picture, Text, render
 from stages.store.artifacts import Artifact
 from stages.sweep.file import FLEXIBLE, Column, Plot
 from stages.sweep.results import OVER, Results
@@ -65,7 +65,7 @@ def _section(results: Results, command: str) -> PageSection:
         blocks.append(Text(f"Choices made on items: {file.chosen_on.strip()}", quiet=True))
     blocks += _line_plot(results, file.plot) if file.plot else []
     blocks += _importance(results) if file.importance else []
-    blocks += [Text("This command makes or completes the table:", quiet=True), Command(command)]
+    blocks += [Text("This command makes or completes the table:", quiet=True), Text(command, "pre")]
     return PageSection(re.sub(r"\W+", "-", results.table.path.stem), file.title, blocks)
 
 
@@ -110,7 +110,6 @@ def _importance(results: Results) -> Iterator[Block]:
 
 
 def grid(results: Results) -> Grid:
-    """Return the table of values."""
     table = results.table
     sizes = {
         name: {

@@ -50,7 +50,7 @@ def test_an_item_with_a_refused_answer_counts_neither_way_in_metrics_and_tables(
     assert (whole["n"], whole["answers"], whole["refused"], whole["accuracy"]) == (2, 6, 1, 0.25)
     assert whole["pass@1"] == pytest.approx(0.25)
     (row,) = compared({"base": {"all": samples}})
-    assert (row.n, row.accuracy.mean, row.outcomes["refused"]) == (2, 0.25, 1)
+    assert (row.metrics["n"], row.accuracy.mean, row.metrics["refused"]) == (2, 0.25, 1)
     assert (row.accuracy.over_items.low, row.accuracy.over_items.high) == tuple(whole["interval"])
     samples = answers({"a": ["refused"]})
     whole = compute_metrics(samples, ("subject",))["all"]

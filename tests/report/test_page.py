@@ -16,7 +16,7 @@ from stages.evaluation.statistics import Interval
 from stages.records import Sample, write_jsonl
 from stages.report import comparison, figures, run_page, table_page
 from stages.report.frontier import frontier
-from stages.report.page import MARKS, Grid, PageSection, Text, refuse_others, render, write
+from stages.report.page import MARKS, Grid, PageSection, Text, render, write
 from stages.store.artifacts import Artifact
 from stages.sweep.file import Compare, TableFile
 from stages.sweep.results import Artifacts, Results
@@ -85,15 +85,17 @@ def test_a_report_of_nothing_is_none(smoke_flags, tmp_path, lorapar, file):
 
 def test_only_an_earlier_report_is_replaced_and_a_full_disk_leaves_no_half(tmp_path, full_disk):
     paths = [tmp_path / name for name in ("report.html", "a.csv")]
+    texts = {path: MARKS[path.suffix] + "new" for path in paths}
     with pytest.raises(OSError, match="full"):
-        write({path: MARKS[path.suffix] + "new" for path in paths})
+        write(texts)
     assert not list(tmp_path.iterdir())
     for path in paths:
         path.write_bytes(b"mine")
         with pytest.raises(OutputError, match=f"{path.name} exists already, and is not of a report"):
-            refuse_others(paths)
+            write(texts)
         path.write_bytes(MARKS[path.suffix].encode())
-    refuse_others(paths)
+    with pytest.raises(OSError, match="full"):
+        write(texts)
 
 
 def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_path, monkeypatch):
@@ -173,7 +175,9 @@ def test_the_numbers_of_a_run_stand_where_they_belong():
 def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
     def said(**answers: list[Sample]) -> str:
         measures = list(comparison.compared({name: {"all": given} for name, given in answers.items()}))
-        (text,) = run_page._verdicts({"demo": measures}, {"sft": "fast", "rl": "slow"})
+        (text,) = run_page._verdicts(
+            {"demo": {each.target: each for each in measures}}, {"sft": "fast", "rl": "slow"}
+        )
         return text.replace("\N{NO-BREAK SPACE}", " ")
 
     answers = "demo: slow answers 87.5 % of 8 items correctly"
@@ -232,7 +236,7 @@ def test_groups_are_those_of_their_items(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "samples.jsonl", map(asdict, answered("100")))
     monkeypatch.setattr(comparison, "current_artifact", lambda store, step: Artifact(tmp_path, {}))
     measures = comparison.measured(None, [SimpleNamespace(variant="sft@demo")], "system")["demo"]
-    groups = {each.group: (each.n, each.accuracy.mean) for each in measures}
+    groups = {each.group: (each.metrics["n"], each.accuracy.mean) for each in measures}
     assert groups == {"all": (3, 1 / 3), "system 1": (1, 1), "system 2": (2, 0)}
 
 
