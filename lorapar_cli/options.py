@@ -33,11 +33,6 @@ def argument(text: str, metavar: str | None = None) -> Any:
     return typer.Argument(metavar=metavar, help=text)
 
 
-def _quiet(is_quiet: bool) -> bool:
-    terminal.set_quiet(is_quiet)
-    return is_quiet
-
-
 def pairs(texts: list[str], option: str, hint: str) -> dict[str, str]:
     """The values of an option in KEY=VALUE texts, by key."""
     parts = [text.partition("=") for text in texts if text.strip()]
@@ -54,7 +49,8 @@ Unsafe = Annotated[
     bool,
     flag("--unsafe-no-sandbox", "Run model-written code without a sandbox; this is recorded in the result."),
 ]
-Quiet = Annotated[bool, flag("--quiet", "Print only errors, warnings and final results.", callback=_quiet)]
+QUIET = "Print only errors, warnings and final results."
+Quiet = Annotated[bool, flag("--quiet", QUIET, callback=terminal.set_quiet)]
 Only = Annotated[list[str] | None, value(f"Only this variant; repeatable. {_VARIANTS}", "NAME", "--only")]
 LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STAGE", "--to")]
 

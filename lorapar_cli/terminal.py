@@ -25,12 +25,13 @@ LOG_EVERY_S = 10
 _quiet = False
 
 
-def set_quiet(is_quiet: bool) -> None:
-    """Print nothing from now on but errors, warnings and results, or everything again."""
+def set_quiet(is_quiet: bool) -> bool:
+    """Print nothing from now on but errors, warnings and results, or everything again; returns the argument."""
     global _quiet
     _quiet = is_quiet
     if is_quiet:
         os.environ |= dict.fromkeys(NO_PROGRESS_BARS, "1")
+    return is_quiet
 
 
 def say(text: str) -> None:
@@ -112,7 +113,6 @@ def artifact(step: Step, committed: Artifact, created: bool) -> None:
 
 
 def _cost(committed: Artifact) -> str:
-    """Format time and memory of a step."""
     provenance = committed.manifest["provenance"]
     peak = max(provenance.get("peak_mib", {}).values(), default=0)
     return f"{provenance['seconds']:.0f} s, {peak:.0f} MiB"

@@ -85,9 +85,9 @@ def compare_with_known(
     pairs = [(row.system, known[row.example.id]) for row in rows if row.system and row.example.id in known]
     equal = sum(label == system for label, system in pairs)
     areas = {}
-    for title, scores_of in scores.items():
-        ids = [id for id in scores_of if id in known]
-        areas[title] = auc([scores_of[id] for id in ids], [known[id] == 2 for id in ids])
+    for title, of_voter in scores.items():
+        of_systems = ([score for id, score in of_voter.items() if known.get(id) == k] for k in (1, 2))
+        areas[title] = auc(*of_systems)
     return {
         "field": field,
         "n": len(pairs),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from math import exp, log, sqrt
 from statistics import median
@@ -36,24 +36,22 @@ def calibrate(labelled: list[Labelled], votes: list[float | None], by_median: bo
     votes: the probability of System 2 for each labelled example. by_median: their median is the threshold, in
     place of a half. It has no slope that could be fitted wrongly.
     """
-    pairs = [(vote, row.system == 2) for row, vote in zip(labelled, votes, strict=True) if vote is not None]
-    area, interval = auc([vote for vote, _ in pairs], [is_2 for _, is_2 in pairs]) or (None, None)
-    of_system1, of_system2 = ([vote for vote, is_2 in pairs if is_2 is which] for which in (False, True))
+    pairs = [(vote, row.system) for row, vote in zip(labelled, votes, strict=True) if vote is not None]
+    of_system1, of_system2 = ([vote for vote, system in pairs if system == which] for which in (1, 2))
+    area, interval = auc(of_system1, of_system2) or (None, None)
     # An unbalanced file must not move the median: so repeated, both systems have the same number of votes.
     balanced = of_system1 * len(of_system2) + of_system2 * len(of_system1)
     threshold = median(balanced) if by_median and balanced else 0.5
     return Calibration(threshold, area, interval, len(pairs))
 
 
-def auc(scores: Sequence[float], is_system2: Sequence[bool]) -> tuple[float, tuple[float, float]] | None:
-    """Area under the ROC curve with its 95 % interval (Hanley and McNeil 1982); None with one class only.
+def auc(of_system1: list[float], of_system2: list[float]) -> tuple[float, tuple[float, float]] | None:
+    """Area under the ROC curve with its 95 % interval (Hanley and McNeil 1982); None if one list is empty.
 
     It is the probability that a System 2 item has a higher score than a System 1 item; a tie counts half.
     """
     from scipy.stats import mannwhitneyu
 
-    pairs = list(zip(scores, is_system2, strict=True))
-    of_system1, of_system2 = ([score for score, is_2 in pairs if is_2 is which] for which in (False, True))
     n2, n1 = len(of_system2), len(of_system1)
     if not n2 or not n1:
         return None
@@ -80,7 +78,6 @@ class VoterResult:
 
     @property
     def valid(self) -> dict[str, float]:
-        """The probabilities of the valid answers."""
         return {id: value for id, value in self.probabilities.items() if value is not None}
 
     def calibrated(self, id: str) -> float | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from stages.config import Voter
-from stages.engines import ChoiceRequest, ChoiceResult, Engine, Failure
+from stages.engines import ChoiceRequest, Engine, Failure
 from stages.errors import AnswerError
 from stages.records import Example
 from stages.store.digests import key_of, seed_of
@@ -89,7 +89,8 @@ class VoteJournal:
 
     def set_examples(self, examples: list[Example]) -> None:
         self.examples = examples
-        self._invalid = [answer.get("text", "") for answer in self._answers() if answer["system2"] is None]
+        answers = self._answers(examples)
+        self._invalid = [answer.get("text", "") for answer in answers if answer["system2"] is None]
 
     def missing(self) -> list[VoteRequest]:
         """The requests whose answers are not in the journal; equal prompts are requested once."""
@@ -104,21 +105,16 @@ class VoteJournal:
             self.set_examples(self.examples)  # another run may have added answers
             missing = self.missing()
             for i, result in engine.choose_words(self._choice_request(*request) for request in missing):
-                self._record(*missing[i], result)
+                example, sample = missing[i]
+                if isinstance(result, Failure):  # it is not journalled, so the next run asks again
+                    self.failures.append((example.id, result))
+                else:
+                    system2 = result.probabilities[1] if result.probabilities else None
+                    text = {"text": result.text} if result.text else {}
+                    answer = {"example": example.id, "system2": system2, **text}
+                    self._journal.add((self._key(example), sample), answer)
+                    self._invalid += [result.text] if system2 is None else []
                 yield
-
-    def _record(self, example: Example, sample: int, result: ChoiceResult | Failure) -> None:
-        """Journal an answer; a failure is not journalled, so the next run asks again."""
-        if isinstance(result, Failure):
-            self.failures.append((example.id, result))
-            return
-        system2 = result.probabilities[1] if result.probabilities else None
-        answer = {"example": example.id, "system2": system2}
-        if result.text:
-            answer["text"] = result.text
-        self._journal.add((self._key(example), sample), answer)
-        if system2 is None:
-            self._invalid.append(result.text)
 
     def check(self, max_failed: float, patience: int = 0) -> None:
         """Raise AnswerError if more requests failed than this share, or more answers are none of the words.
@@ -149,15 +145,13 @@ class VoteJournal:
         """The number of answers that are none of the voter's words."""
         return sum(answer["system2"] is None for answer in self._answers(examples))
 
-    def _answers(self, examples: Iterable[Example] | None = None) -> Iterator[dict[str, Any]]:
-        """The journalled answers on these examples, by default on all examples to vote on."""
-        voted_on = self.examples if examples is None else examples
-        for example, sample in product(voted_on, range(self.voter.samples)):
+    def _answers(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+        """The journalled answers on these examples."""
+        for example, sample in product(examples, range(self.voter.samples)):
             if (question := (self._key(example), sample)) in self._journal:
                 yield self._journal[question]
 
     def _choice_request(self, example: Example, sample: int) -> ChoiceRequest:
-        """The persona's prompt, with the voter's settings."""
         return replace(
             self.question(example),
             max_thinking_tokens=self.voter.thinking.max_tokens if self.voter.thinking else 0,

@@ -20,7 +20,7 @@ from stages.config import (
 from stages.data.rows import read
 from stages.engines import ChoiceRequest, vllm
 from stages.engines.in_process import choice_ids
-from stages.errors import DataError, LoraparError
+from stages.errors import DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.personas import question_of
 from stages.models.base import headers_only
@@ -62,19 +62,10 @@ class Texts:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.config.model)
 
-    @property
+    @cached_property
     def base(self) -> PreTrainedModel:
         """The base model without its weights; raises the error that loading it would raise."""
-        if isinstance(self._base, LoraparError):
-            raise self._base
-        return self._base
-
-    @cached_property
-    def _base(self) -> PreTrainedModel | LoraparError:
-        try:
-            return headers_only(self.config.model)
-        except LoraparError as error:
-            return error
+        return headers_only(self.config.model)
 
     def renderer(self, section: Imitating, mode: str = SLOW) -> Renderer:
         """The renderer of the rows of score, sft or rl, whose section this is, in the mode of most tokens."""

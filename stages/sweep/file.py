@@ -176,6 +176,5 @@ def _resolve_bases(path: Path, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def mistakes_error(path: Path, mistakes: list[str], hint: str | None = None) -> ConfigError:
-    """Combine all mistakes of a file into one error."""
     number = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
     return ConfigError("\n  ".join([f"{path}: {number}", *mistakes]), hint)
