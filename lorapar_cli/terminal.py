@@ -26,7 +26,7 @@ _quiet = False
 
 
 def set_quiet(is_quiet: bool) -> bool:
-    """Print nothing from now on but errors, warnings and results, or everything again; returns the argument."""
+    """Print nothing from now on but errors, warnings and results, or all again; returns the argument."""
     global _quiet
     _quiet = is_quiet
     if is_quiet:
