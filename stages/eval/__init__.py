@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from stages.config import TRAINED, UNTRAINED_TARGETS, BenchmarkSection, Config, split_target
 from stages.evaluation.benchmarks import benchmarks
 from stages.pipeline.stage import BENCHMARKS, INITIAL, Planned, Stage
+from stages.plan.tokens import Lengths, Span, Work, per_text
 
 if TYPE_CHECKING:
     from stages.plan.texts import Texts
-    from stages.plan.tokens import Span, Work
 
 
 def _steps(config: Config) -> list[Planned]:
@@ -50,7 +50,6 @@ def _inputs(benchmark: BenchmarkSection, weights: str, name: str) -> tuple[str, 
 
 def _spans(texts: Texts, variant: str) -> Iterator[Span]:
     from stages.plan.texts import generation_limit
-    from stages.plan.tokens import Lengths, Span
 
     target, _, name = variant.partition("@")
     engine, benchmark = texts.config.eval.engine, texts.config.eval.benchmarks[name]
@@ -65,7 +64,6 @@ def _spans(texts: Texts, variant: str) -> Iterator[Span]:
 def _work(texts: Texts, variant: str) -> Work | None:
     """An answer to each item; the check of the first ones loads the model once more."""
     from stages.plan.texts import PROMPT_SAMPLE, generation_limit
-    from stages.plan.tokens import Work, per_text
 
     target, _, name = variant.partition("@")
     evaluation, rows = texts.config.eval, texts.rows[name]
@@ -82,10 +80,13 @@ def _work(texts: Texts, variant: str) -> Work | None:
     answers, served = len(rows) * section.samples, evaluation.engine == "vllm"
     checked = served and not section.temperature
     return Work(
-        read=answers * per_text(prompts[:PROMPT_SAMPLE], slots), written=answers * response, slots=slots,
-        length=max(map(len, prompts)) + limit, copies=1 + bool(checked),
+        read=answers * per_text(prompts[:PROMPT_SAMPLE], slots),
+        written=answers * response,
+        slots=slots,
+        length=max(map(len, prompts)) + limit,
+        copies=1 + bool(checked),
         servers=served and name == next(iter(evaluation.benchmarks)),
-    )  # fmt: skip
+    )
 
 
 STAGE = Stage(

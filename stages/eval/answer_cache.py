@@ -1,7 +1,5 @@
 """The answers of one evaluation: cached in a journal on disk, and graded, each by its text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace

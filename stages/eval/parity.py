@@ -6,8 +6,6 @@ too few tokens are accepted, something else was served. This happens: people hav
 without noticing it (lm-evaluation-harness issue 2432).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

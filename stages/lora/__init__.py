@@ -3,8 +3,6 @@
 For notebooks: `from stages.lora import densify, lora_layers, read_masks, sparsify`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The examples that score and SFT read: labelled ones, and protected ones."""
 
-from __future__ import annotations
-
 import logging
 import random
 from dataclasses import replace
@@ -97,8 +95,10 @@ def trained_by_sft(
     if cold_rows > len(system2):
         log.warning(
             "sft.system2_share %s asks for %d System 2 rows, and %d have a response",
-            sft.system2_share, cold_rows, len(system2),
-        )  # fmt: skip
+            sft.system2_share,
+            cold_rows,
+            len(system2),
+        )
     cold_start = random.Random(f"{seed} cold start").sample(system2, min(cold_rows, len(system2)))
     chosen = {example.id: example for example in [*system1, *cold_start]}
     return {"": [chosen[row.example.id] for row in labels if row.example.id in chosen]}

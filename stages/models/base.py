@@ -1,7 +1,5 @@
 """Loads the base model, alone or with an adapter, which stays beside the weights or is merged into them."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 import shutil
@@ -14,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.config import ModelSection
+from stages.errors import ConfigError, first_line
 from stages.models.dtype import resolve
 from stages.models.load_errors import (
     check_finite,
@@ -145,8 +144,11 @@ def _four_bit(dtype: str) -> dict[str, Any]:
     return {"quantization_config": nf4, "device_map": {"": device()}}
 
 
-def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Add a new adapter to the base model: to the language model alone, if it also reads images."""
+def with_adapter(base: PreTrainedModel, config: PeftConfig, setting: str) -> PeftModel:
+    """Add a new adapter to the base model: to the language model alone, if it also reads images.
+
+    ConfigError, which names the setting, if PEFT refuses it.
+    """
     path = language_model_path(base)
     if path and hasattr(config, "exclude_modules"):
         config.exclude_modules = rf"(?!{re.escape(path)}\.).*"
@@ -155,7 +157,10 @@ def with_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
         config.target_modules = [name for name in paths if name.rpartition(".")[2] in config.target_modules]
     # PEFT would load bitsandbytes here, also for a base that does not use it.
     with libraries.hide_packages(*libraries.UNUSED):
-        return get_peft_model(base, config)
+        try:
+            return get_peft_model(base, config)
+        except ValueError as error:
+            raise ConfigError(f"{setting}: PEFT refuses this adapter: {first_line(error)}") from None
 
 
 def language_model_path(base: PreTrainedModel) -> str:

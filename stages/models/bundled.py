@@ -5,8 +5,6 @@ index and converted to bfloat16 once. Its weights differ from the hub's, hence t
 generated: two layers of random weights and a byte tokenizer, for smoke runs and tests.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import subprocess

@@ -5,8 +5,6 @@ difference. Rounding to bfloat16 gives each an error of about 1/500 of its own s
 difference.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

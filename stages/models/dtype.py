@@ -5,8 +5,6 @@ is float32 there. The dtype is part of the keys of votes, answers and checkpoint
 artifact's cache key, so an artifact made on another machine stays current.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Errors of loading a model, in one line that names it, and checks of its config, files and packages."""
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Sizes of a model from its config alone: its parameters, and the keys and values of a token."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

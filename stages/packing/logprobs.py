@@ -1,7 +1,5 @@
 """Log-probabilities of given target tokens, computed from hidden states in chunks, without keeping logits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loss of each example, from one packed row, or from a padded batch if the architecture cannot be packed."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

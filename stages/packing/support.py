@@ -4,8 +4,6 @@ The model's attention implementation is wrapped in one that can also follow a la
 results are those of the original implementation, to the bit.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys
@@ -39,10 +37,16 @@ def _wrapped_attention(kind: str) -> Any:
     """Attention function that follows a layout if it gets one, and else calls implementation `kind`."""
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        layout: AttentionLayout | None = None, scaling: float | None = None, dropout: float = 0.0,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        layout: AttentionLayout | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:
         if layout is None:
             # "eager" is not in the registry: each modelling file defines its own.
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

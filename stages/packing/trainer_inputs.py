@@ -4,8 +4,6 @@ TRL computes every completion with its prompt, pads on both sides, and on CPUs a
 padding, too. What TRL does with the log-probabilities afterwards, every loss and every metric, is untouched.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import types

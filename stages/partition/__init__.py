@@ -3,8 +3,6 @@
 Each variant has the elements that one stage trains: `sft` or `rl`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from stages.config import Config

@@ -1,7 +1,5 @@
 """Give each element a region by its importance, and choose the elements that SFT or RL trains."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Rows, the limits of thoughts and the reading of completions all go by these marks.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import suppress

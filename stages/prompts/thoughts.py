@@ -4,8 +4,6 @@ The tags of a model that is asked are those of its chat template (`marks.py`), w
 no more: there a thought stands between OPENING and CLOSING. Rows, and voters on a server, may have any tags.
 """
 
-from __future__ import annotations
-
 import re
 
 OPENING, CLOSING = "<think>", "</think>"

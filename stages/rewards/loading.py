@@ -1,7 +1,5 @@
 """Fields that the functions which `rl.rewards` names read, and checks of what they return."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json
@@ -12,7 +10,7 @@ from typing import Any
 
 from stages.errors import ConfigError, DataError, LoraparError, SandboxError, UnusableResult, is_out_of_memory
 from stages.rewards.builtin import rewards
-from stages.sandbox.pair import SandboxFailure
+from stages.sandbox import Sandbox, SandboxFailure
 
 Reward = Callable[..., list[float | None]]
 
@@ -91,16 +89,16 @@ def needs_sandbox(names: Iterable[str], file: str | None) -> bool:
     return "sandbox" in parameters
 
 
-def with_checks(name: str, function: Reward, **fixed: Any) -> Reward:
+def with_checks(name: str, function: Reward, sandbox: Sandbox | None = None) -> Reward:
     """Wrap a reward function with checks of its results.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
-    the sample. It gets the columns in FIELDS. fixed: arguments that are the same in every call, such as
-    `sandbox`.
+    the sample. It gets the columns in FIELDS, and the sandbox if it has a parameter for it.
     """
+    takes_sandbox = "sandbox" in inspect.signature(function).parameters
+    call = functools.partial(function, sandbox=sandbox) if takes_sandbox else function
 
     def reward(completions: list[str], **columns: Any) -> list[float | None]:
-        call = functools.partial(function, **fixed)
         rows = [json.loads(text) for text in columns.pop(FIELDS, ())]
         columns |= {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
         try:

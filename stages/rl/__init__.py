@@ -99,10 +99,13 @@ def _work(texts: Texts, _: str) -> Work | None:
     longest = min(texts.rl_prompts.longest, rl.max_prompt_length)
     return Work(
         trained=sampled_completions * (prompt / shared + response) * passes,
-        read=sampled_completions * prompt / rl.num_generations, written=sampled_completions * response,
+        read=sampled_completions * prompt / rl.num_generations,
+        written=sampled_completions * response,
         batch=rl.per_device_train_batch_size * (longest / shared + rl.max_completion_length),
-        slots=min(completions, rl.rollouts.batch_size), length=longest + rl.max_completion_length, copies=2,
-    )  # fmt: skip
+        slots=min(completions, rl.rollouts.batch_size),
+        length=longest + rl.max_completion_length,
+        copies=2,
+    )
 
 
 STAGE = Stage(

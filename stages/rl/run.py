@@ -1,7 +1,5 @@
 """GRPO on the active System 2 elements, by TRL's GRPOTrainer, from the SFT adapter."""
 
-from __future__ import annotations
-
 from statistics import fmean
 from typing import Any
 

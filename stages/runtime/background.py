@@ -1,7 +1,5 @@
 """Concurrent calls and coroutines in daemon threads, which do not keep the process from ending."""
 
-from __future__ import annotations
-
 import _thread
 import asyncio
 import queue

@@ -1,7 +1,5 @@
 """Says whether this machine has an NVIDIA GPU, and why torch cannot use it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The variables of the environment are torch's, so that torchrun and accelerate ca
 single process nothing here but `check_gpus` loads torch.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

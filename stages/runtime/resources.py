@@ -1,7 +1,5 @@
 """The machine as this process sees it: cores, memory in MiB (2²⁰ bytes), and where that runs out."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import math

@@ -55,13 +55,13 @@ def _check_rows(texts: Texts) -> None:
     from stages.lora import examples
 
     config = texts.config
-    if not texts.labels:
+    if texts.labels:
+        by_group, _ = examples.scored(texts.labels, config.score, config.seed)
+    else:
         every_row = config.sft.model_copy(update={"data": "all"})
         slow = [Labelled(row, 2, {}) for row in texts.rows[TRAIN]]
-        for rows in examples.trained_by_sft(slow, every_row, None, config.seed).values():
-            texts.check_lengths(config.score, rows)
-        return
-    for rows in examples.scored(texts.labels, config.score, config.seed)[0].values():
+        by_group = examples.trained_by_sft(slow, every_row, None, config.seed)
+    for rows in by_group.values():
         texts.check_lengths(config.score, rows)
 
 

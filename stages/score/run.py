@@ -1,7 +1,5 @@
 """Make the initial adapter A₀, B₀ and score the importance of each of its elements for both systems."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -40,9 +38,16 @@ GROUPS: dict[Any, tuple[str, str, str]] = {
 
 
 def run(
-    context: StageContext, model: ModelSection, data: DataSection, prompt: PromptSection,
-    modes: ModesSection | None, lora: LoraSection, score: ScoreSection, seed: int, protect: str | None,
-) -> dict[str, Any]:  # fmt: skip
+    context: StageContext,
+    model: ModelSection,
+    data: DataSection,
+    prompt: PromptSection,
+    modes: ModesSection | None,
+    lora: LoraSection,
+    score: ScoreSection,
+    seed: int,
+    protect: str | None,
+) -> dict[str, Any]:
     """Write `init/` (plain PEFT), `shapes.json` and, if there are labels, `importance.safetensors`.
 
     Importance is one float32 per element of the trainable part of each LoRA weight, by system. The variant

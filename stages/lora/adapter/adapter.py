@@ -8,8 +8,6 @@ product is zero: the model starts as the base, whose weights never change. Alpha
 the scaling alpha / rank is that of rank r.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from transformers import PreTrainedModel
 
 from stages.config import LoraSection, ModelSection
 from stages.config.sources import ALL_LINEAR, SUBTRACTED
-from stages.errors import ArtifactError, ConfigError, first_line
+from stages.errors import ArtifactError, ConfigError
 from stages.lora.adapter.shared_cast import share_casts
 from stages.models.base import language_model_path, with_adapter
 
@@ -66,23 +64,22 @@ def linear_modules(base: PreTrainedModel) -> set[str]:
 
 
 def _with_lora(
-    base: PreTrainedModel, lora: LoraSection, dropout: float, doubled: bool, init: bool | str
+    base: PreTrainedModel, lora: LoraSection, dropout: float = 0.0, init: bool | str = False
 ) -> PeftModel:
-    """Add LoRA; ConfigError if PEFT cannot put it on these modules, or puts it on fused experts."""
+    """Add LoRA; ConfigError if PEFT cannot put it on these modules, or puts it on fused experts.
+
+    init: PEFT's initialisation, which knows no compensation; False: the values follow later.
+    """
+    halves = 2 if lora.compensated and not init else 1
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.r * (2 if doubled else 1),
-        lora_alpha=lora.lora_alpha * (2 if doubled else 1),  # PEFT multiplies
+        r=lora.r * halves,
+        lora_alpha=lora.lora_alpha * halves,  # PEFT multiplies
         lora_dropout=dropout,
         target_modules=list(lora.target_modules),
         init_lora_weights=init,
     )
-    try:
-        model = with_adapter(base, config)
-    except ValueError as error:
-        raise ConfigError(
-            f"PEFT refuses this adapter: {first_line(error)}", "see lora.target_modules"
-        ) from None
+    model = with_adapter(base, config, "lora.target_modules")
     if fused := model.active_peft_config.target_parameters:
         raise ConfigError(
             f"lora.target_modules: PEFT would adapt fused experts ({', '.join(fused)})",
@@ -99,7 +96,7 @@ def initial(base: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     """
     lora = with_targets(base, lora)
     peft_values = None if lora.init == "normal" else _peft_initial_values(base, lora, seed)
-    model = _with_lora(base, lora, dropout=0.0, doubled=lora.compensated, init=False)
+    model = _with_lora(base, lora)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # Sorted by name, so that the random values do not depend on the order of the modules.
@@ -126,7 +123,7 @@ def _peft_initial_values(base: PreTrainedModel, lora: LoraSection, seed: int) ->
         if lora.init in SUBTRACTED
         and f".{name}".endswith(tuple(f".{target}" for target in lora.target_modules))
     }
-    model = _with_lora(base, lora, dropout=0.0, doubled=False, init=init)
+    model = _with_lora(base, lora, init=init)
     values = {name: module.weight.detach().clone() for name, module in lora_layers(model).items()}
     model.unload()
     for name, weight in base_weights.items():
@@ -190,7 +187,7 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, nn.Line
 def attach(base: PreTrainedModel, lora: LoraSection, folder: Path, dropout: float = 0.0) -> PeftModel:
     """Put the adapter in `folder` on `base`; ArtifactError unless every name and shape fits."""
     lora = with_targets(base, lora)
-    model = _with_lora(base, lora, dropout, doubled=lora.compensated, init=False)
+    model = _with_lora(base, lora, dropout)
     stored, layers = read(folder), lora_layers(model)
     # PEFT would skip names that the model lacks and leave layers that the file lacks at their initial values.
     if stored.keys() != layers.keys():

@@ -3,8 +3,6 @@
 All their parameters are trained: no element is scored, masked or frozen.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -13,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from stages.config import BaselineSection
-from stages.errors import ArtifactError, ConfigError
+from stages.errors import ArtifactError
 from stages.lora.adapter import adapter
 from stages.models.base import with_adapter
 
@@ -41,10 +39,7 @@ def attach(base: PreTrainedModel, baseline: BaselineSection, seed: int, folder: 
         config: PeftConfig = IA3Config(task_type="CAUSAL_LM")
     else:
         config = PROMPTS[baseline.method](task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS)
-    try:
-        model = with_adapter(base, config)
-    except ValueError as error:
-        raise ConfigError(f"baseline.method {baseline.method}: {error}") from None
+    model = with_adapter(base, config, f"baseline.method {baseline.method}")
     if folder is not None:
         load(model, folder)
     return model

@@ -4,8 +4,6 @@ Each merged weight is computed from the untouched base weight. TRL, to send weig
 to the base weight in place and subtracts it again, so that rounding makes the base weight drift.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import Any

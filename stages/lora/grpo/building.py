@@ -96,13 +96,8 @@ class Grpo(Training):
         return sandboxes.from_settings(self.sandbox, self.context.progress.say) if self.sandbox else None
 
     def rewards(self) -> list[Callable[..., Any]]:
-        """Those functions with checks of what they return; those that run code with the sandbox."""
-        checked = []
-        for name, reward in self.functions.items():
-            runs_code = loading.needs_sandbox([name], self.section.rewards_file)
-            given = {"sandbox": self.backend} if runs_code else {}
-            checked.append(loading.with_checks(name, reward, **given))
-        return checked
+        """Those functions with checks of what they return."""
+        return [loading.with_checks(name, reward, self.backend) for name, reward in self.functions.items()]
 
     def build(self) -> GrpoTrainer:
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""

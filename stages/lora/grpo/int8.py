@@ -6,8 +6,6 @@ what the policy would write. So each token's loss is weighted by the policy's pr
 cut at a limit: truncated importance sampling, as TRL has it for vLLM, and FlashRL for quantized rollouts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

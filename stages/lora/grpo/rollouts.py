@@ -4,8 +4,6 @@ The sampler draws from a merged copy of the model in training where there is one
 seed of its own, so that none depends on how many are sampled at a time.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from contextlib import nullcontext

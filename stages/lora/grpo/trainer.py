@@ -3,8 +3,6 @@
 Import it where RL begins: TRL loads vLLM with GRPOTrainer if it is installed, see `building.trainer_class`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext

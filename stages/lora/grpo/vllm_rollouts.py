@@ -1,7 +1,5 @@
 """Rollouts for GRPO from vLLM in the trainer's process, with weights merged beside the base, not into it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Any

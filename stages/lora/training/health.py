@@ -1,7 +1,5 @@
 """Watches a training run: rehearses the longest micro batch, reports progress, stops what has gone wrong."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ One is saved every `save_steps` (25 by default), and after SAVE_S. A run that wa
 from 25, as `ResumableTrainer` does it; `Checkpoints.newest` passes over damaged ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -207,6 +205,9 @@ def steps_of(batches: int, section: TrainSection, stage: str = "") -> int:
     if stage and steps < (section.max_steps or 0):
         log.warning(
             "%s ends after %d steps (num_train_epochs %g): max_steps %d is a limit, and no length as in TRL",
-            stage, steps, section.num_train_epochs, section.max_steps,
-        )  # fmt: skip
+            stage,
+            steps,
+            section.num_train_epochs,
+            section.max_steps,
+        )
     return min(steps, section.max_steps or steps)

@@ -1,7 +1,5 @@
 """Start of SFT and RL, and the proof at the end that frozen elements stayed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path

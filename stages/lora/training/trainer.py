@@ -5,8 +5,6 @@ weights and optimizer state are safetensors, the rest is JSON. The library's own
 the `default` adapter if there is a second one, and lets GRPO's sampler start again with the first epoch.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Iterator
