@@ -34,7 +34,6 @@ GROUPS = {
 }
 """Commands by what they are for, in the order of `lorapar --help`, each with a line."""
 COMMANDS = {name: text for commands in GROUPS.values() for name, text in commands.items()}
-WIDTH = 100
 
 
 def usage() -> str:
@@ -44,6 +43,6 @@ def usage() -> str:
         lines += ["", f"{title}:"]
         for name, text in commands.items():
             head = f"  {name:<11}"
-            lines += textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+            lines += textwrap.wrap(text, 100, initial_indent=head, subsequent_indent=" " * len(head))
     lines += ["", "--version; --install-completion for your shell. Guide: docs/, or make docs"]
     return "\n".join(lines)

@@ -7,16 +7,17 @@ from lorapar_cli import terminal
 from lorapar_cli.options import ConfigPath, Overrides, argument, flag, plan_of, trained, value
 from stages.pipeline.state import current_artifact
 
-Folder = Annotated[Path, argument("Output folder; must not exist.", "DIR")]
-Target = Annotated[str | None, value("sft or rl; if left out, the last that is evaluated.")]
-Merged = Annotated[bool, flag("--merged", "Merge the adapter into the base model.")]
-Push = Annotated[str | None, value("Upload it to this repository of the hub, too.", "OWNER/NAME")]
+PUSH = "Upload it to this repository of the hub, too."
 
 
 def command(
-    config: ConfigPath, folder: Folder, target: Target = None, merged: Merged = False, push: Push = None,
+    config: ConfigPath,
+    folder: Annotated[Path, argument("Output folder; must not exist.", "DIR")],
+    target: Annotated[str | None, value("sft or rl; if left out, the last that is evaluated.")] = None,
+    merged: Annotated[bool, flag("--merged", "Merge the adapter into the base model.")] = False,
+    push: Annotated[str | None, value(PUSH, "OWNER/NAME")] = None,
     set_: Overrides = None,
-) -> None:  # fmt: skip
+) -> None:
     from stages import export as exporting
 
     exporting.refuse_existing(folder)  # at once: planning takes seconds

@@ -9,6 +9,7 @@ from lorapar_cli import terminal
 from lorapar_cli.options import argument, pairs, value
 from stages import escaping
 from stages.config import DataSection, ModelSection
+from stages.data.files import stem
 from stages.data.rows import local_file
 from stages.errors import ConfigError, MissingInputError, OutputError
 from stages.pipeline.resolve import load, resolved
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from stages.init.data_profile import DataProfile
     from stages.init.own_rows import OwnRows
 
+    Read = tuple[OwnRows, str, list[BenchmarkSection]]
+    """The reading of a person's rows, the file to train on, and benchmarks."""
 
 SHOWN = 5
 """Final answers that are shown with their texts."""
@@ -41,9 +44,15 @@ Example = Annotated[str | None, value(EXAMPLE, "NAME")]
 
 
 def command(
-    data: Data = None, model: Model = None, out: Out = None, labels: Labels = None, tests: Tests = None,
-    columns: Columns = None, holds_out: HoldOut = True, example: Example = None,
-) -> None:  # fmt: skip
+    data: Data = None,
+    model: Model = None,
+    out: Out = None,
+    labels: Labels = None,
+    tests: Tests = None,
+    columns: Columns = None,
+    holds_out: HoldOut = True,
+    example: Example = None,
+) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
         if data or model or labels or tests or columns:
@@ -60,7 +69,7 @@ def command(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
             "or copy an example: lorapar init --example demo",
         )
-    path = out or Path(f"{_stem(data)}.yaml")
+    path = out or Path(f"{stem(data)}.yaml")
     _check_paths(data, path, labels)
     written: list[Path] = []
     try:
@@ -91,10 +100,9 @@ def _check_paths(data: str, path: Path, labels: str | None) -> None:
 
 
 def _rows(
-    data: str, folder: Path, tests: list[str], columns: dict[str, str], holds_out: bool,
-    written: list[Path],
-) -> tuple[OwnRows, str, list[BenchmarkSection]]:  # fmt: skip
-    """The reading of the rows, those to train on, and benchmarks; `written` gets the new files."""
+    data: str, folder: Path, tests: list[str], columns: dict[str, str], holds_out: bool, written: list[Path]
+) -> Read:
+    """Read the rows, and divide them unless there are others to evaluate on; `written` gets the new files."""
     from stages.init.data_profile import benchmark_of
     from stages.init.own_rows import hold_out, own_rows
 
@@ -104,22 +112,14 @@ def _rows(
         if reading.path != data:  # the rows to evaluate on are of the same kind
             tests = [own_rows(test, folder, columns, written).path for test in tests]
         return reading, reading.path, [benchmark_of(test) for test in tests]
-    train, test = hold_out(reading.path, str(folder / _stem(data)), written)
+    train, test = hold_out(reading.path, str(folder / stem(data)), written)
     if test and (undivided := Path(reading.path)) in written:  # its two parts have all of its rows
         undivided.unlink()
         written.remove(undivided)
     return reading, train, [test] if test else []
 
 
-def _stem(file: str) -> str:
-    """The name of a file without its extensions."""
-    return Path(file).name.split(".")[0]
-
-
-def _write_config(
-    data: str, model: str, path: Path, labels: str | None,
-    rows: tuple[OwnRows, str, list[BenchmarkSection]],
-) -> None:  # fmt: skip
+def _write_config(data: str, model: str, path: Path, labels: str | None, rows: Read) -> None:
     from stages.init import config_writer
     from stages.init.data_profile import survey
     from stages.labelling.known import with_known_labels
@@ -128,7 +128,7 @@ def _write_config(
     profile = survey(
         ModelSection(name=model), DataSection(path=train, empty="drop", duplicates="first"), tests
     )
-    settings = list(config_writer.choices(profile, model, train, tests, labels, _stem(data)))
+    settings = list(config_writer.choices(profile, model, train, tests, labels, stem(data)))
     if labels:  # says how many rows have none
         with_known_labels(profile.rows.examples, "system", Path(labels))
     questions = config_writer.open_questions(profile, tests, labels)

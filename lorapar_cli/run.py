@@ -35,8 +35,9 @@ def command(
             store.look_again()
             continue
         with terminal.TerminalProgress(task.position) as progress:
-            on_made = (lambda *_: None) if quiet else terminal.artifact
-            make(settings, store, task.steps, False, progress, on_made)
+            for result in make(settings, store, task.steps, False, progress):
+                if not quiet:
+                    terminal.artifact(*result)
         if task.stage.name == "eval":
             terminal.results(store, task.steps)
     if not made:

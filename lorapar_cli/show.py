@@ -9,17 +9,20 @@ from stages.pipeline.state import current_artifact, require_current, state
 from stages.pipeline.steps import Step
 from stages.store.artifacts import Store
 
-Stage = Annotated[str | None, argument("A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results.")]
-Samples = Annotated[bool, flag("--samples", "Show graded answers of an evaluation (eval:TARGET).")]
-Wrong = Annotated[bool, flag("--wrong", "Show only answers that are not correct.")]
-By = Annotated[str | None, value("Split results by this field of the test rows; system if left out.")]
-Limit = Annotated[int | None, value("How many answers; 5 if left out.", min=1)]
+STAGE = "A stage, eval:TARGET or eval:TARGET@BENCHMARK; none: the results."
+SAMPLES = "Show graded answers of an evaluation (eval:TARGET)."
+BY = "Split results by this field of the test rows; system if left out."
 
 
 def command(
-    config: ConfigPath, stage: Stage = None, set_: Overrides = None, samples: Samples = False,
-    wrong: Wrong = False, by: By = None, limit: Limit = None,
-) -> None:  # fmt: skip
+    config: ConfigPath,
+    stage: Annotated[str | None, argument(STAGE)] = None,
+    set_: Overrides = None,
+    samples: Annotated[bool, flag("--samples", SAMPLES)] = False,
+    wrong: Annotated[bool, flag("--wrong", "Show only answers that are not correct.")] = False,
+    by: Annotated[str | None, value(BY)] = None,
+    limit: Annotated[int | None, value("How many answers; 5 if left out.", min=1)] = None,
+) -> None:
     _, steps, store = plan_of(config, set_)
     evaluations = [step for step in steps.values() if step.stage.name == "eval"]
     samples |= wrong or limit is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorapar_cli import options, terminal
@@ -24,16 +24,15 @@ from stages.pipeline.stage import Stage
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import Step
 from stages.runtime import gpu, libraries, process_guard, ranks, resources
-from stages.store.artifacts import Store
+from stages.store.artifacts import Artifact, Store
 
 
 def make(
-    settings: Config, store: Store, steps: list[Step], force: bool,
-    progress: terminal.TerminalProgress, on_made: Callable[..., None],
-) -> None:  # fmt: skip
-    """Make steps of one stage in turn. An engine is kept for the next step as long as it fits.
+    settings: Config, store: Store, steps: list[Step], force: bool, progress: terminal.TerminalProgress
+) -> Iterator[tuple[Step, Artifact, bool]]:
+    """Make steps of one stage in turn; yield each with its artifact, and whether it was made now.
 
-    on_made: called after each step, with its artifact and whether it was made now.
+    An engine is kept for the next step as long as it fits.
     """
     with EngineCache() as engines:
         if not force:  # targets that one server can serve are answered by one, if there are several
@@ -46,7 +45,7 @@ def make(
         for step in steps:
             artifact, created = run_step(settings, store, step, force, progress, engines)
             progress.done()
-            on_made(step, artifact, created)
+            yield step, artifact, created
     gc.collect()  # models are in reference cycles
     resources.release_memory()
 
@@ -76,9 +75,10 @@ def command_of(stage: Stage) -> Callable[..., None]:
             return make_elsewhere(sys.argv[1:], number)
         if not ranks.is_main():
             terminal.set_quiet(True)
-        on_made = terminal.artifact if ranks.is_main() else lambda *_: None
         with ranks.together(), terminal.TerminalProgress() as progress:
-            make(settings, store, selected, force, progress, on_made)
+            for result in make(settings, store, selected, force, progress):
+                if ranks.is_main():
+                    terminal.artifact(*result)
         if stage.name == "eval":
             terminal.results(store, selected)
 
@@ -136,7 +136,8 @@ def make_step(config: Config, step: Step, command: list[str], log: Path) -> int:
             make_elsewhere(command, number)
         else:
             with terminal.TerminalProgress() as progress:
-                make(config, Store(config.root), [step], False, progress, terminal.artifact)
+                for result in make(config, Store(config.root), [step], False, progress):
+                    terminal.artifact(*result)
     except Exception as problem:
         return report_failure(problem)
     finally:

@@ -39,10 +39,17 @@ DryRun = Annotated[bool, flag("--dry-run", "Only print how much would be done.")
 
 
 def command(
-    paths: TablePaths, base: Base = None, only: Rows = None, seeds: Seeds = None, set_: Overrides = None,
-    jobs: Jobs = None, devices: Devices = None, slurm: Slurm = None, dry_run: DryRun = False,
+    paths: TablePaths,
+    base: Base = None,
+    only: Rows = None,
+    seeds: Seeds = None,
+    set_: Overrides = None,
+    jobs: Jobs = None,
+    devices: Devices = None,
+    slurm: Slurm = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     if slurm and devices:
         raise ConfigError("--devices cannot be combined with --slurm", "gpus_per_node=1 asks for GPUs")
     tables = load_tables(paths, seeds, base=base, only=only, overrides=set_)

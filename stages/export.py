@@ -31,11 +31,8 @@ def write(
         )
     refuse_existing(out)
     refuse_store(out)
-    try:
-        folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}") from None
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    folder.mkdir(parents=True)
     try:
         fill(folder, trained, config, form)
         text = card(config, trained, form, folder, evaluated)

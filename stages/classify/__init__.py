@@ -45,9 +45,12 @@ def _step(config: Config, rows: str) -> Planned:
 
 
 def _checks(texts: Texts, step: Step) -> Iterator[Check]:
-    strategy = texts.config.labelling_strategy(step.variant)
+    from stages.labelling.known import known_labels
+
+    config, rows = texts.config, step.variant
+    strategy = config.labelling_strategy(rows)
     if strategy == "known":
-        yield partial(_check_known_labels, texts, step.variant)
+        yield lambda: known_labels(texts.rows[rows], config.classify, config.eval.benchmarks.get(rows))
     elif strategy not in UNVOTED:
         yield from _server_checks(texts)
     yield partial(texts.check_prompts, step)
@@ -65,18 +68,9 @@ def _server_checks(texts: Texts) -> Iterator[Check]:
             yield partial(check_reachable, voter.base_url)
 
 
-def _check_known_labels(texts: Texts, variant: str) -> None:
-    from stages.labelling.known import with_known_labels
-
-    classify, benchmark = texts.config.classify, texts.config.eval.benchmarks.get(variant)
-    brings_labels = benchmark is not None and benchmark.brings_labels
-    file, required = (None, True) if brings_labels else (classify.labels_file, benchmark is None)
-    with_known_labels(texts.rows[variant], classify.known, file, required)
-
-
 def _spans(texts: Texts, variant: str) -> Iterator[Span]:
     from stages.engines.openai import max_reply_tokens
-    from stages.labelling.personas import held_out
+    from stages.labelling.personas import read_labelled_examples
     from stages.labelling.votes import tolerated
     from stages.plan.tokens import Lengths, Span
 
@@ -89,14 +83,14 @@ def _spans(texts: Texts, variant: str) -> Iterator[Span]:
             reply = max(max_reply_tokens(b) if served else b.max_thinking_tokens for b in ballots)
             lengths = Lengths(len(ballot.text) for ballot in ballots)
             limit = texts.limit(voter.engine, reply, voter.vllm)
-            asked = (number + len(held_out(classify.held_out))) * voter.samples
+            asked = (number + len(read_labelled_examples(classify.held_out))) * voter.samples
             allowed = tolerated(asked, classify.max_failed) / voter.samples
             yield Span(f"vote on {variant}, {voter.persona}", number, lengths, *limit, "fail", allowed)
 
 
 def _work(texts: Texts, variant: str) -> Work | None:
     """Votes, one forward pass over each prompt, and the first time those on held-out examples."""
-    from stages.labelling.personas import held_out
+    from stages.labelling.personas import read_labelled_examples
     from stages.plan.texts import PROMPT_SAMPLE
     from stages.plan.tokens import Work, per_text
 
@@ -106,7 +100,7 @@ def _work(texts: Texts, variant: str) -> Work | None:
     if config.model.load_in_4bit or any(v.model or v.base_url or v.thinking for v in voters):
         return None  # other models vote (the base itself in 16 bits), or think at unknown length
     first = variant == TRAIN
-    examples = len(rows) + (len(held_out(config.classify.held_out)) if first else 0)
+    examples = len(rows) + (len(read_labelled_examples(config.classify.held_out)) if first else 0)
     ballots = (requests[:PROMPT_SAMPLE] for requests in texts.ballots(variant))
     prompts = [[cast("list[int]", request.text) for request in requests] for requests in ballots]
     tokens = sum(v.samples * per_text(p, len(p)) for v, p in zip(voters, prompts, strict=True))

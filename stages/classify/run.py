@@ -22,8 +22,8 @@ from stages.engines import EngineCache, EngineSpec
 from stages.errors import ConfigError, DataError
 from stages.evaluation.benchmarks import benchmarks
 from stages.labelling.aggregate import MIN_EXAMPLES, Calibration, VoterResult, aggregate, calibrate
-from stages.labelling.known import with_known_labels
-from stages.labelling.personas import held_out, personas, question_of, shots_of
+from stages.labelling.known import known_labels
+from stages.labelling.personas import personas, question_of, read_labelled_examples, shots_of
 from stages.labelling.votes import VoteJournal
 from stages.models.dtype import answer_dtype
 from stages.pipeline.context import StageContext
@@ -46,17 +46,13 @@ def run(
 ) -> dict[str, Any]:
     """Write `labels.jsonl`, the label and votes of each example, and if voters voted `report.json`."""
     examples = benchmarks.pick(benchmark.kind).load(benchmark) if benchmark else read(data or DataSection())
-    brings_labels = benchmark is not None and benchmark.brings_labels
-    if brings_labels:
-        classify = classify.model_copy(update={"strategy": "known", "labels_file": None})
-    if classify.strategy in UNVOTED:
-        if classify.strategy == "random":
+    strategy = "known" if benchmark and benchmark.brings_labels else classify.strategy
+    if strategy in UNVOTED:
+        if strategy == "random":
             generator, share = random.Random(classify.seed), classify.system2_share or 0.5
             rows = [Labelled(example, 2 if generator.random() < share else 1, {}) for example in examples]
         else:
-            # Training rows need labels; items of a benchmark only if it was said to bring them.
-            required = benchmark is None or brings_labels
-            rows = with_known_labels(examples, classify.known, classify.labels_file, required)
+            rows = known_labels(examples, classify, benchmark)
         write_labels(context.out / "labels.jsonl", rows)
         return report.counts(rows)
     bare = sum(not example.response for example in examples)
@@ -64,7 +60,7 @@ def run(
         # Votes with and without an answer to look at have no threshold in common.
         log.info("%d of %d rows have no response, so voters see none", bare, len(examples))
         classify = classify.model_copy(update={"show_answer": False})
-    labelled = held_out(classify.held_out)
+    labelled = read_labelled_examples(classify.held_out)
     journals = _journals(model, classify, context)
     for journal in journals:
         journal.set_examples([*(row.example for row in labelled), *examples])

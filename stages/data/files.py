@@ -20,6 +20,11 @@ Rows = list[tuple[int, dict[str, Any]]]
 """Each row with its number: the line in JSON Lines and CSV, else counted from 1."""
 
 
+def stem(path: str) -> str:
+    """The name of a file without all that follows its first dot."""
+    return Path(path).name.partition(".")[0]
+
+
 def read_file(path: Path) -> Rows:
     """Read the rows of a file by its name, gzipped or not (but Parquet); `[` begins a list in JSON."""
     name = path.name.lower().removesuffix(".gz")

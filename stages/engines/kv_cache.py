@@ -24,9 +24,7 @@ class KVCache:
 
     def __init__(self, rows: int) -> None:
         self.rows, self.columns = rows, 0
-        self.keys: list[Tensor] = []
-        """By layer: (rows, key heads, columns, width)."""
-        self.values: list[Tensor] = []
+        self.keys, self.values = list[Tensor](), list[Tensor]()
         """By layer: (rows, key heads, columns, width)."""
 
     def reserve(self, columns: int) -> None:

@@ -95,9 +95,14 @@ class Client:
     """One model on a server. ServerError if it does not answer, ConfigError if it refuses."""
 
     def __init__(
-        self, url: str, key: str, server: ServerSection, model: str,
-        exit_error: Callable[[], ServerError | None] = lambda: None, concurrency: int = CONCURRENCY,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        key: str,
+        server: ServerSection,
+        model: str,
+        exit_error: Callable[[], ServerError | None] = lambda: None,
+        concurrency: int = CONCURRENCY,
+    ) -> None:
         """exit_error: why the server has ended, if it has."""
         self.url, self.key, self.server, self.model, self.exit_error = url, key, server, model, exit_error
         self._most = server.concurrency or concurrency

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 from stages import escaping
 from stages.config import AUTO, TRAINED, BenchmarkSection, LoraSection, RlSection, ServerSection
 from stages.config.sources import ALL_LINEAR
 from stages.config.yaml import on_one_line
+from stages.data.files import stem
 from stages.evaluation.benchmarks import benchmarks
 from stages.init.data_profile import FEWEST_WORKED, VERIFIED, DataProfile, question
 from stages.plan.tokens import Lengths
@@ -291,4 +291,4 @@ def _benchmarks(tests: list[BenchmarkSection], limits: dict[str, Any]) -> Iterat
 
 def _word(path: str) -> str:
     """The name of a file, in characters that are allowed in names of runs and benchmarks."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).name.split(".")[0])
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem(path))

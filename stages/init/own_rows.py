@@ -14,6 +14,7 @@ from typing import Any
 from stages import escaping
 from stages.config import BenchmarkSection, SourceSection
 from stages.data import formats
+from stages.data.files import stem
 from stages.data.formats import EmptyRowError
 from stages.data.rows import local_file, raw_rows, read_rows
 from stages.errors import ConfigError, DataError
@@ -98,7 +99,7 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
         return OwnRows(path, unread=unread)
     for number, (_, gold) in golds.items():
         rows[number]["gold"] = gold
-    file = folder / f"{Path(path).name.split('.')[0]}-rows.jsonl"
+    file = folder / f"{stem(path)}-rows.jsonl"
     written += [] if file.exists() else [file]
     with whole_files([file], HINT) as (draft,):
         write_jsonl(draft, rows)

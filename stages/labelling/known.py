@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from stages.config import BenchmarkSection, ClassifySection
 from stages.data.files import read_file
 from stages.data.formats import instruction
 from stages.errors import DataError
@@ -56,6 +57,15 @@ def with_known_labels(
         message = "%d of %d examples have no label in %s: they stay undecided"
         log.warning(message, unlabelled, len(rows), where)
     return rows
+
+
+def known_labels(
+    examples: list[Example], classify: ClassifySection, benchmark: BenchmarkSection | None = None
+) -> list[Labelled]:
+    """The known labels of training rows, which need some, or of a benchmark's items, if it brings them."""
+    brings_labels = benchmark is not None and benchmark.brings_labels
+    file = None if brings_labels else classify.labels_file
+    return with_known_labels(examples, classify.known, file, brings_labels or benchmark is None)
 
 
 def system_of(value: Any) -> int | None:

@@ -35,9 +35,6 @@ chains, yes/no questions. None of them is in the demonstration set or in HELD_OU
 HELD_OUT = HERE / "held_out.jsonl"
 """Labelled examples for calibration, 16 of each system, of the same kinds as in SHOTS."""
 
-FOR_CALIBRATION = "held_out/"
-"""Begins the ids of labelled examples."""
-
 
 @dataclass(frozen=True)
 class PersonaContext:
@@ -77,15 +74,14 @@ def shots_of(voter: Voter) -> tuple[Labelled, ...]:
     return tuple(row for pair in zip(ones[:of_each], twos[:of_each], strict=True) for row in pair)
 
 
-def held_out(path: str | None) -> list[Labelled]:
-    """The labelled examples for calibration, from a user's file or from lorapar's own."""
-    return read_labelled_examples(Path(path or HELD_OUT))
+def read_labelled_examples(path: str | Path | None) -> list[Labelled]:
+    """Read labelled examples from a file or, without one, lorapar's own for calibration.
 
-
-def read_labelled_examples(path: Path) -> list[Labelled]:
-    """Read rows in any form, with `system` (1 or 2), with or without an answer; DataError for other rows."""
+    Rows may have any form, with `system` (1 or 2), with or without an answer; DataError for other rows.
+    """
+    path = path or HELD_OUT
     examples = read(SourceSection(path=str(path), empty="keep"))
-    examples = [replace(row, id=f"{FOR_CALIBRATION}{row.prompt}") for row in examples]
+    examples = [replace(row, id=f"held_out/{row.prompt}") for row in examples]
     rows = [row for row in with_known_labels(examples, "system", None) if row.system]
     if len({row.system for row in rows}) < 2:
         raise DataError(f"{path} has examples of one system only")

@@ -17,7 +17,7 @@ from stages.engines import EngineCache
 from stages.errors import ConfigError, Terminated
 from stages.pipeline.context import StageContext
 from stages.pipeline.stage import Stage, section
-from stages.pipeline.state import State, current_artifact, refuse_damaged, require_current, state
+from stages.pipeline.state import current_artifact, refuse_damaged, require_current, state
 from stages.pipeline.steps import Step, ancestors, check_unchanged
 from stages.progress import Progress
 from stages.runtime import libraries, ranks, resources
@@ -179,24 +179,13 @@ def versions() -> dict[str, str]:
 class Task:
     """The steps of one stage that a run needs."""
 
+    stage: Stage
     steps: list[Step]
-    states: list[State]
+    current: bool
+    why: str
+    """The reasons why it has to be done, or the artifacts that are current."""
     position: str
     """Its place among the tasks of the run."""
-
-    @property
-    def stage(self) -> Stage:
-        return self.steps[0].stage
-
-    @property
-    def current(self) -> bool:
-        return all(now.state == "current" for now in self.states)
-
-    @property
-    def why(self) -> str:
-        """The reasons why it has to be done, or the artifacts that are current."""
-        reasons = [now.why for now in self.states if self.current or now.state != "current"]
-        return ("; " if not self.current else ", ").join(dict.fromkeys(reasons))
 
 
 def pending_stages(steps: dict[str, Step], store: Store, last: str | None) -> Iterator[Task]:
@@ -210,4 +199,7 @@ def pending_stages(steps: dict[str, Step], store: Store, last: str | None) -> It
         raise missing_path_error()
     tasks = [list(group) for _, group in groupby(needed, key=lambda step: step.stage.name)]
     for number, task in enumerate(tasks, 1):
-        yield Task(task, [state(store, step) for step in task], f"stage {number} of {len(tasks)}")
+        states = [state(store, step) for step in task]
+        pending = [now for now in states if now.state != "current"]
+        why = ("; " if pending else ", ").join(dict.fromkeys(now.why for now in pending or states))
+        yield Task(task[0].stage, task, not pending, why, f"stage {number} of {len(tasks)}")

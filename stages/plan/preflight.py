@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from stages import sandbox as sandboxes
 from stages.config import Config, RlSection, ScoreSection, SftSection
 from stages.errors import DataError, LoraparError, OutputError
-from stages.labelling.known import with_known_labels
+from stages.labelling.known import known_labels
 from stages.models import load_errors
 from stages.pipeline.stage import TRAIN, Check, section
 from stages.pipeline.state import current_artifact
@@ -27,35 +26,25 @@ from stages.records import Labelled, read_labels
 from stages.runtime import ranks
 
 
-@dataclass(frozen=True)
-class CertainFailure:
-    stopped: tuple[str, ...]
-    """Names of the steps that it would stop."""
-    error: LoraparError
-
-    def __str__(self) -> str:
-        summary, *rows = str(self.error).splitlines()
-        such_as = f", such as {rows[0].strip()}" if rows else ""
-        hint = f"\n    {self.error.hint}" if self.error.hint else ""
-        return f"{', '.join(self.stopped)}: {summary.removesuffix(':')}{such_as}{hint}"
-
-
-def problems(texts: Texts, steps: list[Step]) -> list[CertainFailure]:
-    """Everything that is certain to stop these steps, which are those that a run would do."""
-    by_message: dict[str, tuple[LoraparError, list[str]]] = {}
+def problems(texts: Texts, steps: list[Step]) -> list[str]:
+    """Everything that is certain to stop these steps, which are those that a run would do, each by name."""
+    stopped: dict[str, dict[str, None]] = {}
     for name, check in _checks(texts, steps):
         try:
             check()
         except LoraparError as error:
-            by_message.setdefault(str(error), (error, []))[1].append(name)
-    return [CertainFailure(tuple(dict.fromkeys(names)), error) for error, names in by_message.values()]
+            summary, *rows = str(error).splitlines()
+            such_as = f", such as {rows[0].strip()}" if rows else ""
+            hint = f"\n    {error.hint}" if error.hint else ""
+            stopped.setdefault(f"{summary.removesuffix(':')}{such_as}{hint}", {})[name] = None
+    return [f"{', '.join(names)}: {problem}" for problem, names in stopped.items()]
 
 
 def require_no_problem(texts: Texts, steps: list[Step]) -> None:
     """Raise DataError with everything that is certain to stop one of these steps, if there is anything."""
     if certain := problems(texts, steps):
         number = "1 thing is" if len(certain) == 1 else f"{len(certain)} things are"
-        raise DataError("\n  ".join([f"{number} certain to stop this run", *map(str, certain)]))
+        raise DataError("\n  ".join([f"{number} certain to stop this run", *certain]))
 
 
 def _checks(texts: Texts, steps: list[Step]) -> Iterator[tuple[str, Check]]:
@@ -104,8 +93,7 @@ def _labels(texts: Texts, steps: list[Step]) -> list[Labelled]:
     labelling = next(filter(None, (step.inputs.get("classify:train") for step in steps)), None)
     if labelling and (artifact := current_artifact(texts.store, labelling)):
         return read_labels(artifact.path / "labels.jsonl")
-    classify = config.classify
-    if classify.strategy == "known":
+    if config.classify.strategy == "known":
         with suppress(LoraparError):  # which the check of classify raises
-            return with_known_labels(texts.rows[TRAIN], classify.known, classify.labels_file)
+            return known_labels(texts.rows[TRAIN], config.classify)
     return []

@@ -11,8 +11,6 @@ from pydantic import TypeAdapter
 
 from stages.store.whole_files import whole_files
 
-KEY_DIGITS = 12
-
 
 def digest_of(value: Any) -> str:
     """sha256 of a value as canonical JSON: sorted keys, no spaces, no NaN."""
@@ -21,7 +19,7 @@ def digest_of(value: Any) -> str:
 
 
 def key_of(identity: dict[str, Any]) -> str:
-    return digest_of(identity)[:KEY_DIGITS]
+    return digest_of(identity)[:12]
 
 
 def id_of(content: Any) -> str:

@@ -77,13 +77,10 @@ class Compare(Section):
         return {"on" if key is True else key: value for key, value in section.items()}
 
 
-Comparisons = Annotated[
-    list[Compare],
-    BeforeValidator(
-        lambda value: [value] if isinstance(value, dict) else value,
-        json_schema_input_type=Compare | list[Compare],
-    ),
-]
+_listed = BeforeValidator(
+    lambda value: [value] if isinstance(value, dict) else value,
+    json_schema_input_type=Compare | list[Compare],
+)
 
 
 class Plot(Section):
@@ -107,7 +104,7 @@ class TableFile(Section):
     partition:sft.active_share."""
     paper: Annotated[dict[str, dict[str, float]], WithoutFalse] = setting({})
     """Published values, by row and column."""
-    compare: Comparisons = setting([])
+    compare: Annotated[list[Compare], _listed] = setting([])
     """Test each row against one row, paired by item and seed; or a list of planned comparisons. p-values are
     corrected for their number."""
     plot: Plot | None = setting(None, "Plot one column over another.")

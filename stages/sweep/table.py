@@ -71,9 +71,12 @@ class Table:
 
 
 def table(
-    path: Path, base: Path | None = None, only: list[str] | None = None, seeds: list[int] | None = None,
+    path: Path,
+    base: Path | None = None,
+    only: list[str] | None = None,
+    seeds: list[int] | None = None,
     overrides: list[str] | None = None,
-) -> Table:  # fmt: skip
+) -> Table:
     """Plan the cells of a table file. One ConfigError lists everything that is wrong with them.
 
     base: replaces every config that the file names. only: names of rows, or patterns such as `QKV*`.
