@@ -3,8 +3,6 @@
 `run` and workers of `sweep` make their steps in the same way.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

@@ -1,18 +1,13 @@
 """Ask a trained model a question in each of its modes, in this process."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from stages.config import Config
 from stages.engines import Sampling
 from stages.prompts.renderer import renderers_of
-
-if TYPE_CHECKING:
-    from stages.store.artifacts import Artifact
+from stages.store.artifacts import Artifact
 
 
 @dataclass(frozen=True)

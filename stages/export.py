@@ -1,8 +1,6 @@
 """Export a trained adapter as plain PEFT files, or the merged model: with a tokenizer whose chat template has
 the modes, and a card."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import shutil

@@ -3,8 +3,6 @@
 Such a Python file, which a setting names, is read without running it, and imported once.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Report on the labels: each voter, how well it tells known examples apart, and known labels."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

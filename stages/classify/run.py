@@ -5,8 +5,6 @@ request with an answer in its journal is sent again. So a new voter or sample ad
 a killed run continues where it was.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import random

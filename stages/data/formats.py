@@ -3,8 +3,6 @@
 A row in chat format with several turns makes an example of its last answer, with the turns before as context.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Resolves a revision on the hub to a commit."""
 
-from __future__ import annotations
-
 import functools
 import re
 from contextlib import suppress

@@ -3,20 +3,16 @@
 The module of each engine has `open_engine(spec, server, say)`, a context manager that yields an `Engine`.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, Self
 
+from stages.config import ModelSection, ServerSection
 from stages.registry import Registry
 from stages.runtime import libraries
-
-if TYPE_CHECKING:
-    from stages.config import ModelSection, ServerSection
 
 engines = Registry(
     "engine",
@@ -147,7 +143,7 @@ class EngineCache:
             self._open.__exit__(*(error or (None, None, None)))
             gc.collect()  # models are in reference cycles, and the next one needs their memory
 
-    def __enter__(self) -> EngineCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -3,8 +3,6 @@
 Each distinct prompt is prefilled once, and the slot of an ended completion goes to the next prompt.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Models in this process: choices and batched generation, for small models, evaluation and CPU rollouts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -50,7 +48,7 @@ takes 88 ms, and keeping a float32 copy of it (113 MB) takes 27 ms.
 
 
 @contextmanager
-def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[InProcess]:
+def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator["InProcess"]:
     say(f"loading {spec.model.name} in this process")
     yield InProcess(load_merged(spec.model, spec.adapter), load_tokenizer(spec.model), server.batch_size)
 

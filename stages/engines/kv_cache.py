@@ -1,7 +1,5 @@
 """KV cache of continuous batching, with the attention of a prefill and of a decode step over it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -7,8 +7,6 @@ output is asked for one word, and its reply is read strictly; so is the reply of
 Retries and back-off are the package's; what a reply must be to count is in `reply_checks`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -64,7 +62,7 @@ Ask = Callable[[Any, Any], Awaitable[Any]]
 
 
 @contextmanager
-def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator[Client]:
+def open_engine(spec: EngineSpec, server: ServerSection, say: Callable[[str], None]) -> Iterator["Client"]:
     key = os.environ.get(spec.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"the key in {spec.api_key_env} has characters that no key has", "type it again")

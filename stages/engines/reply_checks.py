@@ -4,8 +4,6 @@ The fields that are used are checked, all others ignored. A reply that is of ano
 or has probabilities that cannot be raises one of `UNREADABLE`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A vLLM server on this machine, started for one model and always stopped."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,8 +1,6 @@
 """The config that `lorapar init` writes: settings that follow from the profile of the rows, with reasons, and
 the questions that the rows leave open, for a person to decide."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count

@@ -1,8 +1,6 @@
 """Rows of a person's own file, for `lorapar init`: columns by other names, final answers in short texts, and
 a part that is held out to evaluate on."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Mapping

@@ -1,11 +1,10 @@
 """From votes to labels: the threshold of each voter, then rules, ties and quorum."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from math import exp, log, sqrt
 from statistics import median
+from typing import Self
 
 from stages.config import ClassifySection
 from stages.evaluation.statistics import Z
@@ -89,7 +88,7 @@ class VoterResult:
         # sigmoid(log_odds(value) - log_odds(threshold))
         return 1 / (1 + exp(log(threshold / (1 - threshold)) - log(value / (1 - value))))
 
-    def decided(self, share: float | None) -> VoterResult:
+    def decided(self, share: float | None) -> Self:
         """Vote 2 above the threshold; or, if the share of System 2 is known, for that share of the examples.
 
         Those are the valid ones with the highest probability, ties by id; the lowest is the threshold then.

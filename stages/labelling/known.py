@@ -1,7 +1,5 @@
 """Known labels, from a field of the rows or from a file."""
 
-from __future__ import annotations
-
 import logging
 import re
 from contextlib import suppress

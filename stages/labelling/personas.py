@@ -4,15 +4,12 @@
 whose votes depend on the label words more than on anything else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from stages.config import SourceSection
+from stages.config import SourceSection, Voter
 from stages.data.rows import read
 from stages.engines import ChoiceRequest
 from stages.errors import DataError
@@ -20,9 +17,6 @@ from stages.labelling.known import with_known_labels
 from stages.prompts.answers import split_final_answer
 from stages.records import Example, Labelled
 from stages.registry import Registry
-
-if TYPE_CHECKING:
-    from stages.config import Voter
 
 personas: Registry = Registry("persona")
 """Traits: `chat`, for strong models, with a threshold of 0.5 (all others need calibration); `few-shot`, which

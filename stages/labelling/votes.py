@@ -1,7 +1,5 @@
 """The votes of one voter: those in its journal, the requests that are missing there, and the failures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace

@@ -1,17 +1,14 @@
 """The first argument of every stage function: its inputs, and where its output goes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from stages.engines import EngineCache
-    from stages.progress import Progress
-    from stages.store.artifacts import Artifact
-    from stages.store.checkpoints import Checkpoints
+from stages.engines import EngineCache
+from stages.progress import Progress
+from stages.store.artifacts import Artifact
+from stages.store.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Loads a config file, checks its names against the registries, and resolves every `engine: auto`."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 At the end are parts that several descriptions share.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -85,7 +83,7 @@ class Stage:
         """A function of `run.py`, which is imported now, and torch with it: `run(context, **sections)`."""
         return getattr(importlib.import_module(f"stages.{self.name}.run"), name)
 
-    def __reduce__(self) -> tuple[Callable[[str], Stage], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[[str], "Stage"], tuple[str]]:
         """Pickled by name, for other processes."""
         return stage, (self.name,)
 

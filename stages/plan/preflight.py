@@ -5,8 +5,6 @@ rows are labelled, RL is checked with all of them as System 2: with fewer it wou
 stage are in its description; here are those that several stages make.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import suppress

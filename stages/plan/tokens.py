@@ -1,7 +1,5 @@
 """The tokens of a step before it runs: lengths beside their limits, and the work."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable, Sequence

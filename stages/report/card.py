@@ -1,7 +1,5 @@
 """Model cards of exported adapters and models: what they are, how well they answer, how they are used."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

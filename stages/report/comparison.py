@@ -1,7 +1,5 @@
 """Targets of a run side by side: the answers to each group of items, compared item by item."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The elements on a page: the size of each region, and the importance for both systems."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """Figures as SVG for a page: labels stay text, in the text colour of the page."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence

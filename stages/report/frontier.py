@@ -1,7 +1,5 @@
 """The frontier of accuracy over tokens: what auto buys beside fast, slow and a random mixture of both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from statistics import fmean
 

@@ -3,8 +3,6 @@
 The files of a report are written all or none, over earlier ones and over nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

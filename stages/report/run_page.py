@@ -1,7 +1,5 @@
 """The page of one run: what it achieved, how its training went, its elements and its labels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from matplotlib import rc_context

@@ -1,7 +1,5 @@
 """The page of one or several tables of many runs, its grids with their legend, and tables as CSV."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

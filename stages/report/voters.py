@@ -1,7 +1,5 @@
 """The votes of a classify artifact as a table, for the terminal and the page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from stages.records import read_json

@@ -4,8 +4,6 @@ Answers survive a kill, and no model is asked again for an answer that is in its
 of its content, so that an answer that was edited is left out and asked again.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

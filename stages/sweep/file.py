@@ -1,12 +1,10 @@
 """The YAML file of a table: rows of settings on a base config, seeds, and what each column shows."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
 
@@ -29,7 +27,7 @@ class Column:
     """Text after the step: a group of items, `flexible`, or the dotted path of the value in the summary."""
 
     @classmethod
-    def from_text(cls, text: str) -> Column:
+    def from_text(cls, text: str) -> Self:
         step, _, qualifier = text.partition(".")
         return cls(f"eval:{step}" if "@" in text else step, qualifier)
 

@@ -1,7 +1,5 @@
 """Values of a table's cells and comparisons, read from its artifacts."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

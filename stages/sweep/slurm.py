@@ -1,19 +1,15 @@
 """Makes the steps of a sweep as Slurm jobs, by submitit, whose local executor does without Slurm."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.errors import ConfigError, ServerError
 from stages.runtime.process_guard import Guarded
-
-if TYPE_CHECKING:
-    from stages.sweep.steps import Node
+from stages.sweep.steps import Node
 
 MAX_REQUEUES = 20
 """How often a job may reach its time limit and be queued again."""

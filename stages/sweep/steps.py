@@ -5,8 +5,6 @@ slot of --jobs or --devices. With --slurm, `Cluster` of slurm.py runs `lorapar` 
 at most --jobs or 1,024 at a time; at its time limit a job is queued again, and resumes.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import time

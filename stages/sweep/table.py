@@ -1,7 +1,5 @@
 """The cells of a table, planned: each row with each seed."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Values of a table: means with 95 % intervals over items and over seeds, and paired tests."""
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass, field
 
