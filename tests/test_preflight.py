@@ -211,7 +211,8 @@ def test_a_run_checks_first_and_again_with_labels(smoke, lorapar, tmp_path, monk
     done = []
     checked = "lorapar_cli.run.checked_texts"
     monkeypatch.setattr(checked, lambda *given: done.append([step.name for step in given[2]]))
-    monkeypatch.setattr("lorapar_cli.run.make", lambda _, store, steps, *__: done.append(steps[0].stage.name))
+    make = "lorapar_cli.run.make"
+    monkeypatch.setattr(make, lambda _, store, steps, *__: done.append(steps[0].stage.name) or ())
     assert lorapar("run", config_file(smoke(), tmp_path), "--to", "sft").code == 0
     every = ["classify:train", "score", "partition:sft", "sft"]
     assert done == [every, "classify", every, "score", "partition", "sft"]
