@@ -15,6 +15,7 @@ from stages.evaluation.benchmarks import benchmarks
 from stages.evaluation.grading import Context, Grade
 from stages.progress import Progress
 from stages.prompts import thoughts
+from stages.prompts.chat_template import check_thought_limit
 from stages.prompts.renderer import RenderedPrompt, Renderer
 from stages.records import Labelled, Sample
 from stages.runtime import resources
@@ -90,6 +91,8 @@ class AnswerCache:
         )
         self._slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
         self._sampling = Sampling(benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature)
+        if benchmark.max_thinking_tokens:
+            check_thought_limit(renderer.tokenizer, renderer.marks, "max_thinking_tokens of a benchmark")
         limits = {"sampling": asdict(self._sampling), "thought": benchmark.max_thinking_tokens}
         key = key_of({**identity, **limits})
         self._journal = Journal(folder / f"{key}.jsonl", CachedAnswer)

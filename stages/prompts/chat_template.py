@@ -15,6 +15,8 @@ from stages.errors import ConfigError, DataError, is_out_of_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.prompts.marks import Marks
+
 DATE = datetime.datetime(2024, 7, 26)
 """Date for chat templates that write today's, so that a prompt is the same on every day. It is the one that
 the template of Llama 3.1 falls back to."""
@@ -158,3 +160,12 @@ def thinking_switch(
             if chat(tokenizer, messages, **off) != chat(tokenizer, messages, **on):
                 return off, on
     return None
+
+
+def check_thought_limit(tokenizer: PreTrainedTokenizerBase, marks: Marks, setting: str) -> None:
+    """Raise ConfigError if the model can think and its template does not tell by what a thought is closed."""
+    if not marks.known and tokenizer.chat_template and thinking_switch(tokenizer):
+        raise ConfigError(
+            f"{setting}: the chat template can ask for a thought and shows none, so none can be closed",
+            "leave the limit out",
+        )

@@ -31,6 +31,8 @@ class Marks:
     """Whether the template itself writes the thought of a conversation's last answer."""
     tag: str = ""
     """What opens a thought, in the prompt or after it, if it is known."""
+    known: bool = True
+    """Whether the template says how a thought begins; if not, the tags are those of most models."""
     form: int = 0
     """Form of the message whose thought the template writes; see `message`."""
 
@@ -127,4 +129,5 @@ def around(tag: str, source: str, silent: str) -> Marks:
     line = "\n" if in_line else ""
     space = "" if name.startswith("<|") else 2 * line
     opening = "" if tag else f"{name}{line}"
-    return Marks(opening, f"{line}{closing_of(name)}{space}{silent}", silent)
+    closing = f"{line}{closing_of(name)}{space}{silent}"
+    return Marks(opening, closing, silent, known=bool(tag or written))

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from stages.config import ModesSection, PromptSection, SftSection
 from stages.errors import ConfigError
 from stages.lora.examples import trained_by_sft
+from stages.lora.grpo.rollouts import ThoughtLimit
 from stages.prompts import thoughts
 from stages.prompts.answers import extract
 from stages.prompts.chat_template import DATE, arguments_of
@@ -196,6 +197,16 @@ def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing, on, spec
     assert extract(mentioned, "hash").strict == "4"
     for cut in ("5? #### 5\nno.", "Say </reflect> here. #### 5", f"a{closing}\n#### 4\n<think>or 5?"):
         assert extract(read(cut), "hash").flexible is None and extract(read(cut), "xml").flexible is None
+
+
+def test_a_limit_that_cannot_be_applied_is_refused(tokenizer):
+    """The template can ask for a thought, and no text of it says by what one is closed."""
+    tokenizer.chat_template = TEMPLATES["gemma4_v2"].read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="rl.max_thinking_length: the chat template can ask for a thought"):
+        ThoughtLimit(6, 40, Renderer(tokenizer, PromptSection()))
+    for name in ("gemma4_v3", "llama3"):  # it says so; there is nothing to ask, and rows may teach `<think>`
+        tokenizer.chat_template = TEMPLATES[name].read_text(encoding="utf-8")
+        ThoughtLimit(6, 40, Renderer(tokenizer, PromptSection()))
 
 
 def test_a_tag_of_another_kind_neither_ends_a_thought_nor_begins_one():

@@ -20,6 +20,7 @@ from stages.lora.adapter.elements import frozen_weights
 from stages.lora.adapter.merge import MergedCopy
 from stages.lora.grpo.int8 import linear_layers_in_int8
 from stages.packing.support import eval_mode
+from stages.prompts.chat_template import check_thought_limit
 from stages.prompts.renderer import Renderer
 from stages.runtime.resources import BatchSize
 
@@ -77,6 +78,7 @@ class ThoughtLimit:
     renderer: Renderer
 
     def __post_init__(self) -> None:
+        check_thought_limit(self.renderer.tokenizer, self.renderer.marks, "rl.max_thinking_length")
         closing = len(self.renderer.closing)
         if self.max_thought + closing >= self.max_completion:
             raise ConfigError(
