@@ -3,24 +3,26 @@
 Each runs when it is loaded. `$CANARY` is a file of the user that must stay as it is, `$SECRET` one whose
 content must not be seen (it is in the environment of the caller too), `$DROP` a folder of the user that must
 stay empty, `$PORT` a listening port on 127.0.0.1, `$SOCKET` a listening abstract socket, `$PARENT` the
-caller's process. What a program finds it prints.
+caller's process. What a program finds it prints; `got` says that it could do what it must not.
 """
 
 import textwrap
 
 PREAMBLE = """
 import json, os, sys, time, ctypes, socket, signal, struct, subprocess, threading
-import itertools, re, gc, resource, tempfile
+import fcntl, gc, glob, io, itertools, mmap, re, resource, shutil, tempfile
 libc = ctypes.CDLL(None, use_errno=True)
 def show(what):
     sys.stderr.write(repr(what) + "\\n"); sys.stderr.flush()
+def got(what=True):
+    show(what and "secret-7f3a")
 """
 
 FILES = {
     "open for writing": 'open("$CANARY", "w").write("x")',
     "append": 'open("$CANARY", "a").write("x")',
     "os.open": 'os.write(os.open("$CANARY", os.O_WRONLY | os.O_TRUNC), b"x")',
-    "io.open": 'import io; io.open("$CANARY", "wb").write(b"x")',
+    "io.open": 'io.open("$CANARY", "wb").write(b"x")',
     "libc open": 'libc.write(libc.open(b"$CANARY", 1), b"x", 1)',
     "libc creat": 'libc.creat(b"$CANARY", 0o644)',
     "openat2": 'libc.syscall(437, -100, b"$CANARY", (ctypes.c_uint64 * 3)(1, 0, 0), 24)',
@@ -44,12 +46,12 @@ FILES = {
     "new folder": 'os.mkdir("$DROP/new")',
     "device node": 'os.mknod("$DROP/disk", 0o60666, os.makedev(8, 0))',
     "fifo": 'os.mkfifo("$DROP/pipe")',
-    "remove the folder": 'import shutil; shutil.rmtree("$DROP/..")',
+    "remove the folder": 'shutil.rmtree("$DROP/..")',
     "shell": 'os.system("echo x > $CANARY")',
     "subprocess": 'subprocess.run(["sh", "-c", "echo x > $CANARY"])',
     "posix_spawn": 'os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", "rm $CANARY"], {}), 0)',
     "exec": 'os.execv("/bin/sh", ["sh", "-c", "echo x > $CANARY"])',
-    "memory map": 'import mmap; mmap.mmap(os.open("$CANARY", os.O_RDWR), 0)[0] = 88',
+    "memory map": 'mmap.mmap(os.open("$CANARY", os.O_RDWR), 0)[0] = 88',
     "own root": 'os.chroot("/"); open("$CANARY", "w").write("x")',
     "through /proc/self/root": 'open("/proc/self/root$CANARY", "w").write("x")',
     "through /proc/1/root": 'open("/proc/1/root$CANARY", "w").write("x")',
@@ -72,8 +74,8 @@ SECRETS = {
     "own /proc environment": 'show(open("/proc/self/environ").read())',
     "environment of pid 1": 'show(open("/proc/1/environ").read())',
     "environment of the parent": 'show(open("/proc/$PARENT/environ").read())',
-    "environment of all": 'import glob\nfor p in glob.glob("/proc/*/environ"):\n    show(open(p).read())',
-    "command lines": 'import glob\nfor p in glob.glob("/proc/[0-9]*/cmdline"):\n    show(open(p).read())',
+    "environment of all": 'for p in glob.glob("/proc/*/environ"): show(open(p).read())',
+    "command lines": 'for p in glob.glob("/proc/[0-9]*/cmdline"): show(open(p).read())',
     "list the folder": 'show(os.listdir("$DROP/.."))',
     "home": 'show(os.listdir(os.path.expanduser("~root")))',
     "garbage hunt": (
@@ -88,7 +90,7 @@ SECRETS = {
     "file handle": (
         'libc.open_by_handle_at(-100, ctypes.create_string_buffer(64), 0); show(open("$SECRET").read())'
     ),
-    "copy to stdout": 'import shutil; shutil.copyfileobj(open("$SECRET"), sys.stderr)',
+    "copy to stdout": 'shutil.copyfileobj(open("$SECRET"), sys.stderr)',
     "symlink to it": 'os.symlink("$SECRET", "/tmp/s"); show(open("/tmp/s").read())',
 }
 
@@ -110,6 +112,16 @@ NETWORK = {
     ),
 }
 
+_SIGNALS = {
+    "by fcntl": "fcntl.fcntl(r, 8, $PARENT)\nfcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, 4, 0x2000 | 0x800)",
+    "with high bits": "for n, value in ((8, $PARENT), (10, 9), (4, 0x2800)):\n"
+    "    libc.syscall(72, r, ctypes.c_long(1 << 32 | n), value)",
+    "owner by structure": "fcntl.fcntl(r, 15, struct.pack('ii', 1, $PARENT))\nfcntl.fcntl(r, 10, 9)\n"
+    "fcntl.fcntl(r, 4, 0x2800)",
+    "by ioctl": "for c in (0x8901, 0x8902):\n    try: fcntl.ioctl(r, c, struct.pack('i', $PARENT))\n"
+    "    except OSError: pass\nfcntl.ioctl(r, 0x5452, struct.pack('i', 1))",
+}
+"""Ways to have the caller signalled where a pipe `r` can be read."""
 PROCESSES = {
     "fork bomb": "while True: os.fork()",
     "fork bomb by libc": "while True: libc.fork()",
@@ -147,7 +159,7 @@ PROCESSES = {
     "descriptors of others": (
         "for path in (f'/proc/{p}/fd/{n}' for p in range(1, 2**15) for n in range(5)):\n"
         "    if int(path.split('/')[2]) != os.getpid():\n"
-        "        try: os.open(path, os.O_RDWR | os.O_NONBLOCK); show('secret-7f3a')\n"
+        "        try: os.open(path, os.O_RDWR | os.O_NONBLOCK); got()\n"
         "        except OSError: pass"
     ),
     "memory of pid 1": 'open("/proc/1/mem", "r+b").write(b"x")',
@@ -159,27 +171,11 @@ PROCESSES = {
     "limits of the parent": "resource.prlimit($PARENT, resource.RLIMIT_CPU, (1, 1))",
     "slow the user's processes": "os.setpriority(os.PRIO_USER, 0, 19)",
     "pin the parent": "os.sched_setaffinity($PARENT, {0})",
-    "type into the terminal": (
-        'import fcntl, termios\nfor n in range(3): fcntl.ioctl(n, termios.TIOCSTI, b"x")'
-    ),
-    "signals by a pipe": (
-        "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 8, $PARENT)\nfcntl.fcntl(r, 10, 9)\n"
-        "fcntl.fcntl(r, 4, 0x2000 | 0x800)\nos.write(w, b'x')\ntime.sleep(0.2)"
-    ),
-    "signals by a pipe, with high bits": (
-        "r, w = os.pipe()\nlow = lambda n: ctypes.c_long(1 << 32 | n)\nlibc.syscall(72, r, low(8), $PARENT)\n"
-        "libc.syscall(72, r, low(10), 9)\nlibc.syscall(72, r, low(4), 0x2800)\n"
-        "os.write(w, b'x')\ntime.sleep(0.2)"
-    ),
-    "signals by a pipe, owner by structure": (
-        "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 15, struct.pack('ii', 1, $PARENT))\n"
-        "fcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, 4, 0x2800)\nos.write(w, b'x')\ntime.sleep(0.2)"
-    ),
-    "signals by a pipe, by ioctl": (
-        "import fcntl\nr, w = os.pipe()\nfor c in (0x8901, 0x8902):\n"
-        "    try: fcntl.ioctl(r, c, struct.pack('i', $PARENT))\n    except OSError: pass\n"
-        "fcntl.ioctl(r, 0x5452, struct.pack('i', 1))\nos.write(w, b'x')\ntime.sleep(0.2)"
-    ),
+    "type into the terminal": 'import termios\nfor n in range(3): fcntl.ioctl(n, termios.TIOCSTI, b"x")',
+    **{
+        f"signals by a pipe, {how}": f"r, w = os.pipe()\n{code}\nos.write(w, b'x')\ntime.sleep(0.2)"
+        for how, code in _SIGNALS.items()
+    },
     "setuid program": 'subprocess.run(["su", "-c", "id"])',
     "become root": "os.setuid(0); os.setgid(0)",
 }
@@ -196,26 +192,21 @@ KERNEL = {
     "System V messages": "show(libc.msgget(1234, 0o1666))",
     "System V messages of others": (
         "libc.msgrcv(0, ctypes.create_string_buffer(64), ctypes.c_size_t(8), ctypes.c_long(0), 0o4000)\n"
-        "show(ctypes.get_errno() != 38 and 'secret-7f3a')"
+        "got(ctypes.get_errno() != 38)"
     ),
     "System V semaphores of others": (
         "libc.semtimedop(0, struct.pack('Hhh', 0, 1, 0o4000), ctypes.c_size_t(1), 0)\n"
-        "show(ctypes.get_errno() != 38 and 'secret-7f3a')"
+        "got(ctypes.get_errno() != 38)"
     ),
-    "quota of asynchronous requests": (
-        "show(libc.syscall(206, 60000, ctypes.byref(ctypes.c_ulong(0))) == 0 and 'secret-7f3a')"
-    ),
+    "quota of asynchronous requests": "got(libc.syscall(206, 60000, ctypes.byref(ctypes.c_ulong(0))) == 0)",
     "queued signals": (
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [40])\n"
-        "show(libc.sigqueue(os.getpid(), 40, None) == 0 and 'secret-7f3a')"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [40])\ngot(libc.sigqueue(os.getpid(), 40, None) == 0)"
     ),
-    "quota of timers": (
-        "show(libc.timer_create(0, 0, ctypes.byref(ctypes.c_void_p())) == 0 and 'secret-7f3a')"
-    ),
-    "pseudo-terminal": "os.open('/dev/ptmx', os.O_RDWR); show('secret-7f3a')",
-    "disks flushed": "show(libc.syscall(162) == 0 and 'secret-7f3a')",
-    "page cache of others": "os.posix_fadvise(os.open(os.__file__, 0), 0, 0, 4); show('secret-7f3a')",
-    "urgent data": "socket.socketpair()[0].send(b'x', socket.MSG_OOB); show('secret-7f3a')",
+    "quota of timers": "got(libc.timer_create(0, 0, ctypes.byref(ctypes.c_void_p())) == 0)",
+    "pseudo-terminal": "os.open('/dev/ptmx', os.O_RDWR); got()",
+    "disks flushed": "got(libc.syscall(162) == 0)",
+    "page cache of others": "os.posix_fadvise(os.open(os.__file__, 0), 0, 0, 4); got()",
+    "urgent data": "socket.socketpair()[0].send(b'x', socket.MSG_OOB); got()",
     "POSIX queue": 'libc.mq_open(b"/evil", 0o102, 0o666, 0)',
     "bpf": "libc.syscall(321, 0, 0, 0)",
     "io_uring": "libc.syscall(425, 8, ctypes.create_string_buffer(120))",
@@ -228,19 +219,16 @@ KERNEL = {
     "sysfs": 'open("/sys/power/state", "w").write("mem")',
     "disk": 'open("/dev/sda", "r+b").write(b"x")',
     "module": 'libc.syscall(175, b"x", 1, b"")',
-    "vsock": "s = socket.socket(40, 1); s.bind((0xFFFFFFFF, 9999)); show('secret-7f3a')",
-    "packets": "show(libc.socket(17, 3, 0) >= 0 and 'secret-7f3a')",
-    "kernel's ciphers": "show(libc.socket(38, 5, 0) >= 0 and 'secret-7f3a')",
-    "lease": "import fcntl; fcntl.fcntl(os.open(os.__file__, 0), 1024, 0); show('secret-7f3a')",
-    "lock of a file": "import fcntl; fcntl.flock(os.open(os.__file__, 0), 1); show('secret-7f3a')",
-    "record lock": "import fcntl; fcntl.lockf(os.open(os.__file__, 0), 1); show('secret-7f3a')",
-    "flags of a file": (
-        "import fcntl; fcntl.ioctl(os.open(os.__file__, 0), 0x40086602, struct.pack('l', 0x10))\n"
-        "show('secret-7f3a')"
-    ),
+    "vsock": "s = socket.socket(40, 1); s.bind((0xFFFFFFFF, 9999)); got()",
+    "packets": "got(libc.socket(17, 3, 0) >= 0)",
+    "kernel's ciphers": "got(libc.socket(38, 5, 0) >= 0)",
+    "lease": "fcntl.fcntl(os.open(os.__file__, 0), 1024, 0); got()",
+    "lock of a file": "fcntl.flock(os.open(os.__file__, 0), 1); got()",
+    "record lock": "fcntl.lockf(os.open(os.__file__, 0), 1); got()",
+    "flags of a file": "fcntl.ioctl(os.open(os.__file__, 0), 0x40086602, struct.pack('l', 0x10)); got()",
     "attributes of a file": (
         "r = libc.syscall(469, -100, os.__file__.encode(), ctypes.create_string_buffer(24), 24, 0)\n"
-        "show((r == 0 or ctypes.get_errno() != 38) and 'secret-7f3a')"
+        "got(r == 0 or ctypes.get_errno() != 38)"
     ),
     "reboot": "libc.reboot(0x1234567)",
 }
@@ -254,58 +242,48 @@ RESOURCES = {
     "big list": "x = [0] * 10**11",
     "growing list": "x = []\nwhile True: x.append(bytearray(2**20))",
     "big string": '"x" * 10**12',
-    "anonymous map": "import mmap; x = mmap.mmap(-1, 2**33); x[::4096] = b'x' * 2**21",
-    "memory in a memfd": (
-        "f = os.memfd_create('x')\nfor n in range(900): os.write(f, bytes(2**20))\nshow('secret-7f3a')"
-    ),
-    "memory in a shared map": "import mmap; mmap.mmap(-1, 2**20)[0] = 1; show('secret-7f3a')",
-    "memory in a shared map, raw": (
-        "at = libc.syscall(9, 0, 2**20, 3, 0x23, -1, 0); show(at > 0 and 'secret-7f3a')"
-    ),
-    "memory in a shared map of zeros": (
-        "import mmap; mmap.mmap(os.open('/dev/zero', os.O_RDWR), 2**20)[0] = 1; show('secret-7f3a')"
-    ),
-    "memory in a memfd, raw": "show(libc.syscall(319, b'x', 0) >= 0 and 'secret-7f3a')",
+    "anonymous map": "x = mmap.mmap(-1, 2**33); x[::4096] = b'x' * 2**21",
+    "memory in a memfd": "f = os.memfd_create('x')\nfor n in range(900): os.write(f, bytes(2**20))\ngot()",
+    "memory in a shared map": "mmap.mmap(-1, 2**20)[0] = 1; got()",
+    "memory in a shared map, raw": "got(libc.syscall(9, 0, 2**20, 3, 0x23, -1, 0) > 0)",
+    "memory in a shared map of zeros": "mmap.mmap(os.open('/dev/zero', os.O_RDWR), 2**20)[0] = 1; got()",
+    "memory in a memfd, raw": "got(libc.syscall(319, b'x', 0) >= 0)",
     "memfd": "f = os.memfd_create('x'); os.posix_fallocate(f, 0, 2**34)",
     "memory in a pipe's pages": (
-        "import mmap\nm = mmap.mmap(-1, 2**22, flags=0x22)\nm.madvise(14)\nm[0] = 1\nr, w = os.pipe()\n"
+        "m = mmap.mmap(-1, 2**22, flags=0x22)\nm.madvise(14)\nm[0] = 1\nr, w = os.pipe()\n"
         "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\nio = (ctypes.c_uint64 * 2)(at, 1)\n"
-        "show(libc.vmsplice(w, io, 1, 0) > 0 and 'secret-7f3a')"
+        "got(libc.vmsplice(w, io, 1, 0) > 0)"
     ),
-    "memory in a larger pipe": "import fcntl; fcntl.fcntl(os.pipe()[0], 1031, 2**20); show('secret-7f3a')",
+    "memory in a larger pipe": "fcntl.fcntl(os.pipe()[0], 1031, 2**20); got()",
     "memory in attributes": (
         "for at in ('/tmp', '/dev/shm', '/'):\n"
         "    try: open(at + '/x', 'w')\n    except OSError: pass\n"
         "    for path in (at, at + '/x'):\n"
-        "        if libc.setxattr(path.encode(), b'user.x', b'1', 1, 0) == 0: show('secret-7f3a')"
+        "        got(libc.setxattr(path.encode(), b'user.x', b'1', 1, 0) == 0)"
     ),
     "memory in attributes, by number": (
         "f = os.open('/tmp', 0)\nfor call in (188, 189, 463):\n"
         "    r = libc.syscall(call, b'/tmp', b'user.x', b'1', 1, 0)\n"
-        "    if r == 0 or ctypes.get_errno() != 38: show('secret-7f3a')"
+        "    got(r == 0 or ctypes.get_errno() != 38)"
     ),
-    "memory in connections": (
-        "s = socket.socket(socket.AF_UNIX); s.bind('\\0x'); s.listen(4096); show('secret-7f3a')"
-    ),
+    "memory in connections": "s = socket.socket(socket.AF_UNIX); s.bind('\\0x'); s.listen(4096); got()",
     "memory in sockets in flight": (
-        "a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [b.fileno()]); show('secret-7f3a')"
+        "a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [b.fileno()]); got()"
     ),
-    "memory in watches": "show(libc.inotify_init() >= 0 and 'secret-7f3a')",
-    "memory in rulesets": (
-        "show(libc.syscall(444, (ctypes.c_uint64 * 3)(1, 0, 0), 8, 0) >= 0 and 'secret-7f3a')"
-    ),
+    "memory in watches": "got(libc.inotify_init() >= 0)",
+    "memory in rulesets": "got(libc.syscall(444, (ctypes.c_uint64 * 3)(1, 0, 0), 8, 0) >= 0)",
     "memory in empty files": (
         "for at in ('/tmp', '/dev/shm', '/dev', '/'):\n"
-        "    try: open(at + '/x', 'w'); show('secret-7f3a')\n    except OSError: pass"
+        "    try: open(at + '/x', 'w'); got()\n    except OSError: pass"
     ),
     "one thread": "t = threading.Thread(target=show, args=('secret-7f3a',)); t.start(); t.join()",
     "threads by raw clone": (
         "stack = ctypes.create_string_buffer(2**16)\n"
         "top = ctypes.c_void_p(ctypes.addressof(stack) + 2**15)\n"
         "r = libc.syscall(56, 0x50f00, top, 0, 0, 0)\n"
-        "show((r > 0 or ctypes.get_errno() != 38) and 'secret-7f3a')"
+        "got(r > 0 or ctypes.get_errno() != 38)"
     ),
-    "parent-death signal": "show(libc.prctl(1, 0, 0, 0, 0) == 0 and 'secret-7f3a')",
+    "parent-death signal": "got(libc.prctl(1, 0, 0, 0, 0) == 0)",
     "threads": "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
     "descriptors": "x = []\nwhile True: x.append(os.open('/dev/null', 0))",
     "fill /tmp": "f = open('/tmp/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
@@ -316,18 +294,11 @@ RESOURCES = {
     "fill the root": "f = open('/fill', 'wb')\nwhile True: f.write(bytes(2**20))",
     "endless output": "while True: sys.stdout.write('x' * 65536)",
     "endless errors": "while True: os.write(2, b'x' * 65536)",
-    "endless channel": (
-        "for n in range(3, 20):\n"
-        "    try:\n"
-        "        while True: os.write(n, b'x' * 65536)\n"
-        "    except OSError: pass"
-    ),
-    "endless channel lines": (
-        "for n in range(3, 20):\n"
-        "    try:\n"
-        "        while True: os.write(n, b'1\\n' * 999)\n"
-        "    except OSError: pass"
-    ),
+    **{
+        f"endless channel of {line}": f"for n in range(3, 20):\n    try:\n"
+        f"        while True: os.write(n, {line})\n    except OSError: pass"
+        for line in ("b'x' * 65536", "b'1\\n' * 999")
+    },
     "invalid text": "os.write(2, bytes(range(256)) * 50)",
     "recursion": "sys.setrecursionlimit(10**9)\ndef g(): g()\ng()",
     "segmentation fault": "ctypes.string_at(0)",
@@ -375,12 +346,10 @@ def _tell(line: str, end: str = "") -> str:
 
 _VERDICT = "json.dumps({'verdict': 'passed', 'why': ''}).encode() + b'\\n'"
 FORGED = {
-    "always equal": _EQUAL.format(base="") + "def f(): return E()",
-    "always equal number": _EQUAL.format(base="(int)") + "def f(): return E()",
-    "always equal float": _EQUAL.format(base="(float)") + "def f(): return E()",
-    "always equal text": _EQUAL.format(base="(str)") + "def f(): return E()",
-    "always equal list": _EQUAL.format(base="(list)") + "def f(): return E()",
-    "always equal dict": _EQUAL.format(base="(dict)") + "def f(): return E()",
+    **{
+        f"always equal {kind}": _EQUAL.format(base=f"({kind})") + "def f(): return E()"
+        for kind in ("object", "int", "float", "str", "list", "dict")
+    },
     "equal inside a list": _EQUAL.format(base="") + "def f(): return [E(), E(), E()]",
     "equal inside a dict": _EQUAL.format(base="") + "def f(): return {'a': (E(),)}",
     "mock": "from unittest.mock import ANY\ndef f(): return ANY",
