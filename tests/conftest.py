@@ -8,6 +8,7 @@ import ctypes
 import errno
 import gc
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -46,6 +47,8 @@ settings.register_profile("lorapar", deadline=None)  # these machines are shared
 settings.load_profile("lorapar")
 
 ROOT = Path(__file__).parent.parent
+LORAPAR = [sys.executable, "-m", "lorapar_cli"]
+"""The command, in a process of its own."""
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 """`pytest_collection` hides it from the files of tests."""
 TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
@@ -129,6 +132,18 @@ def tokenizer(tiny: Path) -> Any:
     from stages.models.tokenizer import load_tokenizer
 
     return load_tokenizer(ModelSection(name=str(tiny)))
+
+
+@pytest.fixture
+def model_copy(tiny: Path, tmp_path: Path) -> Path:
+    """A model of a test's own, to be changed."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def change_json(file: Path, **fields: object) -> None:
+    """Set fields of the object in a file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | fields), encoding="utf-8")
 
 
 def paths(tiny: Path, data: Path, home: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for tests, whose faults follow a script."""
+"""An OpenAI-compatible server for tests, whose faults follow a script, and runs whose voter asks it."""
 
 import hashlib
 import json
@@ -10,7 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from conftest import make_steps
+
+from stages.config import Config
+from stages.pipeline.resolve import load, resolved
+from stages.records import read_labels, write_jsonl
+from stages.store.artifacts import Artifact
 
 Fault = Callable[[int, str, dict[str, Any]], tuple[str, Any] | None]
 """From the number of the question, the path and the body to what goes wrong, if anything."""
@@ -150,3 +158,29 @@ def serve(mock: Mock) -> Iterator[Mock]:
             yield mock
         finally:
             server.shutdown()
+
+
+def voting(folder: Path, tiny: Path, number: int) -> Callable[..., Config]:
+    """A function from the URL of a server to a config with so many rows, on which it votes."""
+    rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(number)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "config.yaml").write_text(
+        f"{{run: faults, model: {{name: {tiny}}}, data: {{path: {folder}/rows.jsonl}}, "
+        "server: {concurrency: 8, timeout_s: 1}, eval: {targets: [base]}}\n"
+    )
+
+    def make(url: str, runs: str = "runs", **classify: object) -> Config:
+        voter = {"model": "judge", "base_url": url, "persona": "role_play"}
+        section = json.dumps({"voters": [voter], "accept_weak": True, **classify})
+        return load(folder / "config.yaml", [f"runs_dir={folder / runs}", f"classify={section}"])
+
+    return make
+
+
+def classify(config: Config, force: bool = False) -> Artifact:
+    """The labels of the rows, made now if they are not there."""
+    return make_steps(resolved(config), "classify:train", force=force)["classify:train"][0]
+
+
+def system_of(artifact: Artifact) -> list[int | None]:
+    return [row.system for row in read_labels(artifact.path / "labels.jsonl")]

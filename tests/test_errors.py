@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 from unittest.mock import Mock
@@ -80,11 +79,6 @@ def test_a_rewards_file_does_not_end_the_program(begun, tmp_path, does, error, t
         make_step(config, "rl")
 
 
-@pytest.fixture
-def copy(tiny, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
 def section(folder: Path) -> ModelSection:
     return ModelSection(name=str(folder), dtype="float32")
 
@@ -102,17 +96,17 @@ PANICS = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
         ("tokenizer.json", '{"model": {}}', load_tokenizer, "cannot load the tokenizer of COPY"),
         ("tokenizer.json", PANICS, load_tokenizer, "cannot load the tokenizer of COPY"),
         ("tokenizer_config.json", {"eos_token": None, "pad_token": None}, load_tokenizer, "has no EOS token"),
-        ("adapter/adapter_config.json", '{"peft_type": ""}', "adapter", "COPY/adapter: KeyError"),
+        ("adapter/adapter_config.json", '{"peft_type": ""}', load_adapted, "COPY/adapter: KeyError"),
     ],
 )  # fmt: skip
-def test_a_damaged_model_is_named(copy, name, text, load, told):
+def test_a_damaged_model_is_named(model_copy, name, text, load, told):
     """text: of the file; or changes of what is in it."""
     if isinstance(text, dict):
-        text = json.dumps(json.loads((copy / name).read_text()) | text)
-    (copy / "adapter").mkdir()
-    (copy / name).write_text(text)
-    with pytest.raises(LoraparError, match=told.replace("COPY", str(copy))):
-        load(section(copy)) if load != "adapter" else load_adapted(section(copy), copy / "adapter")
+        text = json.dumps(json.loads((model_copy / name).read_text()) | text)
+    (model_copy / "adapter").mkdir()
+    (model_copy / name).write_text(text)
+    with pytest.raises(LoraparError, match=told.replace("COPY", str(model_copy))):
+        load(section(model_copy), *([model_copy / "adapter"] if load is load_adapted else []))
 
 
 @pytest.mark.parametrize(
@@ -123,10 +117,10 @@ def test_a_damaged_model_is_named(copy, name, text, load, told):
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
     ],
 )
-def test_a_template_is_a_program_that_may_fail(copy, template, told):
-    (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
+def test_a_template_is_a_program_that_may_fail(model_copy, template, told):
+    (model_copy / "chat_template.jinja").write_text(template, encoding="utf-8")
     with pytest.raises(ConfigError, match=f"the chat template refuses a chat of user: .*({told})"):
-        Renderer(load_tokenizer(section(copy)), PromptSection())
+        Renderer(load_tokenizer(section(model_copy)), PromptSection())
 
 
 def test_what_the_machine_lacks_is_no_fault_of_the_model_nor_a_missing_package_of_the_hub(tiny):

@@ -1,4 +1,4 @@
-"""An exported adapter or model answers as what was trained."""
+"""An exported adapter or model answers as what was trained, and its card says what it is."""
 
 import importlib.util
 import itertools
@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, flags, make_steps
+from conftest import ROOT, change_json, flags, make_steps
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from stages import export
-from stages.config import MODES, BaselineSection, ModesSection, prompt_under
+from stages.config import MODES, BaselineSection, Config, ModesSection, prompt_under
 from stages.errors import ConfigError, OutputError
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
@@ -104,8 +104,7 @@ def test_the_card_says_how_vllm_serves_it(trained, tmp_path, monkeypatch):
     for folder in ("out/a", "deep/down/out/a"):
         text = card(other, artifact, "adapter", tmp_path / folder)
         assert "api_server --model ../../models/m --generation-config vllm" in text
-    file = tmp_path / "out/a/adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 1024}))  # vLLM serves ranks up to 512
+    change_json(tmp_path / "out/a/adapter_config.json", r=1024)  # vLLM serves ranks up to 512
     text = card(config, artifact, "adapter", tmp_path / "out/a")
     assert "api_server" not in text and "PeftModel.from_pretrained" in text
     tuned = config.model_copy(update={"baseline": BaselineSection(method="prompt_tuning")})
@@ -223,3 +222,56 @@ def test_serve_says_where_it_is_or_what_is_lacking(begun, trained, lorapar, monk
         monkeypatch.setattr("importlib.util.find_spec", lambda n, spec=vllm: spec if n == "vllm" else find(n))
         done = lorapar("serve", ROOT / "configs/smoke.yaml", *flags(*sft), *options)
         assert done.code == code and re.search(message, done.err), done.err
+
+
+def published(**sections: dict) -> Config:
+    model = {"name": "org/m", "revision": "b" * 40} | sections.pop("model", {})
+    return Config.model_validate({"model": model, **sections})
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> Artifact:
+    """An artifact whose adapter is in this folder."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    manifest = {
+        "key": "abc",
+        "stage": "rl",
+        "summary": {"active": 4, "elements": 10, "active_share": 0.4, "steps": 3},
+        "identity": {"config": {"baseline": None, "lora": {"r": 8}, "rl": {"beta": 0.04, "prompt": {}}}},
+        "provenance": {"versions": {"lorapar": "1"}, "dtype": "bfloat16"},
+    }
+    return Artifact(tmp_path, manifest)
+
+
+def test_the_card_shows_all_results_with_intervals(by_hand, tmp_path):
+    part = {"n": 1000, "accuracy": 0.276, "interval": [0.246, 0.306]}
+    measured = {"all": part, "system2": part | {"n": 400}, "system1": {"n": 0, "accuracy": None}}
+    (tmp_path / "metrics.json").write_text(json.dumps(measured))
+    text = card(published(), by_hand, "adapter", tmp_path, [Artifact(tmp_path, {"variant": "rl@gsm8k"})])
+    assert text.startswith("---\nbase_model: org/m\n")
+    assert f'from_pretrained("org/m", revision="{"b" * 40}"' in text
+    assert r"| rl on gsm8k, all | 27.6 \[24.6, 30.6\] | 1000 |" in text
+    assert r"| rl on gsm8k, System 2 | 27.6 \[24.6, 30.6\] | 400 |" in text and "8k, System 1" not in text
+    assert "accuracy, %" not in card(published(), by_hand, "adapter", tmp_path)
+
+
+def test_the_card_names_what_it_is_and_what_it_was_trained_on(by_hand, tmp_path):
+    text = card(published(partition={"beta": 1}), by_hand, "adapter", tmp_path)
+    assert "# m after LoRA-PAR\n" in text and "| partition.theta | 0.9 |" in text
+    assert "| partition.beta | 1.0 |" in text and "| rl.beta | 0.04 |" in text and "rl.prompt" not in text
+    assert "| elements trained | 4 of 10 (40.0%) |" in text and "to the bit" in text
+    assert "--lora-modules default=. --max-loras 1 --max-lora-rank 8" in text
+    for strategy, title in (("all", "LoRA"), ("random", "LoRA-PAR (random)")):
+        text = card(published(partition={"strategy": strategy}), by_hand, "adapter", tmp_path)
+        assert f"# m after {title}\n" in text
+    assert "4 bits" not in card(published(), by_hand, "merged", tmp_path)
+
+
+def test_the_card_of_a_base_in_4_bits(by_hand, tmp_path):
+    quantized = published(model={"load_in_4bit": True})
+    adapter, merged = (card(quantized, by_hand, form, tmp_path) for form in ("adapter", "merged"))
+    assert "api_server" not in adapter and "api_server --model . " in merged
+    assert "--served-model-name default\n" in merged
+    assert "load_in_4bit=True" in adapter and "load_in_4bit" not in merged.partition("| learned")[0]
+    assert "| base in | NF4, bfloat16 |" in adapter
+    assert "Trained and evaluated on the base in 4 bits" in merged and "to the bit" not in merged

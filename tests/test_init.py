@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
-from transformers import GPT2Config
+from transformers import GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from stages.config import DataSection, ModelSection
 from stages.config.loading import read_with_extends
@@ -168,16 +168,15 @@ OWN = {"thinks": TURNS, "budget": "{{ thinking_budget if thinking_budget is defi
 
 
 @pytest.mark.parametrize(("template", "switch"), SWITCHES.items())
-def test_the_switch_of_a_template_makes_the_modes(written, tiny, tmp_path, template, switch):
+def test_the_switch_of_a_template_makes_the_modes(written, model_copy, tmp_path, template, switch):
     """Completions are long enough for a thought, also where the template has no switch and always thinks."""
-    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    chat_template = folder / "chat_template.jinja"
+    chat_template = model_copy / "chat_template.jinja"
     if template in OWN:
         chat_template.write_text(OWN[template], encoding="utf-8")
     else:
         shutil.copy(Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja", chat_template)
     write_jsonl(tmp_path / "test.jsonl", rows(2))
-    found, said = written(rows(40), "--test", str(tmp_path / "test.jsonl"), model=folder)
+    found, said = written(rows(40), "--test", str(tmp_path / "test.jsonl"), model=model_copy)
     if switch:
         name, off, on = switch
         given = {mode: section["chat_template_kwargs"] for mode, section in found["modes"].items()}
@@ -188,22 +187,16 @@ def test_the_switch_of_a_template_makes_the_modes(written, tiny, tmp_path, templ
     assert (benchmark["max_thinking_tokens"], benchmark["max_new_tokens"]) == (1024, 256)
     assert "how the model thinks: no row has a thought" in said
     chat_template.write_text(f"{{% for m in messages %}}{WITHOUT_SYSTEM}{{% endfor %}}", encoding="utf-8")
-    found, said = written(rows(40), model=folder)
+    found, said = written(rows(40), model=model_copy)
     assert "prompt" not in found and "its chat template takes no system message" in said
 
 
-def test_a_model_without_template_and_with_other_modules(written, tmp_path):
-    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from stages.models.bundled import fetch
-
-    folder = fetch("tiny-random", tmp_path / "models")[0]
-    (folder / "chat_template.jinja").unlink()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_a_model_without_template_and_with_other_modules(written, model_copy, tokenizer):
+    (model_copy / "chat_template.jinja").unlink()
     sizes = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 64}
     config = GPTNeoXConfig(vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2, **sizes)
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
-    found, said = written(rows(40), model=folder)
+    GPTNeoXForCausalLM(config).save_pretrained(model_copy)
+    found, said = written(rows(40), model=model_copy)
     assert (found["prompt"]["template"], found["lora"]["target_modules"]) == ("plain", "all-linear")
     assert "dense, dense_4h_to_h, dense_h_to_4h, query_key_value: the model has no down_proj" in said
     assert found["data"]["max_length"] == 64 and "the model reads 64" in said

@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, make_step, make_steps, needs_vllm
+from conftest import CONFIGS, labels_of, make_step, make_steps, needs_vllm
 
 from stages.config import Config
 from stages.pipeline.resolve import load, resolved
 from stages.pipeline.run import pending_stages
 from stages.pipeline.stage import all_stages, section
 from stages.pipeline.steps import ancestors, plan_steps
+from stages.plan.preflight import problems
+from stages.plan.texts import Texts
 from stages.records import write_jsonl
 from stages.store.artifacts import Store
 
@@ -138,3 +140,27 @@ def test_untrained_models_may_answer_fewer_items_and_get_worked_examples(smoke, 
     assert shown == [(False, False), (True, True)]
     before, after = keys(smoke(*few)), keys(smoke(*few, *more))
     assert {name for name in before if before[name] != after[name]} == {"eval:base@demo"}
+
+
+@pytest.mark.slow
+def test_a_whole_run_learns_from_both_kinds(smoke, tmp_path, demo_data):
+    """Half of the rows have their answer alone: RL has them as prompts, score and SFT do not."""
+    rows = [json.loads(line) for line in (demo_data / "train.jsonl").read_text().splitlines()][:48]
+    slow, fast = ([row for row in rows if row["intended"] == system] for system in (2, 1))
+    for row in (*slow[::2], *fast[::2]):
+        row["gold"] = row.pop("answer").rpartition("#### ")[2]
+    fast[1]["answer"] = "Some."  # cannot be verified, so it is not replayed
+    write_jsonl(tmp_path / "mixed.jsonl", rows)
+    settings = (f"data.path={tmp_path / 'mixed.jsonl'}", "classify.strategy=known", "classify.known=intended")
+    settings += ("score.examples=4", "sft.max_steps=1", "rl.max_steps=1", "rl.system1_share=0.25")
+    settings += ("eval.targets=[sft]",)
+    config = resolved(smoke(*settings))
+    assert problems(Texts(config), list(plan_steps(config).values())) == []
+    made = make_steps(config, "classify", "score", "partition", "sft", "rl")
+    summaries = {name: artifact.manifest["summary"] for name, (artifact, _) in made.items()}
+    without = {1: len(fast[::2]), 2: len(slow[::2])}
+    assert len(labels_of(config)) == 48
+    assert summaries["score"]["without_response"] == without[1] + without[2]
+    rl = {"prompts": len(slow), "replayed_prompts": len(fast) - 1, "unrewardable_prompts": 1}
+    assert rl.items() <= summaries["rl"].items()
+    assert len(Texts(config).training_rows(config.sft)) == 48 - without[1] - without[2]

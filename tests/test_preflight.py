@@ -1,17 +1,18 @@
-"""What is certain to stop a run is said before its first vote, all of it at once."""
+"""What a run will cost, and what is certain to stop it, is said before its first vote."""
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import config_file, flags
+from conftest import change_json, config_file, flags, needs_vllm
 from safetensors.torch import load_file, save_file
 
+from lorapar_cli import plan as plan_command
 from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
+from stages.plan.estimate import Cost, Estimate
 from stages.plan.preflight import problems
 from stages.plan.texts import Texts
 from stages.plan.tokens import Lengths, Span
@@ -53,15 +54,13 @@ def certain(smoke, tmp_path):
 def add_token(model, use="chat_template"):
     """A token that the model has no embedding of: in its chat template, or as its pad token."""
     file = model / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 259, "content": "<|new|>"})
-    file.write_text(json.dumps(tokenizer))
+    known = json.loads(file.read_text())["added_tokens"]
+    change_json(file, added_tokens=[*known, {**known[0], "id": 259, "content": "<|new|>"}])
     if use == "chat_template":
         file = model / "chat_template.jinja"
         file.write_text(file.read_text().replace("<|im_start|>", "<|im_start|><|new|>"))
     else:
-        file = model / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), use: "<|new|>"}))
+        change_json(model / "tokenizer_config.json", **{use: "<|new|>"})
 
 
 @pytest.mark.parametrize(
@@ -96,8 +95,7 @@ def cut_short(model):
 
 
 def quantize(model):
-    file = model / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"bits": 4}}))
+    change_json(model / "config.json", quantization_config={"bits": 4})
 
 
 def weights(change):
@@ -145,38 +143,33 @@ KNOWN = ["classify.strategy=known", "classify.known=intended", "data.limit=null"
     ],
 )  # fmt: skip
 def test_each_certain_failure_is_found_without_loading_anything(
-    certain, tiny, tmp_path, monkeypatch, damage, settings, found
+    certain, model_copy, monkeypatch, damage, settings, found
 ):
     monkeypatch.setattr("stages.models.base._run_once", lambda _: pytest.fail("loaded"))
-    model = tmp_path / "model"
-    shutil.copytree(tiny, model)
     if damage:
-        damage(model)
-    few = [f"model.name={model}", "data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]"]
+        damage(model_copy)
+    few = [f"model.name={model_copy}", "data.limit=8", "eval.benchmarks.demo.limit=2", "eval.targets=[base]"]
     [problem] = certain(*few, *settings)
     assert re.match(found, problem), problem
 
 
-def test_what_may_go_well_is_not_refused(certain, smoke, tiny, tmp_path):
+def test_what_may_go_well_is_not_refused(certain, smoke, model_copy, tmp_path):
     """A pad token without an embedding, which is not needed; a server whose votes may all be here."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny, model)
-    add_token(model, "pad_token")
-    assert certain(f"model.name={model}", "partition.strategy=topk", "partition.density=1.6e-4") == []
-    assert load_tokenizer(smoke(f"model.name={model}").model).pad_token == "<|im_end|>"
+    add_token(model_copy, "pad_token")
+    assert certain(f"model.name={model_copy}", "partition.strategy=topk", "partition.density=1.6e-4") == []
+    assert load_tokenizer(smoke(f"model.name={model_copy}").model).pad_token == "<|im_end|>"
     (tmp_path / "runs/votes").mkdir(parents=True)
     (tmp_path / "runs/votes/x-steps-0123456789ab.jsonl").touch()
     assert certain("classify.voters=[{base_url: http://127.0.0.1:1/v1, model: me/x, persona: steps}]") == []
 
 
-def test_a_mode_may_learn_from_answers_alone(certain, tiny, tmp_path):
-    model = shutil.copytree(tiny, tmp_path / "model")
-    with (model / "chat_template.jinja").open("a") as template:
+def test_a_mode_may_learn_from_answers_alone(certain, model_copy, tmp_path):
+    with (model_copy / "chat_template.jinja").open("a") as template:
         template.write("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}")
     (tmp_path / "golds.jsonl").write_text(lines({"question": f"{i}?", "gold": i} for i in range(40)))
     on, off = ({"chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (True, False))
     modes = f"modes={json.dumps({'fast': off, 'slow': on | {'system': 'Think.'}, 'auto': on})}"
-    own = (f"model.name={model}", "data.path=HERE/golds.jsonl", modes)
+    own = (f"model.name={model_copy}", "data.path=HERE/golds.jsonl", modes)
     assert certain(*own, "sft.system2_share=0", "partition.strategy=all", "eval.targets=[rl]") == []
 
 
@@ -227,3 +220,28 @@ def test_plan_ends_with_65_and_measures_nothing(smoke, lorapar, tmp_path, monkey
     assert two.code == 65 and "2 things are certain to stop this run\n  score: " in two.err
     unread = lorapar("plan", path, "--check", "--to", "sft", *flags("partition={strategy: topk, theta: 0.8}"))
     assert unread.code == 0 and "partition.theta is not read by strategy topk\n" in unread.err
+
+
+def test_what_is_not_known_is_said_beside_the_total(capsys):
+    states = {"a": "missing", "b": "missing"}
+    plan_command._print_all(states, Estimate({"a": Cost(30.0), "b": Cost(None)}, []))
+    assert "about 30 s plus what is not known" in capsys.readouterr().out
+    plan_command._print_all(states, Estimate({"a": Cost(None)}, []))
+    assert capsys.readouterr().out.endswith("how long it takes is not known\n")
+
+
+@needs_vllm
+def test_prompts_that_are_longer_than_a_server_reads_are_refused(smoke, lorapar, tmp_path):
+    """Of a benchmark, and of a voter that is the base."""
+    voter = "classify.voters=[{persona: role_play, engine: vllm}]"
+    sets = ("eval.engine=vllm", "server.max_model_len=64", "eval.benchmarks.demo.max_new_tokens=24", voter)
+    done = lorapar("plan", config_file(smoke(*sets), tmp_path))
+    longer = r": \d+ of \d+ are longer than {} tokens \(server.max_model_len, less {}\)"
+    assert done.code == 65
+    assert re.search("prompt of demo" + longer.format(40, 24), done.err)
+    assert re.search("vote on train, role_play" + longer.format(56, 8), done.err)
+
+
+def test_what_vllm_has_of_the_gpu_is_named_first(smoke):
+    colocated = plan_steps(smoke("rl.rollouts.engine=vllm_colocate"))["rl"].planned.memory_hint
+    assert colocated.startswith("rl.rollouts.gpu_memory_utilization, or rl.per_device_train_batch_size")

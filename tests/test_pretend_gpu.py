@@ -7,12 +7,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, flags, paths, wait_for
+from conftest import LORAPAR, ROOT, flags, paths, wait_for
 from pretend_gpu.faults import FAULTS, IN_TWO_PROCESSES
 
 pytestmark = pytest.mark.slow
@@ -45,11 +44,9 @@ class Pretending:
             "PYTHONPATH": f"{ROOT / 'tests/pretend_gpu'}{os.pathsep}{ROOT}", "PRETEND_GPUS": str(gpus),
             "PRETEND_REPORT": str(self.home), "PRETEND_FAULT": fault,
         }  # fmt: skip
-        arguments = [name, "configs/smoke.yaml", *flags(*self.settings, *more)]
         return subprocess.Popen(
-            [sys.executable, "-m", "lorapar_cli", *arguments],
-            cwd=ROOT, env=os.environ | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*LORAPAR, name, "configs/smoke.yaml", *flags(*self.settings, *more)], cwd=ROOT,
+            env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     def finish(self, run: subprocess.Popen) -> tuple[str, list[str]]:

@@ -178,3 +178,33 @@ def test_thoughts_of_rows_and_of_messages(tmp_path):
     write_labels(tmp_path / "labels.jsonl", [Labelled(one, 1, {}) for one in (last, without)])
     assert [row.example for row in read_labels(tmp_path / "labels.jsonl")] == [last, without]
     assert (tmp_path / "labels.jsonl").read_text().count('"thought"') == 1
+
+
+def test_a_row_needs_a_response_or_what_verifies_one(tmp_path):
+    null = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": None}]
+    for row in (
+        {"question": "2 + 3?", "gold": None},
+        {"instruction": "2 + 3?", "context": "", "response": "", "gold": ""},
+        {"messages": null[:1], "gold": None},
+        {"messages": null},
+    ):
+        rows = (row | {"gold": 5}, row)
+        with pytest.raises(DataError, match="prompt or response is empty") as caught:
+            read(tmp_path, *rows)
+        assert "empty: drop leaves out empty ones" in caught.value.hint
+        [example] = read(tmp_path, *rows, empty="drop")
+        assert (example.prompt, example.response, example.gold) == ("2 + 3?", "", "5")
+    [example] = read(tmp_path, {"prompt": "Write f.", "test": "assert f()", "entry_point": "f"})
+    assert example.response == "" and example.extra["test"] == "assert f()"
+    own = {"prompt": "Write f.", "rubric": "short"}  # for a reward of one's own
+    assert read(tmp_path, own, empty="keep")[0].extra == {"rubric": "short"}
+
+
+def test_rows_with_one_prompt_are_told_apart_by_their_answers(tmp_path):
+    rows = [{"prompt": "Any even number?", "gold": gold} for gold in ("2", "4")]
+    assert len({example.id for example in read(tmp_path, *rows)}) == 2
+    with pytest.raises(DataError, match="duplicate id"):
+        read(tmp_path, rows[0], rows[0])
+    # Votes and labels are filed under the ids of those with a response.
+    [example] = read(tmp_path, {"question": "2 + 3?", "answer": "5\n#### 5"})
+    assert example.id == "8bb01108ea572742"

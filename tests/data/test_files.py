@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.config import DataSection, ModelSection, PromptSection
+from stages.config import DataSection, PromptSection
 from stages.data.rows import read, read_rows
 from stages.errors import DataError
 from stages.labelling.personas import PersonaContext, personas
-from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
 
 PAIR = {"question": "Two and two?", "answer": "2 + 2 = 4.\n#### 4"}
@@ -131,7 +130,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, monkeypatch, n
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_conversations(tmp_path, tiny):
+def test_conversations(tmp_path, tokenizer):
     """The last answer, with what was said before, as voters see it."""
     row = {"messages": chat("One?", "1", "Two?", "#### 2", system="Count.")}
     rows = source(tmp_path / "chat.jsonl", lines(row))
@@ -139,7 +138,6 @@ def test_conversations(tmp_path, tiny):
     assert (last.prompt, last.response, last.gold) == ("Two?", "#### 2", "2")
     assert last.turns == [["Count.\n\nOne?", "1"]]
     assert read_rows(rows).format == "chat"
-    tokenizer = load_tokenizer(ModelSection(name=str(tiny)))
     for template in ("chat", "plain", "bare"):
         text = Renderer(tokenizer, PromptSection(template=template)).prompt(last.prompt, example=last)
         places = [text.index(part) for part in ("One?", "1", "Two?")]

@@ -1,15 +1,25 @@
-"""README and the guide: short, their links lead somewhere, their YAML is valid, their names exist."""
+"""README and the guide: short, their links lead somewhere, their YAML is valid, their names exist.
+
+Every command that they show is run in a folder like that of a person who follows them. The model is a random
+one of two layers, and the config that `init` writes is made small. Commands whose block says what they need
+(a GPU, a server, a cluster) are not run.
+"""
 
 import dataclasses
+import io
 import json
 import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
 import reference
 import yaml
-from conftest import CONFIGS, ROOT, TABLES, Small, make_steps
+from conftest import CONFIGS, ROOT, TABLES, Done, Small, make_steps
 from guide import PAGES, README, anchors, blocks, commands, own_reward
 from peft import LoraConfig
 from trl import GRPOConfig, SFTConfig
@@ -48,7 +58,7 @@ def test_every_page_is_in_the_site() -> None:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page}-{block.text[:20]!r}")
 def test_yaml_of_the_guide_is_valid(block, tmp_path: Path) -> None:
-    if block.title == "slurm.yaml":  # the settings of submitit, which test_slurm.py reads
+    if block.title == "slurm.yaml":  # the settings of submitit
         return
     settings = yaml.safe_load(block.text)
     if "title" in settings:
@@ -122,9 +132,67 @@ def test_artifacts_have_the_files_that_the_reference_lists(begun: Small) -> None
 
 
 def test_every_command_is_run_or_says_what_it_needs() -> None:
-    """`test_commands.py` runs those without a title."""
+    """Those without a title are run below."""
     rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for page, title, command in commands():
         program, *words = command.split()
         assert title.startswith(("needs ", "takes ")) or program in ("lorapar", "make"), (page, command)
         assert program != "make" or words[0] in rules, (page, command)
+
+
+SMALL = yaml.safe_load("""
+lora: {r: 4}
+score: {examples: 4}
+classify: {voters: [{persona: steps, engine: transformers, shots: 2}], system2_share: 0.5, accept_weak: true}
+sft: {max_steps: 2, batch_size: 4, per_device_train_batch_size: 4}
+rl: {max_steps: 1, prompts_per_step: 2, num_generations: 2, per_device_train_batch_size: 4,
+     max_completion_length: 8}
+""")
+
+
+@pytest.fixture
+def home(tiny: Path, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a person: rows, labels and a reward of their own beside lorapar's configs."""
+    for name, rows in (("rows", "train"), ("test", "test")):
+        lines = (demo_data / f"{rows}.jsonl").read_text(encoding="utf-8").splitlines()[:48]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    questions = [yaml.safe_load(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    labels = [f'"{row["question"]}",{row["intended"]}' for row in questions]
+    (tmp_path / "labels.csv").write_text("\n".join(["question,system", *labels]) + "\n", encoding="utf-8")
+    (tmp_path / "rewards.py").write_text(own_reward(), encoding="utf-8")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "configs/smoke.yaml", tmp_path / "configs/demo.yaml")
+    (tmp_path / "models").symlink_to(tiny.parent)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/demo").symlink_to(demo_data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))  # what a person types to `lorapar ask`
+    return tmp_path
+
+
+def make_small(path: Path) -> None:
+    """Put the settings of SMALL into the config that `init` wrote."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, changes in SMALL.items():
+        settings[section] = {**settings.get(section, {}), **changes}
+    for benchmark in settings["eval"]["benchmarks"].values():
+        benchmark |= {"limit": 8, "max_new_tokens": 8}
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_commands_of_readme_and_guide(home: Path, tiny: Path, lorapar: Callable[..., Done]) -> None:
+    typed = [(page, text) for page, title, text in commands() if not title]
+    assert len(typed) > 35
+    for text, page in dict((text, page) for page, text in typed).items():
+        words = [str(tiny) if "/SmolLM2" in word else word for word in shlex.split(text)]
+        if words[0] == "make":
+            shown = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+            assert shown.returncode == 0, (page, text, shown.stderr)
+            continue
+        done = lorapar(*words[1:])
+        assert done.code == 0, (page, text, done.err[-1500:])
+        if words[1] == "init":
+            make_small(home / "rows.yaml")
+    assert (home / "report/report.html").exists()
+    assert (home / "adapter/README.md").exists()

@@ -14,10 +14,8 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from stages.config import ModelSection
 from stages.engines import Sampling, continuous_batching
 from stages.engines.continuous_batching import StopConditions, generate, sample_tokens
-from stages.models.tokenizer import load_tokenizer
 from stages.packing import support
 from stages.packing.batch import common_prefix_length
 
@@ -33,11 +31,6 @@ def model():
     """In float64, so that what is computed beside an answer cannot change its tokens."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SMALL)).double().eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny):
-    return load_tokenizer(ModelSection(name=str(tiny)))
 
 
 def random(*lengths: int, shared: int = 0, seed: int = 0) -> list[list[int]]:

@@ -6,7 +6,6 @@ It votes as the model in this process does, and nothing of it is left behind.
 import json
 import signal
 import subprocess
-import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import openai
 import psutil
 import pytest
 import torch
-from conftest import HAS_VLLM, ROOT, alive, flags, free_port, make_steps, servers, wait_for
+from conftest import LORAPAR, ROOT, alive, flags, free_port, make_steps, needs_vllm, servers, wait_for
 
 from stages.ask import TrainedModel
 from stages.config import LoraSection, ModelSection, ServerSection
@@ -25,7 +24,7 @@ from stages.lora.adapter import adapter
 from stages.models.base import load_base
 from stages.records import read_samples
 
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")]
+pytestmark = [pytest.mark.vllm, needs_vllm]
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="V2 needs Triton"))
 BALLOTS = [
@@ -113,8 +112,7 @@ def test_serve_offers_three_modes_and_ends_with_its_command(begun):
     config = begun(*settings)
     trained = make_steps(config, "score", "partition", "sft", "rl")["rl"][0]
     port = free_port()
-    command = [sys.executable, "-m", "lorapar_cli", "serve", "configs/smoke.yaml", "--port", str(port)]
-    command += flags(*begun.home, *settings)
+    command = [*LORAPAR, "serve", "configs/smoke.yaml", "--port", str(port), *flags(*begun.home, *settings)]
     with ExitStack() as stack:
         child = stack.enter_context(subprocess.Popen(command, cwd=ROOT))
         stack.callback(child.kill)

@@ -3,21 +3,22 @@
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from conftest import make_steps
+from conftest import make_step, make_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.classify import run as classify
 from stages.classify.report import check_voters, compare_with_known
-from stages.classify.run import _calibrate_voter
 from stages.config import ClassifySection, Voter
 from stages.engines import ChoiceRequest, ChoiceResult
 from stages.errors import AnswerError, DataError
 from stages.labelling.aggregate import MIN_EXAMPLES, VoterResult, aggregate, auc, calibrate
 from stages.labelling.personas import PersonaContext, personas, question_of, read_labelled_examples, shots_of
 from stages.labelling.votes import VoteJournal
-from stages.records import Example, Labelled
+from stages.records import Example, Labelled, write_jsonl
 
 SHOTS = shots_of(Voter(persona="steps", shots=4))
 EXAMPLE = Example("1", "How many?", "3 + 4 = 7.\n#### 7", "7")
@@ -78,53 +79,48 @@ def test_labelled_examples_of_a_user(tmp_path):
             read_labelled_examples(path)
 
 
-def labels(votes: dict[str, list], thresholds=None, **settings) -> list[int | None]:
-    rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(next(iter(votes.values()))))]
+def labels(*votes: list[float | None], thresholds=(0.5,) * 3, **settings) -> list[int | None]:
+    """What becomes of the votes of each voter on row after row."""
+    rows = [Example(str(i), f"q{i}", "r", None) for i in range(len(votes[0]))]
     section = ClassifySection(**settings)
     voices = {}
-    for voter, values in votes.items():
-        result = VoterResult({str(i): v for i, v in enumerate(values)}, (thresholds or {}).get(voter, 0.5))
-        voices[voter] = result.decided(section.system2_share)
+    for voter, (values, threshold) in enumerate(zip(votes, thresholds, strict=False)):
+        result = VoterResult({str(i): v for i, v in enumerate(values)}, threshold)
+        voices[str(voter)] = result.decided(section.system2_share)
     return [row.system for row in aggregate(rows, voices, section)]
 
 
-THREE = {"a": [0.9, 0.9, 0.1, 0.6], "b": [0.6, 0.2, 0.1, 0.6], "c": [0.1, 0.3, 0.9, 0.1]}
+THREE = [0.9, 0.9, 0.1, 0.6], [0.6, 0.2, 0.1, 0.6], [0.1, 0.3, 0.9, 0.1]
+FEW = [0.9, 0.9, None], [0.9, None, None], [None, None, None]
+AGGREGATED = [
+    (THREE, {}, [2, 1, 1, 2]),  # the majority
+    (THREE, {"min_agreement": 1}, [None] * 4),
+    ([[0.9, 0.9], [0.9, 0.1], [0.9, 0.9]], {"min_agreement": 0.7}, [2, None]),
+    # Ties go by the mean probability, and even ones are System 2, whatever the rounding.
+    ([[0.9, 0.1, 0.9], [0.6, 0.2, None]], {"min_agreement": 1}, [2, 1, 2]),
+    ([[0.9, 0.6, 0.75], [0.3, 0.1, 0.25]], {}, [2, 1, 2]),
+    *(([[high, 1 - high], [1 - high, high]], {}, [2, 2]) for high in (0.58, 0.73)),
+    (FEW, {"quorum": 0.0}, [2, 2, None]),
+    (FEW, {"quorum": 0.5}, [2, None, None]),
+    (FEW, {"quorum": 1.0}, [None, None, None]),
+    # A known share sets each voter's threshold, which is the last of the share, or whatever ties with it.
+    ([[0.01, 0.02, 0.03, 0.04]], {"system2_share": 0.5}, [1, 1, 2, 2]),
+    ([[0.99, 0.98, 0.97, 0.96]], {"system2_share": 0.25}, [2, 1, 1, 1]),
+    ([[0.3, 0.3, 0.3, 0.3]], {"system2_share": 0.5}, [2, 2, 1, 1]),
+    ([[0.1, 0.2, 0.3]], {"system2_share": 0.6}, [1, 2, 2]),  # 1.8 of them
+    ([[0, 0, 0, *[1] * 7]], {"system2_share": 0.5}, [1, 1, 1, *[2] * 5, 1, 1]),
+    ([[*[0] * 5, *[1] * 5]], {"system2_share": 0.5}, [*[1] * 5, *[2] * 5]),
+    ([[i / 10 for i in range(10)]], {"system2_share": 0.5}, [*[1] * 5, *[2] * 5]),
+]
 
 
-def test_the_majority_decides():
-    assert labels(THREE) == [2, 1, 1, 2]
-    assert labels(THREE, min_agreement=1) == [None] * 4
-
-
-def test_ties_go_by_the_mean_probability_and_even_ones_are_system_2():
-    assert labels({"a": [0.9, 0.1, 0.9], "b": [0.6, 0.2, None]}, min_agreement=1) == [2, 1, 2]
-    assert labels({"a": [0.9, 0.6, 0.75], "b": [0.3, 0.1, 0.25]}) == [2, 1, 2]
-    for high in (0.58, 0.73):  # whatever the rounding
-        assert labels({"a": [high, 1 - high], "b": [1 - high, high]}) == [2, 2]
-
-
-@pytest.mark.parametrize(
-    ("quorum", "expected"), [(0.0, [2, 2, None]), (0.5, [2, None, None]), (1.0, [None, None, None])]
-)
-def test_without_agreement_or_a_quorum_an_example_is_undecided(quorum, expected):
-    votes = {"a": [0.9, 0.9, None], "b": [0.9, None, None], "c": [None, None, None]}
-    assert labels(votes, quorum=quorum) == expected
-    assert labels({"a": [0.9, 0.9], "b": [0.9, 0.1], "c": [0.9, 0.9]}, min_agreement=0.7) == [2, None]
-
-
-def test_a_known_share_sets_each_voter_s_threshold():
-    assert labels({"a": [0.01, 0.02, 0.03, 0.04]}, system2_share=0.5) == [1, 1, 2, 2]
-    assert labels({"a": [0.99, 0.98, 0.97, 0.96]}, system2_share=0.25) == [2, 1, 1, 1]
-    assert labels({"a": [0.3, 0.3, 0.3, 0.3]}, system2_share=0.5) == [2, 2, 1, 1]
-    assert labels({"a": [0.1, 0.2, 0.3]}, system2_share=0.6) == [1, 2, 2]  # 1.8 of them
-    # The last of the share is the threshold itself, and so is whatever ties with it.
-    for votes in ([0, 0, 0, *[1] * 7], [*[0] * 5, *[1] * 5], [i / 10 for i in range(10)]):
-        assert labels({"a": votes}, system2_share=0.5).count(2) == 5
+@pytest.mark.parametrize(("votes", "settings", "expected"), AGGREGATED)
+def test_votes_become_labels(votes, settings, expected):
+    assert labels(*votes, **settings) == expected
 
 
 def test_a_threshold_moves_votes_and_probabilities():
-    votes = {"a": [0.7, 0.8, 0.9], "b": [0.4, 0.4, 0.4]}  # ties go by the mean probability
-    assert labels(votes, thresholds={"a": 0.75, "b": 0.5}) == [1, 1, 2]
+    assert labels([0.7, 0.8, 0.9], [0.4, 0.4, 0.4], thresholds=(0.75, 0.5)) == [1, 1, 2]
     voice = VoterResult({"x": 0.75, "y": 0.0, "z": 1.0}, 0.75)
     assert voice.calibrated("x") == pytest.approx(0.5)
     assert voice.calibrated("y") < 0.001 and voice.calibrated("z") > 0.999
@@ -141,7 +137,7 @@ def test_held_out_examples_set_the_threshold_between_the_systems():
     assert calibrate(rows, given, by_median=False).threshold == 0.5
     journal = SimpleNamespace(title="v", voter=Voter(persona="steps", calibration="held_out"))
     with pytest.raises(DataError, match=f"v: {MIN_EXAMPLES} System 1 and 0 System 2 labelled examples"):
-        _calibrate_voter(journal, judged(*[1] * MIN_EXAMPLES))
+        classify._calibrate_voter(journal, judged(*[1] * MIN_EXAMPLES))
 
 
 @pytest.mark.parametrize(("ones", "twos"), [(24, 24), (4, 28), (60, 2)])
@@ -194,14 +190,14 @@ def test_only_voters_that_are_all_guessing_are_refused():
 
 
 class Echo:
-    """An engine that gives none of the words to the first questions."""
+    """An engine that gives the first questions these shares, of which () is none of the words."""
 
-    def __init__(self, invalid: int) -> None:
-        self.invalid = invalid
+    def __init__(self, *shares: tuple[float, ...]) -> None:
+        self.shares = shares
 
     def choose_words(self, ballots):
-        for i, _ in enumerate(ballots):
-            yield i, ChoiceResult((), "hm") if i < self.invalid else ChoiceResult((0.3, 0.7))
+        for (i, _), shares in zip(enumerate(ballots), [*self.shares, *[(0.3, 0.7)] * 100], strict=False):
+            yield i, ChoiceResult(shares, "hm")
 
 
 def votes(folder, number: int, words=None, seed=0, **voter) -> VoteJournal:
@@ -213,38 +209,33 @@ def votes(folder, number: int, words=None, seed=0, **voter) -> VoteJournal:
 
 def test_bad_answers_are_counted_among_all_answers(tmp_path, monkeypatch):
     many = votes(tmp_path, 20, samples=5, temperature=0.5, thinking={})
-    list(many.ask(Echo(4), print))
+    list(many.ask(Echo(*[()] * 4), print))
     many.check(max_failed=0)  # 4 of 100
     monkeypatch.setattr("stages.labelling.votes.MAX_INVALID", 0.01)
     with pytest.raises(AnswerError, match="4 of 100 answers are none of its words, e.g. 'hm'"):
         many.check(max_failed=0)
     monkeypatch.undo()
     one, two = votes(tmp_path, 20), votes(tmp_path, 20)  # those that another run got count, too
-    list(one.ask(Echo(20), print))
-    assert list(two.ask(Echo(0), print)) == []  # nothing is asked again
+    list(one.ask(Echo(*[()] * 20), print))
+    assert list(two.ask(Echo(), print)) == []  # nothing is asked again
     for each in (one, two):
         with pytest.raises(AnswerError, match="20 of 20 answers are none of its words"):
             each.check(max_failed=0)
 
 
 def test_other_words_and_another_seed_of_a_voter_that_samples_have_other_votes(tmp_path):
-    list(votes(tmp_path, 2).ask(Echo(0), print))
+    list(votes(tmp_path, 2).ask(Echo(), print))
     assert len(votes(tmp_path, 2, words=("simple", "complex")).missing()) == 0
     assert len(votes(tmp_path, 2, words=("easy", "hard")).missing()) == 2
     one, two = (votes(tmp_path, 2, seed=seed, temperature=0.5, thinking={}) for seed in (0, 1))
     assert one.path != two.path
-    list(one.ask(Echo(0), print))
+    list(one.ask(Echo(), print))
     assert len(votes(tmp_path, 2, samples=3, temperature=0.5, thinking={}).missing()) == 4  # the new ones
 
 
 def test_a_vote_is_the_mean_of_the_valid_samples(tmp_path):
-    class Three:
-        def choose_words(self, ballots):
-            given = [(0.8, 0.2), (0.4, 0.6), ()]
-            yield from ((i, ChoiceResult(given[i])) for i, _ in enumerate(ballots))
-
     made = votes(tmp_path, 1, samples=3, temperature=0.5, thinking={})
-    list(made.ask(Three(), print))
+    list(made.ask(Echo((0.8, 0.2), (0.4, 0.6), ()), print))
     assert made.vote(made.examples[0]) == pytest.approx(0.4)
 
 
@@ -257,3 +248,15 @@ def test_voters_that_are_guessing_stop_the_run_and_no_vote_is_lost(own, monkeypa
     monkeypatch.setattr("stages.engines.in_process.InProcess.choose_words", None)  # nothing is asked again
     for accepted in ("classify.accept_weak=true", "classify.min_auc=0"):
         make_steps(own("classify.accept_weak=false", accepted), "classify:train", force=True)
+
+
+def test_votes_with_and_without_an_answer_are_not_mixed(smoke, tmp_path, monkeypatch):
+    """One threshold is for prompts of one kind."""
+    asked = Mock(side_effect=StopIteration)
+    monkeypatch.setattr(classify, "question_of", asked)
+    rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
+    for more in ([], [{"question": "9?", "gold": "9"}]):
+        write_jsonl(tmp_path / "rows.jsonl", rows + more)
+        with pytest.raises(StopIteration):
+            make_step(smoke(f"data.path={tmp_path / 'rows.jsonl'}"), "classify:train")
+    assert [call.args[2] for call in asked.call_args_list] == [True, False]

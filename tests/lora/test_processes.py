@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 import torch
-from conftest import ROOT, flags, make_step, wait_for
+from conftest import LORAPAR, ROOT, flags, make_step, wait_for
 from results import moved_share, trained_weights
 from safetensors.torch import load_file
 
@@ -27,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def command(name: str, settings: list[str]) -> list[str]:
-    return [sys.executable, "-m", "lorapar_cli", name, str(ROOT / "configs/smoke.yaml"), *flags(*settings)]
+    return [*LORAPAR, name, "configs/smoke.yaml", *flags(*settings)]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -16,9 +16,6 @@ from stages.lora.grpo.zero_signal import equal_groups, metrics_by_system, total_
 from stages.prompts.answers import works_out
 
 REWARDS = """
-def odd(completions, **_):
-    return [sum(map(ord, text)) % 97 / 97 for text in completions]
-
 def sometimes(completions, **_):
     CALLS.append(None)
     return [None if len(CALLS) == 2 else float(sum(map(ord, t)) % 97) for t in completions]

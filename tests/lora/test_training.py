@@ -1,24 +1,28 @@
-"""What SFT and RL can be told: optimizers, learning rates, where to start, which rows to train on."""
+"""What SFT and RL can be told: learning rates, where to start, which rows to train on.
+
+A run that cannot go well stops before it does harm, and says where.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from conftest import make_step
-from results import history
+from conftest import labels_of, make_step
+from results import history, untimed
 from safetensors.torch import save_file
 from torch import nn
+from trl import GRPOTrainer, SFTTrainer
 
-from stages.config import ModelSection, PromptSection, SftSection
-from stages.errors import DataError
+from stages.config import PromptSection, ScoreSection, SftSection
+from stages.errors import DataError, OutOfMemoryError, UnusableResult
 from stages.lora import examples
 from stages.lora.adapter import adapter
+from stages.lora.adapter.adapter import ADAPTER
 from stages.lora.training import curves, loop
 from stages.lora.training.curves import draw  # conftest replaces it before the first test
 from stages.lora.training.start import StartingAdapter
 from stages.lora.training.trainer import ResumableTrainer
-from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.resolve import resolved
 from stages.pipeline.steps import plan_steps
 from stages.prompts.renderer import Renderer
@@ -27,6 +31,7 @@ from stages.sft import run as sft
 from stages.store.checkpoints import Checkpoints
 
 SFT = ["sft.max_steps=3", "sft.num_train_epochs=3", "sft.system2_share=0", "sft.weight_decay=0.1"]
+SAVED = ["sft.save_steps=1", "rl.start_from=init", "rl.max_steps=3", "rl.save_steps=1"]
 
 
 @pytest.mark.parametrize("value", [1e-30, float("nan"), -0.0])
@@ -88,8 +93,8 @@ def test_tensorboard_has_the_loss_of_every_step_in_a_folder_that_stays(own, monk
     assert [event.value for event in log.Scalars("train/loss")] == pytest.approx(losses)
 
 
-def test_rows_that_do_not_teach_to_stop_are_named(tiny):
-    renderer = Renderer(load_tokenizer(ModelSection(name=str(tiny))), PromptSection())
+def test_rows_that_do_not_teach_to_stop_are_named(tokenizer):
+    renderer = Renderer(tokenizer, PromptSection())
     whole = renderer.row(Example("one", "1?", "1\n#### 1", "1"))
     cut = replace(whole, id="two", input_ids=whole.input_ids[:-3], labels=whole.labels[:-3])
     assert renderer.rows_without_stop([whole, cut]) == ["two"]
@@ -152,3 +157,89 @@ def test_the_figure_has_a_panel_for_all_that_there_is_and_does_not_tell_when_it_
     draw(steps, tmp_path / "two.png")
     made = (tmp_path / "one.png").read_bytes()
     assert made.startswith(b"\x89PNG") and made == (tmp_path / "two.png").read_bytes()
+
+
+def test_score_and_sft_read_rows_with_a_response():
+    rows = [labelled(i, 1 + i % 2, f"#### {i}" if i % 3 else "", str(i)) for i in range(24)]
+    for chosen in examples.scored(rows, ScoreSection(examples=8), 0)[0].values():
+        assert len(chosen) == 8 and all(example.response for example in chosen)
+    mixed = imitated(rows, SftSection(system2_share=0.5))
+    assert len(mixed) == 8 + 4 and all(example.response for example in mixed)
+    taught = imitated(rows, SftSection(system1_targets="answer", system2_share=0.0))
+    assert {example.response for example in taught} == {f"#### {i}" for i in range(0, 24, 2)}
+    assert len(imitated(rows, SftSection(data="all"))) == 16
+    bare = [replace(row, example=replace(row.example, response="")) for row in rows if row.system == 2]
+    with pytest.raises(DataError, match="none of 12 rows labelled System 2 has a response"):
+        examples.scored([*rows[::2], *bare], ScoreSection(), 0)
+    with pytest.raises(DataError, match="no row has a response for SFT to imitate"):
+        imitated(bare, SftSection(data="all"))
+
+
+def endless_gradient(model, loss):
+    """The loss itself stays finite."""
+    values = next(p for p in model.parameters() if p.requires_grad)
+    return loss + torch.where(values > -9e9, 0.0, values.sqrt()).sum()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "spoil", "said"),
+    [
+        (SFTTrainer, lambda model, loss: loss * float("nan"), "loss is nan"),
+        (GRPOTrainer, endless_gradient, "gradient norm is nan"),
+    ],
+    ids=["loss of sft", "gradient of rl"],
+)
+def test_a_non_finite_number_stops_before_the_step_and_names_rows(own, monkeypatch, trainer, spoil, said):
+    stage, system = ("sft", 1) if trainer is SFTTrainer else ("rl", 2)
+    config, usual = own(*SFT, *SAVED), trainer.compute_loss
+
+    def compute_loss(self, model, *inputs, **options):
+        loss = usual(self, model, *inputs, **options)
+        return spoil(model, loss) if self.state.global_step + 1 == 2 else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    with pytest.raises(UnusableResult, match=rf"{said} in step 2, rows \w+") as caught:
+        make_step(config, stage)
+    named = str(caught.value).partition("rows ")[2].split(", ")
+    assert set(named) <= {row.example.id for row in labels_of(config) if row.system == system}
+    saved = {path.name for path in config.root.glob(f"{stage}/checkpoints/*/checkpoint-*")}
+    assert saved == {"checkpoint-1"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "said"),
+    [
+        ("sft", 1, r"in the longest micro batch, 4 rows of up to \d+ tokens"),
+        ("rl", 1, r"in the longest micro batch, 8 completions of 12 tokens, prompts of up to \d+"),
+        ("sft", 2, r"in step 1, input_ids of 4 × \d+ tokens"),
+    ],
+)
+def test_out_of_memory_names_step_lengths_and_setting(own, monkeypatch, stage, number, said):
+    """The longest micro batch is tried before anything."""
+    calls = []
+
+    def supports_packing(*_):
+        calls.append(None)
+        if len(calls) == number:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("stages.packing.support.supports_packing", supports_packing)
+    with pytest.raises(OutOfMemoryError, match=f"out of memory {said}") as caught:
+        make_step(own("rl.start_from=init"), stage)
+    assert caught.value.exit_code == 74
+    assert f"lower {stage}.per_device_train_batch_size from " in caught.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_the_rehearsal_changes_nothing(own, monkeypatch, stage):
+    """With dropout, which draws random numbers."""
+    config = own(f"{stage}.lora_dropout=0.1", "rl.start_from=init", "sft.learning_rate=0.02")
+
+    def trained() -> tuple[bytes, list[dict[str, float]]]:
+        artifact = make_step(config, stage, force=True)
+        return (artifact.adapter / ADAPTER).read_bytes(), untimed(artifact.path)
+
+    rehearsed = trained()
+    monkeypatch.setattr("stages.lora.training.health.LongestBatch.on_train_begin", lambda *_, **__: None)
+    assert trained() == rehearsed

@@ -1,11 +1,16 @@
-"""Answers as models and rows write them: numbers, letters, formats, and what is none."""
+"""Answers as models and rows write them: numbers, letters, formats, and what is none.
 
+However long and odd a text is, it is read in linear time, and nothing is raised.
+"""
+
+import time
 from fractions import Fraction
 
 import pytest
 
-from stages.prompts import answers
+from stages.prompts import answers, code
 from stages.prompts.answers import equals_gold, extract, gold_from_response, parse_number, rewrite, works_out
+from stages.rewards.builtin import rewards
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,47 @@ def test_what_is_odd(text, strict, flexible):
 )  # fmt: skip
 def test_an_answer_at_once_has_nothing_beside_it(text, style, works):
     assert works_out(text, style) == works
+
+
+N = 40_000
+PATIENCE_S = 1.5
+"""Of the processor's time: a linear pattern takes a hundredth of it, a quadratic one many times as much."""
+
+TEXTS = {
+    "spaces": " " * N,
+    "an answer tag and spaces": "<answer>" + " " * N,
+    "a line with a gap": "#### a" + " " * N + "b",
+    "many markers": "#### " * (N // 5),
+    "a bracket and spaces": "(" + " " * N + "x",
+    "digits": "9" * N,
+    "underscores": "5" + "_" * N + "+",
+    "many numbers": "1 " * (N // 2),
+    "commas": "1" + "," * N + "x",
+    "many tags": "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (N // 24),
+    "answer, answer": "answer " * (N // 7),
+    "many blocks": "```\n" * (N // 4),
+    "brackets": "(" * N,
+    "a name of a block": "```python " + " " * N,
+}
+GIVEN = {"gold": ["5"], "response": ["one two"], "test": [""], "entry_point": ["f"]}
+REWARDS = ["integer", "strict_format", "soft_format", "tag_count", "correctness", "text_overlap"]
+
+
+@pytest.mark.parametrize("style", ["hash", "xml"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_long_texts_are_read_at_once(text, style):
+    start = time.process_time()
+    for name in REWARDS:
+        (value,) = rewards.pick(name)(completions=[text], answer_format=[style], **GIVEN)
+        assert value <= 1
+    assert rewards.pick("correctness")(completions=[text], gold=[text], answer_format=[style])[0] in (0, 1)
+    assert answers.equals_gold("5", text) is answers.equals_gold(text, "5") is False
+    assert answers.rewrite(text, "5", style) and isinstance(code.code_block(text, "f"), str)
+    assert time.process_time() - start < PATIENCE_S
+
+
+@pytest.mark.parametrize("digits", [150, 5_000])
+def test_an_answer_of_many_digits_equals_itself_alone(digits):
+    """Those too long to be numbers are compared as texts (Python reads at most 4,300 digits)."""
+    text = "9" * digits
+    assert answers.equals_gold(text, text) and not answers.equals_gold(text, text[1:])

@@ -1,7 +1,5 @@
-import json
-import shutil
-
 import pytest
+from conftest import change_json
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
@@ -89,20 +87,17 @@ def test_only_plain_stops_at_the_next_question(tokenizer):
         assert (asked.stop, asked.ids) == (stop, renderer.ids(renderer.prompt("2 + 2?")))
 
 
-def test_without_pad_token_eos_pads_and_is_still_trained(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path / "m")
-    file = tmp_path / "m/tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": None}))
-    tokenizer = load_tokenizer(ModelSection(name=str(tmp_path / "m")))
+def test_without_pad_token_eos_pads_and_is_still_trained(model_copy):
+    change_json(model_copy / "tokenizer_config.json", pad_token=None)
+    tokenizer = load_tokenizer(ModelSection(name=str(model_copy)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert Renderer(tokenizer, PromptSection()).row(EXAMPLE).labels[-1] == tokenizer.eos_token_id
 
 
-def test_an_answer_ends_where_the_model_says(tiny, tmp_path):
+def test_an_answer_ends_where_the_model_says(model_copy):
     """As GLM's, which end at the next turn's `<|user|>`, by generation_config.json alone."""
-    folder = shutil.copytree(tiny, tmp_path / "m")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}), encoding="utf-8")
-    assert Renderer(load_tokenizer(ModelSection(name=str(folder))), PromptSection()).stop_ids == [2, 5]
+    (model_copy / "generation_config.json").write_text('{"eos_token_id": [2, 5]}', encoding="utf-8")
+    assert Renderer(load_tokenizer(ModelSection(name=str(model_copy))), PromptSection()).stop_ids == [2, 5]
 
 
 def test_rows_that_are_too_long(tokenizer):

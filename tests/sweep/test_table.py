@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, make_steps
+from conftest import LORAPAR, ROOT, make_steps
 
 from stages.data.demo import write
 from stages.errors import ConfigError
@@ -229,7 +228,7 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_in_the_same_artifacts(small, tm
         """What is said of steps that are done; at so many of them the sweep is killed."""
         part = ["--seeds", "1", "--only", "θ .9", "--only", "β 0", "--set", f"runs_dir={tmp_path / runs}"]
         child = subprocess.Popen(
-            [sys.executable, "-m", "lorapar_cli", "sweep", str(small), *part], stderr=subprocess.PIPE,
+            [*LORAPAR, "sweep", str(small), *part], stderr=subprocess.PIPE,
             text=True, cwd=ROOT, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         done = []

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -190,14 +189,13 @@ def test_odd_rows(tmp_path, tally):
     check()
 
 
-def test_odd_places(tiny, demo_data, tmp_path, tally):
+def test_odd_places(tiny, model_copy, demo_data, tmp_path, tally):
     """Paths that lead nowhere, in circles, or to what is no file."""
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder.jsonl").mkdir()
-    shutil.copytree(tiny, tmp_path / "model")
-    (tmp_path / "model/config.json").unlink()
+    (model_copy / "config.json").unlink()
     names = ("loop", "dangling", "pipe", "folder.jsonl", "model", "none", "a" * 300)
     odd = [tmp_path / name for name in names]
     odd += [Path("/dev/null"), Path("/proc/self/mem"), Path("/"), Path("x" * 5000), Path("/dev/zero/x")]

@@ -7,14 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import make_steps
-from mock_server import OF_CHOICES, OF_REPLIES, Mock, serve, with_logprobs
+from mock_server import OF_CHOICES, OF_REPLIES, Mock, classify, serve, system_of, voting, with_logprobs
 from tally import FULL
 
 from stages.engines import openai
 from stages.errors import LoraparError
-from stages.pipeline.resolve import load, resolved
-from stages.records import read_jsonl, read_labels
+from stages.records import read_jsonl
 
 pytestmark = pytest.mark.slow
 ROWS = 60
@@ -61,20 +59,10 @@ def test_servers_that_fail_at_random(tiny, tmp_path, tally, monkeypatch):
     monkeypatch.setattr(openai, "PAUSE_S", 0)
     for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY", "MAX_RETRY_AFTER_DELAY"):
         monkeypatch.setattr(f"openai._base_client.{name}", 0.01)
-    rows = [{"question": f"Question {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "config.yaml").write_text("run: servers\n", encoding="utf-8")
+    config = voting(tmp_path, tiny, ROWS)
 
     def labels(mock: Mock, runs: str) -> list[int | None]:
-        voter = {"model": "judge", "base_url": mock.url, "persona": "role_play"}
-        settings = [
-            f"model.name={tiny}", f"data.path={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path / runs}",
-            f"classify={json.dumps({'voters': [voter], 'max_failed': 0, 'accept_weak': True})}",
-            "eval.targets=[base]", "server={concurrency: 8, timeout_s: 2}",
-        ]  # fmt: skip
-        config = resolved(load(tmp_path / "config.yaml", settings))
-        artifact = make_steps(config, "classify:train")["classify:train"][0]
-        return [row.system for row in read_labels(artifact.path / "labels.jsonl")]
+        return system_of(classify(config(mock.url, runs, max_failed=0)))
 
     with serve(Mock()) as healthy:
         wanted = labels(healthy, "healthy")

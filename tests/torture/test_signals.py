@@ -1,15 +1,13 @@
 """Signals to every stage, alone or in a run: nothing stays behind, and the same command goes on."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import HAS_VLLM, ROOT, descendants, paths, processes, servers, wait_for
+from conftest import LORAPAR, ROOT, config_file, descendants, needs_vllm, paths, processes, servers, wait_for
 from tally import FULL
 
 from stages.pipeline.resolve import load, resolved
@@ -28,16 +26,14 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
         "score.examples=4", "data.limit=24", "sft.max_steps=4", "eval.benchmarks.demo.limit=4",
     ]  # fmt: skip
     config = resolved(load(ROOT / "configs/smoke.yaml", settings))
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
-    command = [sys.executable, "-m", "lorapar_cli"]
+    file = config_file(config, tmp_path)
     every = [(stage, number, whole) for stage in STAGES for number in SIGNALS for whole in (False, True)]
     for stage, number, whole in every if FULL else tally.random.sample(every, 3):
         tally.tried += 1
         title = f"{stage}, {number.name}{' to the run' if whole else ''}"
         arguments = ["run", str(file), "--to", stage] if whole else [stage, str(file), "--force"]
         for before in STAGES[: STAGES.index(stage)]:
-            subprocess.run([*command, before, str(file)], cwd=ROOT, capture_output=True, check=True)
+            subprocess.run([*LORAPAR, before, str(file)], cwd=ROOT, capture_output=True, check=True)
         longest, child = 9.0, None
         while child is None or child.poll() is not None:  # it was over before the signal
             if child is not None:
@@ -45,7 +41,7 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             if whole:
                 shutil.rmtree(config.root / stage, ignore_errors=True)
             child = subprocess.Popen(
-                [*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+                [*LORAPAR, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
             )
             time.sleep(tally.random.uniform(0.3, longest))
             longest = max(1.0, longest / 2)
@@ -63,7 +59,7 @@ def test_signals_at_random_moments(tiny, demo_data, tmp_path, tally):
             tally.lost.append(f"{title}: exit code {child.returncode}: {said[-300:]}")
         wait_for(lambda: not processes(str(file)), 15)
         tally.left += [f"{title}: process {left}" for left in processes(str(file))]
-        ended = subprocess.run([*command, stage, str(file)], cwd=ROOT, capture_output=True, text=True)
+        ended = subprocess.run([*LORAPAR, stage, str(file)], cwd=ROOT, capture_output=True, text=True)
         steps = [step for step in plan_steps(config).values() if step.stage.name == stage]
         if ended.returncode or any(state(Store(config.root), s).state != "current" for s in steps):
             tally.lost.append(f"{title}: then code {ended.returncode}: {ended.stderr[-300:]}")
@@ -73,7 +69,7 @@ WAYS = [(who, number) for who in ("run", "group") for number in SIGNALS] + [("gu
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
+@needs_vllm
 def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
     """A vLLM server, starting or answering, ends with the run, and without its guard."""
     with descendants() as living:
@@ -86,12 +82,10 @@ def test_a_real_server_ends_in_every_way(tiny, demo_data, tmp_path, tally):
             tally.tried += 1
             folder = tmp_path / str(at)  # else its votes would be there, and no server needed
             folder.mkdir()
-            config = load(ROOT / "configs/smoke.yaml", [*paths(tiny, demo_data, folder), "data.limit=360"])
-            tree = config.model_dump(mode="json")
-            tree["classify"]["voters"] = [{"engine": "vllm", "persona": "judge"}]
-            file = folder / "config.json"
-            file.write_text(json.dumps(tree), encoding="utf-8")
-            command = [sys.executable, "-m", "lorapar_cli", "run", str(file), "--to", "classify"]
+            voters = "classify.voters=[{engine: vllm, persona: judge}]"
+            settings = [*paths(tiny, demo_data, folder), "data.limit=360", voters]
+            file = config_file(load(ROOT / "configs/smoke.yaml", settings), folder)
+            command = [*LORAPAR, "run", str(file), "--to", "classify"]
             child = subprocess.Popen(
                 command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
             )

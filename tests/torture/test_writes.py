@@ -10,7 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import ROOT, paths
+from conftest import ROOT, config_file, paths
 from tally import FULL, Tally
 
 from stages.pipeline.resolve import load, resolved
@@ -36,8 +36,7 @@ class Pipeline:
         self.folder, self.runs = folder, folder / "runs"
         settings = [*paths(tiny, data, folder), *SETTINGS]
         self.config = resolved(load(ROOT / "configs/smoke.yaml", settings))
-        self.file = folder / "config.json"
-        self.file.write_text(json.dumps(self.config.model_dump(mode="json")), encoding="utf-8")
+        self.file = config_file(self.config, folder)
         self.files, self.counts = dict[str, dict](), dict[str, int]()
         self.runs.mkdir()
         for stage in STAGES:
