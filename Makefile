@@ -14,7 +14,7 @@ MODEL       := models/smollm2-135m-q4
 DATA        := data/demo/test.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs dist constraints fix clean $(STAGES)
+.PHONY: help setup demo smoke tables test test-all torture gpu-check check reference docs dist constraints licences fix clean $(STAGES)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -96,10 +96,14 @@ docs: $(READY) ## Build the guide as a site: site/index.html
 
 dist: $(READY) ## Build the source archive and the wheel into dist/
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	git describe --always --dirty > lorapar_cli/commit.txt
+	$(BIN)/python -m build --no-isolation --quiet; code=$$?; rm lorapar_cli/commit.txt; exit $$code
 
 constraints: $(READY) ## Write the versions that are installed here to .ci/constraints.txt
 	$(BIN)/python .ci/constraints.py
+
+licences: $(READY) ## List what is installed, with versions and licences
+	$(BIN)/python .ci/licences.py
 
 fix: $(READY) ## Mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 
@@ -11,6 +12,7 @@ from stages.errors import first_line
 from stages.pipeline.run import versions
 from stages.runtime import gpu, resources
 
+COMMIT = Path(__file__).with_name("commit.txt")  # `make dist` writes it into the wheel
 Finding = tuple[str, str, bool | None]
 """Name, text, and whether it is good; None for a plain fact."""
 
@@ -28,7 +30,8 @@ def examine() -> Iterator[Finding]:
     """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
     installed = versions()
     lorapar = installed.pop("lorapar")
-    yield "lorapar", f"{lorapar}, Python {platform.python_version()}, {sys.executable}", None
+    commit = f" of commit {COMMIT.read_text(encoding='utf-8').strip()}" if COMMIT.is_file() else ""
+    yield "lorapar", f"{lorapar}{commit}, Python {platform.python_version()}, {sys.executable}", None
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "system", f"{system}, {resources.usable_cores()} of {os.cpu_count()} cores usable", None
     for package, version in installed.items():

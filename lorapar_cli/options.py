@@ -51,6 +51,7 @@ Unsafe = Annotated[
 ]
 QUIET = "Print only errors, warnings and final results."
 Quiet = Annotated[bool, flag("--quiet", QUIET, callback=terminal.set_quiet)]
+Json = Annotated[bool, flag("--json", "Print a JSON object.")]
 Only = Annotated[list[str] | None, value(f"Only this variant; repeatable. {_VARIANTS}", "NAME", "--only")]
 LastStage = Annotated[str | None, value(f"Last stage: {', '.join(ORDER)}.", "STAGE", "--to")]
 

@@ -1,10 +1,12 @@
-"""`lorapar report`: writes a page on tables of many runs, or on one run."""
+"""`lorapar report`: writes a page on tables of many runs, or on one run, or prints their results."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from lorapar_cli import options, terminal
-from lorapar_cli.options import Overrides, argument, plan_of, sets, value
+from lorapar_cli.options import Json, Overrides, argument, plan_of, sets, value
 from lorapar_cli.sweep import Base, Rows, Seeds, load_tables
 from stages import escaping
 from stages.errors import ConfigError, MissingInputError
@@ -19,17 +21,21 @@ from stages.sweep.table import Table
 
 def command(
     paths: Annotated[list[Path], argument("Table files, or one config.", "FILE…")],
-    out: Annotated[Path, value("Folder for report.html and, of tables, a .csv of each.")],
+    out: Annotated[Path | None, value("Folder for report.html and, of tables, a .csv of each.")] = None,
     base: Base = None,
     only: Rows = None,
     seeds: Seeds = None,
     set_: Overrides = None,
+    as_json: Json = False,
 ) -> None:
+    if (out is None) != as_json:
+        raise ConfigError("report takes --out or --json", "--out DIR for a page, --json for the numbers")
     if missing := [path for path in paths if not path.is_file()]:
         raise MissingInputError(
             f"no file {missing[0]}", "name table files, or one config; examples: lorapar list examples"
         )
-    refuse_store(out)
+    if out is not None:
+        refuse_store(out)
     typed = {"--only": only, "--base": base and [str(base)], "--seeds": seeds and [seeds]}
     arguments = [part for name, texts in typed.items() for text in texts or () for part in (name, text)]
     if is_table(paths[0]):
@@ -46,19 +52,23 @@ def command(
         _report_run(paths[0], out, set_)
 
 
-def _report_run(path: Path, out: Path, set_: list[str] | None) -> None:
+def _report_run(path: Path, out: Path | None, set_: list[str] | None) -> None:
     settings, steps, store = plan_of(path, set_)
     requested, again = ancestors(steps, None), f"lorapar run {options.typed_config}"
     if not any(current_artifact(store, step) for step in requested.values()):
         raise MissingInputError(f"nothing to report: no step of {path} is current", again)
     from stages.report import run_page
 
+    if out is None:
+        measures = run_page.measured(store, requested)
+        print(json.dumps({name: list(map(asdict, of_benchmark)) for name, of_benchmark in measures.items()}))
+        return
     page = out / "report.html"
     write({page: run_page.page(settings, requested, again)})
     terminal.say(str(page))
 
 
-def _report_tables(tables: list[Table], out: Path, arguments: list[str]) -> None:
+def _report_tables(tables: list[Table], out: Path | None, arguments: list[str]) -> None:
     """Write the files of tables. arguments: of a `lorapar sweep` that completes them, after their names."""
 
     def sweep(*paths: Path) -> str:
@@ -70,6 +80,9 @@ def _report_tables(tables: list[Table], out: Path, arguments: list[str]) -> None
         raise MissingInputError("nothing to report: no value of these tables is there yet", hint)
     from stages.report import table_page
 
+    if out is None:
+        print(json.dumps({each.table.path.stem: list(table_page.records(each)) for each in all_results}))
+        return
     page = out / "report.html"
     commands = [(table_results, sweep(table_results.table.path)) for table_results in all_results]
     texts = {out / f"{each.table.path.stem}.csv": table_page.csv_text(each) for each in all_results}

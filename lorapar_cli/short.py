@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lorapar_cli import terminal
-from lorapar_cli.options import ConfigPath, Overrides, argument, flag, plan_of, trained, value
+from lorapar_cli.options import ConfigPath, Json, Overrides, argument, plan_of, trained, value
 from stages.config.fields import MAX_INT
 from stages.config.listing import annotated
 from stages.errors import ConfigError
@@ -15,7 +15,6 @@ from stages.pipeline.state import state
 from stages.store.artifacts import refuse_store
 
 Question = Annotated[str | None, argument("None: it asks for one after the other.", "QUESTION")]
-Json = Annotated[bool, flag("--json", "Print a JSON object.")]
 KINDS = "scorers, strategies, rewards, benchmarks, engines, personas or examples; all by default."
 Kind = Annotated[str | None, argument(KINDS)]
 Folder = Annotated[Path, argument("Folder for train.jsonl and test.jsonl.", "DIR")]

@@ -4,9 +4,11 @@ import functools
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any, Self
 
 from stages import escaping
@@ -74,12 +76,22 @@ def write(text: str) -> None:
 
 
 def table(head: list[str], lines: list[list[str]], to_left: tuple[str, ...] = ()) -> None:
-    """Print a table. Its first column and those of `to_left` are left-aligned, the others right-aligned."""
+    """Print a table. Its first column and those of `to_left` are left-aligned, the others right-aligned.
+
+    On a terminal that is narrower, each row is a list of its cells. A cell may have several lines.
+    """
     from rich.cells import cell_len
 
-    rows = [[escaping.terminal(cell) for cell in cells] for cells in (head, *lines)]
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    for cells in rows:
+    rows = [zip_longest(*(cell.split("\n") for cell in cells), fillvalue="") for cells in (head, *lines)]
+    texts = [[escaping.terminal(text) for text in row] for cell_lines in rows for row in cell_lines]
+    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
+    if sys.stdout.isatty() and sum(widths) + 2 * len(head) - 2 > shutil.get_terminal_size().columns:
+        for first, *others in lines:
+            write(f"{head[0]}: {first.strip()}")
+            for name, cell in filter(all, zip(head[1:], others, strict=True)):
+                write(f"  {name:<{max(map(len, head))}}  " + cell.replace("\n", ", "))
+        return
+    for cells in texts:
         spaces = [" " * (width - cell_len(cell)) for width, cell in zip(widths, cells, strict=True)]
         is_left = [i == 0 or name in to_left for i, name in enumerate(head)]
         padded = zip(cells, spaces, is_left, strict=True)
@@ -174,7 +186,7 @@ def samples(evaluation: Artifact, wrong: bool, limit: int) -> None:
 def results(store: Store, steps: list[Step], by: str = "system") -> None:
     """Print a table for each benchmark: accuracy of every target and group, with intervals and paired p."""
     for name, of_benchmark in comparison.measured(store, steps, by).items():
-        _show_grid(comparison.grid(name, of_benchmark))
+        _show_grid(comparison.grid(name, of_benchmark, {}))
         print()
 
 

@@ -216,6 +216,21 @@ def test_columns_stand_below_their_heads_and_nothing_is_cut_or_obeyed(capsys, mo
         f"eval:sft@demo  stale     7  {why}",
         "漢字           current  12  \\x1b[31m",
     ]
+    terminal.table(["demo", "base"], [["all", "16.7\np = .2"], ["tokens", "9"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "demo      base",
+        "all       16.7",
+        "        p = .2",
+        "tokens       9",
+    ]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    terminal.table(
+        ["step", "state", "n", "why"], [[*rows[0][:2], "", "16.7\np = .2, of an item in ten"], rows[1]]
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "step: eval:sft@demo", "  state  stale", "  why    16.7, p = .2, of an item in ten",
+        "step: 漢字", "  state  current", "  n      12", "  why    \\x1b[31m",
+    ]  # fmt: skip
 
 
 WHILE_IT_WORKS = """

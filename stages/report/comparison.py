@@ -1,6 +1,6 @@
 """Targets of a run side by side: the answers to each group of items, compared item by item."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from stages.sweep.values import NothingToShow, Value, accuracy, difference
 
 CAPTION = (
     "Accuracy in % [95 % interval over items]; tokens: mean length of an answer; p: paired test on the same "
-    "items against the target to the left."
+    "items against the target before it."
 )
 Answers = dict[str, dict[str, list[Sample]]]
 """Graded answers by target and group."""
@@ -99,8 +99,8 @@ def _shares(samples: list[Sample]) -> dict[str, float]:
     return accuracy_by_item(answers_by_item(samples))
 
 
-def grid(benchmark: str, measures: list[Measured]) -> Grid:
-    """Tabulate a benchmark: a column for each target.
+def grid(benchmark: str, measures: list[Measured], titles: Mapping[str, str]) -> Grid:
+    """Tabulate a benchmark: a column for each target. titles: target → what it is called, if not by its name.
 
     The first rows are accuracies, one for each group of items, and they alone have a number of items. Then
     come mean answer lengths, the flexible reading and counts of unusable answers.
@@ -130,7 +130,7 @@ def grid(benchmark: str, measures: list[Measured]) -> Grid:
     for outcome in ("unparsed", "truncated", "refused"):
         if any(counts := [of_target[outcome] for of_target in metrics]):
             rows.append([f"  {outcome}", "", *map(str, counts)])
-    return Grid([benchmark, "n", *overall], rows, CAPTION)
+    return Grid([benchmark, "n", *(titles.get(target, target) for target in overall)], rows, CAPTION)
 
 
 def _cell(measure: Measured | None) -> str:

@@ -56,7 +56,8 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
         f"{100 * summary['s2_only_share']:.1f} % of System 2's; Jaccard index {summary['jaccard']:.3f}."
     )
     text = f"{title}: {text}" if title else text
-    return Picture(figures.svg(figures.scatter(groups, title)), f"Importance by system. {text}", text)
+    svg = figures.svg(figures.scatter(groups, title or "importance by system"))
+    return Picture(svg, f"Importance by system. {text}", text)
 
 
 def between_seeds(masks: list[Artifact]) -> str:

@@ -15,7 +15,7 @@ from stages.sweep.values import Value
 
 INK = "#010203"
 """Placeholder for the text colour of the page; no figure uses this colour for anything else."""
-PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a")
+PALETTE = ("#3b76b8", "#d1703c", "#5b9a57", "#8a63a8", "#b84a62", "#7a7a7a", "#c2a13a")
 STYLE: Any = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "figure.facecolor": "none",
@@ -81,7 +81,7 @@ def line_plot(
             line.set(markersize=4, fillstyle="none", linewidth=0.9)
     for number, (name, percent) in enumerate(lines.items()):
         axes.axhline(percent, color=INK, linewidth=0.8, linestyle=(":", "-.")[number % 2], label=name)
-    axes.set(xlabel=x, ylabel=y)
+    axes.set(xlabel=x, ylabel=y, title=f"{y.removesuffix(', %')} over {x}")
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -44,9 +44,11 @@ def frontier(samples: dict[str, list[Sample]]) -> tuple[dict[str, Point], str]:
             f"Auto minus a random mixture of fast and slow with as many tokens: {above.text()} points."
         )
     best, highest = (max(points[mode][1].mean for mode in modes) for modes in ((FAST, SLOW), ("oracle",)))
-    if highest > best:
-        gained = (points[AUTO][1].mean - best) / (highest - best)
-        texts.append(f"Auto has {100 * gained:.0f} % of what an oracle adds to the better mode.")
+    gained, room = points[AUTO][1].mean - best, highest - best
+    if gained < 0:
+        texts.append(f"Auto is {-100 * gained:.1f} points below the better mode.")
+    elif room > 0:
+        texts.append(f"Auto has {100 * gained / room:.0f} % of what an oracle adds to the better mode.")
     return points, " ".join(texts)
 
 

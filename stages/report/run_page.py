@@ -44,8 +44,14 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     if missing := [name for name in steps if name not in artifacts]:
         not_made = Text(f"Not made yet: {', '.join(missing)}.")
         sections.append(PageSection("missing", "Missing", [not_made, Text(run, "pre")]))
-    lead: list[str | Tiles] = [*_tiles(overall, titles), *_verdicts(overall, titles)]
+    lead: list[str | Tiles] = [*_tiles(overall, titles), *_verdicts(overall, answers, titles)]
     return render(f"lorapar: {config.run}", lead, sections)
+
+
+def measured(store: Store, steps: dict[str, Step]) -> dict[str, list[Measured]]:
+    """Measure each benchmark of a run."""
+    evaluations = [step for step in steps.values() if step.stage.name == "eval"]
+    return comparison.measured(store, evaluations, "system")
 
 
 def titles_of(config: Config) -> dict[str, str]:
@@ -77,15 +83,25 @@ def _tiles(overall: Overall, titles: dict[str, str]) -> Iterator[Tiles]:
             yield tiles
 
 
-def _verdicts(overall: Overall, titles: dict[str, str]) -> Iterator[str]:
-    """Say for each benchmark how the last target does against the one before, and if that may be chance."""
+def _verdicts(overall: Overall, answers: dict[str, Answers], titles: dict[str, str]) -> Iterator[str]:
+    """Say for each benchmark what the last target changed, and which targets are worse than the base."""
     for name, by_target in overall.items():
         if not by_target:
             continue
-        last = list(by_target.values())[-1]
-        title, number = titles.get(last.target, last.target), last.metrics["n"]
-        sentence = f"{name}: {title} answers {last.share} of {number} items "
-        yield f"{sentence}correctly{_meaning(last, by_target.get(last.against or ''), titles)}."
+        last, base = list(by_target.values())[-1], by_target.get("base")
+        yield _verdict(name, last, by_target.get(last.against or ""), titles)
+        for target, each in by_target.items():
+            is_new = (target, "base") != (last.target, last.against)
+            if base and is_new and each.metrics["accuracy"] < base.metrics["accuracy"]:
+                pair = {side: {"all": answers[name][side]["all"]} for side in ("base", target)}
+                _, against_base = comparison.compared(pair)
+                yield _verdict(name, against_base, base, titles)
+
+
+def _verdict(benchmark: str, measure: Measured, previous: Measured | None, titles: dict[str, str]) -> str:
+    title, number = titles.get(measure.target, measure.target), measure.metrics["n"]
+    sentence = f"{benchmark}: {title} answers {measure.share} of {number} items"
+    return f"{sentence} correctly{_meaning(measure, previous, titles)}."
 
 
 def _meaning(last: Measured, previous: Measured | None, titles: dict[str, str]) -> str:
@@ -106,13 +122,13 @@ def _results(
 ) -> Iterator[Block]:
     """Build a table of each benchmark, and a figure of accuracy over the length of an answer."""
     for name, of_benchmark in measures.items():
-        yield comparison.grid(name, of_benchmark)
+        yield comparison.grid(name, of_benchmark, titles)
         points = {
             titles[each.target]: (each.metrics["tokens"], each.accuracy)
             for each in of_benchmark
             if each.group == "all" and each.accuracy and each.metrics.get("tokens")
         }
-        text, mixture = f"Accuracy on {name} by the mean tokens of an answer.", []
+        text, mixture = f"Accuracy on {name} over the mean tokens of an answer, with 95 % intervals.", []
         samples = {titles[target]: groups["all"] for target, groups in answers[name].items()}
         of_modes, meaning = frontier(samples)
         if of_modes:
@@ -120,8 +136,8 @@ def _results(
             text += f" The line: fast and slow mixed at random. {meaning}"
         if len(points | of_modes) > 1:
             series = {name: [point] for name, point in (points | of_modes).items()}
-            labels = "mean tokens of an answer", "accuracy, %"
-            yield Picture(figures.svg(figures.line_plot(series, {}, {}, *labels, mixture)), text)
+            labels = "mean tokens of an answer", f"accuracy on {name}, %"
+            yield Picture(figures.svg(figures.line_plot(series, {}, {}, *labels, mixture)), text, text)
 
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
@@ -129,10 +145,11 @@ def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:
         if name not in artifacts:
             continue
         history = read_json(artifacts[name].path / "history.json")
-        yield Text(f"{name}, {len(history)} steps", "h3")
-        with rc_context(figures.STYLE):
-            figure = figures.svg(curves.history_figure(history))
-        yield Picture(figure, f"{name}: {', '.join(curves.panels(history))}, by optimizer step.")
+        yield Text(f"{name.upper()}, {len(history)} steps", "h3")
+        for title in curves.panels(history):
+            with rc_context(figures.STYLE):
+                figure = figures.svg(curves.history_figure(history, title))
+            yield Picture(figure, f"{name.upper()}: {title}, by optimizer step.")
 
 
 def _labels(artifacts: dict[str, Artifact]) -> Iterator[Block]:

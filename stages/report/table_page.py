@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import astuple
+from typing import Any
 
 from stages import escaping
 from stages.evaluation.statistics import Interval, p_value
@@ -180,27 +180,39 @@ def legend(results: Results) -> str:
     return " ".join(sentences)
 
 
-def csv_text(results: Results) -> str:
-    """Write one line per value and per comparison; accuracies, also published ones, are in [0, 1]."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    intervals = [f"{scope}_{end}" for scope in OVER for end in ("low", "high", "p")]
-    writer.writerow(["row", "column", "paper", "mean", "items", "seeds", "of_seeds", *intervals])
+def records(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield one for each value and each comparison; accuracies, also published ones, are in [0, 1]."""
     for (row, name), value in results.values.items():
         published = results.table.file.paper.get(row, {}).get(name)
         if published is not None and Column.from_text(results.table.file.columns[name]).graded:
             published = round(published / 100, 6)
-        writer.writerow([*map(escaping.csv_cell, (row, name)), published, *_csv_numbers(value)])
+        yield {"row": row, "column": name, "paper": published, **_numbers(results, value)}
     for contrast, value in results.comparisons.items():
-        names = contrast.row, f"{contrast.on}, minus {contrast.against!r}"
-        writer.writerow([*map(escaping.csv_cell, names), None, *_csv_numbers(value)])
+        names = {"row": contrast.row, "column": f"{contrast.on}, minus {contrast.against!r}"}
+        yield {**names, "paper": None, **_numbers(results, value)}
+
+
+def csv_text(results: Results) -> str:
+    """Write the records; cells of what does not exist are empty."""
+    out = io.StringIO()
+    names = ["row", "column", "paper", *_numbers(results, None)]
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for record in records(results):
+        writer.writerow(record | {name: escaping.csv_cell(record[name]) for name in ("row", "column")})
     return out.getvalue()
 
 
-def _csv_numbers(value: Value | None) -> list[float | str | None]:
-    """Return the mean, its numbers and its intervals; the cells of numbers that do not exist are empty."""
-    if value is None:
-        return []
-    intervals = (astuple(interval) if (interval := getattr(value, over)) else [None] * 3 for over in OVER)
-    of_seeds = " ".join(f"{mean:.6g}" for mean in value.of_seeds)
-    return [value.mean, value.n, len(value.of_seeds), of_seeds, *(end for ends in intervals for end in ends)]
+def _numbers(results: Results, value: Value | None) -> dict[str, float | None]:
+    """Return the mean, the mean of each seed, and the intervals; None for what does not exist."""
+    seeds = dict.fromkeys(f"seed_{cell.seed}" for cell in results.table.cells)
+    means = value.of_seeds if value else []
+    of_seeds = means * len(seeds) if len(means) == 1 else means  # one of a step that depends on no seed
+    numbers: dict[str, Any] = {"mean": getattr(value, "mean", None), "items": getattr(value, "n", None)}
+    numbers |= {"seeds": len(means) or None, **seeds}
+    if len(of_seeds) == len(seeds):
+        numbers |= zip(seeds, of_seeds, strict=True)
+    for over in OVER:
+        interval = getattr(value, over, None)
+        numbers |= {f"{over}_{end}": getattr(interval, end, None) for end in ("low", "high", "p")}
+    return numbers

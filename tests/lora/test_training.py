@@ -153,6 +153,7 @@ def test_the_figure_has_a_panel_for_all_that_there_is_and_does_not_tell_when_it_
     assert list(drawn) == ["loss", "reward"]
     lines = {line.get_label(): list(line.get_ydata()) for line in drawn["reward"].lines}
     assert lines == {"all, weighted": [1, 2, 3], "a": [1, 1, 1], "b": [2, 2, 2]}
+    assert [axes.get_title() for axes in curves.history_figure(steps, "reward").axes] == ["reward"]
     draw(steps, tmp_path / "one.png")
     draw(steps, tmp_path / "two.png")
     made = (tmp_path / "one.png").read_bytes()

@@ -111,6 +111,11 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     )
     assert '<th scope="row">tokens, system 2</th>' in page
     assert page.count('role="img"') == page.count("<figure") == page.count("<svg")
+    assert '<td data-head="SFT"' in page and "accuracy on demo over mean tokens of an answer</text>" in page
+    done = lorapar(*report[:-2], "--json")
+    base, sft = (each for each in json.loads(done.out)["demo"] if each["group"] == "all")
+    assert (sft["target"], sft["against"], sft["metrics"]["n"]) == ("sft", "base", base["accuracy"]["n"])
+    assert lorapar(*report[:-2]).code == lorapar(*report, "--json").code == 78
     assert "System 1 importance</text>" in page and "mean tokens of an answer</text>" in page
     assert "https://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")  # they take a while
@@ -165,20 +170,19 @@ def answered(right: str, **extra: int) -> list[Sample]:
 def test_the_numbers_of_a_run_stand_where_they_belong():
     """Wilson's interval of 1 of 4 is [4.6, 69.9], and McNemar's p of three changes to the better is .25."""
     answers = {"base": {"all": answered("1000", tokens=12)}, "sft": {"all": answered("1111")}}
-    grid = comparison.grid("demo", list(comparison.compared(answers)))
-    assert grid.head == ["demo", "n", "base", "sft"]
+    grid = comparison.grid("demo", list(comparison.compared(answers)), {"sft": "auto"})
+    assert grid.head == ["demo", "n", "base", "auto"]
     assert grid.rows == [
         ["all", "4", "25.0 [4.6, 69.9]", "100.0 [51.0, 100.0]\np = .25"], ["tokens, all", "", "12", "–"],
     ]  # fmt: skip
 
 
 def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
-    def said(**answers: list[Sample]) -> str:
-        measures = list(comparison.compared({name: {"all": given} for name, given in answers.items()}))
-        (text,) = run_page._verdicts(
-            {"demo": {each.target: each for each in measures}}, {"sft": "fast", "rl": "slow"}
-        )
-        return text.replace("\N{NO-BREAK SPACE}", " ")
+    def said(**samples: list[Sample]) -> str:
+        answers = {name: {"all": of_target} for name, of_target in samples.items()}
+        overall = {"demo": {each.target: each for each in comparison.compared(answers)}}
+        texts = run_page._verdicts(overall, {"demo": answers}, {"sft": "fast", "rl": "slow"})
+        return " ".join(texts).replace("\N{NO-BREAK SPACE}", " ")
 
     answers = "demo: slow answers 87.5 % of 8 items correctly"
     gained = {"sft": answered("00000001"), "rl": answered("11111110")}
@@ -190,6 +194,12 @@ def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():
     untested = "which is not tested, because they answered different items."
     assert said(**gained) == f"{answers}: -12.5 points against fast, {untested}"
     assert said(rl=gained["rl"]) == f"{answers}."
+    worse = said(base=answered("11111111"), sft=answered("0" * 8), rl=answered("1" * 8))
+    assert worse.count("demo: ") == 2 and worse.endswith(
+        "demo: fast answers 0.0 % of 8 items correctly: -100.0 points against the base model, "
+        "more than chance explains (p = .0078, paired test over 8 items)."
+    )
+    assert said(base=answered("1"), rl=answered("0")).count("demo: ") == 1
 
 
 def test_the_numbers_of_a_table_stand_where_they_belong():
@@ -260,4 +270,6 @@ def test_the_frontier_by_hand():
     }  # fmt: skip
     # A mixture of as many tokens is half fast, half slow: .625.
     assert "with as many tokens: +12.5 [" in text and "Auto has 0 % of what an oracle adds" in text
+    samples["auto"] = answered("0000", "1155")
+    assert frontier(samples)[1].endswith("Auto is 75.0 points below the better mode.")
     assert frontier({"fast": samples["fast"], "slow": samples["slow"]}) == ({}, "")

@@ -347,6 +347,11 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
     assert len(rows) == 12 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
     assert rows[-1]["over_items_p"] == "1.0" and rows[-1]["mean"] == "0.0"
+    means = [float(rows[0][name]) for name in ("mean", "seed_1", "seed_2")]
+    assert means[0] == pytest.approx((means[1] + means[2]) / 2)
+    records = json.loads(lorapar("report", small, "--json").out)["small"]
+    as_text = [{name: "" if x is None else str(x) for name, x in record.items()} for record in records]
+    assert as_text == rows and sum(record["seed_1"] is None for record in records[:12]) == 4
     page = (tmp_path / "out/report.html").read_text()
     assert "A small table" in page and "(paper: 27.6)" in page and f"<pre>lorapar sweep {small}</pre>" in page
     options = ["--seeds", "8", "--only", "β 0"]

@@ -20,12 +20,12 @@ def draw(history: History, path: Path) -> None:
     history_figure(history).savefig(path, metadata={"Software": None})
 
 
-def history_figure(history: History) -> Figure:
-    """The panels for which the history has values."""
+def history_figure(history: History, only: str = "") -> Figure:
+    """Draw the panels for which the history has values, or one alone. only: its title."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    titles = panels(history)
+    titles = {title: series for title, series in panels(history).items() if only in ("", title)}
     columns = min(3, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
