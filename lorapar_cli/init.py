@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from lorapar_cli import terminal
-from lorapar_cli.options import argument, pairs, value
+from lorapar_cli.options import argument, flag, pairs, value
 from stages import escaping
 from stages.config import DataSection, ModelSection
 from stages.data.files import stem
@@ -41,6 +41,10 @@ HOLD_OUT = (
 HoldOut = Annotated[bool, value(HOLD_OUT, None, "--hold-out/--no-hold-out")]
 EXAMPLE = "Without rows: copy a config or table that comes with lorapar. Their names: lorapar list examples."
 Example = Annotated[str | None, value(EXAMPLE, "NAME")]
+UPDATE = (
+    "Make the files of rows again, after DATA has changed; the config stays, and so does what is held out."
+)
+Update = Annotated[bool, flag("--update", UPDATE)]
 
 
 def command(
@@ -52,6 +56,7 @@ def command(
     columns: Columns = None,
     holds_out: HoldOut = True,
     example: Example = None,
+    update: Update = False,
 ) -> None:
     """Read the rows and write a config that fits them and the model, with the reason for each setting."""
     if example is not None:
@@ -64,6 +69,10 @@ def command(
         kind = "sweep --dry-run" if example.startswith("tables/") else "plan"
         _say_written(paths, kind)
         return
+    mapping = pairs((columns or "").split(","), "--columns", "such as question=Prompt,answer=Completion")
+    if update and data:
+        _update(data, out or Path(f"{stem(data)}.yaml"), tests, mapping)
+        return
     if data is None or model is None:
         raise ConfigError(
             "name your rows and a model: lorapar init rows.jsonl --model NAME",
@@ -73,7 +82,6 @@ def command(
     _check_paths(data, path, labels)
     written: list[Path] = []
     try:
-        mapping = pairs((columns or "").split(","), "--columns", "such as question=Prompt,answer=Completion")
         rows = _rows(data, path.parent, tests or [], mapping, holds_out, written)
         _write_config(data, model, path, labels, rows)
     except BaseException:  # such as a full disk
@@ -81,6 +89,15 @@ def command(
             file.unlink(missing_ok=True)
         raise
     _say_written([path, *written], "plan", ", with the reason for each setting")
+
+
+def _update(data: str, path: Path, tests: list[str] | None, columns: dict[str, str]) -> None:
+    if tests:
+        raise ConfigError("--update does not read --test", f"to evaluate on other rows, edit {path}")
+    from stages.init.own_rows import make_again
+
+    changes = make_again(data, str(load(path, []).data.path), columns)
+    terminal.say(f"{data}: {changes}; next: lorapar run {escaping.shell(str(path))}")
 
 
 def _say_written(paths: list[Path], command: str, note: str = "") -> None:
@@ -91,7 +108,9 @@ def _say_written(paths: list[Path], command: str, note: str = "") -> None:
 def _check_paths(data: str, path: Path, labels: str | None) -> None:
     """Raise the error of a wrong path at once, before libraries are loaded."""
     if path.exists():
-        raise OutputError(f"{path} exists already", "another name: --out FILE")
+        raise OutputError(
+            f"{path} exists already", "another name: --out FILE; if rows have changed: --update"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_store(path)
     local_file(DataSection(path=data))

@@ -123,3 +123,50 @@ def test_a_table_becomes_two_parts_without_a_common_question(tiny, tmp_path, lor
     lorapar("init", "sales.csv", "--model", tiny, "--out", "whole.yaml", "--no-hold-out")
     whole = yaml.safe_load(Path("whole.yaml").read_text(encoding="utf-8"))
     assert whole["data"]["path"] == "sales-rows.jsonl" and "benchmarks" not in whole["eval"]
+
+
+def test_changed_rows_stay_where_they_were(tiny, tmp_path, lorapar, monkeypatch):
+    """`--update` divides the new ones, and leaves the config as it is."""
+    monkeypatch.chdir(tmp_path)
+    again = ["init", "sales.csv", "--update"]
+
+    def divided() -> list[set[str]]:
+        texts = [Path(f"sales-{part}.jsonl").read_text("utf-8") for part in ("test", "train")]
+        return [set(re.findall(r"\d+(?= and 1)", text)) for text in texts]
+
+    table = [f"What is the total of {i} and 1?,The total is {i + 1}." for i in range(50)]
+    Path("sales.csv").write_text("\n".join(["Prompt,Completion", *table]), encoding="utf-8")
+    assert "no config file sales.yaml" in lorapar(*again).err
+    assert lorapar("init", "sales.csv", "--model", tiny).code == 0
+    assert lorapar("init", "sales.csv", "--model", tiny).err.endswith("if rows have changed: --update\n")
+    Path("sales.yaml").write_text(config := Path("sales.yaml").read_text("utf-8") + "seed: 7\n", "utf-8")
+    held, trained = divided()
+    assert (len(held), len(trained)) == (10, 40)
+    corrected, gone, *_ = sorted(held)
+    table = [line.replace("total is", "total was") if f" {corrected} and" in line else line for line in table]
+    table = [line for line in table if f" {gone} and" not in line]
+    table += [f"What is the total of {i} and 1?,The total is {i + 1}." for i in range(50, 71)]
+    Path("sales.csv").write_text("\n".join(["Prompt,Completion", *table]), encoding="utf-8")
+    for changes in ("21 rows more, 1 changed, 1 gone", "0 rows more, 0 changed, 0 gone"):
+        assert f"sales.csv: {changes}; next: lorapar run sales.yaml" in lorapar(*again).err
+        held_now, trained_now = divided()
+        assert trained < trained_now and held - {gone} < held_now
+        assert (len(held_now), len(trained_now)) == (14, 56)
+    assert "total was" in Path("sales-test.jsonl").read_text(encoding="utf-8")
+    assert Path("sales.yaml").read_text(encoding="utf-8") == config and not Path("sales-rows.jsonl").exists()
+
+
+def test_changed_rows_that_are_not_divided(tmp_path, lorapar, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("faq.csv").write_text(
+        "Prompt,Completion\nWhy?,First press the red button twice then wait\n", "utf-8"
+    )
+    Path("faq-rows.jsonl").write_text('{"question": "Why?", "answer": "Wait."}\n', encoding="utf-8")
+    for trained, told in (
+        ("faq-rows.jsonl", "faq.csv: 0 rows more, 1 changed, 0 gone; next: lorapar run mine.yaml"),
+        ("faq.csv", "data.path is faq.csv, no file that init wrote"),
+        ("faq-train.jsonl", "no data file faq-train.jsonl"),
+    ):
+        Path("mine.yaml").write_text(f"model: {{name: m}}\ndata: {{path: {trained}}}\n", encoding="utf-8")
+        assert told in lorapar("init", "faq.csv", "--update", "--out", "mine.yaml").err
+    assert read_jsonl(Path("faq-rows.jsonl"))[0][1]["answer"].startswith("First press")

@@ -3,10 +3,11 @@ a part that is held out to evaluate on."""
 
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from stages import escaping
@@ -200,38 +201,82 @@ def _of_sentence(text: str) -> str | None:
     return text.rstrip(".!") if len(text.split()) <= FEW and not numbers else None
 
 
-def hold_out(path: str, name: str, written: list[Path]) -> tuple[str, BenchmarkSection | None]:
+def hold_out(
+    path: str, name: str, written: list[Path], again: bool = False
+) -> tuple[str, BenchmarkSection | None]:
     """Write NAME-train.jsonl and NAME-test.jsonl; return the first, and a benchmark of the second.
 
     The rows of one `question` stay together, and only questions of which each row has a verifiable answer are
     held out. If there are none, or no benchmark can read them, it is `path` and None. The same file is split
-    in the same way. OutputError if another file has one of the two names. name: with its folder. written:
-    gets those that were not there.
+    in the same way. OutputError if another file has one of the two names, unless they are made `again`: then
+    each question stays in its file, and new ones are divided. name: with its folder. written: gets those that
+    were not there.
     """
     source = SourceSection(path=path, empty="drop", duplicates="first")
     examples = read_rows(source).examples  # it raises an error for a bad row
     unverifiable = {question(example) for example in examples if answer_kind(example) == "none"}
-    rows = raw_rows(source)
-    kind = formats.detect(path, rows[0][1])
-    questions = {}
-    for number, row in rows:
-        with suppress(EmptyRowError):
-            questions[number] = question(formats.example(kind, row))
-    verifiable = [q for q in dict.fromkeys(questions.values()) if q not in unverifiable]
-    chosen = set(random.Random(0).sample(verifiable, min(MOST, len(verifiable) // ONE_IN)))
+    rows = _rows(path)
+    questions = _questions(rows)
+    train, test = [Path(f"{name}-{part}.jsonl") for part in ("train", "test")]
+    trained, held = (set(_questions(_rows(str(file))) if again else ()) for file in (train, test))
+    verifiable = [q for q in dict.fromkeys(questions) if q and q not in unverifiable]
+    chosen = {q for q in verifiable if q in held}
+    fresh = [q for q in verifiable if q not in trained and q not in held]
+    lacking = max(0, min(MOST, len(verifiable) // ONE_IN) - len(chosen))
+    chosen |= set(random.Random(0).sample(fresh, min(lacking, len(fresh))))
     if not chosen:
         return path, None
-    train, test = [Path(f"{name}-{part}.jsonl") for part in ("train", "test")]
     parts: dict[Path, list[dict[str, Any]]] = {train: [], test: []}
-    for number, row in rows:
-        parts[test if questions.get(number) in chosen else train].append(row)
-    fresh = [file for file in parts if not file.exists()]
+    for row, asked in zip(rows, questions, strict=True):
+        parts[test if asked in chosen else train].append(row)
+    absent = [file for file in parts if not file.exists()]
     try:
-        with whole_files(list(parts), HINT) as drafts:
+        with whole_files(list(parts), HINT, replace=again) as drafts:
             for draft, part in zip(drafts, parts.values(), strict=True):
                 write_jsonl(draft, part)
             benchmark = benchmark_of(str(drafts[1]))
     except DataError:  # such as functions with tests that are not in HumanEval's form
         return path, None
-    written += fresh
+    written += absent
     return str(train), benchmark.model_copy(update={"path": str(test)})
+
+
+def make_again(path: str, train: str, columns: Mapping[str, str]) -> str:
+    """Write `train`, and what is held out beside it, from the changed rows at `path`; say what changed.
+
+    train: a file that `hold_out` or `own_rows` wrote; ConfigError if its name says otherwise.
+    """
+    named = re.fullmatch(r"(.+)-(train|rows)\.jsonl", train)
+    if named is None or Path(path).resolve() == Path(train).resolve():
+        raise ConfigError(f"data.path is {train}, no file that init wrote", "change that file itself")
+    name, is_divided = named[1], named[2] == "train"
+    files = [train, f"{name}-test.jsonl"] if is_divided else [train]
+    before = [row for file in files for row in _rows(file)]
+    with TemporaryDirectory() as scratch:
+        own = own_rows(path, Path(scratch), columns, [])
+        after = _rows(own.path)
+        if not is_divided:
+            read_rows(SourceSection(path=own.path, empty="drop", duplicates="first"))  # refuses bad rows
+            with whole_files([Path(train)], replace=True) as (draft,):
+                write_jsonl(draft, after)
+        elif hold_out(own.path, name, [], again=True)[1] is None:
+            raise DataError(f"{path}: no question can be held out any more", own.unread or None)
+    old, new = (Counter(zip(_questions(rows), map(str, rows), strict=True)) for rows in (before, after))
+    gone, more = (Counter(asked for asked, _ in rows.elements()) for rows in (old - new, new - old))
+    changes = f"{(more & gone).total()} changed, {(gone - more).total()} gone"
+    return f"{(more - gone).total()} rows more, {changes}"
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    return [row for _, row in raw_rows(SourceSection(path=file))]
+
+
+def _questions(rows: list[dict[str, Any]]) -> list[str]:
+    """The `question` of each row, empty for an empty row."""
+    kind, questions = formats.detect("rows", rows[0]), []
+    for row in rows:
+        try:
+            questions.append(question(formats.example(kind, row)))
+        except EmptyRowError:
+            questions.append("")
+    return questions
