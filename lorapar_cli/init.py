@@ -41,9 +41,7 @@ HOLD_OUT = (
 HoldOut = Annotated[bool, value(HOLD_OUT, None, "--hold-out/--no-hold-out")]
 EXAMPLE = "Without rows: copy a config or table that comes with lorapar. Their names: lorapar list examples."
 Example = Annotated[str | None, value(EXAMPLE, "NAME")]
-UPDATE = (
-    "Make the files of rows again, after DATA has changed; the config stays, and so does what is held out."
-)
+UPDATE = "Make the files of rows again from a changed DATA; the config and what is held out stay."
 Update = Annotated[bool, flag("--update", UPDATE)]
 
 
@@ -108,9 +106,7 @@ def _say_written(paths: list[Path], command: str, note: str = "") -> None:
 def _check_paths(data: str, path: Path, labels: str | None) -> None:
     """Raise the error of a wrong path at once, before libraries are loaded."""
     if path.exists():
-        raise OutputError(
-            f"{path} exists already", "another name: --out FILE; if rows have changed: --update"
-        )
+        raise OutputError(f"{path} exists already", "another name: --out FILE; for changed rows: --update")
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_store(path)
     local_file(DataSection(path=data))

@@ -46,7 +46,7 @@ def command(
     elif len(paths) > 1 or arguments:
         raise ConfigError(
             f"{paths[0]} is not a table",
-            "name tables, or one config without --base, --only and --seeds",
+            "name one config alone; tables compare runs: lorapar init --example tables/order",
         )
     else:
         _report_run(paths[0], out, set_)

@@ -33,6 +33,8 @@ def ask(config: ConfigPath, question: Question = None, set_: Overrides = None) -
         terminal.say("a question in each line; Ctrl-D ends")
     lines = sys.stdin if question is None else [question]
     for text in filter(None, map(str.strip, lines)):
+        if question is None and not sys.stdin.isatty():  # a terminal shows what is typed
+            terminal.write(text)
         for answer in model.answers(text):
             cut = "" if answer.complete else f", cut off at {model.limit}"
             cost = f"({answer.tokens} tokens{cut}, {answer.seconds:.1f} s)"

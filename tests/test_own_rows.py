@@ -91,6 +91,9 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
     [(_, row)] = read_jsonl(Path(own.path))
     assert row == {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
     assert not own.golds, "the person has said it"
+    file.write_text("question,answer,Kind\nHow many?,4,Hard\n", encoding="utf-8")
+    with pytest.raises(DataError, match="--columns system=Kind: a label is 'Hard', neither 1 nor 2"):
+        own_rows(str(file), tmp_path, {"system": "Kind"}, [])
 
 
 def test_too_few_rows_with_an_answer_are_said_with_one_that_has_none(tmp_path):
@@ -138,7 +141,7 @@ def test_changed_rows_stay_where_they_were(tiny, tmp_path, lorapar, monkeypatch)
     Path("sales.csv").write_text("\n".join(["Prompt,Completion", *table]), encoding="utf-8")
     assert "no config file sales.yaml" in lorapar(*again).err
     assert lorapar("init", "sales.csv", "--model", tiny).code == 0
-    assert lorapar("init", "sales.csv", "--model", tiny).err.endswith("if rows have changed: --update\n")
+    assert lorapar("init", "sales.csv", "--model", tiny).err.endswith("for changed rows: --update\n")
     Path("sales.yaml").write_text(config := Path("sales.yaml").read_text("utf-8") + "seed: 7\n", "utf-8")
     held, trained = divided()
     assert (len(held), len(trained)) == (10, 40)

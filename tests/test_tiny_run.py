@@ -59,6 +59,11 @@ def test_what_is_current_stays_and_a_stale_input_is_an_error_with_the_command(co
     made = make_steps(config, "classify:train", "partition", force=True)
     assert made["classify:train"][1] and made["partition:rl"][1]
     assert not any(now for _, now in make_steps(config).values())
+    (other := Path(config.runs_dir, "other.jsonl")).write_text(
+        '{"question": "1 + 1?", "answer": "2"}\n', "utf-8"
+    )
+    with pytest.raises(MissingInputError, match=r"classify:train is stale \(the rows of data.path changed\)"):
+        make_steps(copied(f"data.path={other}"), "score")
     stale = r"partition:sft is stale \(partition.theta was 0.9, now 0.8\)"
     with pytest.raises(MissingInputError, match=stale) as caught:
         make_steps(copied("partition.theta=0.8"), "sft")
@@ -251,4 +256,5 @@ def test_ask_takes_a_question_or_one_after_the_other(finished, lorapar, monkeypa
     given = [ROOT / "configs/smoke.yaml", *flags(*finished.home)]
     assert lorapar("ask", *given, "How many?").out.count("tokens") == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n\nWhy?\n"))
-    assert lorapar("ask", *given).out.count("tokens") == 2
+    lines = lorapar("ask", *given).out.splitlines()
+    assert lines[0] == "How many?" and "Why?" in lines and sum("tokens" in line for line in lines) == 2

@@ -18,6 +18,7 @@ from stages.data.formats import EmptyRowError
 from stages.data.rows import local_file, raw_rows, read_rows
 from stages.errors import ConfigError, DataError
 from stages.init.data_profile import answer_kind, benchmark_of, question
+from stages.labelling.known import system_of
 from stages.prompts.answers import extract_letter, is_answer, parse_number
 from stages.records import write_jsonl
 from stages.store.whole_files import whole_files
@@ -93,6 +94,10 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
     renamed = _columns(path, rows[0], columns)
     rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
     names = {name: column for column, name in renamed.items()}
+    odd = {str(row.get("system")) for row in rows if "system" in columns and not system_of(row.get("system"))}
+    if odd:
+        problem = f"--columns system={columns['system']}: a label is {min(odd)!r}, neither 1 nor 2"
+        raise DataError(problem, "write 1 (answered at once) or 2 (worked out) into that column")
     golds, unread = _golds(formats.detect(path, rows[0]), rows)
     if not names and not golds:
         return OwnRows(path, unread=unread)

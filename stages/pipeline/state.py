@@ -9,6 +9,8 @@ from stages.store.artifacts import Artifact, Store
 
 NOT_THERE = "not there"
 """Value of a setting that an earlier lorapar did not have, or a later one has no more."""
+READ = {"rows:train": "the rows of data.path"}
+"""What is read from outside → what people call it, where its name does not say it."""
 SHOWN = 4
 """Most changed settings that a reason names."""
 
@@ -77,7 +79,7 @@ def _difference(store: Store, step: Step) -> str | None:
         more = [f"and {len(texts) - SHOWN} settings more"] if len(texts) > SHOWN else []
         return ", ".join([*texts[:SHOWN], *more])
     if outside := [name.removeprefix("outside.") for name in changed if name.startswith("outside.")]:
-        return f"{', '.join(outside)} changed"
+        return f"{', '.join(READ.get(name, name) for name in outside)} changed"
     return f"{', '.join(n.removeprefix('inputs.') for n in changed)} changed"
 
 
