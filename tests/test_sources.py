@@ -75,6 +75,8 @@ def test_items_of_an_own_benchmark_count_once_and_have_prompt_and_answer(tmp_pat
     with pytest.raises(DataError, match=r"(?s)3 × bad row.*jsonl:1: prompt or answer is empty"):
         items(tmp_path, *empty)
     assert [item.gold for item in items(tmp_path, *empty, empty="drop")] == ["0"]
+    [as_trained] = items(tmp_path, {"question": "2 + 2?", "answer": "4", "by": "me"})
+    assert (as_trained.prompt, as_trained.extra) == ("2 + 2?", {"by": "me", "grade": "number"})
 
 
 def test_rows_of_the_hub(monkeypatch):

@@ -1,4 +1,4 @@
-"""Your own file: `prompt` and `answer`, and optionally `grade`: number, letter or text.
+"""Your own file: `prompt` or `question`, and `answer`, and optionally `grade`: number, letter or text.
 
 Of an answer that ends in `#### result`, the result counts. Without `grade`, an answer that is a number is
 compared as a number, a single letter from A to J as a letter, and anything else as text, ignoring case and
@@ -18,6 +18,8 @@ from stages.store.digests import id_of
 
 DEFAULTS: dict[str, Any] = {}
 GROUPS = ()
+FIELDS = {"prompt", "question", "answer", "grade"}
+"""Of a row; what else it has is at hand for graders."""
 
 
 def load(section: SourceSection) -> list[Example]:
@@ -25,6 +27,8 @@ def load(section: SourceSection) -> list[Example]:
 
 
 def _example(row: dict[str, Any], _: int) -> Example:
+    if "question" in row:  # as training rows call it
+        row = {"prompt": row["question"], **row}
     prompt, response = text_field(row, "prompt"), gold_field(row["answer"])
     answer = answers.gold_from_response(response) or response
     if not prompt.strip() or not answer:
@@ -36,7 +40,7 @@ def _example(row: dict[str, Any], _: int) -> Example:
         raise ValueError(f"field grade is {kind!r}, expected number, letter or text")
     if (kind == "number" and not is_number) or (kind == "letter" and not letter):
         raise ValueError(f"answer {answer!r} is not a {kind}")
-    extra = {name: value for name, value in row.items() if name not in ("prompt", "answer", "grade")}
+    extra = {name: value for name, value in row.items() if name not in FIELDS}
     gold = letter if kind == "letter" else answer
     return Example(id_of([prompt, response]), prompt, response, gold, {**extra, "grade": kind})
 
