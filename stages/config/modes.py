@@ -21,7 +21,7 @@ class ModeSection(Section):
 class ModesSection(Section):
     fast: ModeSection = setting(..., "System 1 rows, answered at once.")
     slow: ModeSection = setting(..., "Worked rows of both systems.")
-    auto: ModeSection = setting(ModeSection(), "All rows in the style of their label.")
+    auto: ModeSection = setting(ModeSection(), "System 1 rows answered at once, worked System 2 rows worked.")
     system1_under_slow: Share = setting(1)
     """Share of the System 1 rows with a response that SFT teaches under slow, too."""
 

@@ -1,4 +1,4 @@
-"""Renders the prompts of score, sft, rl and eval, and the token rows of training; nothing else does."""
+"""Renders the prompts of score, sft, rl and eval, and the rows of training. `engines/` asks voters."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ library and `stages.errors`; `inside.py` and `landlock.py` import no file beside
 
 What may change: limits, mounts and back ends in `backends.py`, system calls in `.ci/sandbox_filters.py`. What
 must stay: program and tests in processes of their own, between which only plain data passes; no path that can
-be written; no run at all where a right could not be dropped. An attack goes into `tests/sandbox/hostile.py`.
+be written; no run at all where a right could not be dropped. An attack goes into `tests/sandbox/hostile.py`,
+and `pytest -m slow tests/sandbox` runs them all.
 """
 
 import os
