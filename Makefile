@@ -96,8 +96,8 @@ docs: $(READY) ## Build the guide as a site: site/index.html
 
 dist: $(READY) ## Build the source archive and the wheel into dist/
 	rm -rf dist
-	git describe --always --dirty > lorapar_cli/commit.txt
-	$(BIN)/python -m build --no-isolation --quiet; code=$$?; rm lorapar_cli/commit.txt; exit $$code
+	trap 'rm -f lorapar_cli/commit.txt' EXIT; git describe --always --dirty > lorapar_cli/commit.txt && \
+		$(BIN)/python -m build --no-isolation --quiet
 
 constraints: $(READY) ## Write the versions that are installed here to .ci/constraints.txt
 	$(BIN)/python .ci/constraints.py

@@ -28,7 +28,7 @@ def command() -> None:
 
 def examine() -> Iterator[Finding]:
     """Yield the findings; the slow ones (torch, the sandboxes' self-test) come last."""
-    installed = versions()
+    installed = dict(versions())
     lorapar = installed.pop("lorapar")
     commit = f" of commit {COMMIT.read_text(encoding='utf-8').strip()}" if COMMIT.is_file() else ""
     yield "lorapar", f"{lorapar}{commit}, Python {platform.python_version()}, {sys.executable}", None

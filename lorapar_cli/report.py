@@ -21,7 +21,7 @@ from stages.sweep.table import Table
 
 def command(
     paths: Annotated[list[Path], argument("Table files, or one config.", "FILE…")],
-    out: Annotated[Path | None, value("Folder for report.html and, of tables, a .csv of each.")] = None,
+    out: Annotated[Path | None, value("Folder for report.html and a .csv of each table; or --json.")] = None,
     base: Base = None,
     only: Rows = None,
     seeds: Seeds = None,
@@ -40,7 +40,7 @@ def command(
     arguments = [part for name, texts in typed.items() for text in texts or () for part in (name, text)]
     if is_table(paths[0]):
         if len({path.stem for path in paths}) < len(paths):
-            raise ConfigError("two tables have the same name, and would be written to the same files")
+            raise ConfigError("two tables have the same name")
         tables = load_tables(paths, seeds, base=base, only=only, overrides=set_)
         _report_tables(tables, out, [*arguments, *sets(set_)])
     elif len(paths) > 1 or arguments:

@@ -30,7 +30,10 @@ def write(
     refuse_existing(out)
     refuse_store(out)
     folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:  # of the hidden folder, which nobody named
+        raise OutputError(f"cannot write {out}: {error.strerror}") from None
     try:
         fill(folder, trained, config, form)
         text = card(config, trained, form, folder, evaluated)

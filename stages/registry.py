@@ -75,7 +75,7 @@ class Registry:
 
     def in_file(self, file: str | None) -> dict[str, ast.FunctionDef]:
         """Return the public functions of a person's file by name, without running it; none without a file."""
-        if file is None:
+        if not file:
             return {}
         title = f"{self.file_setting} {file}"
         try:

@@ -92,7 +92,7 @@ class AnswerCache:
         self._slots = [(i, n) for i in range(len(rows)) for n in range(benchmark.samples)]
         self._sampling = Sampling(benchmark.max_new_tokens, tuple(renderer.stop_ids), benchmark.temperature)
         if benchmark.max_thinking_tokens:
-            check_thought_limit(renderer.tokenizer, renderer.marks, "max_thinking_tokens of a benchmark")
+            check_thought_limit(renderer.tokenizer, renderer.marks, "eval.benchmarks: max_thinking_tokens")
         limits = {"sampling": asdict(self._sampling), "thought": benchmark.max_thinking_tokens}
         key = key_of({**identity, **limits})
         self._journal = Journal(folder / f"{key}.jsonl", CachedAnswer)

@@ -64,7 +64,7 @@ class DataProfile:
     system2_rows: int | None
     """Number of System 2 rows, if every row has a label in the field `system`; else None."""
     thinks: bool
-    """True if the model thinks before it answers, in one mode at least."""
+    """True if the model thinks before it answers, in one mode at least, and its template shows thoughts."""
     thoughts: int
     """Number of rows with a thought."""
     section: PromptSection
@@ -132,7 +132,7 @@ def survey(model: ModelSection, data: DataSection, tests: list[BenchmarkSection]
         unanswered=len(rows.examples) - len(answered),
         worked=worked,
         system2_rows=systems.count(2) if None not in systems else None,
-        thinks=bool(switch or renderer.marks.thinks),
+        thinks=renderer.marks.known and bool(switch or renderer.marks.thinks),
         thoughts=sum(bool(example.thought) for example in rows.examples),
         section=section,
         modes=modes,

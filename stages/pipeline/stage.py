@@ -133,7 +133,7 @@ ADAPTER = "A plain PEFT adapter in float32; r is doubled where `lora.init` subtr
 TRAINED = {
     "adapter/": ADAPTER,
     "history.json": "One object per logged step: TRL's metrics and lorapar's (rewards by system, KL).",
-    "curves.png": "The same as curves.",
+    "curves.png": "history.json as curves.",
 }
 """The files of a stage that trains."""
 

@@ -26,7 +26,7 @@ from stages.runtime import ranks
 
 def problems(texts: Texts, steps: list[Step]) -> list[str]:
     """Everything that is certain to stop these steps, which are those that a run would do, each by name."""
-    stopped: dict[str, dict[str, None]] = {}
+    by_message: dict[str, tuple[str, dict[str, None]]] = {}
     for name, check in _checks(texts, steps):
         try:
             check()
@@ -34,8 +34,9 @@ def problems(texts: Texts, steps: list[Step]) -> list[str]:
             summary, *rows = str(error).splitlines()
             such_as = f", such as {rows[0].strip()}" if rows else ""
             hint = f"\n    {error.hint}" if error.hint else ""
-            stopped.setdefault(f"{summary.removesuffix(':')}{such_as}{hint}", {})[name] = None
-    return [f"{', '.join(names)}: {problem}" for problem, names in stopped.items()]
+            problem = f"{summary.removesuffix(':')}{such_as}{hint}"
+            by_message.setdefault(str(error), (problem, {}))[1][name] = None
+    return [f"{', '.join(names)}: {problem}" for problem, names in by_message.values()]
 
 
 def require_no_problem(texts: Texts, steps: list[Step]) -> None:

@@ -29,6 +29,7 @@ from stages.models.tokenizer import load_tokenizer
 from stages.pipeline.stage import TRAIN
 from stages.pipeline.steps import Step
 from stages.plan.tokens import Lengths, Span, sampled
+from stages.prompts.chat_template import check_thought_limit
 from stages.prompts.renderer import IGNORED, Renderer, Row
 from stages.records import Example, Labelled
 from stages.store.artifacts import Store
@@ -149,6 +150,9 @@ class Texts:
         if (name, section.shots) not in self._prompts:
             prompt = section.prompt or self.config.prompt
             renderer = Renderer(self.tokenizer, prompt_under(prompt, self.config.modes, SLOW))
+            if section.max_thinking_tokens:
+                setting = f"eval.benchmarks.{name}.max_thinking_tokens"
+                check_thought_limit(self.tokenizer, renderer.marks, setting)
             sample = sampled(self.rows[name], PROMPT_SAMPLE)
             asked = benchmarks.pick(section.kind).ask(sample, section, renderer) if sample else []
             self._prompts[name, section.shots] = [prompt.ids for prompt in asked]

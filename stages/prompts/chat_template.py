@@ -166,6 +166,6 @@ def check_thought_limit(tokenizer: PreTrainedTokenizerBase, marks: Marks, settin
     """Raise ConfigError if the model can think and its template does not tell by what a thought is closed."""
     if not marks.known and tokenizer.chat_template and thinking_switch(tokenizer):
         raise ConfigError(
-            f"{setting}: the chat template can ask for a thought and shows none, so none can be closed",
+            f"{setting}: the chat template does not show how a thought ends, so none can be ended early",
             "leave the limit out",
         )

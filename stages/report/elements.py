@@ -66,8 +66,8 @@ def between_seeds(masks: list[Artifact]) -> str:
     overlaps = torch.stack([_overlaps(*pair) for pair in combinations(regions, 2)])
     observed, by_weight, by_chance = overlaps.mean(0).tolist()
     return (
-        f"Sets of System 1 from {len(masks)} seeds overlap by a Jaccard index of {observed:.3f}. Random sets "
-        f"with as many elements of each weight would by {by_weight:.3f}, others as large by {by_chance:.3f}."
+        f"System 1's sets of {len(masks)} seeds have a Jaccard index of {observed:.3f}. Random sets with as "
+        f"many elements of each weight would have {by_weight:.3f}, other random sets {by_chance:.3f}."
     )
 
 

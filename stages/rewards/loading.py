@@ -93,10 +93,9 @@ def with_checks(name: str, function: Reward, sandbox: Sandbox | None = None) -> 
     """Wrap a reward function with checks of its results.
 
     If it raises, or returns anything but finite numbers and None, the run stops with the reward's name and
-    the sample. It gets the columns in FIELDS, and the sandbox if it has a parameter for it.
+    the sample. It gets the columns in FIELDS. sandbox: for one that `needs_sandbox`.
     """
-    takes_sandbox = "sandbox" in inspect.signature(function).parameters
-    call = functools.partial(function, sandbox=sandbox) if takes_sandbox else function
+    call = functools.partial(function, sandbox=sandbox) if sandbox else function
 
     def reward(completions: list[str], **columns: Any) -> list[float | None]:
         rows = [json.loads(text) for text in columns.pop(FIELDS, ())]

@@ -202,7 +202,7 @@ def test_only_what_follows_the_thought_is_read(tokenizer, tag, closing, on, spec
 def test_a_limit_that_cannot_be_applied_is_refused(tokenizer):
     """The template can ask for a thought, and no text of it says by what one is closed."""
     tokenizer.chat_template = TEMPLATES["gemma4_v2"].read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match="rl.max_thinking_length: the chat template can ask for a thought"):
+    with pytest.raises(ConfigError, match="rl.max_thinking_length: the chat template does not show how"):
         ThoughtLimit(6, 40, Renderer(tokenizer, PromptSection()))
     for name in ("gemma4_v3", "llama3"):  # it says so; there is nothing to ask, and rows may teach `<think>`
         tokenizer.chat_template = TEMPLATES[name].read_text(encoding="utf-8")

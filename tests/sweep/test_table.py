@@ -378,4 +378,4 @@ def test_importance_of_each_row(swept, monkeypatch):
     a, b = ({i for i, region in enumerate(of_seed) if region in (S1_ONLY, SHARED)} for of_seed in regions)
     chance = len(a) * len(b) / len(regions[0])
     assert f"index of {len(a & b) / len(a | b):.3f}." in said.text
-    assert f"others as large by {chance / (len(a) + len(b) - chance):.3f}." in said.text
+    assert f"other random sets {chance / (len(a) + len(b) - chance):.3f}." in said.text

@@ -97,7 +97,11 @@ class Grpo(Training):
 
     def rewards(self) -> list[Callable[..., Any]]:
         """Those functions with checks of what they return."""
-        return [loading.with_checks(name, reward, self.backend) for name, reward in self.functions.items()]
+        file = self.section.rewards_file
+        return [
+            loading.with_checks(name, reward, self.backend if loading.needs_sandbox([name], file) else None)
+            for name, reward in self.functions.items()
+        ]
 
     def build(self) -> GrpoTrainer:
         """Load the model with the adapter of `start` and build its trainer; no layer is sparse yet."""
