@@ -32,7 +32,7 @@ from stages.lora.grpo.rollouts import RolloutSampler
 from stages.models.base import load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
-from stages.rewards import loading
+from stages.rewards import calls
 from stages.runtime.resources import BatchSize
 from stages.store.checkpoints import Checkpoints
 
@@ -234,7 +234,7 @@ class Bench:
         merged = MergedCopy(base)
         model = adapter.initial(base, LoraSection(), seed=0)
         tokens = {text: ids for batch in batches for text, ids in batch.prompts.items()}
-        rewards = [loading.with_checks("odd", odd)]
+        rewards = [calls.with_checks("odd", odd)]
         pool = RlPrompts(batches[0].rows(), tokens, {}, 0, 0, 0)
         sampling = Sampling(section.max_completion_length, tuple(self.renderer.stop_ids), 1.0)
         size = BatchSize("rl.rollouts.batch_size", section.rollouts.batch_size, "")

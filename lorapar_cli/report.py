@@ -12,6 +12,7 @@ from stages import escaping
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import current_artifact
 from stages.pipeline.steps import ancestors
+from stages.report import comparison
 from stages.report.page import write
 from stages.store.artifacts import refuse_store
 from stages.sweep.file import is_table
@@ -57,12 +58,13 @@ def _report_run(path: Path, out: Path | None, set_: list[str] | None) -> None:
     requested, again = ancestors(steps, None), f"lorapar run {options.typed_config}"
     if not any(current_artifact(store, step) for step in requested.values()):
         raise MissingInputError(f"nothing to report: no step of {path} is current", again)
-    from stages.report import run_page
-
     if out is None:
-        measures = run_page.measured(store, requested)
+        evaluations = comparison.evaluations(requested.values())
+        measures = comparison.measured(store, evaluations, "system")
         print(json.dumps({name: list(map(asdict, of_benchmark)) for name, of_benchmark in measures.items()}))
         return
+    from stages.report import run_page
+
     page = out / "report.html"
     write({page: run_page.page(settings, requested, again)})
     terminal.say(str(page))

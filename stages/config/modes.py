@@ -1,7 +1,11 @@
-"""Modes of one adapter; docs/thinking.md says which rows and prompts each has. Prompts: `renderers_of` in
-prompts/renderer.py. SFT's rows: `trained_by_sft` in lora/examples.py. RL's prompts: `RlPrompts.from_labels`
-in lora/grpo/prompts.py; what a fast completion earns: `_calculate_rewards` in lora/grpo/trainer.py.
-An export's template: `with_modes` in prompts/chat_template.py."""
+"""Modes of one adapter; docs/thinking.md has the whole rule of which rows and prompts each has.
+
+In SFT each has the rows that `ModesSection` names. RL asks System 2 rows under slow and auto, and replays
+System 1 rows under all three. SFT's rows: `trained_by_sft` in lora/examples.py. RL's prompts:
+`RlPrompts.from_labels` in lora/grpo/prompts.py; what a fast completion earns: `_calculate_rewards` in
+lora/grpo/trainer.py. Texts of prompts: `renderers_of` in prompts/renderer.py. An export's template:
+`with_modes` in prompts/chat_template.py.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

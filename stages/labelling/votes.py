@@ -111,7 +111,8 @@ class VoteJournal:
                     text = {"text": result.text} if result.text else {}
                     answer = {"example": example.id, "system2": system2, **text}
                     self._journal.add((self._key(example), sample), answer)
-                    self._invalid += [result.text] if system2 is None else []
+                    if system2 is None:
+                        self._invalid.append(result.text)
                 yield
 
     def check(self, max_failed: float, patience: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Targets of a run side by side: the answers to each group of items, compared item by item."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,11 @@ class Measured:
     @property
     def p(self) -> float | None:
         return self.change.over_items.p if self.change and self.change.over_items else None
+
+
+def evaluations(steps: Iterable[Step]) -> list[Step]:
+    """The steps among these that grade answers."""
+    return [step for step in steps if step.stage.name == "eval"]
 
 
 def measured(store: Store, steps: list[Step], by: str) -> dict[str, list[Measured]]:

@@ -28,7 +28,7 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
     current = {name: current_artifact(store, step) for name, step in steps.items()}
     artifacts = {name: artifact for name, artifact in current.items() if artifact}
     # An evaluation that finishes from here on must not be in the tables: its artifact would be missing.
-    evaluations = [step for name, step in steps.items() if step.stage.name == "eval" and name in artifacts]
+    evaluations = comparison.evaluations(step for name, step in steps.items() if name in artifacts)
     answers, titles = comparison.answers_of(store, evaluations, "system"), titles_of(config)
     measures = {name: list(comparison.compared(of_benchmark)) for name, of_benchmark in answers.items()}
     overall = {
@@ -46,12 +46,6 @@ def page(config: Config, steps: dict[str, Step], run: str) -> str:
         sections.append(PageSection("missing", "Missing", [not_made, Text(run, "pre")]))
     lead: list[str | Tiles] = [*_tiles(overall, titles), *_verdicts(overall, answers, titles)]
     return render(f"lorapar: {config.run}", lead, sections)
-
-
-def measured(store: Store, steps: dict[str, Step]) -> dict[str, list[Measured]]:
-    """Measure each benchmark of a run."""
-    evaluations = [step for step in steps.values() if step.stage.name == "eval"]
-    return comparison.measured(store, evaluations, "system")
 
 
 def titles_of(config: Config) -> dict[str, str]:
@@ -91,8 +85,8 @@ def _verdicts(overall: Overall, answers: dict[str, Answers], titles: dict[str, s
         last, base = list(by_target.values())[-1], by_target.get("base")
         yield _verdict(name, last, by_target.get(last.against or ""), titles)
         for target, each in by_target.items():
-            is_new = (target, "base") != (last.target, last.against)
-            if base and is_new and each.metrics["accuracy"] < base.metrics["accuracy"]:
+            is_told = (target, "base") == (last.target, last.against)
+            if base and not is_told and each.metrics["accuracy"] < base.metrics["accuracy"]:
                 pair = {side: {"all": answers[name][side]["all"]} for side in ("base", target)}
                 _, against_base = comparison.compared(pair)
                 yield _verdict(name, against_base, base, titles)
@@ -131,13 +125,14 @@ def _results(
         text, mixture = f"Accuracy on {name} over the mean tokens of an answer, with 95 % intervals.", []
         samples = {titles[target]: groups["all"] for target, groups in answers[name].items()}
         of_modes, meaning = frontier(samples)
+        caption = text
         if of_modes:
             mixture = [(at, 100 * value.mean) for at, value in map(of_modes.__getitem__, (FAST, SLOW))]
-            text += f" The line: fast and slow mixed at random. {meaning}"
+            caption += f" The line: fast and slow mixed at random. {meaning}"
         if len(points | of_modes) > 1:
             series = {name: [point] for name, point in (points | of_modes).items()}
             labels = "mean tokens of an answer", f"accuracy on {name}, %"
-            yield Picture(figures.svg(figures.line_plot(series, {}, {}, *labels, mixture)), text, text)
+            yield Picture(figures.svg(figures.line_plot(series, {}, {}, *labels, mixture)), text, caption)
 
 
 def _training(artifacts: dict[str, Artifact]) -> Iterator[Block]:

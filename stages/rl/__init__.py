@@ -10,7 +10,7 @@ from stages.config import Config
 from stages.pipeline.stage import TRAIN, TRAINED, Planned, Stage, training_inputs
 from stages.plan.tokens import SYSTEM1_SHARE, Span, Work, sampled
 from stages.records import Labelled
-from stages.rewards import loading
+from stages.rewards import calls
 from stages.rewards.builtin import rewards
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def _steps(config: Config) -> list[Planned]:
     rl = config.rl
     start = None if rl.start_from == "init" else "sft"
     has_vllm = rl.rollouts.engine == "vllm_colocate"
-    code = ["rl.sandbox"] if loading.needs_sandbox(rl.rewards, rl.rewards_file) else []
+    code = ["rl.sandbox"] if calls.needs_sandbox(rl.rewards, rl.rewards_file) else []
     return [
         Planned(
             inputs=training_inputs(config.baseline is not None, masks="rl", start=start),
@@ -52,9 +52,9 @@ def _check_prompts(texts: Texts) -> None:
     building.thought_limit(rl, renderer)
     if not labels:
         # Only System 2 rows need the fields that rewards read, and which rows those are is not known yet.
-        needed = {name: loading.required_fields(function) for name, function in functions.items()}
+        needed = {name: calls.required_fields(function) for name, function in functions.items()}
         rows = sampled(texts.rows[TRAIN], TRAINING_SAMPLE)
-        complete = [row for row in rows if not loading.missing_fields(needed, [row_fields(row, renderer)])]
+        complete = [row for row in rows if not calls.missing_fields(needed, [row_fields(row, renderer)])]
         labels = [Labelled(row, 2, {}) for row in complete or rows]
         slow = rl.prompts_per_step - rl.replay_prompts
         if len(labels) < slow <= len(texts.rows[TRAIN]):

@@ -26,7 +26,7 @@ from stages.lora.grpo.prompts import RlPrompts
 from stages.models.base import load_adapted, load_base
 from stages.models.tokenizer import load_tokenizer
 from stages.prompts.renderer import Renderer
-from stages.rewards import loading
+from stages.rewards import calls
 from stages.runtime.resources import BatchSize
 
 
@@ -106,8 +106,8 @@ def test_rewards_get_the_values_that_the_rows_have(ready, renderer):
         for i, row in enumerate(labels_of(config))
     ]
     pool = RlPrompts.from_labels(labels, {"": renderer}, config.rl, {"mine": mine}, 0)
-    fields = list(pool.rows[loading.FIELDS])
-    loading.with_checks("mine", mine)(completions=["a"] * pool.system2_rows, fields=fields)
+    fields = list(pool.rows[calls.FIELDS])
+    calls.with_checks("mine", mine)(completions=["a"] * pool.system2_rows, fields=fields)
     wanted = [row.example.extra for row in labels if row.system == 2]
     assert seen == [([extra["target"] for extra in wanted], [extra["more"] for extra in wanted])]
 

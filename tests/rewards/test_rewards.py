@@ -15,7 +15,7 @@ from stages.evaluation.benchmarks import demo, jsonl
 from stages.evaluation.grading import Context
 from stages.prompts.code import code_block, program_from_output, stub
 from stages.records import Example
-from stages.rewards import loading
+from stages.rewards import calls
 from stages.rewards.builtin import rewards
 from stages.sandbox import Limits, Sandbox, SandboxFailure
 
@@ -115,16 +115,16 @@ def test_a_code_block_ends_at_its_own_fence(text, program):
 
 def test_columns_are_what_a_reward_must_be_given():
     names = ("correctness", "code_tests", "text_overlap")
-    assert [loading.required_fields(rewards.pick(name)) for name in names] == [
+    assert [calls.required_fields(rewards.pick(name)) for name in names] == [
         ["gold", "answer_format"], ["test", "entry_point"], ["response"],
     ]  # fmt: skip
     row = {"gold": "5", "level": 3, "prompt": "Q", "tags": ["x"], "mixed": 1, "note": None}
-    assert loading.common_fields([row, row | {"level": 2.5, "mixed": "1", "other": 1}]) == {"gold", "level"}
+    assert calls.common_fields([row, row | {"level": 2.5, "mixed": "1", "other": 1}]) == {"gold", "level"}
     told = r"reward code_tests reads test, and 1 of 2 RL rows have none \(first: b\)"
     with pytest.raises(DataError, match=told):
-        loading.check_fields({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
+        calls.check_fields({"code_tests": ["test"]}, [{"id": "a", "test": "x"}, {"id": "b"}])
     with pytest.raises(DataError) as caught:
-        loading.check_fields({"f": ["answer"]}, [{"id": "a"}])
+        calls.check_fields({"f": ["answer"]}, [{"id": "a"}])
     assert "lorapar calls a row's answer `response`" in str(caught.value.hint)
 
 
@@ -163,12 +163,12 @@ def test_a_file_of_own_rewards(file, tmp_path):
     (tmp_path / "parameters.py").write_text(PARAMETERS)
     needing = {"mine": True, "code_tests": False, "correctness": False}
     for name, needs in needing.items():
-        assert loading.needs_sandbox([name], str(tmp_path / "parameters.py")) is needs
-    assert loading.needs_sandbox(["correctness", "code_tests"], None)
+        assert calls.needs_sandbox([name], str(tmp_path / "parameters.py")) is needs
+    assert calls.needs_sandbox(["correctness", "code_tests"], None)
 
 
 def test_a_raising_reward_stops_with_its_name_and_sample_if_it_is_its_fault(file):
-    reward = loading.with_checks("broken", rewards.pick("broken", file))
+    reward = calls.with_checks("broken", rewards.pick("broken", file))
     assert reward(completions=["good"], gold=["1"]) == [1.0]
     with pytest.raises(UnusableResult) as caught:
         reward(completions=["good", "bad"], gold=["1", "2"], question=["one?", "two?"])
@@ -177,21 +177,21 @@ def test_a_raising_reward_stops_with_its_name_and_sample_if_it_is_its_fault(file
 
     for error, raised in ((SandboxFailure("bwrap: no"), SandboxError), (MemoryError(), MemoryError)):
         with pytest.raises(raised):
-            loading.with_checks("mine", Mock(side_effect=error))(completions=["a"])
+            calls.with_checks("mine", Mock(side_effect=error))(completions=["a"])
 
 
 def test_rewards_of_other_libraries_are_floats_and_what_is_no_finite_number_stops():
     for value in (math.inf, "1.0", [1.0], 10**400, torch.ones(2), torch.tensor(math.nan)):
-        reward = loading.with_checks("odd", lambda completions, value=value: [value])
+        reward = calls.with_checks("odd", lambda completions, value=value: [value])
         with pytest.raises(UnusableResult, match=f"odd is {re.escape(reprlib.repr(value))} for 'text'"):
             reward(completions=["text"])
     given = [torch.tensor(0.5), numpy.float32(0.25), True, Fraction(1, 8), torch.ones(1).bfloat16()]
-    seen = loading.with_checks("odd", lambda completions: given)(completions=["text"] * 5)
+    seen = calls.with_checks("odd", lambda completions: given)(completions=["text"] * 5)
     assert seen == [0.5, 0.25, 1, 0.125, 1] and {type(value) for value in seen} == {float}
-    assert loading.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
+    assert calls.with_checks("odd", lambda completions: [None])(completions=["text"]) == [None]
     for number, values in ((1, [1.0]), (0, None)):
         with pytest.raises(UnusableResult, match=f"reward odd gave {number} values for 2 completions"):
-            loading.with_checks("odd", lambda completions, values=values: values)(completions=["a", "b"])
+            calls.with_checks("odd", lambda completions, values=values: values)(completions=["a", "b"])
 
 
 @pytest.mark.parametrize("gold", ["B", "(b)"])

@@ -22,7 +22,7 @@ from stages.lora.training.start import Training
 from stages.models.base import load_base
 from stages.models.load_errors import check_training
 from stages.packing.batch import padded
-from stages.rewards import loading
+from stages.rewards import calls
 from stages.rewards.builtin import rewards
 from stages.runtime import libraries
 from stages.runtime.resources import BatchSize
@@ -95,11 +95,11 @@ class Grpo(Training):
         """The sandbox of rewards that run code, if there are any."""
         return sandboxes.from_settings(self.sandbox, self.context.progress.say) if self.sandbox else None
 
-    def rewards(self) -> list[Callable[..., Any]]:
+    def checked_rewards(self) -> list[Callable[..., Any]]:
         """Those functions with checks of what they return."""
         file = self.section.rewards_file
         return [
-            loading.with_checks(name, reward, self.backend if loading.needs_sandbox([name], file) else None)
+            calls.with_checks(name, reward, self.backend if calls.needs_sandbox([name], file) else None)
             for name, reward in self.functions.items()
         ]
 
@@ -118,7 +118,7 @@ class Grpo(Training):
         rollout_arguments = vllm_rollouts.arguments(rl, model.get_base_model(), stop_ids)
         arguments = _arguments(rl, steps, self.seed, self.context.checkpoints, rollout_arguments)
         grpo_trainer = trainer_class(arguments.use_vllm)
-        trainer = grpo_trainer(rl, prompts, sampler, limit, self.rewards(), arguments)
+        trainer = grpo_trainer(rl, prompts, sampler, limit, self.checked_rewards(), arguments)
         if rl.rollouts.engine != "transformers":
             vllm_rollouts.install_weights(trainer, model, self.seed)
         from_sft = rl.start_from != "init" and self.baseline is None

@@ -17,7 +17,7 @@ from stages.config import FAST, RlSection
 from stages.errors import DataError
 from stages.prompts.renderer import Renderer
 from stages.records import Example, Labelled, examples_of_system, labelled_examples
-from stages.rewards import loading
+from stages.rewards import calls
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,10 +71,10 @@ class RlPrompts:
         """
         from datasets import Dataset
 
-        needed = {name: loading.required_fields(function) for name, function in functions.items()}
+        needed = {name: calls.required_fields(function) for name, function in functions.items()}
         examples = examples_of_system(labels, 2) if rl.data == "system2" else labelled_examples(labels)
         trained = [row_fields(e, renderer) for e in examples for renderer in _of_system(renderers, 2)]
-        loading.check_fields(needed, trained)
+        calls.check_fields(needed, trained)
         easy = [row.example for row in labels if row.system == 1] if rl.replay_prompts else []
         # One row for each System 1 prompt: a question may have several responses, and even both labels.
         questions = {row["question"] for row in trained}
@@ -86,12 +86,12 @@ class RlPrompts:
         system1, too_long_system1 = _fitting(system1, tokens, rl)
         too_long += too_long_system1
         random.Random(f"{seed} held out").shuffle(system1)
-        replayed = [row for row in system1 if not loading.missing_fields(needed, [row])]
+        replayed = [row for row in system1 if not calls.missing_fields(needed, [row])]
         _check_enough(fitting, replayed, rl, too_long)
         rows = fitting + replayed
-        fields = [json.dumps(passed) for passed in loading.passed_fields(rows, functions)]
+        fields = [json.dumps(passed) for passed in calls.passed_fields(rows, functions)]
         return cls(
-            rows=Dataset.from_dict({"prompt": [row["prompt"] for row in rows], loading.FIELDS: fields}),
+            rows=Dataset.from_dict({"prompt": [row["prompt"] for row in rows], calls.FIELDS: fields}),
             tokens=tokens,
             ids={tuple(tokens[row["prompt"]]): row["id"] for row in rows},
             fast=frozenset(renderers[FAST].prompt(e.prompt, example=e) for e in easy if FAST in renderers),

@@ -1,4 +1,4 @@
-"""Fields that the functions which `rl.rewards` names read, and checks of what they return."""
+"""Calls of rewards: the fields of a row that they get, and checks of what they return."""
 
 import functools
 import inspect
