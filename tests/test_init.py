@@ -156,6 +156,7 @@ SWITCHES = {
     "gptoss": ("reasoning_effort", "low", "high"),
     "deepseek_r1_distill": None,
     "budget": ("thinking_budget", 512, -1),  # as Seed-OSS
+    "effort": ("reasoning_effort", "no_think", "high"),  # as Hy3
     "thinks": None,  # as Kimi-K2-Thinking
 }
 
@@ -165,6 +166,7 @@ TURNS = (
     "{{ m.content }}<|im_end|>{% endfor %}{{ 'assistant: ' if add_generation_prompt else '' }}"
 )
 OWN = {"thinks": TURNS, "budget": "{{ thinking_budget if thinking_budget is defined else -1 }}" + TURNS}
+OWN["effort"] = "{{ reasoning_effort | default('no_think') }}" + TURNS
 
 
 @pytest.mark.parametrize(("template", "switch"), SWITCHES.items())

@@ -24,11 +24,11 @@ _TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 FLAGS = ("enable_thinking", "thinking", "enable_reasoning")
 SWITCHES: dict[str, Any] = {
     **dict.fromkeys((*FLAGS, "reasoning"), (False, True)),
-    "reasoning_effort": ("low", "high"),
+    "reasoning_effort": ("no_think", "none", "low", "high"),
     "thinking_mode": ("disabled", "enabled"),
     "thinking_budget": (512, -1),
 }
-"""Argument of a chat template → its values for little or no thought, and for much."""
+"""Argument of a chat template → its values, from no thought to much; a template may lack all but two."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 """Names that transformers gives to every chat template."""
 
@@ -153,9 +153,12 @@ def thinking_switch(
     """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": "?"})
-    names = arguments_of(tokenizer.get_chat_template())
+    source = tokenizer.get_chat_template()
+    names = arguments_of(source)
     for name in [name for name in SWITCHES if name in names]:
-        off, on = ({name: value} for value in SWITCHES[name])
+        *rare, least, most = SWITCHES[name]
+        known = [value for value in rare if f"'{value}'" in source or f'"{value}"' in source]
+        off, on = {name: next(iter(known), least)}, {name: most}
         with suppress(ConfigError):
             if chat(tokenizer, messages, **off) != chat(tokenizer, messages, **on):
                 return off, on

@@ -187,10 +187,10 @@ class Renderer:
                 f"{prompt[-100:]!r}",
                 "--set prompt.template=plain, or give the tokenizer another chat template",
             )
-        completion = text[len(prompt) :].rstrip() if text.startswith(prompt) else ""
-        head, answer, tail = completion.rpartition(response.strip())
+        before, answer, tail = text.rstrip().rpartition(response.strip())
+        head = before[len(prompt) :]
         is_whole = thought in head if marks.shows else not thought
-        if not (answer and is_whole and (not marks.opens or marks.end in head)):
+        if not (before.startswith(prompt) and is_whole and (not marks.opens or marks.end in head)):
             head = marks.head(thought)
         # Some templates mark the end of an answer only where something follows.
         tail = tail.partition(self._marker)[0] if answer else ""

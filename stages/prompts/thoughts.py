@@ -8,11 +8,11 @@ import re
 
 OPENING, CLOSING = "<think>", "</think>"
 _OPENING = (
-    r"<(?:\w{1,20}:)?(?:\w{1,20}_)?think(?:ing)?>|<thought>|\[THINK\]|◁think▷"
+    r"<(?:\w{1,20}:)?(?:\w{1,20}_)?think(?:ing)?(?::\w{1,20})?>|<thought>|\[THINK\]|◁think▷"
     r"|<\|START_THINKING\|>|<\|begin_of_thought\|>|<\|inner_prefix\|>|<\|channel>thought"
 )
 _CLOSING = (
-    r"</(?:\w{1,20}:)?(?:\w{1,20}_)?think(?:ing)?>|</thought>|\[/THINK\]|◁/think▷"
+    r"</(?:\w{1,20}:)?(?:\w{1,20}_)?think(?:ing)?(?::\w{1,20})?>|</thought>|\[/THINK\]|◁/think▷"
     r"|<\|END_THINKING\|>|<\|end_of_thought\|>|<\|inner_suffix\|>|<channel\|>"
 )
 OPENING_TAG, CLOSING_TAG = re.compile(_OPENING), re.compile(_CLOSING)

@@ -91,7 +91,7 @@ def test_a_row_is_what_the_template_writes(tokenizer, name):
 
 
 ASKED = (
-    "{% for m in messages %}<{{ m.role }}>BEFORE{{ m.content }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>BEFORE{{ m.content }}\n<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}"
 )
 
@@ -100,17 +100,17 @@ ASKED = (
     ("before", "prompt", "thought", "completion"),
     [
         # The prompt says that there is no thought, and conversations do not.
-        ("", "<think>\n\n</think>\n\n", "Hm.", "It is 4.\n#### 4<|im_end|>"),
+        ("", "<think:open></think:open>", "Hm.", "It is 4.\n#### 4\n<|im_end|>"),
         # It opens one, in a line of its own or not, or in the tags of other models.
-        ("", "<think>", "Hm.", "Hm.</think>It is 4.\n#### 4<|im_end|>"),
-        ("", "<|START_THINKING|>", "", "<|END_THINKING|>It is 4.\n#### 4<|im_end|>"),
-        ("", "[THINK]\n", "Hm.", "Hm.\n[/THINK]\n\nIt is 4.\n#### 4<|im_end|>"),
+        ("", "<think>", "Hm.", "Hm.</think>It is 4.\n#### 4\n<|im_end|>"),
+        ("", "<|START_THINKING|>", "", "<|END_THINKING|>It is 4.\n#### 4\n<|im_end|>"),
+        ("", "[THINK]\n", "Hm.", "Hm.\n[/THINK]\n\nIt is 4.\n#### 4\n<|im_end|>"),
         # Conversations have an empty thought whatever the row has, or close one that nothing opened.
-        ("<think>\n\n</think>\n\n", "<think>\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
-        ("</think>", "<think>", "", "</think>It is 4.\n#### 4<|im_end|>"),
+        ("<think>\n\n</think>\n\n", "<think>\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4\n<|im_end|>"),
+        ("</think>", "<think>", "", "</think>It is 4.\n#### 4\n<|im_end|>"),
         # Conversations go on in an open thought with whatever they are given.
-        ("<think>\n\n", "<think>\n\n", "", "\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
-        ("<think>\n\n", "<think>\n\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4<|im_end|>"),
+        ("<think>\n\n", "<think>\n\n", "", "\n</think>\n\nIt is 4.\n#### 4\n<|im_end|>"),
+        ("<think>\n\n", "<think>\n\n", "Hm.", "Hm.\n</think>\n\nIt is 4.\n#### 4\n<|im_end|>"),
     ],
 )
 def test_thoughts_that_a_template_leaves_out(tokenizer, before, prompt, thought, completion):
@@ -250,9 +250,9 @@ CONVERSATIONS = {
     "{{ b.text }}{% else %}{{ m.content }}{% endfor %}<|im_end|>": (
         "", "<|inner_prefix|>T<|inner_suffix|>A<|im_end|>", "A<|im_end|>"
     ),
-    # Thoughts with calls of tools alone, and answers in tags of their own, as Cohere's.
+    # Thoughts with calls of tools alone, answers in tags of their own, then another turn, as Cohere's.
     "{% if m.tool_calls %}<|START_THINKING|>{{ m.thinking }}<|END_THINKING|>{% endif %}<|START_RESPONSE|>"
-    "{{ m.content }}<|END_RESPONSE|><|im_end|>": (
+    "{{ m.content }}<|END_RESPONSE|><|im_end|><assistant>": (
         "{% if effort == 'low' %}<|START_THINKING|><|END_THINKING|>{% endif %}",
         "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>A<|END_RESPONSE|><|im_end|>",
         "<|START_RESPONSE|>A<|END_RESPONSE|><|im_end|>",
