@@ -97,8 +97,7 @@ def test_a_flipped_bit_stops_the_consumer_and_the_stage(copied, tmp_path):
             make_steps(config, name)
         assert caught.value.hint == f"move {folder} away and run the same command again"
     folder.rename(tmp_path / "away")
-    made = make_steps(config)
-    assert [name for name, (_, now) in made.items() if now] == ["partition:sft"]
+    assert [name for name, (_, now) in make_steps(config).items() if now] == ["partition:sft"]
 
 
 def test_show_tells_what_is_stale_and_hides_what_is_damaged(copied, lorapar, tmp_path):

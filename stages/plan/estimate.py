@@ -145,7 +145,7 @@ class _Measured:
         self.train_s, self.train_mib = seconds / len(row), mib / len(row)
         model.eval()
         read_s, _ = self._time(write(1))
-        written_s, self.write_mib = self._time(write(1 + NEW_TOKENS))
+        written_s, self.write_mib = self._time(write(1 + NEW_TOKENS), times=1)
         self.read_s = read_s / (SLOTS * len(prompt) / (8 if packs else 1))
         self.write_s = max(0.0, written_s - read_s) / (SLOTS * NEW_TOKENS)
 
@@ -171,10 +171,10 @@ class _Measured:
         mib = work.copies * self.weights_mib + trained + max(passes, sampling) + self.libraries_mib
         return Cost(seconds, None if work.servers else mib)
 
-    def _time(self, call: Callable[[], object]) -> tuple[float, float]:
-        """Seconds, and MiB beyond what was in use; the first call also warms up caches and kernels."""
+    def _time(self, call: Callable[[], object], times: int = 2) -> tuple[float, float]:
+        """Seconds of the last call, and MiB beyond what was in use; calls before it warm up the kernels."""
         seconds = mib = 0.0
-        for _ in range(2):
+        for _ in range(times):
             resources.reset_peak()
             in_use, begin = resources.peak_device_memory(), self._clock()
             call()

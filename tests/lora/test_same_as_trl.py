@@ -58,7 +58,8 @@ def test_strategy_all_is_a_plain_sft_trainer(begun, tmp_path):
     assert plain.keys() == ours.keys()
     for name, weight in plain.items():
         assert (weight - start[name]).abs().max() > 1e-3, name
-        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)  # Adam enlarges rounding
+        apart = (ours[name] - weight).abs()  # Adam enlarges rounding where a gradient is near zero
+        assert apart.median() < 1e-6 and apart.max() < 2e-4, name
 
 
 @pytest.mark.slow

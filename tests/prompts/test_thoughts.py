@@ -273,8 +273,7 @@ def test_marks_are_read_off_conversations(tokenizer, written):
         for thought, expected in (("T", at_once if effort == "low" else worked), ("", at_once)):
             example = Example("", QUESTION, "A", None, thought=thought)
             assert written_by(renderer, example) == expected
-            row = renderer.row(example)
-            answer = [token for token in row.labels if token != IGNORED]
+            answer = [token for token in renderer.row(example).labels if token != IGNORED]
             assert answer[-1] in renderer.stop_ids
             text = renderer.read(answer, renderer.prompt(QUESTION))
             assert thoughts.after_thought(text) == "A" and ("T" in text) == (expected == worked)
