@@ -35,7 +35,7 @@ MODES_ARMS = {
     "sft plain 96": "plain SFT, 96 steps",
     "sft plain 180": "plain SFT, 180 steps",
     "rl none": "no modes, SFT and RL",
-    "mixture": "random mixture of `fast` and `slow`",
+    "mixture": "`fast` or `slow` at random, tokens as `auto`",
     "words": "mode by the question's words",
     "sft auto": "`auto` after SFT",
     "rl fast": "`fast`",

@@ -14,7 +14,7 @@ GROUPS = {
         "plan": "Show what a run would do; estimate time and memory of each step from short measurements.",
         "run": "Run every stage that is missing or stale.",
         "ask": "Ask a trained model a question in each of its modes, in this process.",
-        "report": "Write a page on one run, or on tables, with intervals and published values.",
+        "report": "Write a page on a run, two side by side, or tables with intervals and published values.",
         "export": "Export a trained adapter, or the merged model, with a model card.",
         "serve": "Serve a trained model, in all of its modes, by vLLM.",
     },

@@ -1,4 +1,4 @@
-"""`lorapar report`: writes a page on tables of many runs, or on one run, or prints their results."""
+"""`lorapar report`: writes a page on tables of many runs, or on one run or two, or prints their results."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from lorapar_cli import options, terminal
 from lorapar_cli.options import Json, Overrides, argument, plan_of, sets, value
-from lorapar_cli.sweep import Base, Rows, Seeds, load_tables
+from lorapar_cli.sweep import Base, Rows, Seeds, load_tables, selection
 from stages import escaping
 from stages.errors import ConfigError, MissingInputError
 from stages.pipeline.state import current_artifact
@@ -21,7 +21,7 @@ from stages.sweep.table import Table
 
 
 def command(
-    paths: Annotated[list[Path], argument("Table files, or one config.", "FILE…")],
+    paths: Annotated[list[Path], argument("Table files, or one config, or two to compare.", "FILE…")],
     out: Annotated[Path | None, value("Folder for report.html and a .csv of each table; or --json.")] = None,
     base: Base = None,
     only: Rows = None,
@@ -33,22 +33,23 @@ def command(
         raise ConfigError("report takes --out or --json", "--out DIR for a page, --json for the numbers")
     if missing := [path for path in paths if not path.is_file()]:
         raise MissingInputError(
-            f"no file {missing[0]}", "name table files, or one config; examples: lorapar list examples"
+            f"no file {missing[0]}", "name table files, or configs; examples: lorapar list examples"
         )
     if out is not None:
         refuse_store(out)
-    typed = {"--only": only, "--base": base and [str(base)], "--seeds": seeds and [seeds]}
-    arguments = [part for name, texts in typed.items() for text in texts or () for part in (name, text)]
+    arguments = selection(base, only, seeds)
     if is_table(paths[0]):
         if len({path.stem for path in paths}) < len(paths):
             raise ConfigError("two tables have the same name")
         tables = load_tables(paths, seeds, base=base, only=only, overrides=set_)
         _report_tables(tables, out, [*arguments, *sets(set_)])
-    elif len(paths) > 1 or arguments:
+    elif len(paths) > 2 or arguments or any(map(is_table, paths)):
         raise ConfigError(
             f"{paths[0]} is not a table",
-            "name one config alone; tables compare runs: lorapar init --example tables/order",
+            "name one config, or two; tables compare more: lorapar init --example tables/order",
         )
+    elif len(paths) == 2:
+        _report_two_runs(paths, out, set_)
     else:
         _report_run(paths[0], out, set_)
 
@@ -67,6 +68,32 @@ def _report_run(path: Path, out: Path | None, set_: list[str] | None) -> None:
 
     page = out / "report.html"
     write({page: run_page.page(settings, requested, again)})
+    terminal.say(str(page))
+
+
+def _report_two_runs(paths: list[Path], out: Path | None, set_: list[str] | None) -> None:
+    configs, answers = [], []
+    for path in paths:
+        config, steps, store = plan_of(path, set_)
+        answers.append(comparison.answers_of(store, comparison.evaluations(steps.values()), "system"))
+        if not answers[-1]:
+            raise MissingInputError(
+                f"nothing to compare: no evaluation of {path} is current",
+                f"lorapar run {options.typed_config}",
+            )
+        configs.append(config)
+    from stages.report import two_runs
+
+    compared, names = two_runs.pairs(*answers), [str(path) for path in paths]
+    if out is None:
+        columns = ("first", "second", "difference")
+        print(json.dumps({
+            benchmark: {t: dict(zip(columns, map(asdict, values), strict=True)) for t, values in of.items()}
+            for benchmark, of in compared.items()
+        }))  # fmt: skip
+        return
+    page = out / "report.html"
+    write({page: two_runs.page(configs, names, compared)})
     terminal.say(str(page))
 
 
@@ -91,5 +118,6 @@ def _report_tables(tables: list[Table], out: Path | None, arguments: list[str]) 
     write({**texts, page: table_page.page(commands)})
     for each in all_results:
         complete = sum(value is not None for value in each.values.values())
-        terminal.say(f"{each.table.path}: {complete} of {len(each.values)} values are available")
+        planned = {(cell.row, name) for cell in each.table.cells for name in cell.columns}
+        terminal.say(f"{each.table.path}: {complete} of {len(planned)} values are available")
     terminal.say(f"{page}, and a .csv of each table")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lorapar_cli import terminal
-from lorapar_cli.options import Overrides, Quiet, argument, flag, pairs, value
+from lorapar_cli.options import Overrides, Quiet, argument, flag, pairs, sets, value
 from lorapar_cli.plan import checked_texts
 from lorapar_cli.stage import begin_worker, make_step
 from stages import escaping
@@ -67,7 +67,8 @@ def command(
             _check(cells, [node for node in nodes.values() if not node.current])
         outcomes = run(nodes, executor, logs, terminal.say)
         _report_failures(outcomes, len(cells))
-        terminal.say(f"next: lorapar report {' '.join(escaping.shell(str(p)) for p in paths)} --out report")
+        typed = [*map(str, paths), *selection(base, only, seeds), *sets(set_)]
+        terminal.say(f"next: lorapar report {' '.join(map(escaping.shell, typed))} --out report")
 
 
 def _slots(jobs: int | None, devices: str | None) -> list[str | None]:
@@ -103,6 +104,12 @@ def _check(cells: list[Cell], nodes: list[Node]) -> None:
 
 def _parameters(texts: list[str]) -> dict[str, Any]:
     return {key: parse_yaml(text, f"--slurm {key}") for key, text in pairs(texts, "--slurm", HINT).items()}
+
+
+def selection(base: Path | None, only: list[str] | None, seeds: str | None) -> list[str]:
+    """Return the options that choose cells as command-line arguments."""
+    typed = {"--only": only, "--base": base and [str(base)], "--seeds": seeds and [seeds]}
+    return [part for name, texts in typed.items() for text in texts or () for part in (name, text)]
 
 
 def load_tables(paths: list[Path], seeds: str | None, **selection: Any) -> list[Table]:

@@ -61,9 +61,10 @@ def read(source: SourceSection) -> list[Example]:
 def read_rows(source: SourceSection) -> Rows:
     """Read like `read`, and also return the format and how many rows were left out."""
     rows, where = raw_rows(source), str(source.path)
+    title = where if local_file(source) is None else Path(where).name  # a draft has its folder
     keeps = source.empty == "keep"
     kind = source.format if source.format != "auto" else formats.detect(where, rows[0][1], keeps)
-    _say_once(f"{where}: {len(rows)} rows, {formats.NAMES[kind]}")
+    _say_once(f"{title}: {len(rows)} rows, {formats.NAMES[kind]}")
     needs = f"each row needs {' and '.join(formats.FIELDS[kind])}"
     located, empty = parse_rows(source, lambda row, _: formats.example(kind, row, keeps), needs, rows)
     examples = drop_duplicates(located, source)
@@ -71,10 +72,10 @@ def read_rows(source: SourceSection) -> Rows:
         examples = [replace(e, gold=e.response.strip()) if e.gold is None else e for e in examples]
     if unseen := set().union(*map(_unseen, examples)):
         log.warning(
-            "%s: no model sees %s: write what a question needs into it", where, ", ".join(sorted(unseen))
+            "%s: no model sees %s: write what a question needs into it", title, ", ".join(sorted(unseen))
         )
     if unanswered := sum(not example.response for example in examples):
-        log.info("%s: %d rows have no response: score and SFT leave them out", where, unanswered)
+        log.info("%s: %d rows have no response: score and SFT leave them out", title, unanswered)
     return Rows(examples, formats.NAMES[kind], empty, len(located) - len(examples))
 
 

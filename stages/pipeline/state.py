@@ -70,7 +70,7 @@ def _difference(store: Store, step: Step) -> str | None:
         return "the last one, with other settings, is damaged"
     if last is None:
         return None
-    old, new = _flat(last.manifest["identity"]), _flat(step.identity)
+    old, new = leaves(last.manifest["identity"]), leaves(step.identity)
     # A setting of a later lorapar, even one whose value is None, differs from one that was not there.
     values = {name: (old.get(name, NOT_THERE), new.get(name, NOT_THERE)) for name in {**old, **new}}
     changed = [name for name, (before, now) in values.items() if before != now]
@@ -83,12 +83,12 @@ def _difference(store: Store, step: Step) -> str | None:
     return f"{', '.join(n.removeprefix('inputs.') for n in changed)} changed"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dicts, and of lists of dicts, by dotted path."""
     if isinstance(value, dict) and value:
-        return {k: v for name, child in value.items() for k, v in _flat(child, f"{prefix}{name}.").items()}
+        return {k: v for name, child in value.items() for k, v in leaves(child, f"{prefix}{name}.").items()}
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return {k: v for i, child in enumerate(value) for k, v in _flat(child, f"{prefix}{i}.").items()}
+        return {k: v for i, child in enumerate(value) for k, v in leaves(child, f"{prefix}{i}.").items()}
     return {prefix[:-1]: value}
 
 

@@ -89,18 +89,18 @@ def compared(answers_by_target: Answers) -> Iterator[Measured]:
     against: str | None = None
     for target, answers in answers_by_target.items():
         for group in (name for name in groups if name in answers):
-            shares = _shares(answers[group])
+            shares = shares_by_item(answers[group])
             reference = answers_by_target[against].get(group, []) if against else []
             change = None
             same_items = {sample.id for sample in reference} == {sample.id for sample in answers[group]}
             with suppress(NothingToShow):
-                change = difference([_shares(reference)], [shares]) if same_items else None
+                change = difference([shares_by_item(reference)], [shares]) if same_items else None
             mean = accuracy([shares]) if shares else None
             yield Measured(target, group, accuracy_metrics(answers[group]), mean, against, change)
         against = target
 
 
-def _shares(samples: list[Sample]) -> dict[str, float]:
+def shares_by_item(samples: list[Sample]) -> dict[str, float]:
     return accuracy_by_item(answers_by_item(samples))
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from stages import escaping
@@ -25,9 +26,13 @@ NUMBERS = (
 
 def page(tables: list[tuple[Results, str]]) -> str:
     """Render the page. tables: each with the command that makes or completes it."""
-    lead = [f"{each.table.file.title}. {verdict}" for each, _ in tables if (verdict := _verdict(each))]
-    title = tables[0][0].table.file.title if len(tables) == 1 else "lorapar: tables"
-    return render(title, lead, [_section(results, command) for results, command in tables])
+    sections = [_section(results, command) for results, command in tables]
+    verdicts = [(section.title, _verdict(each)) for section, (each, _) in zip(sections, tables, strict=True)]
+    if len(tables) == 1:
+        ((title, verdict),) = verdicts
+        return render(title, [verdict] if verdict else [], [replace(sections[0], title="Results")])
+    lead = [f"{title}: {verdict}" for title, verdict in verdicts if verdict]
+    return render("lorapar: tables", lead, sections)
 
 
 def _verdict(results: Results) -> str:
@@ -168,13 +173,16 @@ def legend(results: Results) -> str:
     seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
     replicates = len({cell.config.data.path for cell in cells if cell.row == cells[0].row}) > 1
     sentences = [f"Seeds {seeds}{', each with data of its own' if replicates else ''}.", NUMBERS]
-    flexible = {
-        f"{name} of {cell.row}"
-        for cell in cells
-        for name, column in cell.columns.items()
-        if column.qualifier == FLEXIBLE
-    }
-    sentences += [f"By the flexible reading: {'; '.join(sorted(flexible))}."] if flexible else []
+    readings: dict[str, dict[str, bool]] = {}
+    for cell in cells:
+        for name, column in cell.columns.items():
+            readings.setdefault(name, {})[cell.row] = column.qualifier == FLEXIBLE
+    flexible = [
+        name if all(of_rows.values()) else f"{name} of {row}"
+        for name, of_rows in readings.items()
+        for row in sorted(row for row, is_flexible in of_rows.items() if is_flexible)
+    ]
+    sentences += [f"By the flexible reading: {'; '.join(dict.fromkeys(flexible))}."] if flexible else []
     if base := results.table.base:
         sentences.append(f"All rows are of {base}, in place of the configs that the table names.")
     return " ".join(sentences)
@@ -189,7 +197,8 @@ def records(results: Results) -> Iterator[dict[str, Any]]:
         yield {"row": row, "column": name, "paper": published, **_numbers(results, value)}
     for contrast, value in results.comparisons.items():
         names = {"row": contrast.row, "column": f"{contrast.on}, minus {contrast.against!r}"}
-        yield {**names, "paper": None, **_numbers(results, value)}
+        by_holm = {f"{over}_holm": results.corrected_p(over).get(contrast) for over in OVER}
+        yield {**names, "paper": None, **_numbers(results, value), **by_holm}
 
 
 def csv_text(results: Results) -> str:
@@ -214,5 +223,5 @@ def _numbers(results: Results, value: Value | None) -> dict[str, float | None]:
         numbers |= zip(seeds, of_seeds, strict=True)
     for over in OVER:
         interval = getattr(value, over, None)
-        numbers |= {f"{over}_{end}": getattr(interval, end, None) for end in ("low", "high", "p")}
+        numbers |= {f"{over}_{end}": getattr(interval, end, None) for end in ("low", "high", "p", "holm")}
     return numbers

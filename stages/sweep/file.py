@@ -41,7 +41,9 @@ def _can_be_shown(text: str) -> str:
     column = Column.from_text(text)
     if not column.graded and not column.qualifier:
         raise ValueError(f"{text!r}: expected TARGET@BENCHMARK or STEP.VALUE")
-    if column.graded and column.qualifier not in ("", FLEXIBLE, *SYSTEMS) and "=" not in column.qualifier:
+    _, group, value = column.qualifier.partition("=")
+    known = value.rpartition(".")[2] != FLEXIBLE if group else column.qualifier in ("", FLEXIBLE, *SYSTEMS)
+    if column.graded and not known:
         choice = f"expected {', '.join(SYSTEMS)}, FIELD=VALUE or {FLEXIBLE}"
         raise ValueError(f"{text!r}: unknown group {column.qualifier!r}; {choice}")
     return text
@@ -81,6 +83,11 @@ _listed = BeforeValidator(
 )
 
 
+_one_seed = BeforeValidator(
+    lambda value: [value] if isinstance(value, int) else value, json_schema_input_type=int | list[int]
+)
+
+
 class Plot(Section):
     """A row called `SERIES: …` is a point of its series; one without a colon is a horizontal line."""
 
@@ -95,7 +102,8 @@ class TableFile(Section):
     """Settings of every cell, by their dotted names. {seed} in a text, here or in a row, is the seed."""
     rows: Annotated[dict[str, TableRow], WithoutFalse] = setting(..., min_length=1)
     """Settings of each row, by their dotted names; `base` and `columns` override the table's."""
-    seeds: list[int] = setting([41], "Each row is run with each of these seeds.", min_length=1)
+    seeds: Annotated[list[int], _one_seed] = setting([])
+    """Each row is run with each of these seeds; without any, with that of the base."""
     columns: dict[str, ColumnText] = setting(..., min_length=1)
     """What each column shows. An accuracy: TARGET@BENCHMARK, followed by .system1, .system2 or .FIELD=VALUE
     for a group of items, or by .flexible to parse answers flexibly. Or a value of a step's summary, such as

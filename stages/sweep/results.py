@@ -7,11 +7,11 @@ import statistics
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from stages.evaluation.metrics import accuracy_by_item, answers_by_item
 from stages.evaluation.statistics import Interval, holm, over_replicates
-from stages.pipeline.state import current_artifact
+from stages.pipeline.state import current_artifact, leaves
 from stages.records import Sample, read_samples
 from stages.store.artifacts import Artifact, Store
 from stages.sweep.file import FLEXIBLE, SYSTEMS, Column
@@ -105,8 +105,9 @@ def results(table: Table) -> Results:
             continue
         try:
             values[row, name] = _value(artifacts, cells, name)
-        except NothingToShow:
-            log.warning("%s: column %r has nothing to show: %s", row, name, table.file.columns[name])
+        except NothingToShow as nothing:
+            shown = table.file.columns[name]
+            log.warning("%s: column %r has nothing to show: %s%s", row, name, shown, nothing)
     comparisons: dict[Contrast, Value | None] = {}
     for contrast in table.contrasts:
         reference, cells = table.cells_of(contrast.against), table.cells_of(contrast.row)
@@ -152,9 +153,7 @@ def _have_own_items(cells: list[Cell], name: str) -> bool:
 
 def _number(artifact: Artifact, column: Column) -> float:
     """Return the number at the column's dotted path in the summary; NothingToShow if there is none."""
-    value: Any = artifact.manifest["summary"]
-    for key in column.qualifier.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, int | float):
-        raise NothingToShow
-    return float(value)
+    numbers = {k: v for k, v in leaves(artifact.manifest["summary"]).items() if isinstance(v, int | float)}
+    if column.qualifier not in numbers:
+        raise NothingToShow(f"; choose from: {', '.join(f'{column.step}.{name}' for name in numbers)}")
+    return float(numbers[column.qualifier])

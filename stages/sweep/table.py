@@ -87,7 +87,8 @@ def table(
     errors: dict[str, dict[str, None]] = {}
     hints: dict[str, None] = {}
     planned = []
-    for seed, row in itertools.product(dict.fromkeys(seeds or file.seeds), rows):
+    seeds = seeds or file.seeds or [load(base or Path(file.base), []).seed]
+    for seed, row in itertools.product(dict.fromkeys(seeds), rows):
         try:
             planned.append(_cell(path, file, row, seed, base, overrides or []))
         except LoraparError as error:

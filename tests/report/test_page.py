@@ -14,7 +14,7 @@ from conftest import ROOT, Small, flags
 from stages.errors import OutputError
 from stages.evaluation.statistics import Interval
 from stages.records import Sample, write_jsonl
-from stages.report import comparison, figures, run_page, table_page
+from stages.report import comparison, figures, run_page, table_page, two_runs
 from stages.report.frontier import frontier
 from stages.report.page import MARKS, Grid, PageSection, Text, render, write
 from stages.store.artifacts import Artifact
@@ -80,7 +80,8 @@ def test_a_report_of_nothing_is_none(smoke_flags, tmp_path, lorapar, file):
     assert f"lorapar {'sweep' if table else 'run'} {file}" in done.err
     assert not (tmp_path / "page").exists()
     done = lorapar("report", "configs/smoke.yaml", file, *smoke_flags, "--out", tmp_path / "page")
-    assert done.code == 78 and "configs/smoke.yaml is not a table" in done.err
+    code, problem = (78, "configs/smoke.yaml is not a table") if table else (66, "nothing to compare")
+    assert done.code == code and problem in done.err
 
 
 def test_only_an_earlier_report_is_replaced_and_a_full_disk_leaves_no_half(tmp_path, full_disk):
@@ -122,6 +123,17 @@ def test_a_run_shows_what_it_has_and_names_what_is_missing(run, lorapar, tmp_pat
     lorapar(*report, "--set", "eval.targets=[base, sft, rl]")
     page = (tmp_path / "report.html").read_text()
     assert "Not made yet: eval:rl@demo." in page and "lorapar run configs/smoke.yaml" in page
+
+
+def test_a_page_on_two_runs_says_in_which_settings_they_differ(run, lorapar, tmp_path):
+    other = tmp_path / "other.yaml"  # its base is the same, and nothing of it is trained
+    other.write_text((ROOT / "configs/smoke.yaml").read_text().replace("seed: 0", "seed: 5"))
+    report = ("report", "configs/smoke.yaml", other, *run, "--out", tmp_path / "page")
+    done = lorapar(*report)
+    assert done.code == 0, done.err
+    page = (tmp_path / "page/report.html").read_text()
+    assert re.findall('<th scope="row">(.*?)</th>', page) == ["base", "seed"] and "+0.0 [" in page
+    assert lorapar(*report, other).code == 78
 
 
 MEASURE = """<script>
@@ -175,6 +187,13 @@ def test_the_numbers_of_a_run_stand_where_they_belong():
     assert grid.rows == [
         ["all", "4", "25.0 [4.6, 69.9]", "100.0 [51.0, 100.0]\np = .25"], ["tokens, all", "", "12", "–"],
     ]  # fmt: skip
+
+
+def test_two_runs_are_compared_on_the_items_of_both():
+    runs = answered("1001"), answered("01111")[1:]
+    pairs = two_runs.pairs(*({"demo": {"rl": {"all": samples}}, "own": {}} for samples in runs))
+    ((first, second, more),) = (of["rl"] for of in pairs.values())
+    assert (more.n, first.mean, second.mean, more.mean) == (3, *map(pytest.approx, (1 / 3, 1, 2 / 3)))
 
 
 def test_the_verdict_says_what_the_last_step_changed_and_what_that_means():

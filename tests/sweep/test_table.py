@@ -126,6 +126,8 @@ def test_rows_are_chosen_by_name_or_pattern_and_may_lack_columns(small):
     assert table(small, only=["θ*"]).rows == ["θ .9", "θ .5"]
     assert table(small, only=["β 0", "*.5"]).rows == ["θ .5", "β 0"]
     assert [cell.seed for cell in table(small, only=["β 0"], seeds=[2, 3, 2]).cells] == [2, 3]
+    for written, seed in (("", 0), ("seeds: 7\n", 7)):  # without one it is the base's
+        assert {cell.seed for cell in table(changed(small, ("seeds: [1, 2]\n", written))).cells} == {seed}
     for choice, said in (
         ({"only": ["θ 7"]}, "no row 'θ 7'"),
         ({"overrides": ["seed=5"]}, "--set seed: a table has seeds of its own"),
@@ -158,6 +160,7 @@ REFUSED = [
     ("compare.against 'none' is not a row", AGAINST, "against: none"),
     ("compare.row 'θ .9' is compared with itself", AGAINST, f'row: "θ .9", {AGAINST}'),
     ("unknown group 'sytem1'", "rl@demo", "rl@demo.sytem1"),
+    ("unknown group 'gold=1.flexible'", "rl@demo", "rl@demo.gold=1.flexible"),
     ("expected TARGET@BENCHMARK or STEP.VALUE", "active: partition:sft.active_share", "active: partition"),
     ("no row has partition.active_share; steps: classify:train, classify:demo, score, partition:sft, ",
      "partition:sft.active_share", "partition.active_share"),
@@ -346,7 +349,7 @@ def test_the_report_says_what_is_there_and_how_to_make_what_is_not(swept, small,
     assert done.code == 0 and "8 of 12 values are available" in done.err
     rows = list(csv.DictReader((tmp_path / "out/small.csv").open()))
     assert len(rows) == 12 + 2 and rows[0]["paper"] == "0.276" and rows[0]["items"] == "16"
-    assert rows[-1]["over_items_p"] == "1.0" and rows[-1]["mean"] == "0.0"
+    assert rows[-1]["over_items_p"] == rows[-1]["over_items_holm"] == "1.0" and rows[-1]["mean"] == "0.0"
     means = [float(rows[0][name]) for name in ("mean", "seed_1", "seed_2")]
     assert means[0] == pytest.approx((means[1] + means[2]) / 2)
     records = json.loads(lorapar("report", small, "--json").out)["small"]

@@ -72,8 +72,10 @@ class Masks:
 
 
 def read_masks(partition: Path, stage: str) -> dict[str, Tensor]:
-    """The elements that a stage (`sft` or `rl`) trains, for `sparsify`. partition: folder of an artifact."""
-    return Masks.load(Path(partition), stage).active
+    """The elements that a stage (`sft` or `rl`) trains, for `sparsify`. partition: its artifact's folder."""
+    if not (masks := Masks.load(Path(partition), stage).active):
+        raise ArtifactError(f"{partition} has no masks of a stage {stage!r}")
+    return masks
 
 
 def flatten_weights(tensors: dict[str, Tensor]) -> Tensor:

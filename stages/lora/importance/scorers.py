@@ -57,7 +57,8 @@ def _own_scores(formula: Callable[..., Any], title: str, hint: str, *tensors: Te
         raise UnusableResult(f"{title} raised {type(error).__name__}: {error}", hint) from error
     shape = tensors[0].shape
     if not isinstance(scores, torch.Tensor) or scores.shape != shape:
-        raise UnusableResult(f"{title} gave no tensor of {tuple(shape)}, as its elements are", hint)
+        gave = tuple(getattr(scores, "shape", ())) or type(scores).__name__
+        raise UnusableResult(f"{title} gave {gave} for the {tuple(shape)} elements of a weight", hint)
     return scores
 
 

@@ -101,7 +101,7 @@ def check_importance(scores: Tensor, title: str) -> None:
     if non_finite:
         raise UnusableResult(f"importance of {title} has {non_finite} non-finite values")
     if bool((scores < 0).any()):
-        raise UnusableResult(f"importance of {title} has negative values")
+        raise UnusableResult(f"importance of {title} has negative values", "a scorer gives none below 0")
     if not bool(scores.any()):
         raise UnusableResult(
             f"importance of {title} is zero for every element",
