@@ -190,6 +190,11 @@ def test_commands_of_readme_and_guide(home: Path, tiny: Path, lorapar: Callable[
             shown = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
             assert shown.returncode == 0, (page, text, shown.stderr)
             continue
+        if "other.yaml" in words:  # a second run, with RL of its own
+            (home / "other.yaml").write_text(
+                "extends: rows.yaml\nrl: {learning_rate: 1.0e-4}\n", encoding="utf-8"
+            )
+            assert lorapar("run", "other.yaml").code == 0
         done = lorapar(*words[1:])
         assert done.code == 0, (page, text, done.err[-1500:])
         if words[1] == "init":
