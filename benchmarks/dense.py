@@ -18,15 +18,17 @@ from stages.lora.adapter import adapter
 from stages.lora.importance import masks
 from stages.score import run as score
 
+SCORES = "importance.safetensors"
+
 
 def write_mean(start: Path, runs: Iterable[Path]) -> None:
     """Write the mean over `runs` of the importance of each element, by system."""
-    of_runs = [masks.read_importance(run / "score/latest/importance.safetensors") for run in runs]
+    of_runs = [masks.read_importance(run / "score/latest" / SCORES) for run in runs]
     mean = {
         system: {name: sum(of[system][name] for of in of_runs) / len(of_runs) for name in weights}
         for system, weights in of_runs[0].items()
     }
-    masks.write_importance(start / masks_file, mean)
+    masks.write_importance(start / SCORES, mean)
 
 
 def lorapar(start: Path, arguments: list[str]) -> None:
@@ -36,16 +38,16 @@ def lorapar(start: Path, arguments: list[str]) -> None:
         return adapter.attach(base, lora, start / "adapter")
 
     def write_importance(path: Path, scores: Any) -> None:
-        shutil.copy(start / masks_file, path) if (start / masks_file).exists() else written(path, scores)
+        if (start / SCORES).exists():
+            shutil.copy(start / SCORES, path)
+        else:
+            masks.write_importance(path, scores)
 
-    written, sys.argv = score.write_importance, ["lorapar", *arguments]
-    with mock.patch.object(adapter, "initial", initial), mock.patch.object(
-        score, "write_importance", write_importance
-    ):
+    sys.argv = ["lorapar", *arguments]
+    replaced = mock.patch.multiple(score, write_importance=write_importance)
+    with replaced, mock.patch.object(adapter, "initial", initial):
         main()
 
-
-masks_file = "importance.safetensors"
 
 if __name__ == "__main__":
     if sys.argv[1] == "--mean":
