@@ -52,7 +52,7 @@ def importance_by_system(score: Artifact, masks: Artifact, title: str) -> Pictur
         groups[name] = (first[indices].tolist(), second[indices].tolist())
     summary = masks.manifest["summary"]
     text = (
-        f"{100 * summary['s1_only_share']:.1f} % of System 1's set belong to it alone, "
+        f"{100 * summary['s1_only_share']:.1f} % of System 1's set belongs to it alone, "
         f"{100 * summary['s2_only_share']:.1f} % of System 2's; Jaccard index {summary['jaccard']:.3f}."
     )
     text = f"{title}: {text}" if title else text
