@@ -106,7 +106,8 @@ def _say_written(paths: list[Path], command: str, note: str = "") -> None:
 def _check_paths(data: str, path: Path, labels: str | None) -> None:
     """Raise the error of a wrong path at once, before libraries are loaded."""
     if path.exists():
-        raise OutputError(f"{path} exists already", "another name: --out FILE; for changed rows: --update")
+        hint = f"write elsewhere: --out FOLDER/{path.name}; for changed rows: --update"
+        raise OutputError(f"{path} exists already", hint)
     path.parent.mkdir(parents=True, exist_ok=True)
     refuse_store(path)
     local_file(DataSection(path=data))

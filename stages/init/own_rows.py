@@ -35,7 +35,7 @@ NAMES = {
 The last word of a name counts as well: `User Question`.
 """
 GOLDS = ("gold", "final_answer", "ground_truth", "correct_answer", "expected_answer")
-"""Names of a column with the final answer alone; `answer` is one beside a column of WORKED."""
+"""Names of a column with the final answer alone; the column of `answer` is one beside a column of WORKED."""
 WORKED = ("solution", "rationale", "explanation", "reasoning", "working")
 SHARE = 0.8
 """Share of the rows whose answers must be short ones, or none is read from them."""
@@ -91,7 +91,7 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
             raise ConfigError(f"--columns: {path} is no file", "it names the columns of a file")
         return OwnRows(path)
     rows = [row for _, row in raw_rows(source)]
-    renamed = _columns(path, rows[0], columns)
+    renamed = _with_worked(_columns(path, rows[0], columns), columns)
     rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
     names = {name: column for column, name in renamed.items()}
     odd = {str(row.get("system")) for row in rows if "system" in columns and not system_of(row.get("system"))}
@@ -145,6 +145,15 @@ def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
                 "--columns question={},answer={}".format(*map(escaping.shell, guess)),
             ) from error
         return {column: name for name, column in columns.items()}
+
+
+def _with_worked(renamed: Mapping[str, str], named: Mapping[str, str]) -> dict[str, str]:
+    """Column → field, where a column that a person calls by a name of WORKED holds the answer worked out."""
+    fields = {name: column for column, name in renamed.items()}
+    if "gold" not in fields and (worked := next((name for name in WORKED if name in named), None)):
+        fields["gold"] = fields.get("answer", "answer")
+        fields["answer"] = fields.pop(worked)
+    return {column: name for name, column in fields.items()}
 
 
 def _golds(kind: str, rows: list[dict[str, Any]]) -> tuple[dict[int, tuple[str, str]], str]:
