@@ -163,9 +163,8 @@ def open_questions(profile: DataProfile, tests: list[BenchmarkSection], labels: 
         "how the model thinks: no row has a thought (reasoning_content, or <think>…</think> in the "
         "response), so RL alone teaches the slow mode": thoughtless,
         "what a slow mode learns from, so there are no modes: fewer than "
-        f"{FEWEST_WORKED} rows show how their answer is worked out (a column that does: --columns solution=COLUMN)": imitable
-        and verifiable
-        and not profile.modes,
+        f"{FEWEST_WORKED} rows show how their answer is worked out (a column that does: --columns "
+        "solution=COLUMN)": imitable and verifiable and not profile.modes,
         "how RL finds something to reward: after SFT on System 1 alone a small model has hardly a right "
         "answer to System 2; sft.system2_share: 0.3 is a cold start": needs_cold_start,
         "learning rates, passes over the rows and LoRA's rank: these are a start": True,
