@@ -91,8 +91,9 @@ def test_what_a_person_says_of_the_columns_comes_first(tmp_path):
     [(_, row)] = read_jsonl(Path(own.path))
     assert row == {"id": "1", "question": "Wie viel?", "answer": "Zusammen 12.", "gold": "12"}
     assert not own.golds, "the person has said it"
-    for head in ("Frage,answer,Weg", "question,Right answer,Weg"):  # the way beside the right answer
-        file.write_text(f"{head}\nHow many?,4,We add and obtain 4\n", encoding="utf-8")
+    for head in ("Frage,answer,Weg", "question,Right answer,Weg", "question,gold,Weg,answer"):
+        worked = "We add and obtain 4,Four" if head.endswith("answer") else "We add and obtain 4"
+        file.write_text(f"{head}\nHow many?,4,{worked}\n", encoding="utf-8")
         columns = {"question": head.split(",")[0], "solution": "Weg"}
         own = own_rows(str(file), tmp_path / head, columns, [])
         assert [row for _, row in read_jsonl(Path(own.path))] == [WORKED]

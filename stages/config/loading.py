@@ -116,16 +116,27 @@ def _unknown_setting(location: list[str]) -> str:
     """Name an unknown setting with the most similar one."""
     name = ".".join(location)
     path = _setting_path(location)
-    if same := [setting for setting in setting_names(Config) if setting.endswith(f".{path}")]:
-        return f"unknown setting {name} (did you mean {' or '.join(same[:3])}?)"
+    section, _, own_name = path.rpartition(".")
+    meant = [
+        setting
+        for setting in setting_names(Config)
+        if setting.endswith(f".{path}") or (setting.startswith(section) and _initials(setting) == own_name)
+    ]
+    if meant:
+        return f"unknown setting {name} (did you mean {' or '.join(meant[:3])}?)"
     suggestions = difflib.get_close_matches(path, list(setting_names(Config)), n=1, cutoff=0.6)
     if not suggestions:
         return f"unknown setting {name}"
-    section, _, last = suggestions[0].rpartition(".")
+    suggested_section, _, last = suggestions[0].rpartition(".")
     # A suggestion in the same section is shown with the user's own names of entries (eval.benchmarks.gsm8k).
-    same_section = section == path.rpartition(".")[0]
+    same_section = suggested_section == section
     suggestion = ".".join([*location[:-1], last]) if same_section else suggestions[0]
     return f"unknown setting {name} (did you mean {suggestion}?)"
+
+
+def _initials(setting: str) -> str:
+    """Return the initials of a setting's own name: lr of sft.learning_rate."""
+    return "".join(word[0] for word in setting.rpartition(".")[2].split("_"))
 
 
 def _setting_path(location: list[str]) -> str:

@@ -91,8 +91,13 @@ def own_rows(path: str, folder: Path, columns: Mapping[str, str], written: list[
             raise ConfigError(f"--columns: {path} is no file", "it names the columns of a file")
         return OwnRows(path)
     rows = [row for _, row in raw_rows(source)]
-    renamed = _with_worked(_columns(path, rows[0], columns), columns)
-    rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
+    renamed = _with_worked(rows[0], _columns(path, rows[0], columns), columns)
+    # Fields come last: a column that has the name of one of them, and is another, gives way.
+    rows = [
+        {name: value for name, value in row.items() if name not in renamed}
+        | {name: row[column] for column, name in renamed.items() if column in row}
+        for row in rows
+    ]
     names = {name: column for column, name in renamed.items()}
     odd = {str(row.get("system")) for row in rows if "system" in columns and not system_of(row.get("system"))}
     if odd:
@@ -147,11 +152,17 @@ def _columns(path: str, row: Mapping[str, Any], named: Mapping[str, str]) -> dic
         return {column: name for name, column in columns.items()}
 
 
-def _with_worked(renamed: Mapping[str, str], named: Mapping[str, str]) -> dict[str, str]:
-    """Column → field, where a column that a person calls by a name of WORKED holds the answer worked out."""
+def _with_worked(
+    row: Mapping[str, Any], renamed: Mapping[str, str], named: Mapping[str, str]
+) -> dict[str, str]:
+    """Column → field, where a column that a person calls by a name of WORKED holds the answer worked out.
+
+    The other answer is then the final one, unless there is a `gold`.
+    """
     fields = {name: column for column, name in renamed.items()}
-    if "gold" not in fields and (worked := next((name for name in WORKED if name in named), None)):
-        fields["gold"] = fields.get("answer", "answer")
+    if worked := next((name for name in WORKED if name in named), None):
+        if "gold" not in {*row, *fields}:
+            fields["gold"] = fields.get("answer", "answer")
         fields["answer"] = fields.pop(worked)
     return {column: name for name, column in fields.items()}
 
