@@ -162,7 +162,7 @@ def _write_config(data: str, model: str, path: Path, labels: str | None, rows: R
 
 def _print_rows(reading: OwnRows, file: str, profile: DataProfile) -> None:
     """Print what was read from the rows of a file, and what of it is not as it should be."""
-    from stages.init.own_rows import RULE
+    from stages.init.final_answers import RULE
 
     if reading.columns:
         print(f"{file}: " + ", ".join(f"{name} is {column}" for name, column in reading.columns.items()))

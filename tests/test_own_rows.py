@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from stages.errors import ConfigError, DataError
-from stages.init.own_rows import final_answer, own_rows
+from stages.init.final_answers import final_answer
+from stages.init.own_rows import own_rows
 from stages.records import read_jsonl
 
 TEXTS = {
